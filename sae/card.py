@@ -1,0 +1,93 @@
+"""What an SAE is, without its weights. Torch-free: a server holds cards, workers hold weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from sae.errors import SAEError
+
+HOOK_KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+
+# The unit an activation is in. Libraries that fold the norm of the decoder row into the encoder
+# report f_i * |W_dec_i|; the others report f_i as it multiplies the decoder row.
+UNIT_PLAIN = "activation"
+UNIT_TIMES_DECODER_NORM = "activation_times_decoder_norm"
+
+_HOOK_POINT = re.compile(r"blocks\.(\d{1,5})\.(\w+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A place in the residual stream, named as the field names it: `blocks.15.hook_resid_post`."""
+
+    layer: int
+    kind: str
+
+    @classmethod
+    def parse(cls, name: str) -> HookPoint:
+        """Read a hook point's name; SAEError where it is of another form or an unknown kind."""
+        match = _HOOK_POINT.fullmatch(name)
+        if match is None or match.group(2) not in HOOK_KINDS:
+            raise SAEError(
+                f"unknown hook point {name!r}: expected blocks.LAYER.KIND with KIND one of "
+                f"{', '.join(HOOK_KINDS)}"
+            )
+        return cls(layer=int(match.group(1)), kind=match.group(2))
+
+    def __str__(self) -> str:
+        return f"blocks.{self.layer}.{self.kind}"
+
+
+@dataclass(frozen=True)
+class SAECard:
+    """An SAE's public description, and what its arithmetic needs to know beside the weights.
+
+    `exact_from_row` says whether one latent's encoder row is enough for its activation.
+    """
+
+    id: str
+    hook: str
+    layer: int
+    architecture: str
+    d_in: int
+    d_sae: int
+    dtype: str
+    source: str
+    format: str
+    sha256: str | None
+    sink_norm: float | None
+    error_term: bool
+    has_labels: bool
+    has_max_activations: bool
+    k: int | None = None
+    normalize_activations: str = "none"
+    apply_b_dec_to_input: bool = True
+    rescale_acts_by_decoder_norm: bool = False
+    activation_unit: str = UNIT_PLAIN
+
+    @property
+    def exact_from_row(self) -> bool:
+        """False for top-k architectures: a latent's activation depends on all the others."""
+        return self.architecture not in ("topk", "abstopk")
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as the HTTP API shows it."""
+        return {
+            "id": self.id,
+            "object": "sae",
+            "hook": self.hook,
+            "layer": self.layer,
+            "architecture": self.architecture,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "dtype": self.dtype,
+            "source": self.source,
+            "format": self.format,
+            "sha256": self.sha256,
+            "sink_norm": self.sink_norm,
+            "error_term": self.error_term,
+            "has_labels": self.has_labels,
+            "has_max_activations": self.has_max_activations,
+        }

@@ -1,0 +1,222 @@
+"""Labels and statistics of an SAE's features, from `features.jsonl` beside the weights.
+
+One JSON object a line; every part but the index may be missing or null, unknown keys are ignored:
+
+    {"index": 0, "label": "...", "max_activation": 6.1, "density": 0.003,
+     "examples": [{"text": "...", "activation": 6.0}]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae.errors import SAEError
+from sae.feature_search import LabelIndex
+
+FILE_NAME = "features.jsonl"
+MAX_LINE_BYTES = 16 * 2**20
+
+# A key of a JSON object: inside a string the quotes would be escaped.
+_HAS_LABEL = re.compile(rb'(?<!\\)"label"\s*:\s*"[^"]')
+_HAS_MAX_ACTIVATION = re.compile(rb'(?<!\\)"max_activation"\s*:\s*[0-9]')
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text on which a feature is active, and its largest activation there."""
+
+    text: str
+    activation: float | None = None
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What is known of one feature; unknown parts are None."""
+
+    index: int
+    label: str | None = None
+    max_activation: float | None = None
+    density: float | None = None
+    examples: tuple[Example, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The feature as lists of the HTTP API show it."""
+        return {
+            "feature": self.index,
+            "label": self.label,
+            "max_activation": self.max_activation,
+            "density": self.density,
+        }
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The file, read: what is known of each feature, and where its line starts."""
+
+    features: dict[int, Feature]
+    offsets: dict[int, int]
+    labels: LabelIndex
+
+
+class FeatureTable:
+    """The features of one SAE. Opening costs two searches in the file; it is read on first use.
+
+    Safe to use from several threads. SAEError on first use where the file is damaged.
+    """
+
+    def __init__(self, path: Path | None, d_sae: int) -> None:
+        self.d_sae = d_sae
+        self.path = path
+        self.has_labels = _contains(path, _HAS_LABEL)
+        self.has_max_activations = _contains(path, _HAS_MAX_ACTIVATION)
+        self._lock = threading.Lock()
+        self._table: _Table | None = None
+
+    @classmethod
+    def open(cls, weights: Path | str, d_sae: int) -> FeatureTable:
+        """The table beside a weight file or in a folder; an empty one where there is none."""
+        return cls(_find(Path(weights)), d_sae)
+
+    def load(self) -> None:
+        """Read the file now; SAEError naming the line where it is damaged."""
+        self._loaded()
+
+    def max_activation(self, index: int) -> float | None:
+        return self._row(index).max_activation
+
+    def label(self, index: int) -> str | None:
+        return self._row(index).label
+
+    def get(self, index: int) -> Feature:
+        """One feature with its examples. IndexError where it is not in [0, d_sae)."""
+        feature = self._row(index)
+        offset = self._loaded().offsets.get(index)
+        if offset is None or self.path is None:
+            return feature
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return _parse(self.path, 0, file.readline(), self.d_sae)
+
+    def page(self, limit: int, offset: int) -> tuple[list[Feature], int]:
+        """Features by index without their examples, and how many there are in all."""
+        stop = min(offset + limit, self.d_sae)
+        return [self._row(index) for index in range(offset, stop)], self.d_sae
+
+    def search(self, query: str, limit: int, offset: int) -> tuple[list[Feature], int]:
+        """Features whose label matches, best first, and how many match; all for a blank query."""
+        if not query.strip():
+            return self.page(limit, offset)
+        indices, total = self._loaded().labels.search(query, limit, offset)
+        return [self._row(index) for index in indices], total
+
+    def _row(self, index: int) -> Feature:
+        if not 0 <= index < self.d_sae:
+            raise IndexError(f"feature {index} not in [0, {self.d_sae})")
+        return self._loaded().features.get(index) or Feature(index)
+
+    def _loaded(self) -> _Table:
+        with self._lock:
+            if self._table is None:
+                self._table = _read(self.path, self.d_sae)
+            return self._table
+
+
+def _find(weights: Path) -> Path | None:
+    """`WEIGHTS.features.jsonl`, or `features.jsonl`, beside the weights."""
+    if weights.is_dir():
+        candidates = [weights / FILE_NAME]
+    else:
+        candidates = [
+            weights.with_name(f"{weights.name}.{FILE_NAME}"),
+            weights.with_name(FILE_NAME),
+        ]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _contains(path: Path | None, pattern: re.Pattern[bytes]) -> bool:
+    if path is None or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return pattern.search(content) is not None
+
+
+def _read(path: Path | None, d_sae: int) -> _Table:
+    features: dict[int, Feature] = {}
+    offsets: dict[int, int] = {}
+    for number, offset, line in _lines(path):
+        assert path is not None
+        feature = _parse(path, number, line, d_sae)
+        if feature.index in features:
+            raise SAEError(f"{path} line {number}: feature {feature.index} a second time")
+        offsets[feature.index] = offset
+        features[feature.index] = Feature(
+            feature.index, feature.label, feature.max_activation, feature.density
+        )
+    labels = ((index, f.label) for index, f in features.items() if f.label is not None)
+    return _Table(features, offsets, LabelIndex(labels))
+
+
+def _lines(path: Path | None) -> Iterator[tuple[int, int, bytes]]:
+    """(line number, offset, line) of every line that is not blank."""
+    if path is None:
+        return
+    offset = 0
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES:
+                raise SAEError(f"{path} line {number}: longer than {MAX_LINE_BYTES} bytes")
+            if line.strip():
+                yield number, offset, line
+            offset += len(line)
+
+
+def _parse(path: Path, number: int, line: bytes, d_sae: int) -> Feature:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SAEError(f"{path} line {number}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SAEError(f"{path} line {number}: expected an object")
+    index = values.get("index")
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < d_sae:
+        raise SAEError(f"{path} line {number}: index {index!r:.40} not in [0, {d_sae})")
+    label = values.get("label")
+    if label is not None and not isinstance(label, str):
+        raise SAEError(f"{path} line {number}: label must be a string or null")
+    return Feature(
+        index=index,
+        label=label or None,
+        max_activation=_number(path, number, values, "max_activation"),
+        density=_number(path, number, values, "density"),
+        examples=tuple(_examples(path, number, values.get("examples"))),
+    )
+
+
+def _number(path: Path, number: int, values: dict[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SAEError(f"{path} line {number}: {key} must be a finite number, got {value!r:.40}")
+    return float(value)
+
+
+def _examples(path: Path, number: int, values: object) -> Iterator[Example]:
+    if values is None:
+        return
+    if not isinstance(values, list):
+        raise SAEError(f"{path} line {number}: examples must be a list")
+    for value in values:
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise SAEError(f"{path} line {number}: an example must be an object with a text")
+        yield Example(value["text"], _number(path, number, value, "activation"))

@@ -1,0 +1,85 @@
+"""The published formats, one loader each, told apart by what the files hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from sae.errors import SAEError
+from sae.formats import sae_lens
+from sae.formats.layout import CONFIG_NAMES, Config, SAEFiles, SAELayout, read_config
+from sae.source import SAEReference
+from sae.tensors import open_tensors
+
+WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+
+
+class Format(Protocol):
+    """A module of this package: `matches` looks at content only, `read` refuses misfits."""
+
+    NAME: str
+
+    def matches(self, files: SAEFiles) -> bool: ...
+
+    def read(self, files: SAEFiles, ref: SAEReference) -> SAELayout: ...
+
+
+_FORMATS: tuple[Format, ...] = (sae_lens,)
+
+
+def open_layout(ref: SAEReference) -> tuple[SAEFiles, SAELayout]:
+    """Open a resolved source at the cost of its headers, and say what it holds."""
+    assert ref.path is not None
+    weights = find_weights(Path(ref.path))
+    files = SAEFiles(open_tensors(weights), _configs(weights))
+    layout = _detect(files, ref).read(files, ref)
+    layout.check(files.tensors)
+    return files, layout
+
+
+def find_weights(path: Path) -> Path:
+    """The one weight file that a path names; SAEError where it is none or several."""
+    if path.is_file():
+        return path
+    found = _weight_files(path) or _weight_files(path / "checkpoints", "final.safetensors")
+    if not found:
+        raise SAEError(f"{path}: no weight file in it ({', '.join(WEIGHT_SUFFIXES)})")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise SAEError(f"{path}: {len(found)} weight files ({names}, ...); name one of them")
+    return found[0]
+
+
+def _weight_files(folder: Path, name: str | None = None) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        file
+        for file in folder.iterdir()
+        # SAELens' sparsity statistics are no weights.
+        if file.suffix in WEIGHT_SUFFIXES and file.name != "sparsity.safetensors"
+        if name is None or file.name == name
+        if file.is_file()
+    )
+
+
+def _configs(weights: Path) -> dict[str, Config]:
+    folders = [weights.parent]
+    if weights.parent.name == "checkpoints":
+        folders.append(weights.parent.parent)
+    return {
+        name: read_config(folder / name)
+        for folder in reversed(folders)
+        for name in CONFIG_NAMES
+        if (folder / name).is_file()
+    }
+
+
+def _detect(files: SAEFiles, ref: SAEReference) -> Format:
+    for candidate in _FORMATS:
+        if ref.format == candidate.NAME or (ref.format is None and candidate.matches(files)):
+            return candidate
+    raise SAEError(
+        f"{files.path}: not an SAE format that is known here (tensors: "
+        f"{', '.join(sorted(files.names)[:6]) or 'none'})"
+    )

@@ -1,0 +1,223 @@
+"""What a format's loader says: where in the files each canonical tensor lies, and what it means."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae.card import HookPoint
+from sae.errors import SAEError
+from sae.source import SAEReference
+from sae.tensors import FLOAT_DTYPES, TensorFile
+
+MAX_CONFIG_BYTES = 16 * 2**20
+CONFIG_NAMES = ("cfg.json", "config.json", "hyperparams.json")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A JSON object beside the weights, with reads that say which file they complain about."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value; the default where it is missing or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def section(self, key: str) -> Config:
+        """A nested object, empty where it is missing."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise SAEError(f"{self.path}: {key} must be an object, got {value!r:.60}")
+        return Config(self.path, value)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise SAEError(f"{self.path}: {key} must be a string, got {value!r:.60}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise SAEError(f"{self.path}: {key} must be true or false, got {value!r:.60}")
+        return value
+
+    def count(self, key: str) -> int:
+        """A positive integer."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SAEError(f"{self.path}: {key} must be a positive integer, got {value!r:.60}")
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value = self.get(key)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise SAEError(f"{self.path}: {key} must be a finite number, got {value!r:.60}")
+        return float(value)
+
+
+@dataclass(frozen=True)
+class SAEFiles:
+    """A weight file, opened, and the JSON configurations beside it by file name."""
+
+    tensors: TensorFile
+    configs: Mapping[str, Config]
+
+    @property
+    def path(self) -> Path:
+        return self.tensors.path
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors.headers)
+
+    def config(self, *names: str) -> Config:
+        """The first configuration of these names; SAEError where there is none."""
+        for name in names:
+            if name in self.configs:
+                return self.configs[name]
+        raise SAEError(f"{self.path}: missing configuration: no {' or '.join(names)} beside it")
+
+    def shape(self, name: str, rank: int) -> tuple[int, ...]:
+        """The declared shape of a tensor that must be there, with so many dimensions."""
+        header = self.tensors.headers.get(name)
+        if header is None:
+            raise SAEError(f"{self.path}: missing tensor {name}")
+        if len(header.shape) != rank:
+            raise SAEError(
+                f"{self.path}: {name} is {list(header.shape)}, expected {rank} dimensions"
+            )
+        return header.shape
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a canonical tensor lies. `transposed`: the file has [d_in, d_sae]. `scalar`: one
+    number for all latents, shape [] or [1]."""
+
+    name: str
+    transposed: bool = False
+    scalar: bool = False
+
+
+@dataclass(frozen=True)
+class SAELayout:
+    """One SAE as its files describe it, before any weight is read.
+
+    `tensors` maps canonical names (W_enc, W_dec [d_sae, d_in]; b_dec [d_in]; b_enc, threshold,
+    b_gate, b_mag, r_mag [d_sae]) to what the file stores; `constants` gives vectors that are one
+    stated number. `scale` is s of SAE-wide input scaling: W_enc*s, W_dec/s, b_dec/s in use.
+    `ignored` names tensors that play no part at inference.
+    """
+
+    format: str
+    architecture: str
+    hook: HookPoint
+    d_in: int
+    d_sae: int
+    tensors: Mapping[str, Stored]
+    constants: Mapping[str, float] = field(default_factory=dict)
+    k: int | None = None
+    normalize_activations: str = "none"
+    apply_b_dec_to_input: bool = True
+    rescale_acts_by_decoder_norm: bool = False
+    scale: float = 1.0
+    sink_norm: float | None = None
+    ignored: Collection[str] = ()
+
+    def check(self, tensors: TensorFile) -> None:
+        """SAEError for a missing, misshaped, integer or unexpected tensor; reads headers only."""
+        for canonical, stored in self.tensors.items():
+            header = tensors.headers.get(stored.name)
+            if header is None:
+                raise SAEError(f"{tensors.path}: missing tensor {stored.name}")
+            if header.dtype not in FLOAT_DTYPES:
+                raise SAEError(
+                    f"{tensors.path}: {stored.name} has dtype {header.dtype}, expected one of "
+                    f"{', '.join(FLOAT_DTYPES)}"
+                )
+            expected = self._expected_shapes(canonical, stored)
+            if header.shape not in expected:
+                raise SAEError(
+                    f"{tensors.path}: {stored.name} is {list(header.shape)}, "
+                    f"expected {list(expected[0])} (d_in {self.d_in}, d_sae {self.d_sae})"
+                )
+        known = {stored.name for stored in self.tensors.values()} | set(self.ignored)
+        extra = sorted(set(tensors.headers) - known)
+        if extra:
+            raise SAEError(
+                f"{tensors.path}: unexpected tensor {extra[0]} in a {self.format} SAE of "
+                f"architecture {self.architecture}"
+            )
+        if self.k is not None and self.k > self.d_sae:
+            raise SAEError(f"{tensors.path}: k is {self.k}, more than d_sae {self.d_sae}")
+
+    def _expected_shapes(self, canonical: str, stored: Stored) -> list[tuple[int, ...]]:
+        if canonical in ("W_enc", "W_dec"):
+            shape = (self.d_sae, self.d_in)
+            return [shape[::-1] if stored.transposed else shape]
+        if canonical == "b_dec":
+            return [(self.d_in,)]
+        return [(), (1,)] if stored.scalar else [(self.d_sae,)]
+
+
+def choose_hook(
+    path: Path, ref: SAEReference, stated: str | None, guessed: str | None
+) -> HookPoint:
+    """The hook point: stated by the configuration, by `hook=`, or by the publisher's file name.
+
+    Args:
+        stated: what the configuration says; `hook=` must agree with it.
+        guessed: what the file or folder name says; `hook=` goes before it.
+    """
+    if stated is not None:
+        if ref.hook is not None and HookPoint.parse(ref.hook) != HookPoint.parse(stated):
+            raise SAEError(f"{path}: hook={ref.hook} contradicts the configuration's {stated}")
+        return HookPoint.parse(stated)
+    name = ref.hook or guessed
+    if name is None:
+        raise SAEError(
+            f"{path}: its hook point is stated nowhere; state it as "
+            f"{ref.source},hook=blocks.LAYER.hook_resid_post"
+        )
+    return HookPoint.parse(name)
+
+
+def refuse_transcoder(path: Path, what: str) -> None:
+    """SAEError: transcoders read at one hook point and write at another."""
+    raise SAEError(
+        f"{path}: this is a transcoder ({what}), which reads at one hook point and writes at "
+        "another; only SAEs can be served"
+    )
+
+
+def read_config(path: Path) -> Config:
+    """A JSON object from disk; SAEError where it is not one, or is absurdly long."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise SAEError(f"{path}: configuration of more than {MAX_CONFIG_BYTES} bytes")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SAEError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, SAEError):
+            raise
+        raise SAEError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SAEError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return Config(path, values)

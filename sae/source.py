@@ -1,0 +1,119 @@
+"""Where an SAE comes from: the `--sae` flag, and turning what it names into a path on disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sae.card import HookPoint
+from sae.errors import SAEError
+
+FORMATS = (
+    "sae_lens",
+    "gemma_scope",
+    "gemma_scope_2",
+    "llama_scope",
+    "qwen_scope",
+    "goodfire",
+    "sparsify",
+    "dictionary_learning",
+)
+
+_OPTIONS = ("hook", "format", "sink_norm")
+_NAME = re.compile(r"[^\s/\\,=?#%]{1,128}")
+
+
+@dataclass(frozen=True)
+class SAEReference:
+    """One `--sae` flag: a name, a source, what the source does not state, and the local path."""
+
+    name: str
+    source: str
+    hook: str | None = None
+    format: str | None = None
+    sink_norm: float | None = None
+    path: str | None = None
+    # The factor s that brings inputs to an average norm of sqrt(d_in), where a registry states it
+    # for weights into which it has not been folded.
+    norm_scaling_factor: float | None = None
+
+    @classmethod
+    def parse(cls, flag: str) -> SAEReference:
+        """Read `NAME=SOURCE[,hook=..][,format=..][,sink_norm=N]`."""
+        name, separator, source = flag.partition("=")
+        if not separator:
+            raise SAEError(f"--sae {flag!r}: expected NAME=SOURCE")
+        if not _NAME.fullmatch(name):
+            raise SAEError(
+                f"--sae {flag!r}: the name {name!r} must be 1 to 128 characters without spaces "
+                "or any of / \\ , = ? # %"
+            )
+        return _with_options(name, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for the engine's configuration."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SAEReference:
+        return cls(**fields)
+
+
+def parse_source(text: str) -> SAEReference:
+    """Read `SOURCE[,hook=..][,format=..][,sink_norm=N]`; the name comes from the source."""
+    ref = _with_options("", text)
+    stem = PurePosixPath(ref.source.partition("@")[0].rstrip("/")).name
+    name = re.sub(r"[\s/\\,=?#%:]+", "-", stem).strip("-")[:128]
+    return replace(ref, name=name or "sae")
+
+
+def resolve(ref: SAEReference) -> SAEReference:
+    """Fill in the local path."""
+    if ref.path is not None:
+        return ref
+    # Symbolic links stay: a hub cache's blobs have no file names.
+    path = Path(os.path.abspath(Path(ref.source).expanduser()))
+    if not path.exists():
+        raise SAEError(f"{ref.source}: no such file or folder")
+    return replace(ref, path=str(path))
+
+
+def _with_options(name: str, text: str) -> SAEReference:
+    source, *options = re.split(r",(?=\w+=)", text)
+    if not source:
+        raise SAEError(f"SAE {name!r}: the source is empty")
+    values: dict[str, str] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in _OPTIONS:
+            raise SAEError(f"{text!r}: unknown option {key!r}, expected {', '.join(_OPTIONS)}")
+        if key in values:
+            raise SAEError(f"{text!r}: option {key!r} is given twice")
+        values[key] = value
+    hook, format_name, sink_norm = (values.get(key) for key in _OPTIONS)
+    if hook is not None:
+        HookPoint.parse(hook)
+    if format_name is not None and format_name not in FORMATS:
+        raise SAEError(f"{text!r}: unknown format {format_name!r}, expected {', '.join(FORMATS)}")
+    return SAEReference(
+        name=name,
+        source=source,
+        hook=hook,
+        format=format_name,
+        sink_norm=None if sink_norm is None else parse_sink_norm(sink_norm),
+    )
+
+
+def parse_sink_norm(value: object) -> float:
+    """A norm above which a token is a sink; SAEError unless a positive finite number."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or number <= 0:
+        raise SAEError(f"sink_norm must be a positive finite number, got {value!r}")
+    return number
