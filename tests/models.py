@@ -1,8 +1,8 @@
-"""Tiny random checkpoints and SAEs for engine tests: real architectures, made in a second, no download.
+"""Tiny random checkpoints and SAEs for engine tests: real architectures, made in a second.
 
-Every model has `D_MODEL` = 64, four layers, heads of size 32 (the smallest that vLLM's CPU attention
-takes), and a head count that two tensor-parallel ranks can share. `python -m tests.models llama gpt2`
-builds the named families and generates with each through vLLM.
+Every model has `D_MODEL` = 64, four layers, heads of size 32 (the smallest that vLLM's CPU
+attention takes), and a head count that two tensor-parallel ranks can share. `python -m tests.models
+llama gpt2` builds the named families and generates with each through vLLM and transformers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ CHAT_TEMPLATE = (
 # What the merges are learnt from. Only ASCII is in the vocabulary, so any generated ids decode to
 # whole characters; everything else in a prompt becomes <unk>.
 TRAINING_TEXT = """\
-The quick brown fox jumps over the lazy dog. A sparse autoencoder reads the residual stream of a model \
-and writes it as a sum of a few features; each feature has a direction, and steering adds more of that \
-direction, or takes it away. When the user asks the assistant a question, the assistant answers it. In \
-1984 the weather in the north was cold, and there was snow on the trees. She said that she would return \
-to the house by the sea; he said nothing. def forward(self, x): return self.decode(self.encode(x)) \
-What is the capital of France? The capital of France is Paris. How many words are there in this sentence?
+The quick brown fox jumps over the lazy dog. A sparse autoencoder reads the residual stream of a \
+model and writes it as a sum of a few features; each feature has a direction, and steering adds \
+more of that direction, or takes it away. When the user asks the assistant a question, the \
+assistant answers it. In 1984 the weather in the north was cold, and there was snow on the \
+trees. She said that she would return to the house by the sea; he said nothing. def \
+forward(self, x): return self.decode(self.encode(x)) What is the capital of France? The capital \
+of France is Paris. How many words are there in this sentence?
 """
 
 # transformers config class, config arguments that differ from the shared ones
@@ -81,11 +82,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0) -> Path:
-    """Write a random float32 checkpoint of `family` (a key of `FAMILIES`) with its tokenizer to `folder`.
+    """Write a random float32 checkpoint of `family`, a key of `FAMILIES`, and its tokenizer.
 
-    The weights depend on `family` and `seed` only. They are scaled so that attention and MLPs matter
-    and the next-token distribution is neither flat nor one-hot, unlike transformers' own initialisation,
-    whose logits are all but equal and whose greedy text would hang on rounding.
+    The weights depend on `family` and `seed` only. They are scaled so that attention and MLPs
+    matter and the next-token distribution is neither flat nor one-hot, unlike transformers' own
+    initialisation, whose logits are all but equal and whose greedy text would hang on rounding.
     """
     import transformers
 
@@ -146,7 +147,7 @@ def randomise(model: Any, seed: int) -> None:
 
 
 def make_tokenizer() -> Any:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` ASCII tokens that puts ``<s>`` before a plain prompt."""
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` ASCII tokens that starts a prompt with ``<s>``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -196,10 +197,11 @@ def make_tiny_sae(
 ) -> Path:
     """Write a random SAE to `folder` as SAELens does (``cfg.json``, ``sae_weights.safetensors``).
 
-    `architecture` is ``standard``, ``jumprelu`` (with `threshold` for every latent), ``gated`` or ``topk``
-    (with `k`). Encoder and decoder rows have norm 1, so on a residual stream of norm r an activation is of
-    the order r / sqrt(d_in) and about a third of them are above 0.5. `config` and `metadata` are
-    merged into the configuration (``{"sink_norm": 100.0}``, say); `features` become ``features.jsonl``.
+    `architecture` is ``standard``, ``jumprelu`` (with `threshold` for every latent), ``gated`` or
+    ``topk`` (with `k`). Encoder and decoder rows have norm 1, so on a residual stream of norm r an
+    activation is of the order r / sqrt(d_in) and about a third of them are above 0.5. `config` and
+    `metadata` are merged into the configuration (``{"sink_norm": 100.0}``, say); `features` become
+    ``features.jsonl``.
     """
     generator = torch.Generator().manual_seed(seed)
 
