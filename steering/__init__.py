@@ -1,0 +1,1 @@
+"""Per-request steering of a language model through sparse-autoencoder features, inside vLLM."""

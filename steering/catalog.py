@@ -1,0 +1,126 @@
+"""The SAEs that a server or an engine has, as requests see them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from sae.card import SAECard
+from sae.features import FeatureTable
+from sae.sae import SAE, open_sae
+from steering.config import SteeringConfig
+from steering.errors import SteeringError
+from steering.spec import SteeringSpec, parse_spec
+
+#: Weights up to this size are scanned for non-finite values at start; larger ones row by row.
+SCAN_LIMIT_BYTES = 10**9
+
+
+@dataclass(frozen=True)
+class LoadedSAE:
+    """One opened SAE beside its features' labels and statistics."""
+
+    sae: SAE
+    features: FeatureTable
+
+    @property
+    def hook(self) -> str:
+        return self.sae.card.hook
+
+    @property
+    def d_sae(self) -> int:
+        return self.sae.card.d_sae
+
+    def max_activation(self, feature: int) -> float | None:
+        """The recorded maximum activation in raw units, None if unknown."""
+        return self.features.max_activation(feature)
+
+
+class Catalog:
+    """The loaded SAEs by name, in the order of their indices. Opening costs headers only."""
+
+    def __init__(self, loaded: Mapping[str, LoadedSAE]) -> None:
+        self._loaded = dict(loaded)
+        # Rows already found finite, in SAEs too large to be scanned at start.
+        self._checked: dict[str, set[int]] = {
+            name: set()
+            for name, item in self._loaded.items()
+            if item.sae.weight_bytes > SCAN_LIMIT_BYTES
+        }
+
+    @classmethod
+    def from_config(cls, config: SteeringConfig | None) -> Catalog:
+        """Open every SAE of ``config``; an empty catalog for None.
+
+        Raises:
+            SAEError: if a file does not hold what it should.
+        """
+        loaded = {}
+        for ref in config.saes if config is not None else ():
+            sae = open_sae(ref)
+            assert ref.path is not None, "references are resolved before they are handed down"
+            loaded[ref.name] = LoadedSAE(sae, FeatureTable.open(ref.path, sae.card.d_sae))
+        return cls(loaded)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the order of the SAEs' indices."""
+        return tuple(self._loaded)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Name to index, as plans name SAEs."""
+        return {name: i for i, name in enumerate(self._loaded)}
+
+    def card(self, name: str) -> SAECard:
+        """The card of one SAE. Raises SteeringError ``unknown_sae``."""
+        return self._get(name).sae.card
+
+    def sae(self, name: str) -> SAE:
+        """One SAE. Raises SteeringError ``unknown_sae``."""
+        return self._get(name).sae
+
+    def features(self, name: str) -> FeatureTable:
+        """Labels and statistics of one SAE. Raises SteeringError ``unknown_sae``."""
+        return self._get(name).features
+
+    def parse(self, raw: object) -> SteeringSpec:
+        """Validate a ``steering`` field against these SAEs. Raises SteeringError."""
+        return parse_spec(raw, self._loaded)
+
+    async def prepare(self, spec: SteeringSpec) -> None:
+        """Do off the event loop what may read whole files: checksums and row checks.
+
+        Raises:
+            SteeringError: ``invalid_weights`` where a row holds NaN or infinity.
+        """
+        pending = any(self.sae(name).card.sha256 is None for name in spec.saes)
+        if pending or any(edit.sae in self._checked for edit in spec.edits):
+            await asyncio.to_thread(self.prepare_now, spec)
+
+    def prepare_now(self, spec: SteeringSpec) -> dict[str, str]:
+        """Check the rows that ``spec`` needs and return the checksums of its SAEs.
+
+        Raises:
+            SteeringError: ``invalid_weights`` where a row holds NaN or infinity.
+        """
+        for i, edit in enumerate(spec.edits):
+            checked = self._checked.get(edit.sae)
+            if checked is None or edit.feature in checked:
+                continue
+            if self.sae(edit.sae).nonfinite_latents([edit.feature]):
+                raise SteeringError(
+                    "invalid_weights",
+                    f"the weights of feature {edit.feature} of SAE {edit.sae!r} are not finite",
+                    f"steering.interventions[{i}].feature",
+                )
+            checked.add(edit.feature)
+        return {name: self.sae(name).sha256() for name in spec.saes}
+
+    def _get(self, name: str) -> LoadedSAE:
+        if name not in self._loaded:
+            loaded = ", ".join(self._loaded) or "none"
+            raise SteeringError("unknown_sae", f"no SAE {name[:80]!r} is loaded, only: {loaded}")
+        return self._loaded[name]

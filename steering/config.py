@@ -1,0 +1,77 @@
+"""What the command line hands down to every process, inside vLLM's ``additional_config``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sae.source import SAEReference
+from steering.spec import MAX_INTERVENTIONS
+
+#: Key of this project's part of ``additional_config``; being there, it enters vLLM's compile hash.
+CONFIG_KEY: Final = "steering"
+DEFAULT_MAX_ROWS: Final = 4096
+
+
+@dataclass(frozen=True)
+class SteeringConfig:
+    """The SAEs to serve and the size of what is kept on the device.
+
+    Attributes:
+        saes: references whose ``path`` is resolved; their order gives each SAE its index.
+        d_model: hidden size of the served model.
+        num_layers: number of decoder layers of the served model.
+        special_token_ids: tokens that edits leave alone unless ``special_tokens`` is asked for.
+        max_rows: how many features may be in use at once over all running requests.
+    """
+
+    saes: tuple[SAEReference, ...]
+    d_model: int
+    num_layers: int
+    special_token_ids: tuple[int, ...] = ()
+    max_rows: int = DEFAULT_MAX_ROWS
+
+    def __post_init__(self) -> None:
+        if self.max_rows < MAX_INTERVENTIONS:
+            raise ValueError(
+                f"max_rows {self.max_rows} is less than the {MAX_INTERVENTIONS} features that one "
+                "request may name"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as ``additional_config`` wants them."""
+        return {
+            "saes": [ref.to_dict() for ref in self.saes],
+            "d_model": self.d_model,
+            "num_layers": self.num_layers,
+            "special_token_ids": list(self.special_token_ids),
+            "max_rows": self.max_rows,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> SteeringConfig:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            saes=tuple(SAEReference.from_dict(ref) for ref in raw["saes"]),
+            d_model=raw["d_model"],
+            num_layers=raw["num_layers"],
+            special_token_ids=tuple(raw["special_token_ids"]),
+            max_rows=raw["max_rows"],
+        )
+
+    @classmethod
+    def from_additional_config(cls, additional: object) -> SteeringConfig | None:
+        """The steering part of vLLM's ``additional_config``, None where there is none."""
+        if isinstance(additional, Mapping) and CONFIG_KEY in additional:
+            return cls.from_dict(additional[CONFIG_KEY])
+        return None
+
+
+def engine_arguments(config: SteeringConfig) -> dict[str, Any]:
+    """Arguments that make a vLLM engine steer: ``LLM(model, **engine_arguments(config))``."""
+    return {
+        "worker_cls": "steering.vllm.worker.SteeringWorker",
+        "scheduler_cls": "steering.vllm.scheduler.SteeringScheduler",
+        "additional_config": {CONFIG_KEY: config.to_dict()},
+    }

@@ -1,0 +1,46 @@
+"""The op that the model calls at a hooked layer: opaque to torch.compile, in place.
+
+``vllm_sae::steer(Tensor(a!) hidden_states, Tensor? residual, str hook) -> ()``
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+NAMESPACE: Final = "vllm_sae"
+
+
+class Applier(Protocol):
+    """Whoever does the edit at a hook point."""
+
+    def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Edit ``hidden_states`` in place."""
+        ...
+
+
+_current: list[Applier] = []
+
+
+def make_current(applier: Applier) -> None:
+    """Name the engine whose forward pass comes next; a process may hold several engines."""
+    _current[:] = [applier]
+
+
+def _steer(hidden_states: Tensor, residual: Tensor | None, hook: str) -> None:
+    if _current:
+        _current[0].apply_at(hook, hidden_states, residual)
+
+
+def _steer_fake(hidden_states: Tensor, residual: Tensor | None, hook: str) -> None:
+    """Shapes do not change."""
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("steer(Tensor(a!) hidden_states, Tensor? residual, str hook) -> ()")
+_library.impl("steer", _steer, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::steer", _steer_fake, lib=_library)
+
+steer = torch.ops.vllm_sae.steer

@@ -1,0 +1,161 @@
+"""A validated request on its way to the workers: indices and numbers only, msgpack-able."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from steering.spec import OPS, Positions, SteeringSpec, float32
+
+# Bits of an edit's coverage.
+COVERS_PROMPT: Final = 1
+COVERS_GENERATION: Final = 2
+COVERS_SPECIAL: Final = 4
+#: Only `inspect` sets it: sinks are read like any other token.
+COVERS_SINKS: Final = 8
+
+# Codes of the operations on the device. `ablate` arrives as a clamp to zero.
+OP_CLAMP, OP_SCALE, OP_ADD, OP_FLOOR, OP_CAP = range(5)
+_OP_CODES: Final = {
+    "clamp": OP_CLAMP,
+    "ablate": OP_CLAMP,
+    "scale": OP_SCALE,
+    "add": OP_ADD,
+    "floor": OP_FLOOR,
+    "cap": OP_CAP,
+}
+assert set(_OP_CODES) == set(OPS)
+
+
+@dataclass(frozen=True)
+class PlannedEdit:
+    """One edit: which latent of which SAE, what becomes of it, on which tokens."""
+
+    sae: int
+    latent: int
+    op: int
+    value: float
+    coverage: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PlannedRead:
+    """Features to return: ``top_k`` per covered token, and over all if ``aggregate`` is named."""
+
+    sae: int
+    top_k: int
+    coverage: int
+    start: int
+    end: int
+    aggregate: str | None
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """All that the workers must know of one request.
+
+    Attributes:
+        key: names the request in results; the children of ``n > 1`` share it.
+        children: the request's ``n``.
+        prompt_len: tokens in the original prompt; a token's phase is its position against it.
+    """
+
+    key: str
+    children: int
+    prompt_len: int
+    edits: tuple[PlannedEdit, ...]
+    error_term: bool
+    report: bool
+    read: PlannedRead | None
+
+    @property
+    def latents(self) -> frozenset[tuple[int, int]]:
+        """The (SAE, latent) pairs whose rows the device must hold."""
+        return frozenset((edit.sae, edit.latent) for edit in self.edits)
+
+    @property
+    def wants_results(self) -> bool:
+        """Whether something is recorded for this request."""
+        return self.report or self.read is not None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain types for ``SamplingParams.extra_args``."""
+        return {
+            "key": self.key,
+            "children": self.children,
+            "prompt_len": self.prompt_len,
+            "edits": [[e.sae, e.latent, e.op, e.value, e.coverage, e.start, e.end]
+                      for e in self.edits],
+            "error_term": self.error_term,
+            "report": self.report,
+            "read": None if (r := self.read) is None
+            else [r.sae, r.top_k, r.coverage, r.start, r.end, r.aggregate],
+        }  # fmt: skip
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> SteeringPlan:
+        """The inverse of :meth:`to_wire`."""
+        return cls(
+            key=wire["key"],
+            children=wire["children"],
+            prompt_len=wire["prompt_len"],
+            edits=tuple(PlannedEdit(*edit) for edit in wire["edits"]),
+            error_term=wire["error_term"],
+            report=wire["report"],
+            read=None if wire["read"] is None else PlannedRead(*wire["read"]),
+        )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """How `inspect` reads: strongest features over the whole text."""
+
+    aggregate: str
+    special_tokens: bool
+
+
+def make_plan(
+    spec: SteeringSpec,
+    sae_index: dict[str, int],
+    key: str,
+    children: int,
+    prompt_len: int,
+    inspection: Inspection | None = None,
+) -> SteeringPlan:
+    """Compile a validated spec: names become indices, values float32, positions bits."""
+    edits = tuple(
+        PlannedEdit(
+            sae=sae_index[edit.sae],
+            latent=edit.feature,
+            op=_OP_CODES[edit.op],
+            value=float32(edit.effective_value),
+            coverage=_coverage(edit.positions),
+            start=edit.positions.start,
+            end=edit.positions.end,
+        )
+        for edit in spec.edits
+    )
+    read = None
+    if spec.read is not None:
+        coverage = _coverage(spec.positions)
+        if inspection is not None and inspection.special_tokens:
+            coverage |= COVERS_SPECIAL | COVERS_SINKS
+        read = PlannedRead(
+            sae=sae_index[spec.read.sae],
+            top_k=spec.read.top_k,
+            coverage=coverage,
+            start=spec.positions.start,
+            end=spec.positions.end,
+            aggregate=inspection.aggregate if inspection is not None else None,
+        )
+    return SteeringPlan(key, children, prompt_len, edits, spec.error_term, spec.report, read)
+
+
+def _coverage(where: Positions) -> int:
+    return (
+        COVERS_PROMPT * where.prompt
+        | COVERS_GENERATION * where.generation
+        | COVERS_SPECIAL * where.special_tokens
+    )

@@ -1,0 +1,249 @@
+"""What workers remember of requests that asked for a report or a read, until it is fetched.
+
+Everything is kept by token position, so a position counts once however often it is computed
+(chunked prefill, preemption, rejected speculative tokens), and whatever lies past the last token
+that counts is cut off when the record is fetched.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from steering.plan import SteeringPlan
+
+#: Finished records that nobody fetched are forgotten, oldest first, beyond these bounds.
+MAX_FINISHED_RECORDS: Final = 4096
+MAX_FINISHED_BYTES: Final = 256 * 2**20
+
+_NOT_SEEN, _NOT_COVERED, _COVERED, _SKIPPED = range(4)
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.integer]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class RequestRecord:
+    """One request's (or one child's) activations before its edits, by position."""
+
+    def __init__(self, plan: SteeringPlan, child: int) -> None:
+        self.plan = plan
+        self.child = child
+        num_edits = len(plan.edits) if plan.report else 0
+        self._status = np.zeros((0, num_edits), dtype=np.uint8)
+        self._f = np.zeros((0, num_edits), dtype=np.float32)
+        top_k = plan.read.top_k if plan.read is not None else 0
+        self._was_read = np.zeros(0, dtype=np.bool_)
+        self._top_latents = np.zeros((0, top_k), dtype=np.int32)
+        self._top_values = np.zeros((0, top_k), dtype=np.float32)
+        self._totals: Aggregate | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held, roughly."""
+        totals = 0 if self._totals is None else self._totals.nbytes
+        return (
+            self._status.nbytes
+            + self._f.nbytes
+            + self._top_latents.nbytes
+            + self._top_values.nbytes
+            + totals
+            + 512
+        )
+
+    def put_edits(
+        self,
+        columns: list[int],
+        positions: IntArray,
+        f: FloatArray,
+        covered: BoolArray,
+        skipped: BoolArray,
+    ) -> None:
+        """Record edits ``columns`` (indices in the request) on tokens.
+
+        Args:
+            columns: which edits the last axes belong to.
+            positions: ``[n]``.
+            f: ``[n, len(columns)]`` activations before the edit.
+            covered: ``[n, len(columns)]``.
+            skipped: ``[n, len(columns)]``.
+        """
+        self._grow(int(positions.max()) + 1)
+        where = np.ix_(positions, columns)
+        self._f[where] = f
+        status = np.where(covered, _COVERED, np.where(skipped, _SKIPPED, _NOT_COVERED))
+        self._status[where] = status
+
+    def put_read(self, positions: IntArray, latents: IntArray, values: FloatArray) -> None:
+        """Record the strongest features: ``[n]``, ``[n, top_k]``, ``[n, top_k]``."""
+        self._grow(int(positions.max()) + 1)
+        k = latents.shape[1]
+        self._was_read[positions] = True
+        self._top_latents[positions, :k] = latents
+        self._top_values[positions, :k] = values
+
+    def totals(self, d_sae: int) -> Aggregate:
+        """The running totals over the text, made when first needed."""
+        if self._totals is None:
+            self._totals = Aggregate(d_sae)
+        return self._totals
+
+    def summary(self, limit: int) -> dict[str, Any]:
+        """What was recorded on positions below ``limit``, in plain types.
+
+        ``edits`` has one entry an edit, None where this worker does not hold its layer.
+        """
+        edits: list[dict[str, Any] | None] = []
+        for column in range(self._status.shape[1]):
+            status, f = self._status[:limit, column], self._f[:limit, column]
+            if not status.any():
+                edits.append(None)
+                continue
+            seen = f[status == _COVERED]
+            edits.append(
+                {
+                    "tokens_edited": int(seen.size),
+                    "tokens_skipped": int((status == _SKIPPED).sum()),
+                    "tokens_active": int((seen > 0).sum()),
+                    "mean_activation": float(seen.mean(dtype=np.float64)) if seen.size else None,
+                    "max_activation": float(seen.max()) if seen.size else None,
+                }
+            )
+        read = None
+        if self._was_read.any():
+            read = [
+                [
+                    int(position),
+                    [
+                        [int(latent), float(value)]
+                        for latent, value in zip(
+                            self._top_latents[position], self._top_values[position], strict=True
+                        )
+                        if value > 0
+                    ],
+                ]
+                for position in np.flatnonzero(self._was_read[:limit])
+            ]
+        plan = self.plan.read
+        aggregate = None
+        if self._totals is not None and plan is not None and plan.aggregate is not None:
+            aggregate = self._totals.strongest(plan.aggregate, plan.top_k)
+        return {"child": self.child, "edits": edits, "read": read, "aggregate": aggregate}
+
+    def _grow(self, length: int) -> None:
+        have = self._status.shape[0]
+        if length <= have:
+            return
+        length = max(length, 2 * have, 64)
+
+        def grown(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            new = np.zeros((length, *array.shape[1:]), dtype=array.dtype)
+            new[:have] = array
+            return new
+
+        self._status, self._f = grown(self._status), grown(self._f)
+        self._was_read = grown(self._was_read)
+        self._top_latents, self._top_values = grown(self._top_latents), grown(self._top_values)
+
+
+class Aggregate:
+    """Maximum, sum and count of every latent over a text.
+
+    Attributes:
+        maximum: ``[d_sae]`` largest activation.
+        total: ``[d_sae]`` float64 sum of activations.
+        count: ``[d_sae]`` tokens on which the latent was active.
+        num_tokens: tokens seen.
+        counted_to: positions below this one are in already.
+    """
+
+    def __init__(self, d_sae: int) -> None:
+        self.maximum = np.zeros(d_sae, dtype=np.float32)
+        self.total = np.zeros(d_sae, dtype=np.float64)
+        self.count = np.zeros(d_sae, dtype=np.int64)
+        self.num_tokens = 0
+        self.counted_to = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return self.maximum.nbytes + self.total.nbytes + self.count.nbytes
+
+    def add(self, f: FloatArray) -> None:
+        """Add tokens' activations ``[n, d_sae]``."""
+        np.maximum(self.maximum, f.max(axis=0), out=self.maximum)
+        self.total += f.sum(axis=0, dtype=np.float64)
+        self.count += (f > 0).sum(axis=0)
+        self.num_tokens += f.shape[0]
+
+    def strongest(self, aggregate: str, top_k: int) -> list[list[float]]:
+        """``[latent, score]`` of the ``top_k`` best, best first, ties by lower index."""
+        tokens = max(self.num_tokens, 1)
+        score = {
+            "max": self.maximum,
+            "mean": self.total / tokens,
+            "frequency": self.count / tokens,
+        }[aggregate]
+        best = np.argsort(-score, kind="stable")[:top_k]
+        return [[int(i), float(score[i])] for i in best if score[i] > 0]
+
+
+@dataclass
+class _Finished:
+    record: RequestRecord
+    nbytes: int
+
+
+class RecordStore:
+    """Records of running requests, and of finished ones until they are fetched or too many."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, RequestRecord] = {}
+        self._finished: OrderedDict[tuple[str, int], _Finished] = OrderedDict()
+        self._finished_bytes = 0
+
+    def open(self, req_id: str, plan: SteeringPlan, child: int) -> RequestRecord:
+        """The record of a request that starts, or of one that resumes after preemption."""
+        earlier = self._pop_finished((plan.key, child))
+        record = earlier if earlier is not None else RequestRecord(plan, child)
+        self._running[req_id] = record
+        return record
+
+    def get(self, req_id: str) -> RequestRecord | None:
+        """The record of a running request, None if it asked for nothing."""
+        return self._running.get(req_id)
+
+    def close(self, req_id: str) -> None:
+        """The request left the batch; what was recorded waits to be fetched."""
+        record = self._running.pop(req_id, None)
+        if record is None:
+            return
+        item = _Finished(record, record.nbytes)
+        self._finished[record.plan.key, record.child] = item
+        self._finished_bytes += item.nbytes
+        while (
+            len(self._finished) > MAX_FINISHED_RECORDS or self._finished_bytes > MAX_FINISHED_BYTES
+        ):
+            self._pop_finished(next(iter(self._finished)))
+
+    def take(self, key: str, child: int) -> RequestRecord | None:
+        """Fetch and forget one record, whether its request has left the batch yet or not."""
+        for req_id, record in self._running.items():
+            if (record.plan.key, record.child) == (key, child):
+                del self._running[req_id]
+                return record
+        return self._pop_finished((key, child))
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._finished)
+
+    def _pop_finished(self, key: tuple[str, int]) -> RequestRecord | None:
+        item = self._finished.pop(key, None)
+        if item is None:
+            return None
+        self._finished_bytes -= item.nbytes
+        return item.record

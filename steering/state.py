@@ -1,0 +1,189 @@
+"""Everything one worker knows of steering: rows, slots, hook points, the pass under way, records.
+
+The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.card import HookPoint
+from sae.sae import SAE
+from steering.hook import Counters, HookRuntime
+from steering.plan import SteeringPlan
+from steering.records import RecordStore
+from steering.rows import RowPool
+from steering.slots import NO_SLOT, EditTable, SlotAllocator
+from steering.step import IntArray, Step
+
+
+@dataclass
+class RunningRequest:
+    """A steered request that is in the batch now."""
+
+    plan: SteeringPlan
+    slot: int
+
+
+class SteeringState:
+    """The worker's side of steering.
+
+    Args:
+        saes: every served SAE, in the order of the configuration; index is identity.
+        owned: hook points whose layer this worker holds (all but under pipeline parallelism).
+        num_slots: most requests that run at once.
+        max_rows: capacity of the row pool.
+        d_in: hidden size.
+        step: the pass's token buffers.
+        special_token_ids: tokens that edits leave alone by default.
+        vocab_size: size of the token table.
+        record: whether this worker keeps records (one of each tensor-parallel group does).
+        device: where the model runs.
+    """
+
+    def __init__(
+        self,
+        saes: Sequence[SAE],
+        owned: Sequence[HookPoint],
+        *,
+        num_slots: int,
+        max_rows: int,
+        d_in: int,
+        step: Step,
+        special_token_ids: Sequence[int],
+        vocab_size: int,
+        record: bool,
+        device: torch.device,
+    ) -> None:
+        self.step = step
+        self.slots = SlotAllocator(num_slots)
+        self.rows = RowPool(saes, max_rows, d_in, device)
+        self.records = RecordStore()
+        self.counters = Counters()
+        self._record = record
+        self.prompt_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        is_special = torch.zeros(vocab_size, dtype=torch.bool)
+        is_special[[t for t in special_token_ids if t < vocab_size]] = True
+        is_special = is_special.to(device)
+        self.hooks = {
+            str(point): HookRuntime(
+                saes={i: sae for i, sae in enumerate(saes) if sae.card.hook == str(point)},
+                rows=self.rows,
+                table=EditTable(num_slots, device),
+                is_special=is_special,
+                prompt_len=self.prompt_len,
+                counters=self.counters,
+            )
+            for point in owned
+        }
+        self._owned_saes = {i for hook in self.hooks.values() for i in hook.saes}
+        self._running: dict[str, RunningRequest] = {}
+
+    def add_request(self, req_id: str, plan: SteeringPlan, child: int = 0) -> None:
+        """A steered request enters the batch: take a slot, make its rows resident, fill tables."""
+        assert req_id not in self._running, req_id
+        slot = self.slots.take()
+        row_of = self.rows.acquire(self._latents(plan))
+        record = None
+        if plan.wants_results and self._record:
+            record = self.records.open(req_id, plan, child)
+        self.prompt_len[slot] = plan.prompt_len
+        for hook in self.hooks.values():
+            hook.set_slot(slot, plan, row_of, record)
+        self._running[req_id] = RunningRequest(plan, slot)
+
+    def remove_request(self, req_id: str) -> None:
+        """A request left the batch (finished, aborted or preempted); unsteered ones are ignored."""
+        request = self._running.pop(req_id, None)
+        if request is None:
+            return
+        for hook in self.hooks.values():
+            hook.clear_slot(request.slot)
+        self.rows.release(self._latents(request.plan))
+        self.slots.give_back(request.slot)
+        self.records.close(req_id)
+
+    def slot_of(self, req_id: str) -> int:
+        """The request's slot, NO_SLOT for unsteered ones."""
+        request = self._running.get(req_id)
+        return NO_SLOT if request is None else request.slot
+
+    @property
+    def any_running(self) -> bool:
+        """Whether any steered request is in the batch: the one branch that idle passes pay."""
+        return bool(self._running)
+
+    def begin_step(self, req_ids: Sequence[str], query_start_loc: IntArray) -> None:
+        """Lay out a forward pass.
+
+        Args:
+            req_ids: the input batch's requests, in the runner's order.
+            query_start_loc: ``[num_reqs + 1]`` offsets of their tokens.
+        """
+        if not self._running:
+            self.step.begin((), query_start_loc[:1])
+            return
+        self.step.begin([self.slot_of(req_id) for req_id in req_ids], query_start_loc)
+        self.counters.steps += self.step.active
+
+    def end_step(self) -> None:
+        """The forward pass is over."""
+        self.step.end()
+
+    def needs_full(self, req_ids: Sequence[str]) -> bool:
+        """Whether a pass over these requests must run outside CUDA graphs."""
+        slots = [slot for r in req_ids if (slot := self.slot_of(r)) != NO_SLOT]
+        return any(hook.needs_full(slots) for hook in self.hooks.values())
+
+    def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Edit the pass's tokens at one hook point, in place; called by the registered op."""
+        if not self.step.active:
+            return
+        started = time.perf_counter()
+        d_in = hidden_states.shape[-1]
+        self.hooks[hook].apply(
+            hidden_states.view(-1, d_in),  # some layers carry a batch axis of one
+            None if residual is None else residual.view(-1, d_in),
+            self.step,
+        )
+        self.counters.op_seconds += time.perf_counter() - started
+
+    def take_results(self, key: str, limits: Mapping[int, int]) -> list[dict[str, Any]]:
+        """Fetch and forget a request's records.
+
+        Args:
+            key: the plan's key.
+            limits: child index to the number of positions that entered the model for good.
+        """
+        return [
+            record.summary(limit)
+            for child, limit in limits.items()
+            if (record := self.records.take(key, child)) is not None
+        ]
+
+    def take_stats(self) -> dict[str, float]:
+        """Gauges now, and counters since the last call."""
+        counters = self.counters
+        stats = {
+            "slots_in_use": self.slots.in_use,
+            "slots_capacity": self.slots.num_slots,
+            "rows_in_use": self.rows.rows_in_use,
+            "rows_capacity": self.rows.capacity,
+            "edited_tokens": counters.edited_tokens,
+            "skipped_tokens": counters.skipped_tokens,
+            "op_seconds": counters.op_seconds,
+            "steps": counters.steps,
+        }
+        counters.edited_tokens = counters.skipped_tokens = counters.steps = 0
+        counters.op_seconds = 0.0
+        return stats
+
+    def _latents(self, plan: SteeringPlan) -> list[tuple[int, int]]:
+        """The rows that this worker needs of a plan."""
+        return sorted(latent for latent in plan.latents if latent[0] in self._owned_saes)

@@ -1,0 +1,68 @@
+"""One forward pass: which slot each token of the batch belongs to, where it stands, what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from steering.slots import NO_SLOT, copy_to_device
+
+IntArray = npt.NDArray[np.integer]
+
+
+class Step:
+    """The batch of the forward pass under way, in tensors at fixed addresses.
+
+    Attributes:
+        token_slot: ``[max_num_tokens]`` int32, slot of each token; NO_SLOT for unsteered tokens and
+            for everything past the real ones, so padding is never steered.
+        positions: ``[max_num_tokens]`` int64, the runner's own buffer.
+        input_ids: ``[max_num_tokens]`` int32, the runner's own buffer.
+        active: whether any token of this pass has a slot.
+        num_tokens: real tokens of this pass.
+        slots_np: the distinct slots in this pass.
+    """
+
+    def __init__(
+        self, max_num_tokens: int, positions: Tensor, input_ids: Tensor, device: torch.device | str
+    ) -> None:
+        self.token_slot = torch.full((max_num_tokens,), NO_SLOT, dtype=torch.int32, device=device)
+        self.positions = positions
+        self.input_ids = input_ids
+        self.active = False
+        self.num_tokens = 0
+        self.slots_np: IntArray = np.empty(0, dtype=np.int32)
+        self.token_slot_np: IntArray = np.empty(0, dtype=np.int32)
+        # How much of `token_slot` the last pass left written.
+        self._dirty = 0
+
+    def begin(self, slot_of_row: Sequence[int] | IntArray, query_start_loc: IntArray) -> None:
+        """Lay out a batch.
+
+        Args:
+            slot_of_row: slot of each request, in the order of the runner's input batch.
+            query_start_loc: ``[num_reqs + 1]`` offsets of the requests' tokens in the batch.
+        """
+        slots = np.asarray(slot_of_row, dtype=np.int32)
+        self.num_tokens = int(query_start_loc[-1])
+        self.active = bool((slots != NO_SLOT).any())
+        if not self.active:
+            self._wipe(0)
+            return
+        self.token_slot_np = np.repeat(slots, np.diff(query_start_loc))
+        self.slots_np = np.unique(slots[slots != NO_SLOT])
+        copy_to_device(self.token_slot[: self.num_tokens], torch.from_numpy(self.token_slot_np))
+        self._wipe(self.num_tokens)
+
+    def end(self) -> None:
+        """The pass is over: nothing may be steered until the next one is laid out."""
+        self.active = False
+
+    def _wipe(self, start: int) -> None:
+        if self._dirty > start:
+            self.token_slot[start : self._dirty].fill_(NO_SLOT)
+        self._dirty = start

@@ -1,0 +1,98 @@
+"""The one door: every request that reaches the engine is validated, salted and planned here.
+
+``InputProcessor.process_inputs`` is what ``LLM``, ``AsyncLLM`` and vLLM's HTTP handlers share, so
+wrapping it catches a request whichever way it came in.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Final
+
+from steering.cache_salt import cache_salt
+from steering.catalog import Catalog
+from steering.config import SteeringConfig
+from steering.errors import SteeringError
+from steering.plan import Inspection, SteeringPlan, make_plan
+
+#: `SamplingParams.extra_args` key of the public field's JSON value.
+FIELD: Final = "steering"
+#: Key of a ticket, where the caller wants results back.
+TICKET: Final = "steering_ticket"
+#: Key of what `inspect` adds to a read: `{"aggregate": str, "special_tokens": bool}`.
+INSPECT: Final = "steering_inspect"
+#: Key under which the workers and the scheduler find the plan.
+PLAN: Final = "steering_plan"
+
+
+@functools.lru_cache(maxsize=8)
+def _catalog(config: SteeringConfig | None) -> Catalog:
+    return Catalog.from_config(config)
+
+
+def catalog_for(vllm_config: Any) -> Catalog:
+    """The catalog of an engine, opened once in each process."""
+    return _catalog(SteeringConfig.from_additional_config(vllm_config.additional_config))
+
+
+def admit(request: Any, catalog: Catalog) -> None:
+    """Turn the public field in an ``EngineCoreRequest``'s parameters into a salted plan.
+
+    Does nothing to a request that has no ``steering``. The request's parameters are its own copy.
+
+    Raises:
+        SteeringError: a ``ValueError``, before anything of the request has run.
+    """
+    params = request.sampling_params
+    extra = params.extra_args if params is not None else None
+    if not extra or not {FIELD, TICKET, INSPECT, PLAN} & extra.keys():
+        return
+    rest = {k: v for k, v in extra.items() if k not in (FIELD, TICKET, INSPECT, PLAN)}
+    params.extra_args = rest or None
+    if extra.get(FIELD) is None:
+        return
+    spec = catalog.parse(extra[FIELD])
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        raise SteeringError(
+            "unsupported_combination", "steering needs a prompt of tokens, not embeddings", FIELD
+        )
+    if request.resumable:
+        raise SteeringError(
+            "unsupported_combination", "steering does not work with streamed input", FIELD
+        )
+    checksums = catalog.prepare_now(spec)
+    prompt_len = len(request.prompt_token_ids)
+    request.cache_salt = cache_salt(spec, checksums, prompt_len, request.cache_salt)
+    if spec.read is not None:
+        params.skip_reading_prefix_cache = True
+    plan = make_plan(
+        spec,
+        catalog.index,
+        key=result_key(extra.get(TICKET), request.request_id),
+        children=params.n,
+        prompt_len=prompt_len,
+        inspection=_inspection(extra.get(INSPECT)),
+    )
+    params.extra_args = {**rest, PLAN: plan.to_wire()}
+
+
+def plan_of(params: Any) -> SteeringPlan | None:
+    """The plan in a ``SamplingParams``, None for an unsteered request."""
+    extra = params.extra_args if params is not None else None
+    wire = extra.get(PLAN) if extra else None
+    return None if wire is None else SteeringPlan.from_wire(wire)
+
+
+def result_key(ticket: str | None, request_id: str) -> str:
+    """What names a request's results: tickets keep clients' equal request ids apart."""
+    return request_id if ticket is None else f"{ticket}/{request_id}"
+
+
+def child_index(plan: SteeringPlan, req_id: str) -> int:
+    """Which of the ``n`` children a worker's request is; vLLM names them ``INDEX_PARENT``."""
+    return int(req_id.split("_", 1)[0]) if plan.children > 1 else 0
+
+
+def _inspection(raw: Mapping[str, Any] | None) -> Inspection | None:
+    return None if raw is None else Inspection(raw["aggregate"], raw["special_tokens"])

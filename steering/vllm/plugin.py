@@ -1,0 +1,52 @@
+"""``vllm.general_plugins`` entry point: runs in every process, changes nothing until asked to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncGenerator
+from typing import Any
+
+_MARK = "_steered_by_vllm_sae"
+
+
+def register() -> None:
+    """Put the door into ``InputProcessor`` and result collection into ``AsyncLLM``.
+
+    vLLM may call this several times in a process.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if not hasattr(InputProcessor.process_inputs, _MARK):
+        InputProcessor.process_inputs = _admitting(InputProcessor.process_inputs)
+        AsyncLLM.generate = _collecting(AsyncLLM.generate)
+
+
+def _admitting(process_inputs: Any) -> Any:
+    from steering.vllm.admission import admit, catalog_for
+
+    @functools.wraps(process_inputs)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        admit(request, catalog_for(self.vllm_config))
+        return request
+
+    setattr(wrapper, _MARK, True)
+    return wrapper
+
+
+def _collecting(generate: Any) -> Any:
+    from steering.vllm.results import collect, wants_collection
+
+    @functools.wraps(generate)
+    def wrapper(
+        self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        outputs: AsyncGenerator[Any, None] = generate(
+            self, prompt, sampling_params, request_id, **kwargs
+        )
+        if wants_collection(sampling_params):
+            return collect(self, outputs, sampling_params, request_id)
+        return outputs
+
+    return wrapper

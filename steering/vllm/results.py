@@ -1,0 +1,255 @@
+"""Bringing reports and reads from the workers back to whoever asked.
+
+A caller opens a ticket and puts it into the request; when the engine's output stream of that
+request ends, the workers' records are fetched by one RPC, cut to the positions that count, and laid
+down under the ticket.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from steering.catalog import Catalog
+from steering.spec import SteeringSpec
+from steering.vllm.admission import FIELD, TICKET, catalog_for, result_key
+
+
+@dataclass
+class ChoiceResult:
+    """What one choice's steering did, in the shapes of the contract."""
+
+    interventions: list[dict[str, Any]]
+    read: dict[str, Any] | None
+    tokens_cached: int
+    aggregate: list[list[float]] | None = None
+
+    def to_json(self, report: bool) -> dict[str, Any]:
+        """The response object's ``steering``."""
+        body: dict[str, Any] = {}
+        if report:
+            body["interventions"] = self.interventions
+            body["tokens_cached"] = self.tokens_cached
+        if self.read is not None:
+            body["read"] = self.read
+        return body
+
+
+@dataclass
+class _Tracker:
+    """One engine request while its outputs pass by.
+
+    ``tokens`` maps a child's index to its output tokens so far.
+    """
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    prompt: Sequence[int] = ()
+    cached: int = 0
+
+    def see(self, output: Any, cumulative: bool) -> None:
+        self.prompt = output.prompt_token_ids or self.prompt
+        self.cached = output.num_cached_tokens or self.cached
+        for choice in output.outputs:
+            known = self.tokens.setdefault(choice.index, [])
+            if cumulative:
+                known[:] = choice.token_ids
+            else:
+                known.extend(choice.token_ids)
+
+
+# Results by ticket: (order in which the prompts were submitted, results of that prompt's children).
+_tickets: dict[str, list[list[ChoiceResult] | None]] = {}
+
+
+def open_ticket() -> str:
+    """A new ticket, to be put into ``extra_args`` and taken or discarded afterwards."""
+    ticket = uuid.uuid4().hex
+    _tickets[ticket] = []
+    return ticket
+
+
+def take(ticket: str) -> list[ChoiceResult]:
+    """A finished HTTP request's results in the order of its choices; forgets the ticket."""
+    prompts = _tickets.pop(ticket, [])
+    return [result for results in prompts for result in results or ()]
+
+
+def discard(ticket: str) -> None:
+    """Forget a ticket whose request failed or whose client left."""
+    _tickets.pop(ticket, None)
+
+
+def wants_collection(params: Any) -> bool:
+    """Whether a request's parameters carry a ticket."""
+    return bool(params.extra_args and params.extra_args.get(TICKET))
+
+
+async def collect(
+    engine: Any, outputs: AsyncGenerator[Any, None], params: Any, request_id: str
+) -> AsyncGenerator[Any, None]:
+    """Pass ``outputs`` on; when they end, fetch the records and lay them under the ticket."""
+    from vllm.sampling_params import RequestOutputKind
+
+    ticket: str = params.extra_args[TICKET]
+    prompts = _tickets.setdefault(ticket, [])
+    place = len(prompts)
+    prompts.append(None)
+    tracker = _Tracker()
+    cumulative = params.output_kind != RequestOutputKind.DELTA
+    try:
+        async for output in outputs:
+            tracker.see(output, cumulative)
+            yield output
+    finally:
+        await outputs.aclose()
+    catalog = catalog_for(engine.vllm_config)
+    spec = catalog.parse(params.extra_args[FIELD])
+    limits = _limits(tracker)
+    per_engine = await engine.engine_core.call_utility_all_async(
+        "collective_rpc",
+        "steering_take_results",
+        None,
+        (result_key(ticket, request_id), limits),
+        None,
+    )
+    summaries = [s for workers in per_engine for worker in workers for s in worker or ()]
+    prompts[place] = _choices(spec, catalog, tracker, summaries, engine.get_tokenizer())
+
+
+def results_of(llm: Any, output: Any, params: Any) -> list[ChoiceResult]:
+    """Offline use: what steering did to one ``RequestOutput`` of ``LLM.generate``.
+
+    Args:
+        llm: the ``vllm.LLM`` that made ``output``.
+        output: a finished output of a request that asked for ``report`` or ``read``.
+        params: the ``SamplingParams`` it was made with.
+
+    Returns:
+        One result for each of the output's choices; fetching forgets them.
+    """
+    engine = llm.llm_engine
+    tracker = _Tracker()
+    tracker.see(output, cumulative=True)
+    workers = llm.collective_rpc(
+        "steering_take_results", args=(output.request_id, _limits(tracker))
+    )
+    summaries = [s for worker in workers for s in worker or ()]
+    catalog = catalog_for(engine.vllm_config)
+    spec = catalog.parse(params.extra_args[FIELD])
+    return _choices(spec, catalog, tracker, summaries, llm.get_tokenizer())
+
+
+def _limits(tracker: _Tracker) -> dict[int, int]:
+    """Positions that entered the model for good: the last sampled token never does."""
+    return {
+        child: len(tracker.prompt) + max(len(tokens) - 1, 0)
+        for child, tokens in tracker.tokens.items()
+    }
+
+
+def _choices(
+    spec: SteeringSpec,
+    catalog: Catalog,
+    tracker: _Tracker,
+    summaries: Iterable[dict[str, Any]],
+    tokenizer: Any,
+) -> list[ChoiceResult]:
+    by_child: dict[int, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        by_child.setdefault(summary["child"], []).append(summary)
+    return [
+        ChoiceResult(
+            interventions=_interventions(spec, by_child.get(child, [])),
+            read=_read(
+                spec, tracker.prompt, tracker.tokens[child], by_child.get(child, []), tokenizer
+            ),
+            tokens_cached=tracker.cached,
+            aggregate=_first(by_child.get(child, []), "aggregate"),
+        )
+        for child in sorted(tracker.tokens)
+    ]
+
+
+def _interventions(
+    spec: SteeringSpec, summaries: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The report's entries; each pipeline stage knows the edits at its own layers."""
+    nothing = {
+        "tokens_edited": 0,
+        "tokens_skipped": 0,
+        "tokens_active": 0,
+        "mean_activation": None,
+        "max_activation": None,
+    }
+    entries = []
+    for i, edit in enumerate(spec.edits):
+        counts = next(
+            (s["edits"][i] for s in summaries if s["edits"] and s["edits"][i] is not None), nothing
+        )
+        entries.append(
+            {
+                "sae": edit.sae,
+                "feature": edit.feature,
+                "op": edit.op,
+                "value": edit.value,
+                "effective_value": edit.effective_value,
+                **counts,
+            }
+        )
+    return entries
+
+
+def _read(
+    spec: SteeringSpec,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    summaries: Sequence[dict[str, Any]],
+    tokenizer: Any,
+) -> dict[str, Any] | None:
+    if spec.read is None:
+        return None
+    ids = [*prompt, *generated]
+    tokens = [
+        {
+            "position": position,
+            "id": ids[position],
+            "text": tokenizer.decode([ids[position]]),
+            "phase": "prompt" if position < len(prompt) else "generation",
+            "features": features,
+        }
+        for position, features in _first(summaries, "read") or ()
+    ]
+    return {"sae": spec.read.sae, "tokens": tokens}
+
+
+def _first(summaries: Sequence[dict[str, Any]], key: str) -> Any:
+    return next((s[key] for s in summaries if s[key] is not None), None)
+
+
+@dataclass
+class WorkerStats:
+    """Gauges, and counters since the last call by anyone, summed over data-parallel engines."""
+
+    slots_in_use: int = 0
+    slots_capacity: int = 0
+    rows_in_use: int = 0
+    rows_capacity: int = 0
+    edited_tokens: int = 0
+    skipped_tokens: int = 0
+    op_seconds: float = 0.0
+    steps: int = 0
+
+
+async def worker_stats(engine: Any) -> WorkerStats:
+    """Ask every engine's first worker how steering is doing."""
+    per_engine = await engine.engine_core.call_utility_all_async(
+        "collective_rpc", "steering_take_stats", None, (), None
+    )
+    total = WorkerStats()
+    for workers in per_engine:
+        for stats in workers:
+            for name, value in (stats or {}).items():
+                setattr(total, name, getattr(total, name) + value)
+    return total

@@ -1,0 +1,64 @@
+"""Model runner V1 (vLLM's CPU build, and CUDA where V2 does not reach)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from steering.ops import registered
+from steering.plan import SteeringPlan
+from steering.state import SteeringState
+from steering.vllm.admission import child_index, plan_of
+
+
+def token_buffers(runner: Any) -> tuple[Tensor, Tensor]:
+    """The runner's persistent ``positions`` and ``input_ids``, ``[max_num_tokens]`` on device."""
+    return runner.positions, runner.input_ids.gpu
+
+
+def attach(runner: Any, state: SteeringState) -> None:
+    """Follow the runner's requests and bracket its forward passes."""
+    update_states = runner._update_states
+    model_forward = runner._model_forward
+    # Preempted requests keep their plan here while they wait to resume.
+    plans: dict[str, SteeringPlan] = {}
+
+    def _update_states(scheduler_output: Any) -> Any:
+        _follow(scheduler_output, state, plans)
+        return update_states(scheduler_output)
+
+    def _model_forward(*args: Any, **kwargs: Any) -> Any:
+        # The input batch is final here: reordering and condensing are done.
+        registered.make_current(state)
+        num_reqs = runner.input_batch.num_reqs
+        state.begin_step(
+            runner.input_batch.req_ids[:num_reqs], runner.query_start_loc.np[: num_reqs + 1]
+        )
+        try:
+            return model_forward(*args, **kwargs)
+        finally:
+            state.end_step()
+
+    runner._update_states = _update_states
+    runner._model_forward = _model_forward
+
+
+def _follow(scheduler_output: Any, state: SteeringState, plans: dict[str, SteeringPlan]) -> None:
+    for req_id in scheduler_output.finished_req_ids:
+        state.remove_request(req_id)
+        plans.pop(req_id, None)
+    for req_id in scheduler_output.preempted_req_ids or ():
+        state.remove_request(req_id)
+    resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+    for req_id in resumed:
+        if req_id in plans:
+            state.remove_request(req_id)
+    for new in scheduler_output.scheduled_new_reqs:
+        plan = plan_of(new.sampling_params)
+        if plan is not None:
+            plans[new.req_id] = plan
+            state.add_request(new.req_id, plan, child_index(plan, new.req_id))
+    for req_id in resumed:
+        if req_id in plans:
+            state.add_request(req_id, plans[req_id], child_index(plans[req_id], req_id))

@@ -1,0 +1,59 @@
+"""Model runner V2 (vLLM's default on CUDA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from steering.ops import registered
+from steering.state import SteeringState
+from steering.vllm.admission import child_index, plan_of
+
+
+def token_buffers(runner: Any) -> tuple[Tensor, Tensor]:
+    """The runner's persistent ``positions`` and ``input_ids``, ``[max_num_tokens]`` on device."""
+    return runner.input_buffers.positions, runner.input_buffers.input_ids
+
+
+def attach(runner: Any, state: SteeringState) -> None:
+    """Follow the runner's requests through its ``ModelState`` and bracket its passes.
+
+    A preempted request is removed and comes back as a new one with its original prompt's length,
+    so preemption needs no code here.
+    """
+    model_state = runner.model_state
+    add_request = model_state.add_request
+    remove_request = model_state.remove_request
+    preprocess_state = model_state.preprocess_state
+    execute_model = runner.execute_model
+
+    def _add_request(req_index: int, new_req_data: Any) -> None:
+        add_request(req_index, new_req_data)
+        plan = plan_of(new_req_data.sampling_params)
+        if plan is not None:
+            req_id = new_req_data.req_id
+            state.add_request(req_id, plan, child_index(plan, req_id))
+
+    def _remove_request(req_id: str) -> None:
+        state.remove_request(req_id)
+        remove_request(req_id)
+
+    def _preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> None:
+        preprocess_state(input_batch, *args, **kwargs)
+        state.begin_step(
+            input_batch.req_ids, input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
+        )
+
+    def _execute_model(*args: Any, **kwargs: Any) -> Any:
+        registered.make_current(state)
+        try:
+            return execute_model(*args, **kwargs)
+        finally:
+            # Dummy passes that follow must find nothing to steer.
+            state.end_step()
+
+    model_state.add_request = _add_request
+    model_state.remove_request = _remove_request
+    model_state.preprocess_state = _preprocess_state
+    runner.execute_model = _execute_model

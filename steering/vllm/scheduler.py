@@ -1,0 +1,105 @@
+"""vLLM's scheduler, holding back steered requests whose rows would not fit on the device."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from steering.config import DEFAULT_MAX_ROWS, SteeringConfig
+from steering.vllm.admission import plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class _RowLimits:
+    """Scheduler mixin: requests whose features do not fit wait, first come first served.
+
+    Rows are counted from the moment a request enters vLLM's own queue, so whatever vLLM decides to
+    run fits. Unsteered requests never wait here.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+        self._max_rows = DEFAULT_MAX_ROWS if config is None else config.max_rows
+        self._row_users: Counter[tuple[int, int]] = Counter()
+        self._rows_of: dict[str, frozenset[tuple[int, int]]] = {}
+        self._held: OrderedDict[str, Request] = OrderedDict()
+
+    def add_request(self, request: Request) -> None:
+        plan = plan_of(request.sampling_params)
+        if plan is None or not plan.latents or request.request_id in self.requests:  # type: ignore[attr-defined]
+            super().add_request(request)  # type: ignore[misc]
+            return
+        self._held[request.request_id] = request
+        self._let_in()
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        if request_ids is None:
+            wanted = list(self._held)
+        else:
+            ids = (request_ids,) if isinstance(request_ids, str) else tuple(request_ids)
+            request_ids = ids
+            wanted = [r for r in ids if r in self._held]
+        dropped = []
+        for req_id in wanted:
+            request = self._held.pop(req_id)
+            request.status = finished_status
+            dropped.append(request)
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
+        if dropped:
+            self._let_in()
+        return finished + dropped
+
+    def get_request_counts(self) -> tuple[int, int]:
+        running, waiting = super().get_request_counts()  # type: ignore[misc]
+        return running, waiting + len(self._held)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        freed = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        rows = self._rows_of.pop(request.request_id, None)
+        if rows is not None:
+            self._row_users.subtract(rows)
+            for row in rows:
+                if not self._row_users[row]:
+                    del self._row_users[row]
+            self._let_in()
+        return freed
+
+    def _let_in(self) -> None:
+        while self._held:
+            req_id, request = next(iter(self._held.items()))
+            plan = plan_of(request.sampling_params)
+            assert plan is not None
+            more = sum(latent not in self._row_users for latent in plan.latents)
+            if len(self._row_users) + more > self._max_rows:
+                return
+            del self._held[req_id]
+            self._row_users.update(plan.latents)
+            self._rows_of[req_id] = plan.latents
+            super().add_request(request)  # type: ignore[misc]
+
+
+class _SteeringScheduler(_RowLimits, Scheduler):
+    pass
+
+
+class _SteeringAsyncScheduler(_RowLimits, AsyncScheduler):
+    pass
+
+
+class SteeringScheduler:
+    """Name this as ``scheduler_cls``; it becomes vLLM's sync or async scheduler, as configured."""
+
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """The scheduler that vLLM would have made, with row limits."""
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        chosen = _SteeringAsyncScheduler if asynchronous else _SteeringScheduler
+        return chosen(vllm_config, *args, **kwargs)

@@ -1,0 +1,47 @@
+"""Engine settings that steering cannot honour, refused at start rather than served wrongly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class UnsupportedEngineError(ValueError):
+    """An engine setting would make edits wrong or drop them."""
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Check a ``VllmConfig`` whose ``additional_config`` asks for steering.
+
+    Raises:
+        UnsupportedEngineError: naming the setting and why.
+    """
+    parallel = vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    passes = vllm_config.compilation_config.pass_config
+    refusals = (
+        (vllm_config.model_config.is_encoder_decoder, "an encoder-decoder model"),
+        (vllm_config.model_config.runner_type != "generate", "a pooling model"),
+        (
+            bool(getattr(passes, "enable_sp", False)),
+            "sequence parallelism (enable_sp), which shards the stream",
+        ),
+        (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "prefill context parallelism, which shards the batch",
+        ),
+        (
+            bool(getattr(parallel, "use_ubatching", False)),
+            "micro-batching (--enable-dbo), which runs the layers on parts of the batch",
+        ),
+        (
+            bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)),
+            "--kv-sharing-fast-prefill, which drops tokens between layers",
+        ),
+        (
+            bool(getattr(speculative, "enable_adaptive_verification", False)),
+            "adaptive verification, which drops tokens on the device",
+        ),
+    )
+    for refused, what in refusals:
+        if refused:
+            raise UnsupportedEngineError(f"SAE steering does not work with {what}")

@@ -1,0 +1,89 @@
+"""vLLM's worker of this platform, with steering installed once the model is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.platforms import current_platform
+
+from sae.card import HookPoint
+from sae.sae import open_sae
+from steering.config import SteeringConfig
+from steering.ops import registered
+from steering.state import SteeringState
+from steering.step import Step
+from steering.vllm import hook_points, runner_v1, runner_v2
+from steering.vllm.support import UnsupportedEngineError, refuse_unsupported
+
+if TYPE_CHECKING or current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+elif current_platform.is_cuda():
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+else:
+    raise UnsupportedEngineError(
+        f"SAE steering runs on CUDA and on CPU, not on {current_platform.device_name}"
+    )
+
+
+class SteeringWorker(PlatformWorker):  # type: ignore[misc]
+    """A worker that steers; name it as ``worker_cls``."""
+
+    steering: SteeringState | None = None
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the model, then put the op at every hook point that this worker holds."""
+        super().load_model(**kwargs)
+        config = SteeringConfig.from_additional_config(self.vllm_config.additional_config)
+        if config is not None and config.saes:
+            refuse_unsupported(self.vllm_config)
+            self.steering = self._install(config)
+
+    def steering_take_results(
+        self, key: str, limits: dict[int, int]
+    ) -> list[dict[str, Any]] | None:
+        """RPC: fetch and forget a request's records; None from workers that keep none."""
+        if self.steering is None or not self._keeps_records:
+            return None
+        return self.steering.take_results(key, limits)
+
+    def steering_take_stats(self) -> dict[str, float] | None:
+        """RPC: gauges, and counters since the last call; None from all but one worker a stage."""
+        if self.steering is None or not self._keeps_records:
+            return None
+        return self.steering.take_stats()
+
+    @property
+    def _keeps_records(self) -> bool:
+        """All tensor-parallel ranks see the same stream; one of them keeps the records."""
+        return bool(get_tp_group().is_first_rank)
+
+    def _install(self, config: SteeringConfig) -> SteeringState:
+        runner = self.model_runner
+        model = runner.get_model()
+        saes = [open_sae(ref) for ref in config.saes]
+        points = sorted({HookPoint.parse(sae.card.hook) for sae in saes}, key=str)
+        owned = hook_points.owned_hook_points(model, points, config.num_layers)
+        adapter = runner_v2 if self.use_v2_model_runner else runner_v1
+        positions, input_ids = adapter.token_buffers(runner)
+        state = SteeringState(
+            saes,
+            owned,
+            num_slots=self.vllm_config.scheduler_config.max_num_seqs,
+            max_rows=config.max_rows,
+            d_in=config.d_model,
+            step=Step(positions.shape[0], positions, input_ids, runner.device),
+            special_token_ids=config.special_token_ids,
+            vocab_size=self.vllm_config.model_config.get_vocab_size(),
+            record=self._keeps_records,
+            device=runner.device,
+        )
+        for point in owned:
+            hook_points.install(
+                model, point, config.num_layers, self.parallel_config.tensor_parallel_size
+            )
+        registered.make_current(state)
+        adapter.attach(runner, state)
+        return state
+
+
