@@ -1,0 +1,72 @@
+"""The `vllm-sae` command, which is also `python -m server`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+REFUSED: Final = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # The flags of these two are vLLM's, whose parser is slow to import.
+    if words[:1] == ["serve"]:
+        return _serve(words[1:])
+    if words[:1] == ["demo"] and not {"-h", "--help"}.intersection(words):
+        from server.demo import demo
+
+        return demo(words[1:])
+    args = _parser().parse_args(words)
+    from server.inspect_sae import inspect_sae
+
+    return inspect_sae(args.source)
+
+
+def _serve(argv: Sequence[str]) -> int:
+    from server.serve import RefusedStartError, serve
+
+    try:
+        serve(argv)
+    except RefusedStartError as error:
+        print(f"vllm-sae: error: {error}", file=sys.stderr, flush=True)
+        return REFUSED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-sae", description="Serve a model that each request may steer."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-sae {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "serve", help="serve MODEL --sae NAME=SOURCE [any vllm serve flag]", add_help=False
+    )
+    inspect = commands.add_parser("inspect-sae", help="print the card of an SAE and check its files")
+    inspect.add_argument(
+        "source",
+        metavar="SOURCE[,hook=HOOK][,format=FORMAT]",
+        help="a path, hf://OWNER/REPO[/SUBFOLDER][@REVISION] or sae_lens://RELEASE/SAE_ID",
+    )
+    commands.add_parser(
+        "demo",
+        help="serve the model and the SAE that come along, and show a steered answer",
+        usage="vllm-sae demo [any vllm serve flag, e.g. --port 8001]",
+    )
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("vllm-sae")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

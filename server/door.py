@@ -1,0 +1,80 @@
+"""Admission of one request: its `steering` is validated before the engine hears of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from server.metrics import count_accepted
+from server.protocol import Steerable
+from steering.catalog import Catalog
+from steering.errors import SteeringError
+from steering.spec import SteeringSpec
+from steering.vllm.admission import FIELD, INSPECT, TICKET
+
+UNSUPPORTED: Final = "unsupported_combination"
+#: Keys of `SamplingParams.extra_args` that only this server may fill.
+RESERVED: Final = frozenset({FIELD, TICKET, INSPECT})
+
+
+def refuse_smuggled(extra_args: object, param: str) -> None:
+    """SteeringError where a client fills the engine's extra arguments with steering itself."""
+    if not isinstance(extra_args, Mapping):
+        return
+    for key in RESERVED.intersection(extra_args):
+        raise SteeringError(
+            UNSUPPORTED,
+            f"send `steering` as a field of the request, not in {param}",
+            f"{param}.{key}",
+        )
+
+
+async def admit(
+    request: Steerable, catalog: Catalog, inspect: Mapping[str, Any] | None = None
+) -> SteeringSpec | None:
+    """Validate a request's steering and hand it to the sampling parameters; None if it has none.
+
+    Raises:
+        SteeringError: with the code and path of the error table.
+    """
+    refuse_smuggled(getattr(request, "vllm_xargs", None), "vllm_xargs")
+    if request.steering is None:
+        return None
+    spec = catalog.parse(request.steering)
+    _refuse_combinations(request, spec)
+    await catalog.prepare(spec)
+    request.extra_args[FIELD] = request.steering
+    if inspect is not None:
+        request.extra_args[INSPECT] = dict(inspect)
+    count_accepted(spec)
+    return spec
+
+
+def _refuse_combinations(request: Steerable, spec: SteeringSpec) -> None:
+    if getattr(request, "use_beam_search", False):
+        raise _combination("beam search, which leaves and re-enters the engine at each token")
+    if getattr(request, "prompt_embeds", None) is not None or _has_embeds(request):
+        raise _combination("prompt_embeds, which have no tokens")
+    if getattr(request, "background", False) and (spec.report or spec.read is not None):
+        raise _combination("a report or a read of a background response")
+
+
+def _has_embeds(request: Steerable) -> bool:
+    messages = getattr(request, "messages", None)
+    return isinstance(messages, list) and any(
+        _get(part, "type") == "prompt_embeds"
+        for message in messages
+        for part in _parts(_get(message, "content"))
+    )
+
+
+def _parts(content: object) -> Iterable[object]:
+    return content if isinstance(content, list) else ()
+
+
+def _get(item: object, key: str) -> object:
+    return item.get(key) if isinstance(item, Mapping) else getattr(item, key, None)
+
+
+def _combination(what: str) -> SteeringError:
+    return SteeringError(UNSUPPORTED, f"steering cannot be combined with {what}", FIELD)

@@ -1,0 +1,47 @@
+"""Refusals as HTTP responses, in the shape of the API that was called."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from server.json_response import TolerantJSONResponse
+from server.metrics import REJECTED
+from steering.errors import SteeringError
+
+logger = logging.getLogger("vllm.sae.server")
+
+INVALID_REQUEST = "invalid_request_error"
+
+
+class NotFoundError(SteeringError):
+    """A name or an index in the URL's path that does not exist: status 404."""
+
+
+def install(app: FastAPI) -> None:
+    """Answer every `SteeringError` that a route raises."""
+    app.add_exception_handler(SteeringError, _answer)
+
+
+def refusal(path: str, error: SteeringError) -> Response:
+    """The response to a refused request, counted and logged. `path` is the URL's."""
+    status = HTTPStatus.NOT_FOUND if isinstance(error, NotFoundError) else HTTPStatus.BAD_REQUEST
+    REJECTED.labels(code=error.code).inc()
+    logger.info("refused %r: %s", path[:200], error.code)
+    details = {
+        "message": error.message,
+        "type": INVALID_REQUEST,
+        "param": error.param,
+        "code": error.code,
+    }
+    if path.rstrip("/").endswith("/v1/messages"):
+        return TolerantJSONResponse({"type": "error", "error": details}, status)
+    return TolerantJSONResponse({"error": details}, status)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SteeringError)
+    return refusal(request.url.path, error)

@@ -1,0 +1,89 @@
+"""What one feature is near to and what it writes: computed when asked for, then remembered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import torch
+
+from sae.sae import SAE
+from server.unembedding import Unembedding
+
+#: Neighbours, promoted and suppressed tokens shown of a feature.
+NUM_SHOWN: Final = 10
+#: Features remembered; each is three short lists.
+MAX_REMEMBERED: Final = 4096
+
+Details = dict[str, list[list[Any]]]
+
+
+class FeatureDetails:
+    """Neighbours by decoder cosine, and tokens by the logit lens.
+
+    One thread of its own does the work, from memory-mapped weights and a bounded part at a time:
+    it is never in the way of the event loop, and two requests never compete for the disk.
+    """
+
+    def __init__(self, unembedding: Callable[[], Unembedding | None]) -> None:
+        self._open_unembedding = unembedding
+        self._unembedding: Unembedding | None = None
+        self._opened = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feature-details")
+        self._remembered: OrderedDict[tuple[str, int], Details] = OrderedDict()
+
+    async def get(self, sae: SAE, feature: int) -> Details:
+        """`nearest` [[feature, cosine]], `promoted` and `suppressed` [[token, score]].
+
+        The latter two are empty where the model's checkpoint does not show its unembedding.
+        """
+        key = (sae.card.id, feature)
+        if key not in self._remembered:
+            loop = asyncio.get_running_loop()
+            details = await loop.run_in_executor(self._thread, self._compute, sae, feature)
+            self._remembered[key] = details
+            if len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+        return self._remembered[key]
+
+    def _compute(self, sae: SAE, feature: int) -> Details:
+        if not self._opened:
+            self._unembedding, self._opened = self._open_unembedding(), True
+        direction = sae.decoder_rows(feature, feature + 1)[0]
+        promoted: list[list[Any]] = []
+        suppressed: list[list[Any]] = []
+        if self._unembedding is not None:
+            promoted, suppressed = self._unembedding.strongest(direction, NUM_SHOWN)
+        return {
+            "nearest": nearest(sae, feature, NUM_SHOWN),
+            "promoted": promoted,
+            "suppressed": suppressed,
+        }
+
+
+def nearest(sae: SAE, feature: int, count: int) -> list[list[Any]]:
+    """The features whose decoder rows point most nearly the same way: [[feature, cosine]].
+
+    cos(i, j) = W_dec_i . W_dec_j / (|W_dec_i| |W_dec_j|); rows without a length are near to none.
+    """
+    direction = torch.nn.functional.normalize(sae.decoder_rows(feature, feature + 1)[0], dim=0)
+    best_cosines = torch.empty(0)
+    best_features = torch.empty(0, dtype=torch.long)
+    for start, stop in sae.chunks():
+        rows = torch.nn.functional.normalize(sae.decoder_rows(start, stop), dim=1)
+        cosines = rows @ direction  # [stop - start] float32
+        if start <= feature < stop:
+            cosines[feature - start] = -torch.inf
+        top = cosines.topk(min(count, stop - start))
+        best_cosines = torch.cat([best_cosines, top.values])
+        best_features = torch.cat([best_features, top.indices + start])
+        order = best_cosines.argsort(descending=True, stable=True)[:count]
+        best_cosines, best_features = best_cosines[order], best_features[order]
+    return [
+        [int(index), float(cosine)]
+        for index, cosine in zip(best_features, best_cosines, strict=True)
+        if cosine > -torch.inf
+    ]

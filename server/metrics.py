@@ -1,0 +1,138 @@
+"""The `steering_*` series of /metrics.
+
+Counters of the workers arrive as deltas, so that several API server processes may each add what
+they fetched: the multi-process registry sums counters and keeps the latest value of a gauge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final, Protocol
+
+from prometheus_client import Counter, Gauge
+
+from steering.spec import OPS, SteeringSpec
+
+logger = logging.getLogger("vllm.sae.server")
+
+READ_OP: Final = "read"
+#: How long a scrape waits for the workers before it is answered with the values of the last one.
+SCRAPE_TIMEOUT_SECONDS: Final = 1.0
+#: Every code of the error table, so that a series exists before the first refusal.
+ERROR_CODES: Final = (
+    "duplicate_intervention",
+    "feature_out_of_range",
+    "invalid_type",
+    "invalid_value",
+    "invalid_weights",
+    "max_act_unknown",
+    "sae_required",
+    "steering_unavailable",
+    "too_many_interventions",
+    "unknown_field",
+    "unknown_sae",
+    "unsupported_combination",
+    "unsupported_op",
+)
+
+REQUESTS: Final = Counter(
+    "steering_requests",
+    "Accepted requests that use an SAE, by what they do with it.",
+    ["sae", "op"],
+)
+REJECTED: Final = Counter(
+    "steering_rejected", "Refused requests, by the code of the error.", ["code"]
+)
+EDITED_TOKENS: Final = Counter(
+    "steering_edited_tokens", "Token positions edited, counted once per edit."
+)
+SKIPPED_TOKENS: Final = Counter(
+    "steering_skipped_tokens", "Token positions that an edit left alone as attention sinks."
+)
+OP_SECONDS: Final = Counter(
+    "steering_op_seconds", "Time that the workers spent preparing and running edits and reads."
+)
+SLOTS_IN_USE: Final = Gauge(
+    "steering_slots_in_use", "Requests being steered.", multiprocess_mode="mostrecent"
+)
+SLOTS_CAPACITY: Final = Gauge(
+    "steering_slots_capacity",
+    "Requests that can be steered at once.",
+    multiprocess_mode="mostrecent",
+)
+ROWS_IN_USE: Final = Gauge(
+    "steering_rows_in_use",
+    "Features whose rows running requests hold on the device.",
+    multiprocess_mode="mostrecent",
+)
+ROWS_CAPACITY: Final = Gauge(
+    "steering_rows_capacity", "Rows that fit on the device.", multiprocess_mode="mostrecent"
+)
+
+
+class WorkerStats(Protocol):
+    """What the workers report: gauges as they are, counters since anyone last asked."""
+
+    slots_in_use: int
+    slots_capacity: int
+    rows_in_use: int
+    rows_capacity: int
+    edited_tokens: int
+    skipped_tokens: int
+    op_seconds: float
+
+
+def start_series(saes: Iterable[str]) -> None:
+    """Create every series that can be named in advance, at 0."""
+    for code in ERROR_CODES:
+        REJECTED.labels(code=code)
+    for sae in saes:
+        for op in (*OPS, READ_OP):
+            REQUESTS.labels(sae=sae, op=op)
+
+
+def count_accepted(spec: SteeringSpec) -> None:
+    """Count one request, once for each SAE and operation in it."""
+    uses = {(edit.sae, edit.op) for edit in spec.edits}
+    if spec.read is not None:
+        uses.add((spec.read.sae, READ_OP))
+    for sae, op in uses:
+        REQUESTS.labels(sae=sae, op=op).inc()
+
+
+class WorkerSeries:
+    """Fetches the workers' numbers when /metrics is scraped, one fetch at a time."""
+
+    def __init__(
+        self,
+        fetch: Callable[[], Awaitable[WorkerStats]],
+        timeout: float = SCRAPE_TIMEOUT_SECONDS,
+    ) -> None:
+        self._fetch = fetch
+        self._timeout = timeout
+        self._running: asyncio.Task[None] | None = None
+
+    async def refresh(self) -> None:
+        """Bring the series up to date, or give up waiting after the time-out.
+
+        A fetch that takes longer goes on: the deltas it brings are nowhere else.
+        """
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._update())
+        await asyncio.wait({self._running}, timeout=self._timeout)
+
+    async def _update(self) -> None:
+        try:
+            stats = await self._fetch()
+        except Exception as error:  # a scrape is answered whatever state the engine is in
+            logger.warning("the workers' steering statistics could not be fetched: %s", error)
+            return
+        EDITED_TOKENS.inc(stats.edited_tokens)
+        SKIPPED_TOKENS.inc(stats.skipped_tokens)
+        OP_SECONDS.inc(stats.op_seconds)
+        SLOTS_IN_USE.set(stats.slots_in_use)
+        SLOTS_CAPACITY.set(stats.slots_capacity)
+        ROWS_IN_USE.set(stats.rows_in_use)
+        ROWS_CAPACITY.set(stats.rows_capacity)

@@ -1,0 +1,113 @@
+"""What must happen before vLLM's own routes see a request.
+
+Both are plain ASGI: they read at most the request's body, never the response.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.door import UNSUPPORTED, refuse_smuggled
+from server.errors import refusal
+from server.routes.generate import ROUTES
+from server.state import SteeringState
+from steering.errors import SteeringError
+from steering.vllm.admission import FIELD
+
+
+class MetricsRefresh:
+    """Fetches the workers' numbers before vLLM answers GET /metrics."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _path(scope) == "/metrics":
+            state: SteeringState = scope["app"].state.steering
+            if state.worker_series is not None:
+                await state.worker_series.refresh()
+        await self.app(scope, receive, send)
+
+
+class ForeignSteering:
+    """Refuses `steering` in the body of a route that could only ignore it.
+
+    Embeddings, batches of chats, tokenize and the like drop unknown fields, so a request to steer
+    would end in an unsteered answer. Bodies are searched for the key as bytes, and parsed only
+    where it is found.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) in ROUTES:
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return
+        try:
+            refuse_foreign(body)
+        except SteeringError as error:
+            await refusal(_path(scope), error)(scope, receive, send)
+            return
+        await self.app(scope, _replay(body, receive), send)
+
+
+def refuse_foreign(body: bytes) -> None:
+    """SteeringError where a body asks for steering, in its own field or in the engine's."""
+    # A zero byte so early is UTF-16 or UTF-32, which JSON parsers take as well.
+    if not _MENTIONS_STEERING.search(body) and b"\0" not in body[:4]:
+        return
+    if _FORM_FIELD.search(body):
+        raise _cannot_carry()
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return  # whoever serves this route answers for what is not JSON
+    if not isinstance(content, Mapping):
+        return
+    if content.get(FIELD) is not None:
+        raise _cannot_carry()
+    refuse_smuggled(content.get("vllm_xargs"), "vllm_xargs")
+    sampling_params = content.get("sampling_params")
+    if isinstance(sampling_params, Mapping):
+        refuse_smuggled(sampling_params.get("extra_args"), "sampling_params.extra_args")
+
+
+def _cannot_carry() -> SteeringError:
+    return SteeringError(
+        UNSUPPORTED, f"this route cannot steer; the ones that can are {', '.join(ROUTES)}", FIELD
+    )
+
+
+def _either_spelling(text: str) -> str:
+    """A pattern for `text` in JSON, where any character may be spelled as an escape."""
+    return "".join(rf"(?:{c}|\\u00{ord(c):02x})" for c in text)
+
+
+_MENTIONS_STEERING: Final = re.compile(f'"{_either_spelling(FIELD)}'.encode(), re.IGNORECASE)
+_FORM_FIELD: Final = re.compile(f'; ?name="{FIELD}"'.encode())
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")).rstrip("/")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once more, then what the client does."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replayed

@@ -1,0 +1,59 @@
+"""The `vllm.endpoint_plugins` entry point: steering in vLLM's API server."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+from server import errors
+from server.feature_details import FeatureDetails
+from server.metrics import WorkerSeries, start_series
+from server.middleware import ForeignSteering, MetricsRefresh
+from server.routes import generate, saes
+from server.state import SteeringState
+from server.unembedding import open_unembedding
+from steering.catalog import Catalog
+from steering.vllm.admission import catalog_for
+from steering.vllm.results import worker_stats
+
+
+class SteeringEndpointPlugin:
+    """Adds the SAE routes and replaces those that generate by ones that take `steering`.
+
+    It is on without SAEs too, to refuse steering rather than ignore it.
+    """
+
+    name = "vllm_sae"
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """vLLM's first hook, after its own routes and before its middlewares.
+
+        vLLM's middlewares go around ours, so `--api-key` is asked for first.
+        """
+        generate.attach(app)
+        app.include_router(saes.router)
+        app.add_middleware(ForeignSteering)
+        app.add_middleware(MetricsRefresh)
+        errors.install(app)
+        SteeringState(Catalog({}), FeatureDetails(lambda: None), None).attach(app.state)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """vLLM's second hook, once the engine runs. `engine_client` is None for a renderer."""
+        if engine_client is None:
+            return
+        catalog = catalog_for(engine_client.vllm_config)
+        for name in catalog.names:
+            await asyncio.to_thread(catalog.features(name).load)
+        tokenizer = getattr(engine_client.renderer, "tokenizer", None)
+        details = FeatureDetails(partial(open_unembedding, engine_client.model_config, tokenizer))
+        series = WorkerSeries(partial(worker_stats, engine_client)) if catalog.names else None
+        SteeringState(catalog, details, series).attach(state)
+        start_series(catalog.names)
+        if messages := getattr(state, "anthropic_serving_messages", None):
+            generate.carry_through_messages(messages)

@@ -1,0 +1,127 @@
+"""vLLM's four generating routes, on requests that may carry `steering`.
+
+Each calls vLLM's own route function, so that a request without steering is vLLM's from here on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+from vllm.entrypoints.anthropic.api_router import create_messages
+from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
+from vllm.entrypoints.openai.completion.api_router import create_completion
+from vllm.entrypoints.openai.responses.api_router import create_responses
+from vllm.v1.engine.exceptions import EngineGenerateError
+
+from server.door import admit
+from server.protocol import (
+    Steerable,
+    SteerableChatCompletionRequest,
+    SteerableCompletionRequest,
+    SteerableMessagesRequest,
+    SteerableResponsesRequest,
+)
+from server.state import steering_state
+from server.streaming import (
+    Outcome,
+    Splice,
+    message_events,
+    openai_chunks,
+    response_events,
+    with_outcome,
+)
+from steering.errors import SteeringError
+from steering.vllm import results
+from steering.vllm.admission import TICKET
+
+VLLMRoute = Callable[[Any, Request], Awaitable[Response | None]]
+
+
+async def chat_completions(
+    request: SteerableChatCompletionRequest, raw_request: Request
+) -> Response | None:
+    return await _serve(create_chat_completion, openai_chunks, request, raw_request)
+
+
+async def completions(request: SteerableCompletionRequest, raw_request: Request) -> Response | None:
+    return await _serve(create_completion, openai_chunks, request, raw_request)
+
+
+async def responses(request: SteerableResponsesRequest, raw_request: Request) -> Response | None:
+    return await _serve(create_responses, response_events, request, raw_request)
+
+
+async def messages(request: SteerableMessagesRequest, raw_request: Request) -> Response | None:
+    return await _serve(create_messages, message_events, request, raw_request)
+
+
+ROUTES: Final[dict[str, Callable[..., Awaitable[Response | None]]]] = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+}
+
+
+def attach(app: FastAPI) -> None:
+    """Replace those of the four that `app` has; what vLLM documents about them stays."""
+    served = {
+        route.path: route
+        for route in app.routes
+        if isinstance(route, APIRoute) and "POST" in route.methods
+    }
+    for path, endpoint in ROUTES.items():
+        if original := served.get(path):
+            app.add_api_route(
+                path,
+                endpoint,
+                methods=["POST"],
+                name=original.name,
+                tags=original.tags,
+                responses=original.responses,
+                dependencies=original.dependencies,
+                response_model=None,
+            )
+
+
+def carry_through_messages(handler: Any) -> None:
+    """Let the handler of /v1/messages take a request's steering into the chat request it builds."""
+    handler.to_chat_completion_request = partial(_convert, handler.to_chat_completion_request)
+
+
+def _convert(convert: Callable[..., Any], request: Any, **options: Any) -> Any:
+    chat_request = convert(request, **options)
+    if isinstance(request, Steerable) and request.extra_args:
+        return SteerableChatCompletionRequest.adopt(chat_request, request.extra_args)
+    return chat_request
+
+
+async def _serve(
+    route: VLLMRoute, splice: Splice, request: Steerable, raw_request: Request
+) -> Response | None:
+    spec = await admit(request, steering_state(raw_request).catalog)
+    if spec is None or not (spec.report or spec.read is not None):
+        return await call_vllm(route, request, raw_request)
+    outcome = Outcome(results.open_ticket(), spec.report)
+    request.extra_args[TICKET] = outcome.ticket
+    try:
+        response = await call_vllm(route, request, raw_request)
+        return with_outcome(response, outcome, splice)
+    except BaseException:
+        outcome.discard()
+        raise
+
+
+async def call_vllm(route: VLLMRoute, request: Steerable, raw_request: Request) -> Response | None:
+    """Call a route of vLLM's; a refusal that the engine wrapped comes out as it was raised."""
+    try:
+        return await route(request, raw_request)
+    except EngineGenerateError as error:
+        if isinstance(error.__cause__, SteeringError):
+            raise error.__cause__ from None
+        raise

@@ -1,0 +1,64 @@
+"""The SAEs of the command line, opened and checked before anything else starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae.card import SAECard
+from sae.errors import SAEError
+from sae.features import FeatureTable
+from sae.sae import check_fits, open_sae
+from sae.source import SAEReference, resolve
+from steering.catalog import SCAN_LIMIT_BYTES
+
+
+@dataclass(frozen=True)
+class CheckedSAE:
+    """A resolved reference, and the card of what it led to."""
+
+    reference: SAEReference
+    card: SAECard
+
+
+def check(flag: str) -> CheckedSAE:
+    """Open what one `--sae` flag names. SAEError for every misfit that the files alone show."""
+    return check_reference(SAEReference.parse(flag), scan_limit=SCAN_LIMIT_BYTES)
+
+
+def check_reference(reference: SAEReference, scan_limit: int | None) -> CheckedSAE:
+    """Open an SAE and read its labels; scan its weights if they are not larger than the limit."""
+    resolved = resolve(reference)
+    sae = open_sae(resolved)
+    assert resolved.path is not None
+    FeatureTable.open(resolved.path, sae.card.d_sae).load()
+    if scan_limit is None or sae.weight_bytes <= scan_limit:
+        sae.scan_nonfinite()
+    return CheckedSAE(resolved, sae.card)
+
+
+def refuse_equal_names(checked: Sequence[CheckedSAE]) -> None:
+    """SAEError where two SAEs have one name: requests could not tell them apart."""
+    seen: dict[str, str] = {}
+    for sae in checked:
+        name, source = sae.card.id, sae.card.source
+        if name in seen:
+            raise SAEError(f"two SAEs are named {name!r}: {seen[name]} and {source}")
+        seen[name] = source
+
+
+def check_fit(checked: Sequence[CheckedSAE], model_config: Any) -> tuple[int, int]:
+    """Hidden size and number of layers of a vLLM model. SAEError where an SAE fits neither."""
+    d_model = int(model_config.get_hidden_size())
+    num_layers = int(model_config.get_total_num_hidden_layers())
+    for sae in checked:
+        check_fits(sae.card, d_model, num_layers)
+    return d_model, num_layers
+
+
+def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The tokenizer's special tokens, and the added tokens that it flags special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    flagged = {index for index, token in added.items() if getattr(token, "special", False)}
+    return tuple(sorted({*tokenizer.all_special_ids, *flagged}))

@@ -1,0 +1,181 @@
+"""`vllm-sae serve`: vLLM's own API server, with SAEs.
+
+Everything that can be refused is refused before the port opens, in one line and with exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from sae.errors import SAEError
+from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
+from server.saes_at_start import (
+    CheckedSAE,
+    check,
+    check_fit,
+    refuse_equal_names,
+    special_token_ids,
+)
+from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, SteeringConfig, engine_arguments
+from steering.spec import MAX_INTERVENTIONS
+
+SAE_FLAG: Final = "--sae"
+MAX_ROWS_FLAG: Final = "--steering-max-rows"
+#: Names a file into which a worker that cannot steer the model writes why, in one line.
+REFUSAL_VARIABLE: Final = "VLLM_SAE_REFUSAL_FILE"
+
+
+class RefusedStartError(Exception):
+    """The server cannot start as asked; the message is one readable line."""
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Run the server until it is stopped.
+
+    Args:
+        argv: what follows `serve` on the command line.
+
+    Raises:
+        RefusedStartError: for what this project refuses; vLLM's own refusals are its own.
+    """
+    try:
+        allow_ours(os.environ, installed_entry_points())
+        flags, rest = split_sae_flags(argv)
+        checked = [check(flag) for flag in flags]
+        refuse_equal_names(checked)
+        args = _parse(rest)
+        checked += [check(flag) for flag in args.sae]
+        refuse_equal_names(checked)
+        if checked:
+            _configure(args, checked)
+    except (SAEError, NotInstalledError) as error:
+        raise RefusedStartError(str(error)) from error
+    _run(args)
+
+
+def split_sae_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of every `--sae` in `argv`, and `argv` without them.
+
+    Taken out because vLLM's parser warns of any flag that is given twice.
+    """
+    values, rest = [], []
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if word == SAE_FLAG:
+            if not waiting:
+                raise RefusedStartError(f"{SAE_FLAG}: expected NAME=SOURCE after it")
+            values.append(waiting.pop(0))
+        elif word.startswith(f"{SAE_FLAG}="):
+            values.append(word.removeprefix(f"{SAE_FLAG}="))
+        else:
+            rest.append(word)
+    return values, rest
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    """Parse with vLLM's parser; `--sae` is on it for `--help` and for `--config` files."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="vllm-sae")
+    command = ServeSubcommand()
+    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_parser.usage = "vllm-sae serve MODEL --sae NAME=SOURCE [any vllm serve flag]"
+    group = serve_parser.add_argument_group("Steering", "Steering through SAE features.")
+    group.add_argument(
+        SAE_FLAG,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=SOURCE[,hook=HOOK][,format=FORMAT][,sink_norm=N]",
+        help="An SAE to serve: a path, hf://OWNER/REPO[/SUBFOLDER][@REVISION] or "
+        "sae_lens://RELEASE/SAE_ID. May be given several times.",
+    )
+    group.add_argument(
+        MAX_ROWS_FLAG,
+        type=int,
+        default=DEFAULT_MAX_ROWS,
+        help="How many features running requests may edit at once; more wait their turn.",
+    )
+    args: Namespace = parser.parse_args(["serve", *argv])
+    configure_logging_from_args(args)
+    command.validate(args)
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    return args
+
+
+def _configure(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
+    """Check the SAEs against the model, and put the steering engine into the arguments."""
+    from vllm import AsyncEngineArgs, envs
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from steering.vllm.support import UnsupportedEngineError, refuse_unsupported
+
+    refuse_flags(args, rust_frontend=envs.VLLM_USE_RUST_FRONTEND)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    vllm_config = engine_args.create_engine_config(headless=args.headless)
+    d_model, num_layers = check_fit(checked, vllm_config.model_config)
+    try:
+        refuse_unsupported(vllm_config)
+    except UnsupportedEngineError as error:
+        raise RefusedStartError(str(error)) from error
+    config = SteeringConfig(
+        saes=tuple(sae.reference for sae in checked),
+        d_model=d_model,
+        num_layers=num_layers,
+        special_token_ids=special_token_ids(cached_tokenizer_from_config(vllm_config.model_config)),
+        max_rows=args.steering_max_rows,
+    )
+    steer(args, engine_arguments(config))
+
+
+def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:
+    """RefusedStartError for vLLM flags that leave no place for steering."""
+    refusals = (
+        (args.worker_cls != "auto", "--worker-cls: steering has a worker class of its own"),
+        (args.scheduler_cls is not None, "--scheduler-cls: steering has a scheduler of its own"),
+        (CONFIG_KEY in args.additional_config, f"--additional-config: {CONFIG_KEY!r} is taken"),
+        (args.skip_tokenizer_init, "--skip-tokenizer-init: special tokens would be unknown"),
+        (args.grpc, "--grpc: requests over gRPC cannot carry steering"),
+        (rust_frontend, "VLLM_USE_RUST_FRONTEND: its routes cannot carry steering"),
+        (args.runner == "pooling", "--runner pooling: only generating models can be steered"),
+        (
+            args.steering_max_rows < MAX_INTERVENTIONS,
+            f"{MAX_ROWS_FLAG} {args.steering_max_rows}: must be at least {MAX_INTERVENTIONS}, "
+            "what one request may edit",
+        ),
+    )
+    for refused, why in refusals:
+        if refused:
+            raise RefusedStartError(f"cannot serve {SAE_FLAG} with {why}")
+
+
+def steer(args: Namespace, engine: dict[str, Any]) -> None:
+    """Put `engine_arguments` into parsed flags, beside the user's own `--additional-config`."""
+    for name, value in engine.items():
+        current = getattr(args, name)
+        setattr(args, name, {**current, **value} if isinstance(value, dict) else value)
+
+
+def _run(args: Namespace) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    with tempfile.TemporaryDirectory(prefix="vllm-sae-") as folder:
+        refusal = Path(folder) / "refusal"
+        os.environ[REFUSAL_VARIABLE] = str(refusal)
+        try:
+            ServeSubcommand.cmd(args)
+        except Exception as error:
+            if refusal.is_file():
+                raise RefusedStartError(refusal.read_text().strip()) from error
+            raise

@@ -1,0 +1,35 @@
+"""What the routes of one API server process share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.datastructures import State
+from starlette.requests import Request
+
+from server.feature_details import FeatureDetails
+from server.metrics import WorkerSeries
+from steering.catalog import Catalog
+
+
+@dataclass(frozen=True)
+class SteeringState:
+    """The SAEs, what is computed about their features, and the workers' numbers.
+
+    `worker_series` is None where no SAE is loaded: plain vLLM workers have none.
+    """
+
+    catalog: Catalog
+    details: FeatureDetails
+    worker_series: WorkerSeries | None
+
+    def attach(self, state: State) -> None:
+        """Make it the state of an app."""
+        state.steering = self
+
+
+def steering_state(request: Request) -> SteeringState:
+    """The state of the app that serves `request`."""
+    state = request.app.state.steering
+    assert isinstance(state, SteeringState)
+    return state

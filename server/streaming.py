@@ -1,0 +1,105 @@
+"""What happened to a request's tokens, added to vLLM's response or to the end of its stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from steering.vllm import results
+
+FIELD: Final = "steering"
+_DONE: Final = "data: [DONE]"
+_ERROR: Final = 'data: {"error"'
+
+Events = AsyncIterator[str]
+Splice = Callable[[AsyncIterable[str], "Outcome"], AsyncGenerator[str, None]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results of one request, to be taken once vLLM has finished with it."""
+
+    ticket: str
+    report: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The response's `steering` object: of one choice, or of several under `choices`."""
+        choices = [choice.to_json(self.report) for choice in results.take(self.ticket)]
+        if len(choices) == 1:
+            return dict(choices[0])
+        return {"choices": [{"index": i, **choice} for i, choice in enumerate(choices)]}
+
+    def discard(self) -> None:
+        """Forget the results; nothing happens where they have been taken."""
+        results.discard(self.ticket)
+
+
+def with_outcome(response: Response | None, outcome: Outcome, splice: Splice) -> Response | None:
+    """`response` with the outcome in it. None stands for a client that is gone."""
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _discarding(response.body_iterator, outcome, splice)
+        return response
+    if not isinstance(response, JSONResponse) or response.status_code != 200:
+        outcome.discard()
+        return response
+    content = json.loads(bytes(response.body))
+    content[FIELD] = outcome.to_json()
+    headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
+    return JSONResponse(content, headers=headers, background=response.background)
+
+
+async def _discarding(
+    events: AsyncIterable[Any], outcome: Outcome, splice: Splice
+) -> AsyncGenerator[str, None]:
+    """Forget the results however the stream ends, and close vLLM's generator."""
+    try:
+        async for event in splice(events, outcome):
+            yield event
+    finally:
+        outcome.discard()
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()
+
+
+async def openai_chunks(events: AsyncIterable[str], outcome: Outcome) -> AsyncGenerator[str, None]:
+    """Chat and text completions: a chunk of its own, without choices, just before `[DONE]`."""
+    head: dict[str, Any] = {}
+    failed = False
+    async for event in events:
+        failed = failed or event.startswith(_ERROR)
+        if not head and not failed and event.startswith("data: {"):
+            chunk = json.loads(event.removeprefix("data: "))
+            head = {key: chunk[key] for key in ("id", "object", "created", "model")}
+        if head and not failed and event.startswith(_DONE):
+            yield f"data: {_dumps({**head, 'choices': [], FIELD: outcome.to_json()})}\n\n"
+        yield event
+
+
+async def response_events(
+    events: AsyncIterable[str], outcome: Outcome
+) -> AsyncGenerator[str, None]:
+    """The Responses API: a field of the response inside the event `response.completed`."""
+    async for event in events:
+        name, _, data = event.partition("\ndata: ")
+        if name == "event: response.completed":
+            content = json.loads(data)
+            content["response"][FIELD] = outcome.to_json()
+            event = f"{name}\ndata: {_dumps(content)}\n\n"
+        yield event
+
+
+async def message_events(events: AsyncIterable[str], outcome: Outcome) -> AsyncGenerator[str, None]:
+    """The Messages API: a field of the last event, `message_stop`."""
+    async for event in events:
+        name, _, data = event.partition("\ndata: ")
+        if name == "event: message_stop":
+            event = f"{name}\ndata: {_dumps({**json.loads(data), FIELD: outcome.to_json()})}\n\n"
+        yield event
+
+
+def _dumps(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -1,0 +1,177 @@
+"""The served model's unembedding, read from its checkpoint's files.
+
+The engine's own copy lives in other processes and is busy; the files are memory-mapped here and
+read a part at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+logger = logging.getLogger("vllm.sae.server")
+
+#: Rows of the unembedding upcast at a time: [ROWS_AT_A_TIME, d_model] float32.
+ROWS_AT_A_TIME: Final = 8192
+
+_HEAD: Final = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_EMBEDDING: Final = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+_FINAL_NORM: Final = re.compile(
+    r"(^|\.)(norm|ln_f|final_layer_norm|final_layernorm|ln_final)\.weight$"
+)
+_NOT_THE_DECODER: Final = re.compile(
+    r"\.\d+\.|(^|\.)(vision|visual|audio|encoder|mtp)[^.]*\.", re.IGNORECASE
+)
+#: Their RMS norm multiplies by 1 + weight (vLLM's GemmaRMSNorm).
+_NORM_WEIGHT_PLUS_ONE: Final = frozenset(
+    {
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "qwen3_next",
+        "qwen3_5",
+        "qwen3_5_text",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+    }
+)
+#: Layer norms without a bias, so that their tensors do not give them away.
+_LAYER_NORM_WITHOUT_BIAS: Final = frozenset({"cohere", "cohere2"})
+_FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class Unembedding:
+    """W_U [vocab, d_model] and the weight of the norm before it, of one checkpoint.
+
+    A direction d added to the last residual stream moves the logits by W_U (gamma * d), up to the
+    norm's common factor 1/|x|, which changes no order; a layer norm first takes away d's mean.
+    """
+
+    def __init__(
+        self,
+        files: dict[str, Path],
+        head: str,
+        norm: str,
+        *,
+        plus_one: bool,
+        centred: bool,
+        token_text: Callable[[int], str],
+        num_tokens: int,
+    ) -> None:
+        self._file = files[head]
+        self._head = head
+        self._centred = centred
+        self._token_text = token_text
+        self._num_tokens = num_tokens
+        with safe_open(files[norm], framework="pt") as file:
+            self._gamma = file.get_tensor(norm).float() + float(plus_one)  # [d_model]
+
+    def strongest(self, direction: Tensor, count: int) -> tuple[list[list[Any]], list[list[Any]]]:
+        """The tokens that a direction [d_model] promotes and suppresses most: [[text, score]].
+
+        The score is (W_U (gamma * d/|d|))_token.
+        """
+        logits = self.logits(torch.nn.functional.normalize(direction, dim=0))
+        up, down = logits.topk(count), (-logits).topk(count)
+        return (
+            [[self._token_text(int(i)), float(v)] for v, i in zip(*up, strict=True)],
+            [[self._token_text(int(i)), -float(v)] for v, i in zip(*down, strict=True)],
+        )
+
+    def logits(self, direction: Tensor) -> Tensor:
+        """[d_model] float32 -> [num_tokens] float32."""
+        if self._centred:
+            direction = direction - direction.mean()
+        scaled = self._gamma * direction
+        with safe_open(self._file, framework="pt") as file:
+            rows = file.get_slice(self._head)
+            count = min(rows.get_shape()[0], self._num_tokens)
+            return torch.cat(
+                [
+                    rows[start : min(start + ROWS_AT_A_TIME, count)].float() @ scaled
+                    for start in range(0, count, ROWS_AT_A_TIME)
+                ]
+            )
+
+
+def open_unembedding(model_config: Any, tokenizer: Any) -> Unembedding | None:
+    """The unembedding of a vLLM model; None where its checkpoint does not show one.
+
+    That is so for formats other than safetensors, for quantized heads, and where it is not plain
+    which tensors are the head and the norm before it.
+    """
+    folder = _folder(model_config.model, model_config.revision)
+    if folder is None or tokenizer is None:
+        return None
+    try:
+        files = _tensors(folder)
+        return _find(files, model_config.hf_text_config, tokenizer)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        logger.warning("no promoted tokens: %s: %s", folder, error)
+        return None
+
+
+def _find(files: dict[str, Path], config: Any, tokenizer: Any) -> Unembedding | None:
+    d_model: int = config.hidden_size
+    decoder = [name for name in files if not _NOT_THE_DECODER.search(name)]
+    head = _only(decoder, _HEAD) or _only(decoder, _EMBEDDING)
+    norm = _only(decoder, _FINAL_NORM)
+    if head is None or norm is None:
+        return None
+    if not (_is_float(files, head, [d_model]) and _is_float(files, norm, [])):
+        return None
+    biased = norm.removesuffix("weight") + "bias" in files
+    return Unembedding(
+        files,
+        head,
+        norm,
+        plus_one=config.model_type in _NORM_WEIGHT_PLUS_ONE,
+        centred=biased or config.model_type in _LAYER_NORM_WITHOUT_BIAS,
+        token_text=lambda token: str(tokenizer.decode([token])),
+        num_tokens=len(tokenizer),
+    )
+
+
+def _only(names: Iterable[str], pattern: re.Pattern[str]) -> str | None:
+    found = [name for name in names if pattern.search(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_float(files: dict[str, Path], name: str, row: list[int]) -> bool:
+    with safe_open(files[name], framework="pt") as file:
+        stored = file.get_slice(name)
+        return stored.get_dtype() in _FLOATS and stored.get_shape()[1:] == row
+
+
+def _folder(model: str, revision: str | None) -> Path | None:
+    """Where the checkpoint lies on disk; the engine has fetched it by now."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        return None
+
+
+def _tensors(folder: Path) -> dict[str, Path]:
+    """Every tensor's name and the file it is in."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
