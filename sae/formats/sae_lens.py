@@ -114,7 +114,7 @@ def _normalization(config: Config, ref: SAEReference) -> tuple[str, float]:
     stated = config.get("normalize_activations", "none")
     if isinstance(stated, bool):
         stated = "expected_average_only_in" if stated else "none"
-    if stated not in _NORMALIZE:
+    if not isinstance(stated, str) or stated not in _NORMALIZE:
         raise SAEError(
             f"{config.path}: unknown normalize_activations {stated!r:.60}, expected one of "
             f"{', '.join(_NORMALIZE)}"

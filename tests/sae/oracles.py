@@ -1,0 +1,49 @@
+"""The libraries that own the formats, and what it means to agree with one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.sae import SAE
+from tests.sae.suites import inputs
+
+
+def oracle(module: str, package: str) -> ModuleType:
+    """The module; the test is skipped where its package is not installed."""
+    with warnings.catch_warnings():
+        # Their dependencies warn about one another at import.
+        warnings.simplefilter("ignore")
+        imported: ModuleType = pytest.importorskip(
+            module, reason=f"the oracle of this test is the package {package}", exc_type=ImportError
+        )
+    return imported
+
+
+def assert_same_sae(
+    mine: SAE, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """encode, chosen activations, decode and reconstruction agree in float32 to 1e-5.
+
+    Args:
+        encode: the other's x [n, d_in] -> f [n, d_sae].
+        decode: the other's (f, the x it came from) -> x_hat [n, d_in].
+    """
+    x = inputs(d_in=mine.card.d_in)
+    f = encode(x)
+    # Otherwise nothing was compared.
+    assert (f != 0).any()
+    assert (f == 0).any()
+    torch.testing.assert_close(mine.encode(x), f, atol=1e-5, rtol=1e-5)
+    latents = [0, mine.card.d_sae - 1, 7]
+    torch.testing.assert_close(mine.activations(x, latents), f[:, latents], atol=1e-5, rtol=1e-5)
+    # Sums of tens of terms: 1e-5 of the largest.
+    scale = float(decode(f, x).abs().max())
+    torch.testing.assert_close(mine.decode(f, x), decode(f, x), atol=1e-5 * scale, rtol=0)
+    x_hat = mine.decode(mine.encode(x), x)
+    torch.testing.assert_close(x_hat, decode(f, x), atol=1e-5 * scale, rtol=0)
