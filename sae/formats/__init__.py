@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Protocol
 
 from sae.errors import SAEError
-from sae.formats import sae_lens
+from sae.formats import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    llama_scope,
+    qwen_scope,
+    sae_lens,
+    sparsify,
+)
 from sae.formats.layout import CONFIG_NAMES, Config, SAEFiles, SAELayout, read_config
 from sae.source import SAEReference
 from sae.tensors import open_tensors
@@ -24,7 +33,17 @@ class Format(Protocol):
     def read(self, files: SAEFiles, ref: SAEReference) -> SAELayout: ...
 
 
-_FORMATS: tuple[Format, ...] = (sae_lens,)
+# The first that matches is taken: those before make their own tensors or configuration plain.
+_FORMATS: tuple[Format, ...] = (
+    gemma_scope,
+    gemma_scope_2,
+    sparsify,
+    llama_scope,
+    goodfire,
+    dictionary_learning,
+    qwen_scope,
+    sae_lens,
+)
 
 
 def open_layout(ref: SAEReference) -> tuple[SAEFiles, SAELayout]:

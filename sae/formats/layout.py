@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,13 @@ class SAEFiles:
             if name in self.configs:
                 return self.configs[name]
         raise SAEError(f"{self.path}: missing configuration: no {' or '.join(names)} beside it")
+
+    def search(self, ref: SAEReference, pattern: re.Pattern[str]) -> str | None:
+        """The pattern's first group in the nearest folder's name, or in the source's."""
+        for part in (*reversed(self.path.parts), *reversed(ref.source.split("/"))):
+            if match := pattern.search(part):
+                return str(match.group(1))
+        return None
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
         """The declared shape of a tensor that must be there, with so many dimensions."""

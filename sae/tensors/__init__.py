@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 from sae.errors import SAEError
+from sae.tensors.npz_file import NpzFile
 from sae.tensors.safetensors_file import SafetensorsFile
 from sae.tensors.tensor_file import FLOAT_DTYPES, TensorFile, TensorHeader
+from sae.tensors.torch_file import TorchFile
 
 __all__ = ["FLOAT_DTYPES", "TensorFile", "TensorHeader", "open_tensors"]
 
@@ -18,6 +21,26 @@ def open_tensors(path: Path) -> TensorFile:
             magic = file.read(16)
     except OSError as error:
         raise SAEError(f"{path}: cannot be read: {error.strerror}") from error
+    if magic[:4] == b"PK\x03\x04":
+        return _open_archive(path)
     if magic[8:9] == b"{":
         return SafetensorsFile(path)
-    raise SAEError(f"{path}: not a weight file that is known here, expected safetensors")
+    if magic[:1] == b"\x80":
+        raise SAEError(
+            f"{path}: a bare pickle, which cannot be memory-mapped; save it again with a current "
+            "torch.save, or as safetensors"
+        )
+    raise SAEError(f"{path}: no weight file that is known here (safetensors, torch, npz)")
+
+
+def _open_archive(path: Path) -> TensorFile:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise SAEError(f"{path}: truncated or damaged archive: {error}") from error
+    if any(name.endswith(".npy") for name in names):
+        return NpzFile(path)
+    if any(name.endswith("data.pkl") for name in names):
+        return TorchFile(path)
+    raise SAEError(f"{path}: an archive without arrays or tensors")

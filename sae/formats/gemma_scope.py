@@ -1,0 +1,66 @@
+"""Gemma Scope: `layer_L/width_W/average_l0_N/params.npz`, JumpReLU, b_dec not subtracted.
+
+Neither layer nor site are in the file: the layer is the folder's name, the site the repository's
+(`gemma-scope-2b-pt-res`, `-mlp`, `-att`). The case of the keys varies.
+"""
+
+from __future__ import annotations
+
+import re
+
+from sae.errors import SAEError
+from sae.formats.layout import SAEFiles, SAELayout, Stored, choose_hook, refuse_transcoder
+from sae.source import SAEReference
+
+NAME = "gemma_scope"
+
+_SITE = re.compile(r"gemma-scope-.*-(res|mlp|att|transcoders)\b")
+_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+
+
+def matches(files: SAEFiles) -> bool:
+    return files.tensors.container == "npz"
+
+
+def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+    names = by_lower_case(files)
+    d_in, d_sae = files.shape(names.get("w_enc", "w_enc"), rank=2)
+    return SAELayout(
+        format=NAME,
+        architecture="jumprelu",
+        hook=choose_hook(files.path, ref, stated=None, guessed=_guess_hook(files, ref)),
+        d_in=d_in,
+        d_sae=d_sae,
+        tensors=jumprelu_tensors(names),
+        apply_b_dec_to_input=False,
+    )
+
+
+def by_lower_case(files: SAEFiles) -> dict[str, str]:
+    """The names as stored by their lower case; SAEError where two differ in case alone."""
+    names: dict[str, str] = {}
+    for name in sorted(files.names):
+        if (other := names.setdefault(name.lower(), name)) != name:
+            raise SAEError(f"{files.path}: {other} and {name} differ in case alone")
+    return names
+
+
+def jumprelu_tensors(names: dict[str, str]) -> dict[str, Stored]:
+    """Gemma Scope's tensors, w_enc [d_in, d_sae]; a name that is missing stays to be missed."""
+    canonical = {"W_enc": "w_enc", "W_dec": "w_dec"} | {
+        name: name for name in ("b_enc", "b_dec", "threshold")
+    }
+    return {
+        name: Stored(names.get(stored, stored), transposed=name == "W_enc")
+        for name, stored in canonical.items()
+    }
+
+
+def _guess_hook(files: SAEFiles, ref: SAEReference) -> str | None:
+    site = files.search(ref, _SITE)
+    layer = files.search(ref, re.compile(r"layer_(\d+)"))
+    if site == "transcoders":
+        refuse_transcoder(files.path, "by its repository's name")
+    if site is None or layer is None:
+        return None
+    return f"blocks.{layer}.{_HOOKS[site]}"

@@ -1,0 +1,82 @@
+"""Gemma Scope 2: `resid_post/layer_L_width_W_l0_S/params.safetensors`, JumpReLU, w_enc
+[d_in, d_sae], b_dec not subtracted. `config.json` names the module; where it is absent, the
+folders do."""
+
+from __future__ import annotations
+
+import re
+
+from sae.errors import SAEError
+from sae.formats.gemma_scope import by_lower_case, jumprelu_tensors
+from sae.formats.layout import Config, SAEFiles, SAELayout, choose_hook, refuse_transcoder
+from sae.source import SAEReference
+
+NAME = "gemma_scope_2"
+
+# Modules of Hugging Face's Gemma 3 and folders of the suite, as hook points.
+_MODULES = {
+    "output": "hook_resid_post",
+    "self_attn.o_proj.input": "attn.hook_z",
+    "post_feedforward_layernorm.output": "hook_mlp_out",
+}
+_FOLDERS = {
+    "resid_post": "hook_resid_post",
+    "attn_out": "attn.hook_z",
+    "mlp_out": "hook_mlp_out",
+}
+_MODULE = re.compile(r"(?:\w+\.)*layers\.(\d+)\.(.+)")
+_FOLDER = re.compile(r"(resid_post|attn_out|mlp_out|transcoder|clt)")
+
+
+def matches(files: SAEFiles) -> bool:
+    return files.tensors.container == "safetensors" and bool({"w_enc", "w_dec"} & files.names)
+
+
+def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+    config = files.configs.get("config.json")
+    _refuse_transcoders(files, ref, config)
+    if config is not None and config.get("architecture", "jump_relu") != "jump_relu":
+        raise SAEError(
+            f"{config.path}: unknown architecture {config.get('architecture')!r:.60}, "
+            "expected jump_relu"
+        )
+    d_in, d_sae = files.shape("w_enc", rank=2)
+    stated = None if config is None else _stated_hook(config)
+    return SAELayout(
+        format=NAME,
+        architecture="jumprelu",
+        hook=choose_hook(files.path, ref, stated, guessed=_guess_hook(files, ref)),
+        d_in=d_in,
+        d_sae=d_sae,
+        tensors=jumprelu_tensors(by_lower_case(files)),
+        apply_b_dec_to_input=False,
+    )
+
+
+def _refuse_transcoders(files: SAEFiles, ref: SAEReference, config: Config | None) -> None:
+    if "affine_skip_connection" in files.names:
+        refuse_transcoder(files.path, "tensor affine_skip_connection")
+    if config is not None and "hf_hook_point_out" in config:
+        where = config.text("hf_hook_point_out")
+        if where != config.get("hf_hook_point_in"):
+            refuse_transcoder(config.path, f"it writes at {where:.80}")
+    if config is None and files.search(ref, _FOLDER) in ("transcoder", "clt"):
+        refuse_transcoder(files.path, "by its folder's name")
+
+
+def _stated_hook(config: Config) -> str | None:
+    if "hf_hook_point_in" not in config:
+        return None
+    module = config.text("hf_hook_point_in")
+    match = _MODULE.fullmatch(module)
+    if match is None or match.group(2) not in _MODULES:
+        raise SAEError(f"{config.path}: unknown hook point {module!r:.80}")
+    return f"blocks.{match.group(1)}.{_MODULES[match.group(2)]}"
+
+
+def _guess_hook(files: SAEFiles, ref: SAEReference) -> str | None:
+    site = files.search(ref, _FOLDER)
+    layer = files.search(ref, re.compile(r"layer_(\d+)"))
+    if site not in _FOLDERS or layer is None:
+        return None
+    return f"blocks.{layer}.{_FOLDERS[site]}"
