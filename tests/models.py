@@ -48,7 +48,8 @@ of France is Paris. How many words are there in this sentence?
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
-    "qwen2": ("Qwen2Config", {}),
+    # Qwen2's attention knows no head size of its own: hidden size over heads.
+    "qwen2": ("Qwen2Config", {"num_attention_heads": 2, "head_dim": None}),
     "qwen3": ("Qwen3Config", {}),
     "gemma2": (
         "Gemma2Config",
@@ -72,6 +73,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": (
         "Qwen2MoeConfig",
         {
+            "num_attention_heads": 2,
+            "head_dim": None,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
