@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,4 +90,204 @@ def write_sae_lens(
     tensors = sae_lens_tensors(architecture) if tensors is None else tensors
     (folder / "cfg.json").write_text(json.dumps(config))
     save_file(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+def write_gemma_scope(
+    root: Path, *, upper: bool = False, compressed: bool = False, site: str = "res"
+) -> Path:
+    """A folder of `gemma-scope-2b-pt-res`, its keys as some of the releases spell them."""
+    folder = root / f"gemma-scope-2b-pt-{site}" / "layer_3" / "width_16k" / "average_l0_20"
+    folder.mkdir(parents=True)
+    canonical = weights()
+    arrays = {
+        ("W_enc" if upper else "w_enc"): canonical["W_enc"].T.contiguous(),
+        ("W_dec" if upper else "w_dec"): canonical["W_dec"],
+        **{name: canonical[name] for name in ("b_enc", "b_dec", "threshold")},
+    }
+    save = np.savez_compressed if compressed else np.savez
+    save(folder / "params.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+    return folder
+
+
+def gemma_scope_2_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "architecture": "jump_relu",
+        "model_name": "google/gemma-3-270m",
+        "hf_hook_point_in": "model.layers.3.output",
+    } | changes
+
+
+def write_gemma_scope_2(
+    root: Path, *, config: dict[str, Any] | None = None, site: str = "resid_post"
+) -> Path:
+    folder = root / "gemma-scope-2-270m-pt" / site / "layer_3_width_16k_l0_small"
+    folder.mkdir(parents=True)
+    canonical = weights()
+    tensors = {
+        "w_enc": canonical["W_enc"].T.contiguous(),
+        "w_dec": canonical["W_dec"],
+        **{name: canonical[name] for name in ("b_enc", "b_dec", "threshold")},
+    }
+    save_file(tensors, folder / "params.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_llama_scope(root: Path, **changes: Any) -> Path:
+    folder = root / "Llama3_1-8B-Base-L3R-8x"
+    (folder / "checkpoints").mkdir(parents=True)
+    canonical = weights()
+    tensors = {
+        "encoder.weight": canonical["W_enc"],
+        "encoder.bias": canonical["b_enc"],
+        "decoder.weight": canonical["W_dec"].T.contiguous(),
+        "decoder.bias": canonical["b_dec"],
+    }
+    save_file(tensors, folder / "checkpoints" / "final.safetensors")
+    config = {
+        "hook_point_in": HOOK,
+        "hook_point_out": HOOK,
+        "d_model": D_IN,
+        "d_sae": D_SAE,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.9,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": 8.5, "out": 8.5},
+        "top_k": 50,
+    }
+    (folder / "hyperparams.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def write_qwen_scope(root: Path, repository: str = "SAE-Res-Qwen3-1.7B-Base-W32K-L0_5") -> Path:
+    folder = root / repository
+    folder.mkdir(parents=True)
+    canonical = weights()
+    tensors = {
+        "W_enc": canonical["W_enc"],
+        "W_dec": canonical["W_dec"].T.contiguous(),
+        "b_enc": canonical["b_enc"],
+        "b_dec": canonical["b_dec"],
+    }
+    torch.save(tensors, folder / "layer3.sae.pt")
+    return folder / "layer3.sae.pt"
+
+
+def write_goodfire(root: Path, name: str = "Llama-3.1-8B-Instruct-SAE-l3.pth") -> Path:
+    canonical = weights()
+    tensors = {
+        "encoder_linear.weight": canonical["W_enc"],
+        "encoder_linear.bias": canonical["b_enc"],
+        "decoder_linear.weight": canonical["W_dec"].T.contiguous(),
+        "decoder_linear.bias": canonical["b_dec"],
+    }
+    torch.save(tensors, root / name)
+    return root / name
+
+
+def write_sparsify(root: Path, module: str = "layers.3", **changes: Any) -> Path:
+    folder = root / module
+    folder.mkdir(parents=True)
+    canonical = weights()
+    tensors = {
+        "encoder.weight": canonical["W_enc"],
+        "encoder.bias": canonical["b_enc"],
+        "W_dec": canonical["W_dec"],
+        "b_dec": canonical["b_dec"],
+    }
+    save_file(tensors, folder / "sae.safetensors")
+    config = {
+        "activation": "topk",
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": D_SAE,
+        "k": 5,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": D_IN,
+    }
+    (folder / "cfg.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+DICTIONARY_CLASSES = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "GatedAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+    "JumpReluAutoEncoder",
+)
+
+
+def dictionary_tensors(dict_class: str) -> dict[str, Tensor]:
+    """A state dictionary as that class of dictionary_learning saves it."""
+    w = weights()
+    linear = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T.contiguous(),
+    }
+    parameters = {"W_enc": w["W_enc"].T.contiguous(), "W_dec": w["W_dec"], "b_enc": w["b_enc"]}
+    k = torch.tensor(5, dtype=torch.int)
+    return {
+        "AutoEncoder": {**linear, "bias": w["b_dec"]},
+        "AutoEncoderNew": {**linear, "decoder.bias": w["b_dec"]},
+        "GatedAutoEncoder": {
+            "encoder.weight": w["W_enc"],
+            "decoder.weight": w["W_dec"].T.contiguous(),
+            "decoder_bias": w["b_dec"],
+            "gate_bias": w["b_gate"],
+            "mag_bias": w["b_mag"],
+            "r_mag": w["r_mag"],
+        },
+        "AutoEncoderTopK": {
+            **linear, "b_dec": w["b_dec"], "k": k, "threshold": torch.tensor(0.3),
+        },
+        "BatchTopKSAE": {
+            **linear, "b_dec": w["b_dec"], "k": k, "threshold": torch.tensor(0.7),
+        },
+        "MatryoshkaBatchTopKSAE": {
+            **parameters,
+            "b_dec": w["b_dec"],
+            "k": k,
+            "threshold": torch.tensor(0.7),
+            "group_sizes": torch.tensor([10, 30]),
+        },
+        "JumpReluAutoEncoder": {
+            **parameters, "b_dec": w["b_dec"], "threshold": w["threshold"],
+        },
+    }[dict_class]  # fmt: skip
+
+
+def write_dictionary_learning(
+    root: Path,
+    dict_class: str = "BatchTopKSAE",
+    *,
+    tensors: dict[str, Tensor] | None = None,
+    trainer: dict[str, Any] | None = None,
+    buffer: dict[str, Any] | None = None,
+) -> Path:
+    folder = root / "resid_post_layer_3" / "trainer_0"
+    folder.mkdir(parents=True)
+    torch.save(dictionary_tensors(dict_class) if tensors is None else tensors, folder / "ae.pt")
+    config = {
+        "trainer": {
+            "dict_class": dict_class,
+            "activation_dim": D_IN,
+            "dict_size": D_SAE,
+            "k": 5,
+            "layer": 3,
+            "lm_name": "tiny",
+            "submodule_name": "resid_post_layer_3",
+            "group_sizes": [10, 30],
+        }
+        | (trainer or {}),
+        "buffer": {"d_submodule": D_IN, "io": "out", "ctx_len": 128} | (buffer or {}),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

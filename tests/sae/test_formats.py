@@ -1,0 +1,389 @@
+"""Every suite's layout: against the formulas of its architecture, and what it cannot do refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.errors import SAEError
+from sae.sae import SAE
+from tests.sae.oracles import assert_same_sae
+from tests.sae.suites import (
+    D_IN,
+    D_SAE,
+    DICTIONARY_CLASSES,
+    HOOK,
+    dictionary_tensors,
+    gemma_scope_2_config,
+    weights,
+    write_dictionary_learning,
+    write_gemma_scope,
+    write_gemma_scope_2,
+    write_goodfire,
+    write_llama_scope,
+    write_qwen_scope,
+    write_sae_lens,
+    write_sparsify,
+)
+
+Load = Callable[..., SAE]
+
+
+def topk(h: Tensor, k: int) -> Tensor:
+    kept = h >= h.topk(k, dim=-1).values[:, -1:]
+    return h.relu() * kept
+
+
+def assert_formula(
+    sae: SAE,
+    f_of: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    scale: float = 1.0,
+) -> None:
+    """f_of(x, canonical weights) and f @ W_dec/s + b_dec/s, both in float64."""
+    w = {name: tensor.double() for name, tensor in weights().items()}
+    assert_same_sae(
+        sae,
+        lambda x: f_of(x.double(), w).float(),
+        lambda f, _: ((f.double() @ w["W_dec"] + w["b_dec"]) / scale).float(),
+    )
+
+
+def jumprelu(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    h = x @ w["W_enc"].T + w["b_enc"]
+    return h * (h > w["threshold"])
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("upper", [False, True])
+def test_gemma_scope(tmp_path: Path, load: Load, upper: bool, compressed: bool) -> None:
+    sae = load(write_gemma_scope(tmp_path, upper=upper, compressed=compressed))
+    assert (sae.card.format, sae.card.architecture) == ("gemma_scope", "jumprelu")
+    assert (sae.card.hook, sae.card.apply_b_dec_to_input) == (HOOK, False)
+    assert_formula(sae, jumprelu)
+
+
+def test_gemma_scope_site_is_the_repository_s(tmp_path: Path, load: Load) -> None:
+    assert load(write_gemma_scope(tmp_path, site="mlp")).card.hook == "blocks.3.hook_mlp_out"
+    with pytest.raises(SAEError, match=r"unknown hook point 'blocks.3.attn.hook_z'"):
+        load(write_gemma_scope(tmp_path, site="att"))
+    with pytest.raises(SAEError, match="this is a transcoder"):
+        load(write_gemma_scope(tmp_path, site="transcoders"))
+
+
+def test_gemma_scope_file_alone_needs_its_hook_stated(tmp_path: Path, load: Load) -> None:
+    lone = (write_gemma_scope(tmp_path) / "params.npz").rename(tmp_path / "params.npz")
+    with pytest.raises(SAEError, match=r"stated nowhere; state it as .*,hook=blocks.LAYER"):
+        load(lone)
+    assert load(lone, hook="blocks.9.hook_resid_post").card.layer == 9
+
+
+@pytest.mark.parametrize("config", [None, gemma_scope_2_config()])
+def test_gemma_scope_2_with_and_without_configuration(
+    tmp_path: Path, load: Load, config: dict[str, Any] | None
+) -> None:
+    sae = load(write_gemma_scope_2(tmp_path, config=config))
+    assert (sae.card.format, sae.card.hook) == ("gemma_scope_2", HOOK)
+    assert_formula(sae, jumprelu)
+
+
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        ("model.layers.7.output", "blocks.7.hook_resid_post"),
+        ("model.language_model.layers.7.output", "blocks.7.hook_resid_post"),
+        ("model.layers.7.post_feedforward_layernorm.output", "blocks.7.hook_mlp_out"),
+    ],
+)
+def test_gemma_scope_2_configuration_names_the_module(
+    tmp_path: Path, load: Load, module: str, hook: str
+) -> None:
+    config = gemma_scope_2_config(hf_hook_point_in=module)
+    assert load(write_gemma_scope_2(tmp_path, config=config)).card.hook == hook
+
+
+@pytest.mark.parametrize(
+    ("config", "site", "message"),
+    [
+        (gemma_scope_2_config(hf_hook_point_in="model.layers.3.self_attn.o_proj.input"),
+         "attn_out", "unknown hook point"),
+        (gemma_scope_2_config(hf_hook_point_in="model.layers.3.input"), "x", "unknown hook point"),
+        (gemma_scope_2_config(hf_hook_point_out="model.layers.3.mlp"), "x", "a transcoder"),
+        (gemma_scope_2_config(architecture="relu"), "x", "unknown architecture 'relu'"),
+        (None, "transcoder_all", "a transcoder"),
+        (None, "clt", "a transcoder"),
+        (None, "attn_out", "unknown hook point"),
+        (None, "somewhere", "stated nowhere"),
+    ],
+)  # fmt: skip
+def test_gemma_scope_2_that_cannot_be_served_is_refused(
+    tmp_path: Path, load: Load, config: dict[str, Any] | None, site: str, message: str
+) -> None:
+    with pytest.raises(SAEError, match=message):
+        load(write_gemma_scope_2(tmp_path, config=config, site=site))
+
+
+def test_llama_scope_folds_its_scale_into_weights_and_threshold(tmp_path: Path, load: Load) -> None:
+    sae = load(write_llama_scope(tmp_path))
+    assert (sae.card.format, sae.card.architecture) == ("llama_scope", "jumprelu")
+    assert (sae.card.hook, sae.card.apply_b_dec_to_input) == (HOOK, False)
+    s = D_IN**0.5 / 8.5
+
+    def f_of(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        h = s * x @ w["W_enc"].T + w["b_enc"]
+        return h * (h > 0.9 * s)
+
+    assert_formula(sae, f_of, scale=s)
+    rows = sae.rows([4])
+    torch.testing.assert_close(rows.W_enc[0], weights()["W_enc"][4] * s)
+    torch.testing.assert_close(rows.W_dec[0], weights()["W_dec"][4] / s)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hook_point_out": "blocks.3.hook_mlp_out"}, "this is a transcoder"),
+        ({"act_fn": "relu"}, "unknown act_fn 'relu', expected jumprelu"),
+        ({"norm_activation": "token-wise"}, "unknown norm_activation 'token-wise'"),
+        ({"dataset_average_activation_norm": {"in": 0}}, "average norm must be positive, got 0"),
+        ({"dataset_average_activation_norm": None}, "in must be a finite number, got None"),
+        ({"jump_relu_threshold": "0.9"}, "jump_relu_threshold must be a finite number"),
+        ({"d_sae": 41}, "expected \\[41, 12\\]"),
+    ],
+)
+def test_llama_scope_that_does_not_fit_is_refused(
+    tmp_path: Path, load: Load, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SAEError, match=message):
+        load(write_llama_scope(tmp_path, **changes))
+
+
+def test_llama_scope_without_configuration_is_refused(tmp_path: Path, load: Load) -> None:
+    folder = write_llama_scope(tmp_path)
+    (folder / "hyperparams.json").unlink()
+    with pytest.raises(SAEError, match=r"missing configuration: no hyperparams\.json"):
+        load(folder)
+
+
+def test_qwen_scope_takes_layer_and_k_from_the_names(tmp_path: Path, load: Load) -> None:
+    sae = load(write_qwen_scope(tmp_path))
+    assert (sae.card.format, sae.card.architecture, sae.card.k) == ("qwen_scope", "topk", 5)
+    assert (sae.card.hook, sae.card.apply_b_dec_to_input) == (HOOK, False)
+    assert_formula(sae, lambda x, w: topk(x @ w["W_enc"].T + w["b_enc"], 5))
+
+
+def test_qwen_scope_without_k_says_how_to_state_it(tmp_path: Path, load: Load) -> None:
+    path = write_qwen_scope(tmp_path, repository="copied")
+    with pytest.raises(SAEError, match="k is stated nowhere") as caught:
+        load(path)
+    assert 'put {"k": 50} into a config.json' in str(caught.value)
+    (path.parent / "config.json").write_text('{"k": 7}')
+    assert load(path).card.k == 7
+
+
+def test_goodfire_takes_its_layer_from_the_name_or_the_flag(tmp_path: Path, load: Load) -> None:
+    sae = load(write_goodfire(tmp_path))
+    assert (sae.card.format, sae.card.architecture) == ("goodfire", "standard")
+    assert (sae.card.hook, sae.card.apply_b_dec_to_input) == (HOOK, False)
+    assert_formula(sae, lambda x, w: (x @ w["W_enc"].T + w["b_enc"]).relu())
+    renamed = write_goodfire(tmp_path, name="sae.pt")
+    with pytest.raises(SAEError, match="hook point is stated nowhere"):
+        load(renamed)
+    assert load(renamed, hook="blocks.19.hook_resid_post").card.layer == 19
+
+
+def test_sparsify_is_the_top_k_of_relu_with_b_dec_subtracted(tmp_path: Path, load: Load) -> None:
+    sae = load(write_sparsify(tmp_path))
+    assert (sae.card.format, sae.card.architecture, sae.card.k) == ("sparsify", "topk", 5)
+    assert sae.card.apply_b_dec_to_input
+    assert_formula(sae, lambda x, w: topk((x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"], 5))
+
+
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        ("layers.23.mlp", "blocks.23.hook_mlp_out"),
+        ("layer_18", "blocks.18.hook_resid_post"),
+        ("layers_7", "blocks.7.hook_resid_post"),
+        ("gpt_neox.layers.2.attention", "blocks.2.hook_attn_out"),
+        ("transformer.h.5", "blocks.5.hook_resid_post"),
+    ],
+)
+def test_sparsify_folder_is_the_module(tmp_path: Path, load: Load, module: str, hook: str) -> None:
+    assert load(write_sparsify(tmp_path, module=module)).card.hook == hook
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "layers.3.mlp.down_proj", "final"])
+def test_sparsify_module_that_is_no_hook_point_needs_one_stated(
+    tmp_path: Path, load: Load, module: str
+) -> None:
+    folder = write_sparsify(tmp_path, module=module)
+    with pytest.raises(SAEError, match="stated nowhere"):
+        load(folder)
+    assert load(folder, hook=HOOK).card.hook == HOOK
+
+
+def test_sparsify_width_may_be_an_expansion_factor(tmp_path: Path, load: Load) -> None:
+    folder = write_sparsify(tmp_path, num_latents=0, expansion_factor=32)
+    with pytest.raises(SAEError, match=rf"expected \[{32 * D_IN}, {D_IN}\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transcode": True}, "this is a transcoder"),
+        ({"activation": "groupmax"}, "unknown architecture, expected the top-k of relu"),
+        ({"signed": True}, "unknown architecture, expected the top-k of relu"),
+        ({"k": D_SAE + 1}, "k is 41, more than d_sae 40"),
+    ],
+)
+def test_sparsify_that_cannot_be_served_is_refused(
+    tmp_path: Path, load: Load, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SAEError, match=message):
+        load(write_sparsify(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("dict_class", DICTIONARY_CLASSES)
+def test_dictionary_learning_by_its_formulas(tmp_path: Path, load: Load, dict_class: str) -> None:
+    sae = load(write_dictionary_learning(tmp_path, dict_class))
+    assert (sae.card.format, sae.card.hook) == ("dictionary_learning", HOOK)
+    w = {name: tensor.double() for name, tensor in weights().items()}
+    norms = w["W_dec"].norm(dim=1)
+
+    def f_of(x: Tensor) -> Tensor:
+        x = x.double()
+        if dict_class not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
+            x = x - w["b_dec"]
+        z = x @ w["W_enc"].T
+        h = (z + w["b_enc"]).relu()
+        return {
+            "AutoEncoder": h * norms,
+            "AutoEncoderNew": h,
+            "GatedAutoEncoder": (z * w["r_mag"].exp() + w["b_mag"]).relu() * (z + w["b_gate"] > 0),
+            "AutoEncoderTopK": topk(h, 5),
+            "BatchTopKSAE": h * (h > 0.7),
+            "MatryoshkaBatchTopKSAE": h * (h > 0.7),
+            "JumpReluAutoEncoder": h * (h > w["threshold"]),
+        }[dict_class].float()
+
+    def decode(f: Tensor, _: Tensor) -> Tensor:
+        plain = f / norms if dict_class == "AutoEncoder" else f
+        return (plain.double() @ w["W_dec"] + w["b_dec"]).float()
+
+    assert_same_sae(sae, f_of, decode)
+
+
+def test_dictionary_learning_threshold_below_zero_is_relu(tmp_path: Path, load: Load) -> None:
+    tensors = dictionary_tensors("BatchTopKSAE") | {"threshold": torch.tensor(-1.0)}
+    sae = load(write_dictionary_learning(tmp_path, tensors=tensors))
+    assert_formula(sae, lambda x, w: ((x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]).relu())
+
+
+@pytest.mark.parametrize(
+    ("submodule", "side", "hook"),
+    [
+        ("resid_post_layer_3", "out", "blocks.3.hook_resid_post"),
+        (None, "out", "blocks.3.hook_resid_post"),
+        ("resid_post_layer_3", "in", "blocks.3.hook_resid_pre"),
+        ("mlp_layer_3", "out", "blocks.3.hook_mlp_out"),
+        ("attention_layer_3", "out", "blocks.3.hook_attn_out"),
+    ],
+)
+def test_dictionary_learning_hook_is_the_submodule_s_recorded_side(
+    tmp_path: Path, load: Load, submodule: str | None, side: str, hook: str
+) -> None:
+    folder = write_dictionary_learning(
+        tmp_path, trainer={"submodule_name": submodule}, buffer={"io": side}
+    )
+    assert load(folder).card.hook == hook
+
+
+@pytest.mark.parametrize(
+    ("trainer", "buffer", "message"),
+    [
+        ({"dict_class": "CrossCoder"}, {}, "unknown architecture .dict_class 'CrossCoder'"),
+        ({"dict_class": None}, {}, "dict_class must be a string"),
+        ({"layer": -1}, {}, "layer must be an integer from 0, got -1"),
+        ({"submodule_name": "mlp"}, {"io": "in"}, "unknown hook point 'blocks.3.hook_mlp_in'"),
+        ({}, {"io": "in_and_out"}, "this is a transcoder"),
+        ({"activation_dim": 13}, {}, r"expected \[40, 13\]"),
+    ],
+)
+def test_dictionary_learning_that_cannot_be_served_is_refused(
+    tmp_path: Path, load: Load, trainer: dict[str, Any], buffer: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SAEError, match=message):
+        load(write_dictionary_learning(tmp_path, trainer=trainer, buffer=buffer))
+
+
+def test_dictionary_learning_k_must_be_the_weights_k(tmp_path: Path, load: Load) -> None:
+    with pytest.raises(SAEError, match=r"k is 5, config\.json says 6"):
+        load(write_dictionary_learning(tmp_path, "AutoEncoderTopK", trainer={"k": 6}))
+
+
+def test_dictionary_learning_without_configuration_is_refused(tmp_path: Path, load: Load) -> None:
+    folder = write_dictionary_learning(tmp_path)
+    (folder / "config.json").unlink()
+    with pytest.raises(SAEError, match=r"missing configuration: no config\.json"):
+        load(folder)
+
+
+# Telling formats apart
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "sae_lens": lambda root: write_sae_lens(root / "x") / "sae_weights.safetensors",
+    "gemma_scope": lambda root: write_gemma_scope(root) / "params.npz",
+    "gemma_scope_2": lambda root: write_gemma_scope_2(root) / "params.safetensors",
+    "llama_scope": lambda root: write_llama_scope(root) / "checkpoints" / "final.safetensors",
+    "qwen_scope": write_qwen_scope,
+    "goodfire": write_goodfire,
+    "sparsify": lambda root: write_sparsify(root) / "sae.safetensors",
+    "dictionary_learning": lambda root: write_dictionary_learning(root) / "ae.pt",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_format_is_told_by_content_under_any_file_name(
+    tmp_path: Path, load: Load, name: str
+) -> None:
+    path = WRITERS[name](tmp_path)
+    renamed = path.rename(path.with_name("weights.bin"))
+    stated = {"hook": HOOK} if name in ("qwen_scope", "goodfire") else {}
+    card = load(renamed, **stated).card
+    assert (card.format, card.hook, card.d_in, card.d_sae) == (name, HOOK, D_IN, D_SAE)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_stated_format_is_obeyed_and_still_checked(tmp_path: Path, load: Load, name: str) -> None:
+    path = WRITERS[name](tmp_path)
+    assert load(path, format=name).card.format == name
+    other = "goodfire" if name != "goodfire" else "sae_lens"
+    with pytest.raises(SAEError, match="missing"):
+        load(path, format=other)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_and_whole_passes_agree_in_every_layout(tmp_path: Path, load: Load, name: str) -> None:
+    sae = load(WRITERS[name](tmp_path))
+    sae.scan_nonfinite()
+    assert sae.nonfinite_latents(range(D_SAE)) == []
+    rows = sae.rows(range(D_SAE))
+    x = torch.ones(1, D_IN)
+    f = torch.randn(1, D_SAE, generator=torch.Generator().manual_seed(0))
+    x_hat = (f * rows.decoder_scale) @ rows.W_dec + sae.b_dec
+    torch.testing.assert_close(sae.decode(f, x), x_hat, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(sae.decoder_row_norms(), rows.W_dec.norm(dim=1))
+
+
+def test_configuration_survives_its_suite_s_other_keys(tmp_path: Path, load: Load) -> None:
+    folder = write_llama_scope(tmp_path)
+    config = json.loads((folder / "hyperparams.json").read_text())
+    (folder / "hyperparams.json").write_text(json.dumps(config | {"new": [1, {"a": None}]}))
+    assert load(folder).card.d_sae == D_SAE
