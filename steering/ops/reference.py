@@ -47,26 +47,34 @@ def steer_tokens(
     table: EditTable,
     rows: RowPool,
     report_f: Tensor | None = None,
+    reports: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """Add each steered token's delta to ``hidden_states``, in place.
 
     For a token with stream ``x = hidden_states + residual`` and the edits i that cover it:
-    ``hidden_states += g * sum_i (f'_i - f_i) * s_i * W_dec[i]``, with ``f_i`` read from ``x``,
-    ``s_i`` the decoder scale and ``g`` the SAE's output scale where its input is normalised.
+    ``hidden_states += sum_i (f'_i - f_i) * s_i * g_i * W_dec[i]``, with ``f_i`` read from ``x``,
+    ``s_i`` the decoder scale and ``g_i`` the SAE's output scale where its input is normalised.
 
     Args:
-        hidden_states: ``[num_tokens, d_in]`` model dtype.
-        residual: the same shape, or None where the layer returns the sum.
-        token_slot: ``[num_tokens]`` slot of each token, NO_SLOT for none.
-        positions: ``[num_tokens]`` position in the sequence.
-        input_ids: ``[num_tokens]`` token ids.
+        hidden_states: ``[num_tokens, d_in]`` model dtype; rows that no edit covers stay as they
+            are, bit for bit.
+        residual: the same shape, or None where the layer returns the sum; only read.
+        token_slot: ``[>= num_tokens]`` int32, slot of each token, NO_SLOT for none.
+        positions: ``[>= num_tokens]`` position in the sequence.
+        input_ids: ``[>= num_tokens]`` token ids.
         is_special: ``[vocab_size]`` bool.
-        prompt_len: ``[num_slots]`` tokens in each slot's original prompt.
+        prompt_len: ``[num_slots]`` int32, tokens in each slot's original prompt.
         table: the edits at this hook point.
         rows: the features' rows.
-        report_f: ``[num_tokens, MAX_INTERVENTIONS]`` float32, filled with each edit's activation
-            before the edit, NOT_COVERED, or SKIPPED_SINK.
+        report_f: ``[>= num_tokens, MAX_INTERVENTIONS]`` float32; for tokens of slots that report,
+            each edit's column gets its activation before the edit, NOT_COVERED, or SKIPPED_SINK.
+            Nothing else is written: not the columns past the slot's edits, nor other tokens.
+        reports: ``[num_slots]`` int32, nonzero for slots that report; goes with ``report_f``.
+        counters: ``[2]`` int64; +1 for each token that some edit touched, and +1 for each that
+            some edit would have touched but for a sink.
     """
+    assert (report_f is None) == (reports is None), "report_f and reports go together"
     for t in range(hidden_states.shape[0]):
         slot = int(token_slot[t])
         if slot == NO_SLOT or not int(table.count[slot]):
@@ -78,7 +86,7 @@ def steer_tokens(
         special = position == 0 or bool(is_special[int(input_ids[t])])
         phase = COVERS_PROMPT if position < int(prompt_len[slot]) else COVERS_GENERATION
         delta = torch.zeros_like(x)
-        touched = False
+        touched = skipped = False
         for i in range(int(table.count[slot])):
             ints = table.ints[slot, i]
             coverage = int(ints[E_COVERAGE])
@@ -90,23 +98,23 @@ def steer_tokens(
             params = rows.params[int(ints[E_ROW])]
             sink = bool(x.norm() > params[P_SINK]) and not coverage & COVERS_SINKS
             f, g = activation(x, rows.W_enc[int(ints[E_ROW])], params)
-            if report_f is not None:
-                report_f[t, i] = (
-                    NOT_COVERED if not covered else SKIPPED_SINK if sink else float(f)
-                )
-            if not covered or sink:
-                continue
-            touched = True
-            change = edited(f, int(ints[E_OP]), table.value[slot, i])
-            delta += change * params[P_DECODER_SCALE] * g * rows.W_dec[int(ints[E_ROW])]
+            if report_f is not None and reports is not None and int(reports[slot]):
+                report_f[t, i] = NOT_COVERED if not covered else SKIPPED_SINK if sink else float(f)
+            touched |= covered and not sink
+            skipped |= covered and sink
+            if covered and not sink:
+                change = edited(f, int(ints[E_OP]), table.value[slot, i])
+                delta += change * params[P_DECODER_SCALE] * g * rows.W_dec[int(ints[E_ROW])]
         if touched:
             hidden_states[t] = (hidden_states[t].float() + delta).to(hidden_states.dtype)
+        if counters is not None:
+            counters += torch.tensor([touched, skipped], device=counters.device)
 
 
 def activation(x: Tensor, w_enc: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """One latent's activation ``f`` on ``x`` ``[d_in]``, and the SAE's output scale ``g``."""
     z = w_enc @ x
-    g = torch.ones(())
+    g = x.new_ones(())
     if int(params[P_NORM]) == NORM_LAYER:
         g = x.std()
         z = (z - x.mean() * params[P_ENC_SUM]) / (g + _LAYER_NORM_EPS)
@@ -115,7 +123,7 @@ def activation(x: Tensor, w_enc: Tensor, params: Tensor) -> tuple[Tensor, Tensor
         z = z / g
     act = params[P_GAIN] * z + params[P_BIAS]
     fires = bool(act > params[P_THRESHOLD]) and bool(z + params[P_GATE_BIAS] > 0)
-    return (act if fires else torch.zeros(())), g
+    return (act if fires else x.new_zeros(())), g
 
 
 def edited(f: Tensor, op: int, value: Tensor) -> Tensor:
