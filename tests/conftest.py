@@ -1,0 +1,48 @@
+"""What every test gets: an offline process with one thread, the demo's files, and GPU tests skipped
+where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read when torch, transformers and vLLM are imported, hence first. Two test processes on two
+# cores are faster with one thread each, and sums then have one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import sae
+from server.demo_model import ensure_demo_model
+
+# Wall-clock limits of single examples say more about the machine than about the code.
+settings.register_profile("vllm-sae", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The same examples on every run: a red build is then the change's doing.
+settings.register_profile("ci", settings.get_profile("vllm-sae"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "vllm-sae")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where torch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct's checkpoint, converted when first asked for."""
+    return ensure_demo_model()
+
+
+@pytest.fixture(scope="session")
+def demo_sae() -> Path:
+    """Folder of the SAE that ships with the package."""
+    return Path(sae.__file__).parent / "demo" / "smollm2-135m-l14"
