@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "serve", help="serve MODEL --sae NAME=SOURCE [any vllm serve flag]", add_help=False
     )
-    inspect = commands.add_parser("inspect-sae", help="print the card of an SAE and check its files")
+    inspect = commands.add_parser(
+        "inspect-sae", help="print the card of an SAE and check its files"
+    )
     inspect.add_argument(
         "source",
         metavar="SOURCE[,hook=HOOK][,format=FORMAT]",

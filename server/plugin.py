@@ -19,6 +19,7 @@ from server.state import SteeringState
 from server.unembedding import open_unembedding
 from steering.catalog import Catalog
 from steering.vllm.admission import catalog_for
+from steering.vllm.plugin import register
 from steering.vllm.results import worker_stats
 
 
@@ -36,6 +37,8 @@ class SteeringEndpointPlugin:
 
         vLLM's middlewares go around ours, so `--api-key` is asked for first.
         """
+        # vLLM goes on without a general plugin that failed to load, and steering would be dropped.
+        register()
         generate.attach(app)
         app.include_router(saes.router)
         app.add_middleware(ForeignSteering)

@@ -5,6 +5,7 @@ Everything that can be refused is refused before the port opens, in one line and
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from argparse import Namespace
@@ -170,6 +171,8 @@ def steer(args: Namespace, engine: dict[str, Any]) -> None:
 def _run(args: Namespace) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
+    # vLLM goes on without a plugin that cannot be imported; without ours steering would be ignored.
+    importlib.import_module("server.plugin")
     with tempfile.TemporaryDirectory(prefix="vllm-sae-") as folder:
         refusal = Path(folder) / "refusal"
         os.environ[REFUSAL_VARIABLE] = str(refusal)

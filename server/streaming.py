@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Final
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from steering.vllm import results
 
@@ -15,7 +17,6 @@ FIELD: Final = "steering"
 _DONE: Final = "data: [DONE]"
 _ERROR: Final = 'data: {"error"'
 
-Events = AsyncIterator[str]
 Splice = Callable[[AsyncIterable[str], "Outcome"], AsyncGenerator[str, None]]
 
 
@@ -38,31 +39,39 @@ class Outcome:
         results.discard(self.ticket)
 
 
+class OutcomeStream(StreamingResponse):
+    """vLLM's stream with the outcome spliced in, closed however it ends."""
+
+    def __init__(self, original: StreamingResponse, outcome: Outcome, splice: Splice) -> None:
+        events: Any = original.body_iterator
+        spliced = splice(events, outcome)
+        super().__init__(spliced, original.status_code, background=original.background)
+        self.raw_headers = original.raw_headers
+        self._outcome = outcome
+        self._streams = (spliced, events)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # A client that leaves drops the generators, and dropped ones end when memory is tidied.
+            self._outcome.discard()
+            for stream in self._streams:
+                if isinstance(stream, AsyncGenerator):
+                    await stream.aclose()
+
+
 def with_outcome(response: Response | None, outcome: Outcome, splice: Splice) -> Response | None:
     """`response` with the outcome in it. None stands for a client that is gone."""
     if isinstance(response, StreamingResponse):
-        response.body_iterator = _discarding(response.body_iterator, outcome, splice)
-        return response
-    if not isinstance(response, JSONResponse) or response.status_code != 200:
+        return OutcomeStream(response, outcome, splice)
+    if not isinstance(response, JSONResponse) or response.status_code != HTTPStatus.OK:
         outcome.discard()
         return response
     content = json.loads(bytes(response.body))
     content[FIELD] = outcome.to_json()
     headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
     return JSONResponse(content, headers=headers, background=response.background)
-
-
-async def _discarding(
-    events: AsyncIterable[Any], outcome: Outcome, splice: Splice
-) -> AsyncGenerator[str, None]:
-    """Forget the results however the stream ends, and close vLLM's generator."""
-    try:
-        async for event in splice(events, outcome):
-            yield event
-    finally:
-        outcome.discard()
-        if isinstance(events, AsyncGenerator):
-            await events.aclose()
 
 
 async def openai_chunks(events: AsyncIterable[str], outcome: Outcome) -> AsyncGenerator[str, None]:

@@ -5,12 +5,13 @@ Each calls vLLM's own route function, so that a request without steering is vLLM
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from vllm.entrypoints.anthropic.api_router import create_messages
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
@@ -68,6 +69,30 @@ ROUTES: Final[dict[str, Callable[..., Awaitable[Response | None]]]] = {
 }
 
 
+class SteerableRoute(APIRoute):
+    """A route whose unreadable bodies are refused as the rest of steering is.
+
+    JSON can be well-formed and yet too much for the parser: a number of 5000 digits, 2000 brackets.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except HTTPException as error:
+                unreadable = isinstance(error.__cause__, ValueError | RecursionError)
+                if not unreadable or b'"steering' not in await request.body():
+                    raise
+                raise SteeringError(
+                    "invalid_value",
+                    "the body cannot be read: numbers too long or too deeply nested",
+                ) from error
+
+        return answer
+
+
 def attach(app: FastAPI) -> None:
     """Replace those of the four that `app` has; what vLLM documents about them stays."""
     served = {
@@ -77,9 +102,10 @@ def attach(app: FastAPI) -> None:
     }
     for path, endpoint in ROUTES.items():
         if original := served.get(path):
-            app.add_api_route(
+            app.router.add_api_route(
                 path,
                 endpoint,
+                route_class_override=SteerableRoute,
                 methods=["POST"],
                 name=original.name,
                 tags=original.tags,

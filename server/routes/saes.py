@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from http import HTTPStatus
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Request
@@ -86,6 +87,7 @@ async def get_feature(raw_request: Request, sae: str, feature: _Index) -> Respon
 
 @router.post(
     "/v1/saes/{sae:path}/inspect",
+    response_model=None,
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -108,7 +110,7 @@ async def inspect(raw_request: Request, sae: str) -> Response | None:
     route: Any = create_completion if inspection.messages is None else create_chat_completion
     try:
         response = await call_vllm(route, request, raw_request)
-        if response is None or response.status_code != 200:
+        if response is None or response.status_code != HTTPStatus.OK:
             return response
         (result,) = results.take(ticket)
     finally:

@@ -1,0 +1,176 @@
+"""`vllm-sae demo`: the model and the SAE that come along, served, and asked one thing three ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+
+import sae
+from server.demo_model import DemoModelError, ensure_demo_model
+
+DEMO_SAE: Final = Path(sae.__file__).parent / "demo" / "smollm2-135m-l14"
+MODEL_NAME: Final = "smollm2-135m-instruct"
+SAE_NAME: Final = "l14"
+DEFAULT_PORT: Final = 8000
+#: Seconds until the server must answer; a slow machine compiles and loads for minutes.
+START_TIMEOUT: Final = 900.0
+LOG_LINES_SHOWN: Final = 20
+
+PROMPT: Final = "Write a short story about a quiet evening in the village."
+ANSWER_TOKENS: Final = 90
+#: Greedy text of this small model repeats itself unless repetition costs something.
+SAMPLING: Final[dict[str, Any]] = {"temperature": 0, "max_tokens": ANSWER_TOKENS}
+REPETITION_PENALTY: Final = 1.15
+
+WAYS: Final[dict[str, list[dict[str, Any]]]] = {
+    "as it is": [],
+    "suppressed": [],
+    "amplified": [],
+}
+
+
+class DemoError(RuntimeError):
+    """The demo cannot go on; the message is for the user."""
+
+
+def demo(flags: Sequence[str]) -> int:
+    """Serve, ask, show, and stay up until Ctrl-C.
+
+    Args:
+        flags: any flags of `vllm serve`, handed on.
+
+    Returns:
+        The exit code: 0, or 2 where the demo could not start.
+    """
+    console = Console()
+    try:
+        with console.status("preparing the model (the first time takes a minute)"):
+            model = ensure_demo_model()
+        with _serving(model, flags, console) as base_url:
+            show(base_url, console)
+            console.print("\nServing until Ctrl-C.")
+            signal.pause()
+    except (DemoModelError, DemoError) as error:
+        print(f"vllm-sae: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def show(base_url: str, console: Console) -> None:
+    """Ask the server the same thing in each way and print the answers side by side."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=START_TIMEOUT)
+    panels = []
+    for way, interventions in WAYS.items():
+        with console.status(f"asking: {way}"):
+            panels.append(Panel(ask(client, interventions), title=way, width=_width(console)))
+    console.print(f"[bold]{PROMPT}[/bold]")
+    console.print(Columns(panels))
+    console.print("Try more:\n", end="")
+    console.print(curl(base_url), soft_wrap=True, highlight=False, markup=False)
+
+
+def ask(client: Any, interventions: list[dict[str, Any]]) -> str:
+    """One answer of the model, steered by these edits."""
+    extra: dict[str, Any] = {"repetition_penalty": REPETITION_PENALTY}
+    if interventions:
+        extra["steering"] = {"interventions": interventions}
+    answer = client.chat.completions.create(
+        model=MODEL_NAME,
+        messages=[{"role": "user", "content": PROMPT}],
+        extra_body=extra,
+        **SAMPLING,
+    )
+    return str(answer.choices[0].message.content).strip()
+
+
+def curl(base_url: str) -> str:
+    """A command line that sends the amplified request and asks what happened."""
+    body = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": PROMPT}],
+        **SAMPLING,
+        "repetition_penalty": REPETITION_PENALTY,
+        "steering": {"interventions": WAYS["amplified"], "report": True},
+    }
+    return (
+        f"curl {base_url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(json.dumps(body))}"
+    )
+
+
+@contextmanager
+def _serving(model: Path, flags: Sequence[str], console: Console) -> Iterator[str]:
+    """A server in a process of its own; yields its base URL once it answers."""
+    port = _port(flags)
+    command = [
+        *(sys.executable, "-m", "server", "serve", str(model)),
+        *("--sae", f"{SAE_NAME}={DEMO_SAE}", "--served-model-name", MODEL_NAME),
+        *("--max-model-len", "2048", *flags),
+    ]
+    # What vLLM reserves for its cache on a CPU by default is more than this model can use.
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    with tempfile.NamedTemporaryFile(prefix="vllm-sae-demo-", suffix=".log", delete=False) as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with console.status(f"starting the server, log in {log.name}"):
+            _wait_until_ready(process, f"http://localhost:{port}", Path(log.name))
+        yield f"http://localhost:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            last = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+            raise DemoError("\n".join(["the server did not start:", *last]))
+        try:
+            if httpx.get(f"{base_url}/health").is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(1.0)
+    raise DemoError(f"the server did not answer within {START_TIMEOUT:.0f} s, see {log}")
+
+
+def _port(flags: Sequence[str]) -> int:
+    """The value of `--port` among vLLM's flags."""
+    for i, flag in enumerate(flags):
+        name, _, value = flag.partition("=")
+        if name == "--port":
+            text = value or "".join(flags[i + 1 : i + 2])
+            if not text.isdecimal():
+                raise DemoError(f"--port: expected a number, got {text!r}")
+            return int(text)
+    return DEFAULT_PORT
+
+
+def _width(console: Console) -> int:
+    """Of one of the panels that stand side by side."""
+    return max(24, console.width // len(WAYS) - 1)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

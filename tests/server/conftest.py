@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm.plugins
+from fastapi.testclient import TestClient
+
+from sae.source import SAEReference
+from server.plugin import SteeringEndpointPlugin
+from steering.config import SteeringConfig
+from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
+from tests.server.fakes import FakeEngine, Recorder, make_app
+
+
+@dataclass
+class Server:
+    """An app with no engine behind it, and what its handlers saw."""
+
+    client: TestClient
+    recorder: Recorder
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> Callable[..., tuple[SAEReference, ...]]:
+    """Write SAEs `NAME={settings of make_tiny_sae}` and refer to them."""
+
+    def write(**saes: dict[str, Any]) -> tuple[SAEReference, ...]:
+        paths = {name: make_tiny_sae(tmp_path / name, **how) for name, how in saes.items()}
+        return tuple(
+            SAEReference(name=name, source=str(path), path=str(path))
+            for name, path in paths.items()
+        )
+
+    return write
+
+
+@pytest.fixture
+def start(
+    references: Callable[..., tuple[SAEReference, ...]], monkeypatch: pytest.MonkeyPatch
+) -> StartServer:
+    """Start an app with these SAEs (one, `a`, unless told) and these flags."""
+    monkeypatch.setattr(
+        vllm.plugins, "load_endpoint_plugins", lambda tasks: [SteeringEndpointPlugin()]
+    )
+
+    def run(
+        *flags: str, saes: dict[str, Any] | None = None, stats: Any = (), model_config: Any = None
+    ) -> Server:
+        refs = references(**({"a": {}} if saes is None else saes))
+        config = SteeringConfig(refs, D_MODEL, NUM_LAYERS) if refs else None
+        engine = FakeEngine(config, model_config)
+        engine.stats = list(stats)
+        app, recorder = asyncio.run(make_app(config, *flags, engine=engine))
+        return Server(TestClient(app, raise_server_exceptions=False), recorder)
+
+    return run
+
+
+@pytest.fixture
+def server(start: StartServer) -> Server:
+    return start()
