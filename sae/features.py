@@ -20,8 +20,8 @@ from typing import Any
 
 from sae.errors import SAEError
 from sae.feature_search import LabelIndex
+from sae.files import CHECKPOINTS, FEATURES_NAME
 
-FILE_NAME = "features.jsonl"
 MAX_LINE_BYTES = 16 * 2**20
 
 # A key of a JSON object: inside a string the quotes would be escaped.
@@ -130,14 +130,14 @@ class FeatureTable:
 
 
 def _find(weights: Path) -> Path | None:
-    """`WEIGHTS.features.jsonl`, or `features.jsonl`, beside the weights."""
+    """`WEIGHTS.features.jsonl` or `features.jsonl` beside the weights, or above `checkpoints`."""
     if weights.is_dir():
-        candidates = [weights / FILE_NAME]
+        candidates = [weights / FEATURES_NAME]
     else:
-        candidates = [
-            weights.with_name(f"{weights.name}.{FILE_NAME}"),
-            weights.with_name(FILE_NAME),
-        ]
+        folder = weights.parent
+        candidates = [folder / f"{weights.name}.{FEATURES_NAME}", folder / FEATURES_NAME]
+        if folder.name == CHECKPOINTS:
+            candidates.append(folder.parent / FEATURES_NAME)
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sae import hub, registry
 from sae.card import HookPoint
 from sae.errors import SAEError
 
@@ -37,9 +38,11 @@ class SAEReference:
     format: str | None = None
     sink_norm: float | None = None
     path: str | None = None
-    # The factor s that brings inputs to an average norm of sqrt(d_in), where a registry states it
-    # for weights into which it has not been folded.
+    # What SAELens' registry states beside the configuration: the factor s that brings inputs to an
+    # average norm of sqrt(d_in), for weights into which it has not been folded; and a
+    # normalisation that replaces the configuration's.
     norm_scaling_factor: float | None = None
+    normalize_activations: str | None = None
 
     @classmethod
     def parse(cls, flag: str) -> SAEReference:
@@ -72,9 +75,21 @@ def parse_source(text: str) -> SAEReference:
 
 
 def resolve(ref: SAEReference) -> SAEReference:
-    """Fill in the local path."""
+    """Fill in the local path, fetching what lies elsewhere; SAEError where it cannot be had."""
     if ref.path is not None:
         return ref
+    if ref.source.startswith(registry.SCHEME):
+        entry = registry.look_up(ref.source)
+        return replace(
+            ref,
+            path=str(hub.fetch(entry.source)),
+            norm_scaling_factor=entry.norm_scaling_factor,
+            normalize_activations=entry.normalize_activations,
+        )
+    if ref.source.startswith(hub.SCHEME):
+        return replace(ref, path=str(hub.fetch(ref.source)))
+    if "://" in ref.source:
+        raise SAEError(f"{ref.source}: unknown scheme, expected a path, hf:// or sae_lens://")
     # Symbolic links stay: a hub cache's blobs have no file names.
     path = Path(os.path.abspath(Path(ref.source).expanduser()))
     if not path.exists():

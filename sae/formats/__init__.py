@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sae.errors import SAEError
+from sae.files import CHECKPOINT, CHECKPOINTS, CONFIG_NAMES, choose_weights
 from sae.formats import (
     dictionary_learning,
     gemma_scope,
@@ -16,11 +17,9 @@ from sae.formats import (
     sae_lens,
     sparsify,
 )
-from sae.formats.layout import CONFIG_NAMES, Config, SAEFiles, SAELayout, read_config
+from sae.formats.layout import Config, SAEFiles, SAELayout, read_config
 from sae.source import SAEReference
 from sae.tensors import open_tensors
-
-WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 
 
 class Format(Protocol):
@@ -60,31 +59,15 @@ def find_weights(path: Path) -> Path:
     """The one weight file that a path names; SAEError where it is none or several."""
     if path.is_file():
         return path
-    found = _weight_files(path) or _weight_files(path / "checkpoints", "final.safetensors")
-    if not found:
-        raise SAEError(f"{path}: no weight file in it ({', '.join(WEIGHT_SUFFIXES)})")
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found[:4])
-        raise SAEError(f"{path}: {len(found)} weight files ({names}, ...); name one of them")
-    return found[0]
-
-
-def _weight_files(folder: Path, name: str | None = None) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        file
-        for file in folder.iterdir()
-        # SAELens' sparsity statistics are no weights.
-        if file.suffix in WEIGHT_SUFFIXES and file.name != "sparsity.safetensors"
-        if name is None or file.name == name
-        if file.is_file()
-    )
+    names = {file.name for file in path.iterdir() if file.is_file()}
+    if (path / CHECKPOINT).is_file():
+        names.add(CHECKPOINT)
+    return path / choose_weights(str(path), names)
 
 
 def _configs(weights: Path) -> dict[str, Config]:
     folders = [weights.parent]
-    if weights.parent.name == "checkpoints":
+    if weights.parent.name == CHECKPOINTS:
         folders.append(weights.parent.parent)
     return {
         name: read_config(folder / name)

@@ -16,7 +16,6 @@ from sae.source import SAEReference
 from sae.tensors import FLOAT_DTYPES, TensorFile
 
 MAX_CONFIG_BYTES = 16 * 2**20
-CONFIG_NAMES = ("cfg.json", "config.json", "hyperparams.json")
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _architecture(config: Config) -> tuple[str, int | None]:
 
 def _normalization(config: Config, ref: SAEReference) -> tuple[str, float]:
     """The normalisation applied at inference, and the factor that remains to be folded."""
-    stated = config.get("normalize_activations", "none")
+    stated = ref.normalize_activations or config.get("normalize_activations", "none")
     if isinstance(stated, bool):
         stated = "expected_average_only_in" if stated else "none"
     if not isinstance(stated, str) or stated not in _NORMALIZE:

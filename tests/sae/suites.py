@@ -105,7 +105,7 @@ def write_gemma_scope(
         ("W_dec" if upper else "w_dec"): canonical["W_dec"],
         **{name: canonical[name] for name in ("b_enc", "b_dec", "threshold")},
     }
-    save = np.savez_compressed if compressed else np.savez
+    save: Any = np.savez_compressed if compressed else np.savez
     save(folder / "params.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
     return folder
 

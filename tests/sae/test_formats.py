@@ -135,7 +135,7 @@ def test_llama_scope_folds_its_scale_into_weights_and_threshold(tmp_path: Path, 
     s = D_IN**0.5 / 8.5
 
     def f_of(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        h = s * x @ w["W_enc"].T + w["b_enc"]
+        h: Tensor = s * x @ w["W_enc"].T + w["b_enc"]
         return h * (h > 0.9 * s)
 
     assert_formula(sae, f_of, scale=s)
@@ -263,7 +263,7 @@ def test_dictionary_learning_by_its_formulas(tmp_path: Path, load: Load, dict_cl
             x = x - w["b_dec"]
         z = x @ w["W_enc"].T
         h = (z + w["b_enc"]).relu()
-        return {
+        f: Tensor = {
             "AutoEncoder": h * norms,
             "AutoEncoderNew": h,
             "GatedAutoEncoder": (z * w["r_mag"].exp() + w["b_mag"]).relu() * (z + w["b_gate"] > 0),
@@ -272,6 +272,7 @@ def test_dictionary_learning_by_its_formulas(tmp_path: Path, load: Load, dict_cl
             "MatryoshkaBatchTopKSAE": h * (h > 0.7),
             "JumpReluAutoEncoder": h * (h > w["threshold"]),
         }[dict_class].float()
+        return f
 
     def decode(f: Tensor, _: Tensor) -> Tensor:
         plain = f / norms if dict_class == "AutoEncoder" else f

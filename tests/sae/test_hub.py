@@ -1,0 +1,329 @@
+"""`hf://` and `sae_lens://` sources, against a hub on this machine, in processes of their own: the
+hub's client reads its environment when it is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.errors import SAEError
+from sae.hub import HubAddress
+from sae.registry import look_up
+from sae.sae import open_sae
+from sae.source import SAEReference
+from tests.sae.fake_hub import COMMIT, FakeHub, serve
+from tests.sae.oracles import oracle
+from tests.sae.suites import (
+    HOOK,
+    sae_lens_config,
+    write_llama_scope,
+    write_qwen_scope,
+    write_sae_lens,
+    write_sparsify,
+)
+
+RESOLVE = """
+import json, sys
+from sae.errors import SAEError
+from sae.source import SAEReference, resolve
+for source in sys.argv[1:]:
+    try:
+        print(json.dumps(resolve(SAEReference.parse("l3=" + source)).to_dict()))
+    except SAEError as error:
+        print(json.dumps({"refused": str(error)}))
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def answers(hub: FakeHub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Resolve sources in one process whose hub is the fake one: references, or refusals."""
+
+    def run(*sources: str, **environment: str) -> list[dict[str, Any]]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", RESOLVE, *sources],
+            env=kept | settings | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()[-len(sources) :]]
+
+    return run
+
+
+@pytest.fixture
+def resolve(answers: Callable[..., list[dict[str, Any]]]) -> Callable[..., SAEReference]:
+    """Resolve one source so; SAEError if it is refused."""
+
+    def run(source: str, **environment: str) -> SAEReference:
+        (answer,) = answers(source, **environment)
+        if "refused" in answer:
+            raise SAEError(answer["refused"])
+        return SAEReference.from_dict(answer)
+
+    return run
+
+
+Resolve = Callable[..., SAEReference]
+
+
+@pytest.fixture
+def suite(hub: FakeHub, tmp_path: Path) -> Path:
+    """A repository of three SAEs in folders, with things that nobody needs."""
+    root = tmp_path / "owner" / "suite"
+    for layer in (3, 4, 5):
+        folder = write_sae_lens(
+            root / f"blocks.{layer}",
+            config=sae_lens_config(metadata={"hook_name": f"blocks.{layer}.hook_resid_post"}),
+        )
+        (folder / "features.jsonl").write_text('{"index": 0, "label": "a"}\n')
+        (folder / "sparsity.safetensors").write_bytes(b"not needed")
+        (folder / "runner_cfg.json").write_text("{}")
+    (root / "README.md").write_text("three SAEs")
+    hub.repos["owner/suite"] = root
+    return root
+
+
+def test_only_the_files_of_one_sae_are_fetched(hub: FakeHub, suite: Path, resolve: Resolve) -> None:
+    ref = resolve("hf://owner/suite/blocks.4")
+    assert hub.downloaded == {
+        "blocks.4/cfg.json",
+        "blocks.4/features.jsonl",
+        "blocks.4/sae_weights.safetensors",
+    }
+    card = open_sae(ref).card
+    assert (card.hook, card.source) == ("blocks.4.hook_resid_post", "hf://owner/suite/blocks.4")
+    assert card.has_labels
+
+
+@pytest.mark.parametrize("revision", ["main", "v1", COMMIT])
+def test_revision_is_pinned_to_a_commit(suite: Path, resolve: Resolve, revision: str) -> None:
+    ref = resolve(f"hf://owner/suite/blocks.4@{revision}")
+    assert f"/snapshots/{COMMIT}/blocks.4/" in str(ref.path)
+
+
+def test_repository_that_changes_meanwhile_is_refused(
+    hub: FakeHub, suite: Path, resolve: Resolve
+) -> None:
+    hub.moved_to = "f" * 40
+    with pytest.raises(SAEError, match="changed while it was fetched; try again"):
+        resolve("hf://owner/suite/blocks.4")
+
+
+def test_second_resolution_fetches_nothing_again(
+    hub: FakeHub, suite: Path, resolve: Resolve
+) -> None:
+    first = resolve("hf://owner/suite/blocks.4")
+    hub.requests.clear()
+    assert resolve("hf://owner/suite/blocks.4") == first
+    assert hub.downloaded == set()
+
+
+@pytest.mark.parametrize(
+    "environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+)
+def test_cache_answers_where_the_hub_does_not(
+    suite: Path, resolve: Resolve, environment: dict[str, str]
+) -> None:
+    for address in ("blocks.4", "blocks.4/sae_weights.safetensors"):
+        online = resolve(f"hf://owner/suite/{address}@v1")
+        assert resolve(f"hf://owner/suite/{address}@{COMMIT}", **environment).path == online.path
+    with pytest.raises(SAEError, match="cannot be reached and the files are not in the cache"):
+        resolve("hf://owner/suite/blocks.4@v2", **environment)
+    with pytest.raises(SAEError, match="no weight file in it"):
+        resolve(f"hf://owner/suite/blocks.5@{COMMIT}", **environment)
+
+
+def test_branch_is_found_in_the_cache_by_its_name(suite: Path, resolve: Resolve) -> None:
+    online = resolve("hf://owner/suite/blocks.4")
+    assert resolve("hf://owner/suite/blocks.4", HF_HUB_OFFLINE="1").path == online.path
+
+
+def test_empty_cache_without_a_hub_is_refused(resolve: Resolve) -> None:
+    with pytest.raises(SAEError, match="cannot be reached and the files are not in the cache"):
+        resolve("hf://owner/suite/blocks.4", HF_HUB_OFFLINE="1")
+
+
+def test_repository_of_many_saes_asks_for_one_before_fetching(
+    hub: FakeHub, tmp_path: Path, resolve: Resolve
+) -> None:
+    root = write_qwen_scope(tmp_path).parent
+    shutil.copy(root / "layer3.sae.pt", root / "layer7.sae.pt")
+    hub.repos[f"Qwen/{root.name}"] = root
+    with pytest.raises(SAEError, match=r"2 weight files \(layer3\.sae\.pt, layer7\.sae\.pt"):
+        resolve(f"hf://Qwen/{root.name}")
+    assert hub.downloaded == set()
+    card = open_sae(resolve(f"hf://Qwen/{root.name}/layer7.sae.pt")).card
+    assert (card.format, card.k, card.layer) == ("qwen_scope", 5, 7)
+    assert hub.downloaded == {"layer7.sae.pt"}
+
+
+def test_weights_in_a_checkpoints_folder_come_with_their_configuration(
+    hub: FakeHub, tmp_path: Path, resolve: Resolve
+) -> None:
+    folder = write_llama_scope(tmp_path / "repo")
+    (folder / "features.jsonl").write_text('{"index": 0, "label": "a"}\n')
+    hub.repos["fnlp/suite"] = folder.parent
+    for path in (folder.name, f"{folder.name}/checkpoints/final.safetensors"):
+        card = open_sae(resolve(f"hf://fnlp/suite/{path}")).card
+        assert (card.format, card.hook, card.has_labels) == ("llama_scope", HOOK, True)
+
+
+def test_folder_name_survives_the_cache(hub: FakeHub, tmp_path: Path, resolve: Resolve) -> None:
+    hub.repos["eleuther/sae"] = write_sparsify(tmp_path / "repo", module="layers.23.mlp").parent
+    card = open_sae(resolve("hf://eleuther/sae/layers.23.mlp")).card
+    assert card.hook == "blocks.23.hook_mlp_out"
+
+
+def test_source_that_is_not_there_is_refused_in_one_line(
+    hub: FakeHub, suite: Path, answers: Callable[..., list[dict[str, Any]]]
+) -> None:
+    hub.gated.add("owner/gated")
+    refusals = {
+        "hf://owner/nothing": "no such repository, or a private one",
+        "hf://owner/suite/blocks.4@v9": "no revision 'v9'",
+        "hf://owner/suite/blocks.9": "no folder 'blocks.9'",
+        "hf://owner/suite/blocks.4/other.safetensors": "no file 'blocks.4/other.safetensors'",
+        "hf://owner/suite": "no weight file in it",
+        "hf://owner/gated": "access is gated",
+        "hf://owner": "expected hf://OWNER/REPO",
+        "hf://owner/suite@": "expected hf://OWNER/REPO",
+        "hf://owner/suite/../other": "'../other' is not a path in a repository",
+        "hf://owner/-bad-": "hf://owner/-bad-",
+        "s3://bucket/key": "unknown scheme, expected a path, hf:// or sae_lens://",
+        "sae_lens://release": "expected sae_lens://RELEASE/SAE_ID",
+    }
+    for (source, message), answer in zip(refusals.items(), answers(*refusals), strict=True):
+        assert message in answer["refused"], source
+        assert "\n" not in answer["refused"]
+    assert hub.downloaded == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "address"),
+    [
+        ("hf://a/b", HubAddress("a/b")),
+        ("hf://a/b/", HubAddress("a/b")),
+        ("hf://a/b/c/d.e@refs/pr/1", HubAddress("a/b", "c/d.e", "refs/pr/1")),
+        ("hf://a/b/c/@v1", HubAddress("a/b", "c", "v1")),
+        ("hf://a/b/checkpoints/final.safetensors", HubAddress("a/b")),
+    ],
+)
+def test_addresses_of_the_hub(source: str, address: HubAddress) -> None:
+    assert HubAddress.parse(source) == address
+
+
+REGISTRY = """
+suite-res:
+  repo_id: owner/suite
+  model: tiny
+  conversion_func: null
+  config_overrides: {normalize_activations: expected_average_only_in}
+  saes:
+  - {id: layer/4, path: blocks.4, norm_scaling_factor: 0.5}
+  - {id: layer/5, path: blocks.5}
+suite-transcoders:
+  repo_id: owner/suite
+  model: tiny
+  conversion_func: mwhanna_transcoder
+  saes: [{id: a, path: b}]
+suite-temporal:
+  repo_id: owner/suite
+  model: tiny
+  conversion_func: temporal
+  saes: [{id: a, path: b}]
+"""
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> dict[str, str]:
+    """An environment with a `sae_lens` whose import fails, and a registry in it."""
+    package = tmp_path / "site" / "sae_lens"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('slow and not needed')")
+    (package / "pretrained_saes.yaml").write_text(REGISTRY)
+    root = Path(__file__).parents[2]
+    return {"PYTHONPATH": os.pathsep.join((str(root), str(package.parent)))}
+
+
+def test_registry_names_the_repository_and_the_factor_to_fold(
+    suite: Path, resolve: Resolve, registry: dict[str, str]
+) -> None:
+    ref = resolve("sae_lens://suite-res/layer/4", **registry)
+    assert f"/snapshots/{COMMIT}/blocks.4/sae_weights.safetensors" in str(ref.path)
+    assert ref.norm_scaling_factor == 0.5
+    unscaled = open_sae(resolve("hf://owner/suite/blocks.4"))
+    scaled = open_sae(ref)
+    assert (scaled.rows([3]).W_enc == unscaled.rows([3]).W_enc * 0.5).all()
+    assert scaled.card.source == "sae_lens://suite-res/layer/4"
+
+
+def test_registry_without_a_factor_folds_nothing(
+    suite: Path, resolve: Resolve, registry: dict[str, str]
+) -> None:
+    ref = resolve("sae_lens://suite-res/layer/5", **registry)
+    assert (open_sae(ref).rows([3]).W_enc == open_sae(
+        resolve("hf://owner/suite/blocks.5")).rows([3]).W_enc).all()  # fmt: skip
+
+
+def test_unknown_registry_name_is_refused_with_the_nearest(
+    answers: Callable[..., list[dict[str, Any]]], registry: dict[str, str]
+) -> None:
+    refusals = {
+        "sae_lens://suite-rse/layer/4": "no release 'suite-rse'; nearest: suite-res",
+        "sae_lens://suite-res/layer/6": "no SAE 'layer/6' in suite-res; nearest: layer/",
+        "sae_lens://suite-transcoders/a": "this is a transcoder",
+        "sae_lens://suite-temporal/a": "reads it with temporal, which has no counterpart",
+    }
+    found = answers(*refusals, **registry)
+    for message, answer in zip(refusals.values(), found, strict=True):
+        assert message in answer["refused"]
+
+
+def test_registry_of_a_package_that_is_missing_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    look_up_again = look_up.__globals__["_registry"].__wrapped__
+    monkeypatch.setitem(look_up.__globals__, "_registry", look_up_again)
+    with pytest.raises(SAEError, match="pip install sae-lens"):
+        look_up("sae_lens://gpt2-small-res-jb/blocks.0.hook_resid_pre")
+
+
+@pytest.mark.slow
+def test_real_registry_agrees_with_sae_lens() -> None:
+    directory = oracle("sae_lens.loading.pretrained_saes_directory", "sae-lens")
+    releases = {
+        "gemma-scope-2b-pt-res-canonical": "layer_12/width_16k/canonical",
+        "llama_scope_lxr_8x": "l15r_8x",
+        "gemma-2b-res-jb": "blocks.12.hook_resid_post",
+        "mistral-7b-res-wg": "blocks.8.hook_resid_pre",
+    }
+    for release, sae_id in releases.items():
+        entry = look_up(f"sae_lens://{release}/{sae_id}")
+        assert (entry.repo, entry.path) == directory.get_repo_id_and_folder_name(release, sae_id)
+        assert entry.norm_scaling_factor == directory.get_norm_scaling_factor(release, sae_id)
+    assert entry.normalize_activations == "constant_norm_rescale"
