@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.sae import SAE
+from steering.kernel_reports import KernelReports, ReportPart
 from steering.ops import batched
 from steering.ops.batched import Coverage, Stream
 from steering.plan import COVERS_SINKS, OP_ADD, PlannedEdit, SteeringPlan
@@ -40,11 +41,6 @@ class SlotWork:
     plan: SteeringPlan
     record: RequestRecord | None
 
-    @property
-    def needs_full(self) -> bool:
-        """Whether the sparse path is not enough."""
-        return bool(self.full)
-
 
 @dataclass
 class Counters:
@@ -54,6 +50,23 @@ class Counters:
     skipped_tokens: int = 0
     op_seconds: float = 0.0
     steps: int = 0
+
+
+@dataclass(frozen=True)
+class KernelPath:
+    """The kernel and its buffers at fixed addresses, of one hook point.
+
+    Attributes:
+        launch: ``triton_kernel.steer_tokens``.
+        report_f: ``[max_num_tokens, MAX_INTERVENTIONS]`` float32, activations before the edit.
+        reports: ``[num_slots]`` int32, whether a slot's activations are wanted.
+        touched: ``[2]`` int64, tokens edited and tokens kept off by a sink, since the last look.
+    """
+
+    launch: Callable[..., None]
+    report_f: Tensor
+    reports: Tensor
+    touched: Tensor
 
 
 @dataclass
@@ -72,7 +85,9 @@ class HookRuntime:
     is_special: Tensor  # [vocab_size] bool
     prompt_len: Tensor  # [num_slots] int32
     counters: Counters
+    kernel: KernelPath | None = None
     work: dict[int, SlotWork] = field(default_factory=dict)
+    _full_slots: set[int] = field(default_factory=set)
 
     def set_slot(
         self,
@@ -100,23 +115,31 @@ class HookRuntime:
         reads = plan.read is not None and plan.read.sae in self.saes
         if plan.read is not None and reads:
             full.add(plan.read.sae)
+        self.work.pop(slot, None)
+        self._full_slots.discard(slot)
         if edits or reads:
             self.work[slot] = SlotWork(edits, frozenset(full), decode, plan, record)
-        else:
-            self.work.pop(slot, None)
+        if full:
+            self._full_slots.add(slot)
+        if self.kernel is not None:
+            self.kernel.reports[slot] = record is not None and plan.report and bool(edits)
 
     def clear_slot(self, slot: int) -> None:
         """Empty a slot whose request left the batch."""
         self.table.write(slot, [], [])
         self.work.pop(slot, None)
+        self._full_slots.discard(slot)
 
-    def needs_full(self, slots: Sequence[int]) -> bool:
+    def needs_full(self, slots: Iterable[int]) -> bool:
         """Whether this pass must run outside CUDA graphs: some slot needs a full encode."""
-        return any((work := self.work.get(s)) is not None and work.needs_full for s in slots)
+        return bool(self._full_slots) and any(int(slot) in self._full_slots for slot in slots)
 
     @torch.inference_mode()
     def apply(self, hidden_states: Tensor, residual: Tensor | None, step: Step) -> None:
         """Edit the batch in place.
+
+        The kernel serves every pass in which each edit needs its own row only; a pass with a full
+        encode runs in torch, outside CUDA graphs.
 
         Args:
             hidden_states: ``[num_tokens, d_in]`` model dtype; rows of uncovered tokens stay as
@@ -124,6 +147,23 @@ class HookRuntime:
             residual: the same shape, or None; only read.
             step: the pass under way.
         """
+        if self.kernel is not None and not (step.active and self.needs_full(step.slots_np)):
+            num_tokens = hidden_states.shape[0]
+            self.kernel.launch(
+                hidden_states,
+                residual,
+                step.token_slot[:num_tokens],
+                step.positions,
+                step.input_ids,
+                self.is_special,
+                self.prompt_len,
+                self.table,
+                self.rows,
+                self.kernel.report_f,
+                self.kernel.reports,
+                self.kernel.touched,
+            )
+            return
         present = [int(s) for s in step.slots_np if int(s) in self.work]
         if not present:
             return
@@ -152,6 +192,27 @@ class HookRuntime:
                 self.prompt_len,
             )
             self._apply_chunk(hidden_states, stream, slot_np, width, distinct, full)
+
+    def collect(self, step: Step, reports: KernelReports) -> None:
+        """After a pass in the kernel: start copying what reporting requests asked for."""
+        if self.kernel is None or self.needs_full(step.slots_np):
+            return
+        parts = []
+        tokens: list[IntArray] = []
+        taken = 0
+        for slot in step.slots_np:
+            work = self.work.get(int(slot))
+            if work is None or work.record is None or not work.plan.report or not work.edits:
+                continue
+            token = np.flatnonzero(step.token_slot_np == slot)
+            where = np.arange(taken, taken + len(token))
+            parts.append(ReportPart(work.record, [i for i, _ in work.edits], where))
+            tokens.append(token)
+            taken += len(token)
+        if parts:
+            token = torch.from_numpy(np.concatenate(tokens)).to(step.positions.device)
+            width = max(len(part.columns) for part in parts)
+            reports.copy(step.positions[token], self.kernel.report_f[token, :width], parts)
 
     def _chunk(self, d_in: int, width: int, num_rows: int, full: set[int]) -> int:
         per_token = max(width * d_in, num_rows, 1)
@@ -252,6 +313,8 @@ class HookRuntime:
             if self.work[slot].decode != sae:
                 continue
             covered = coverage.covered[here].any(dim=1)
+            if not bool(covered.any()):
+                continue
             local, here = local[covered], here[covered]
             f_new = f_all[local]
             for column, edit in self._columns(slot, sae):

@@ -6,7 +6,7 @@ The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from sae.card import HookPoint
 from sae.sae import SAE
-from steering.hook import Counters, HookRuntime
+from steering.hook import Counters, HookRuntime, KernelPath
+from steering.kernel_reports import KernelReports
 from steering.plan import SteeringPlan
 from steering.records import RecordStore
 from steering.rows import RowPool
 from steering.slots import NO_SLOT, EditTable, SlotAllocator
+from steering.spec import MAX_INTERVENTIONS
 from steering.step import IntArray, Step
 
 
@@ -45,6 +47,8 @@ class SteeringState:
         vocab_size: size of the token table.
         record: whether this worker keeps records (one of each tensor-parallel group does).
         device: where the model runs.
+        use_kernel: edit in the Triton kernel wherever rows alone are enough.
+        graphs: CUDA graphs hold the op, so it is launched in idle passes too.
     """
 
     def __init__(
@@ -60,13 +64,19 @@ class SteeringState:
         vocab_size: int,
         record: bool,
         device: torch.device,
+        use_kernel: bool,
+        graphs: bool,
     ) -> None:
         self.step = step
+        self._always_launch = use_kernel and graphs
         self.slots = SlotAllocator(num_slots)
         self.rows = RowPool(saes, max_rows, d_in, device)
         self.records = RecordStore()
         self.counters = Counters()
         self._record = record
+        self._kernel_reports = KernelReports()
+        # Tokens edited and kept off by a sink, counted by the kernel.
+        self._touched = torch.zeros(2, dtype=torch.int64, device=device)
         self.prompt_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
         is_special = torch.zeros(vocab_size, dtype=torch.bool)
         is_special[[t for t in special_token_ids if t < vocab_size]] = True
@@ -79,6 +89,7 @@ class SteeringState:
                 is_special=is_special,
                 prompt_len=self.prompt_len,
                 counters=self.counters,
+                kernel=self._kernel_path(num_slots, device) if use_kernel else None,
             )
             for point in owned
         }
@@ -129,21 +140,27 @@ class SteeringState:
         if not self._running:
             self.step.begin((), query_start_loc[:1])
             return
+        self._kernel_reports.drain(wait=False)
         self.step.begin([self.slot_of(req_id) for req_id in req_ids], query_start_loc)
         self.counters.steps += self.step.active
 
     def end_step(self) -> None:
         """The forward pass is over."""
+        if self.step.active:
+            for hook in self.hooks.values():
+                hook.collect(self.step, self._kernel_reports)
         self.step.end()
 
-    def needs_full(self, req_ids: Sequence[str]) -> bool:
+    def needs_full(self, req_ids: Iterable[str]) -> bool:
         """Whether a pass over these requests must run outside CUDA graphs."""
+        if not self._running:
+            return False
         slots = [slot for r in req_ids if (slot := self.slot_of(r)) != NO_SLOT]
         return any(hook.needs_full(slots) for hook in self.hooks.values())
 
     def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Edit the pass's tokens at one hook point, in place; called by the registered op."""
-        if not self.step.active:
+        if not (self.step.active or self._always_launch):
             return
         started = time.perf_counter()
         d_in = hidden_states.shape[-1]
@@ -161,6 +178,7 @@ class SteeringState:
             key: the plan's key.
             limits: child index to the number of positions that entered the model for good.
         """
+        self._kernel_reports.drain(wait=True)
         return [
             record.summary(limit)
             for child, limit in limits.items()
@@ -170,19 +188,28 @@ class SteeringState:
     def take_stats(self) -> dict[str, float]:
         """Gauges now, and counters since the last call."""
         counters = self.counters
+        edited, skipped = self._touched.tolist()
+        self._touched.zero_()
         stats = {
             "slots_in_use": self.slots.in_use,
             "slots_capacity": self.slots.num_slots,
             "rows_in_use": self.rows.rows_in_use,
             "rows_capacity": self.rows.capacity,
-            "edited_tokens": counters.edited_tokens,
-            "skipped_tokens": counters.skipped_tokens,
+            "edited_tokens": counters.edited_tokens + edited,
+            "skipped_tokens": counters.skipped_tokens + skipped,
             "op_seconds": counters.op_seconds,
             "steps": counters.steps,
         }
         counters.edited_tokens = counters.skipped_tokens = counters.steps = 0
         counters.op_seconds = 0.0
         return stats
+
+    def _kernel_path(self, num_slots: int, device: torch.device) -> KernelPath:
+        from steering.ops.triton_kernel import steer_tokens
+
+        report_f = torch.zeros(self.step.token_slot.shape[0], MAX_INTERVENTIONS, device=device)
+        reports = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        return KernelPath(steer_tokens, report_f, reports, self._touched)
 
     def _latents(self, plan: SteeringPlan) -> list[tuple[int, int]]:
         """The rows that this worker needs of a plan."""

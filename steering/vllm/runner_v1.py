@@ -21,12 +21,18 @@ def attach(runner: Any, state: SteeringState) -> None:
     """Follow the runner's requests and bracket its forward passes."""
     update_states = runner._update_states
     model_forward = runner._model_forward
+    determine_batch = runner._determine_batch_execution_and_padding
     # Preempted requests keep their plan here while they wait to resume.
     plans: dict[str, SteeringPlan] = {}
 
     def _update_states(scheduler_output: Any) -> Any:
         _follow(scheduler_output, state, plans)
         return update_states(scheduler_output)
+
+    def _determine_batch(*args: Any, force_eager: bool = False, **kwargs: Any) -> Any:
+        # A full encode allocates and decides on the host: that pass runs outside CUDA graphs.
+        full = state.needs_full(runner.input_batch.req_ids)
+        return determine_batch(*args, force_eager=force_eager or full, **kwargs)
 
     def _model_forward(*args: Any, **kwargs: Any) -> Any:
         # The input batch is final here: reordering and condensing are done.
@@ -42,6 +48,7 @@ def attach(runner: Any, state: SteeringState) -> None:
 
     runner._update_states = _update_states
     runner._model_forward = _model_forward
+    runner._determine_batch_execution_and_padding = _determine_batch
 
 
 def _follow(scheduler_output: Any, state: SteeringState, plans: dict[str, SteeringPlan]) -> None:

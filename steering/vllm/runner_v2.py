@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -45,15 +47,49 @@ def attach(runner: Any, state: SteeringState) -> None:
             input_batch.req_ids, input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
         )
 
-    def _execute_model(*args: Any, **kwargs: Any) -> Any:
+    def _execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         registered.make_current(state)
+        _eager.needed = lambda: state.needs_full(scheduler_output.num_scheduled_tokens)
         try:
-            return execute_model(*args, **kwargs)
+            return execute_model(scheduler_output, *args, **kwargs)
         finally:
             # Dummy passes that follow must find nothing to steer.
             state.end_step()
+            _eager.needed = _never
 
     model_state.add_request = _add_request
     model_state.remove_request = _remove_request
     model_state.preprocess_state = _preprocess_state
     runner.execute_model = _execute_model
+    _intercept_dispatch()
+
+
+def _never() -> bool:
+    return False
+
+
+class _EagerPass:
+    """Whether the pass that is about to be dispatched must run outside CUDA graphs."""
+
+    needed: Callable[[], bool] = staticmethod(_never)
+
+
+_eager = _EagerPass()
+
+
+@functools.cache
+def _intercept_dispatch() -> None:
+    """A full encode allocates and decides on the host: such a pass must not replay a graph.
+
+    The runner decides between graphs and eager execution in one imported function, and gives it no
+    other say from outside.
+    """
+    from vllm.v1.worker.gpu import model_runner
+
+    dispatch = model_runner.dispatch_cg_and_sync_dp
+
+    @functools.wraps(dispatch)
+    def wrapper(*args: Any, need_eager: bool = False, **kwargs: Any) -> Any:
+        return dispatch(*args, need_eager=need_eager or _eager.needed(), **kwargs)
+
+    model_runner.dispatch_cg_and_sync_dp = wrapper

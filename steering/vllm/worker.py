@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
+import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 
 from sae.card import HookPoint
 from sae.sae import open_sae
@@ -77,6 +81,9 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
             vocab_size=self.vllm_config.model_config.get_vocab_size(),
             record=self._keeps_records,
             device=runner.device,
+            use_kernel=_kernel_runs_on(runner.device),
+            graphs=runner.device.type == "cuda"
+            and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
         )
         for point in owned:
             hook_points.install(
@@ -87,3 +94,8 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         return state
 
 
+
+
+def _kernel_runs_on(device: torch.device) -> bool:
+    """Triton kernels run on CUDA, and on a CPU under Triton's interpreter."""
+    return device.type == "cuda" or (HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1")

@@ -1,0 +1,189 @@
+"""An independent reference: transformers in float32 with hooks, and arithmetic of its own.
+
+Nothing of this project is imported. A request's tokens are run through the model in one pass with
+every edit applied at its positions; causality makes that the same as step by step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class ReferenceSAE:
+    """A SAELens folder, read and computed as its documentation says."""
+
+    def __init__(self, folder: Path, sink_norm: float | None = None) -> None:
+        self.config = json.loads((folder / "cfg.json").read_text())
+        self.weights = {
+            k: v.float() for k, v in load_file(folder / "sae_weights.safetensors").items()
+        }
+        hook = self.config.get("metadata", self.config)["hook_name"]
+        _, layer, self.kind = hook.split(".")
+        self.layer = int(layer)
+        self.sink_norm = sink_norm
+
+    def encode(self, x: Tensor) -> Tensor:
+        """``[n, d_in]`` to ``[n, d_sae]``."""
+        w = self.weights
+        x = self._normed(x)[0]
+        if self.config["apply_b_dec_to_input"]:
+            x = x - w["b_dec"]
+        if self.config["architecture"] == "gated":
+            gate = x @ w["W_enc"] + w["b_gate"] > 0
+            return gate * torch.relu(x @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
+        h = x @ w["W_enc"] + w["b_enc"]
+        if self.config["architecture"] == "jumprelu":
+            return torch.relu(h) * (h > w["threshold"])
+        if self.config["architecture"] == "topk":
+            top = h.topk(self.config["k"], dim=-1)
+            return torch.zeros_like(h).scatter(-1, top.indices, top.values.relu())
+        return torch.relu(h)
+
+    def decode(self, f: Tensor, x: Tensor) -> Tensor:
+        """``[n, d_sae]`` to ``[n, d_in]``."""
+        _, mu, sigma = self._normed(x)
+        return (f @ self.weights["W_dec"] + self.weights["b_dec"]) * sigma + mu
+
+    def output_scale(self, x: Tensor) -> Tensor:
+        """``[n, 1]``: what one unit of a decoded feature is in the stream."""
+        return self._normed(x)[2]
+
+    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kind = self.config["normalize_activations"]
+        one, zero = torch.ones(x.shape[0], 1), torch.zeros(x.shape[0], 1)
+        if kind == "layer_norm":
+            mu = x.mean(-1, keepdim=True)
+            sigma = (x - mu).std(-1, keepdim=True)
+            return (x - mu) / (sigma + 1e-5), mu, sigma
+        if kind == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / x.shape[1] ** 0.5
+            return x / scale, zero, scale
+        return x, zero, one
+
+
+class ReferenceModel:
+    """A transformers model whose stream can be edited."""
+
+    def __init__(self, folder: Path, special_token_ids: Sequence[int]) -> None:
+        import transformers
+
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.special = set(special_token_ids)
+        inner = getattr(self.model, "model", None) or self.model.transformer
+        self.layers = inner.layers if hasattr(inner, "layers") else inner.h
+
+    @torch.inference_mode()
+    def logprobs(
+        self,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        saes: Mapping[str, ReferenceSAE],
+        field: Mapping[str, Any] | None,
+        seen: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Log-probabilities ``[len(generated), vocab]`` before each generated token.
+
+        ``seen`` receives, by SAE, the stream ``[n, d_in]`` before the edits.
+        """
+        ids = [*prompt, *generated][:-1]
+        handles = [
+            self._hook(name, sae, ids, len(prompt), dict(field or {}), seen)
+            for name, sae in saes.items()
+        ]
+        try:
+            logits = self.model(torch.tensor([ids])).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits[len(prompt) - 1 :].log_softmax(-1)
+
+    def _hook(
+        self,
+        name: str,
+        sae: ReferenceSAE,
+        ids: Sequence[int],
+        prompt_len: int,
+        field: dict[str, Any],
+        seen: dict[str, Tensor] | None,
+    ) -> Any:
+        def edit(stream: Tensor) -> Tensor:
+            x = stream[0].clone()
+            if seen is not None:
+                seen[name] = x.clone()
+            return stream + self._delta(sae, name, x, ids, prompt_len, field)[None]
+
+        layer = self.layers[sae.layer]
+        if sae.kind == "hook_resid_pre":
+
+            def before(_: Any, args: Any, kwargs: Any) -> Any:
+                if args:
+                    return (edit(args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+            return layer.register_forward_pre_hook(before, with_kwargs=True)
+        if sae.kind == "hook_mlp_out":
+            layer = getattr(layer, "post_feedforward_layernorm", layer.mlp)
+        if sae.kind == "hook_attn_out":
+            sandwich = hasattr(layer, "pre_feedforward_layernorm")
+            attention = layer.attn if hasattr(layer, "attn") else layer.self_attn
+            layer = layer.post_attention_layernorm if sandwich else attention
+
+        def after(_: Any, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (edit(output[0]), *output[1:])
+            return edit(output)
+
+        return layer.register_forward_hook(after)
+
+    def _delta(
+        self,
+        sae: ReferenceSAE,
+        name: str,
+        x: Tensor,
+        ids: Sequence[int],
+        prompt_len: int,
+        field: dict[str, Any],
+    ) -> Tensor:
+        f = sae.encode(x)
+        f_new = f.clone()
+        touched = torch.zeros(len(ids), dtype=torch.bool)
+        for item in field.get("interventions", []):
+            if item.get("sae", name) != name:
+                continue
+            where = {**(field.get("positions") or {}), **(item.get("positions") or {})}
+            for t, token in enumerate(ids):
+                phase = "prompt" if t < prompt_len else "generation"
+                special = t == 0 or token in self.special
+                if (
+                    not where.get(phase, True)
+                    or (special and not where.get("special_tokens", False))
+                    or t < where.get("start", 0)
+                    or t >= where.get("end", 10**9)
+                    or (sae.sink_norm is not None and x[t].norm() > sae.sink_norm)
+                ):
+                    continue
+                touched[t] = True
+                i, v = item["feature"], item.get("value", 0.0)
+                old = f[t, i]
+                f_new[t, i] = {
+                    "clamp": v,
+                    "ablate": 0.0,
+                    "scale": v * old,
+                    "add": f_new[t, i] + v,
+                    "floor": max(float(old), v),
+                    "cap": min(float(old), v),
+                }[item["op"]]
+        if field.get("error_term", True):
+            delta = ((f_new - f) @ sae.weights["W_dec"]) * sae.output_scale(x)
+        else:
+            delta = sae.decode(f_new, x) - x
+        return delta * touched[:, None]
