@@ -142,7 +142,7 @@ def steer_tokens(
 
 
 @triton.jit
-def steer_kernel(
+def steer_kernel(  # type: ignore[no-untyped-def]
     hidden_ptr,  # [num_tokens, D_IN] model dtype, read and written
     residual_ptr,  # the same shape, or None
     token_slot_ptr,  # [num_tokens] int32
@@ -258,7 +258,7 @@ def steer_kernel(
 
 
 @triton.jit
-def _block_delta(
+def _block_delta(  # type: ignore[no-untyped-def]
     x, mean, std, rms, e, active_bits, reported,
     ints_ptr, value_ptr, w_enc_ptr, w_dec_ptr, params_ptr, report_f_ptr, token, d, inside,
     D_IN: tl.constexpr,
@@ -291,7 +291,7 @@ def _block_delta(
 
 
 @triton.jit
-def _change(f, op, value):
+def _change(f, op, value):  # type: ignore[no-untyped-def]
     """``f' - f`` for each operation; ``add`` never reads ``f``."""
     scale = value * f - f
     floor = tl.maximum(f, value) - f

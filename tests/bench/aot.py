@@ -1,0 +1,215 @@
+"""Compile the Triton kernel without a GPU and read what ptxas made of it.
+
+``python -m tests.bench.aot [out.json]`` prints a table for sm_80, sm_90 and sm_100 over widths and
+dtypes: registers, spills, shared memory, occupancy, and bytes in flight. Needs only the Triton
+package, which brings ptxas and cuobjdump along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from steering.ops.triton_kernel import launch, steer_kernel
+from tests.bench.roofline import ROW_ITEMSIZE
+
+ARCHS: Final = (80, 90, 100)
+WIDTHS: Final = (576, 2304, 4096, 5120, 8192)
+ITEMSIZE: Final = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+_POINTERS: Final = {
+    "token_slot_ptr": "*i32",
+    "positions_ptr": "*i64",
+    "input_ids_ptr": "*i32",
+    "is_special_ptr": "*i1",
+    "prompt_len_ptr": "*i32",
+    "count_ptr": "*i32",
+    "ints_ptr": "*i32",
+    "value_ptr": "*fp32",
+    "w_enc_ptr": "*fp32",
+    "w_dec_ptr": "*fp32",
+    "params_ptr": "*fp32",
+    "report_f_ptr": "*fp32",
+    "reports_ptr": "*i32",
+    "counters_ptr": "*i64",
+}
+
+# One multiprocessor, by compute capability (CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability"): all three have 65,536 registers, 64 warps and 32 blocks.
+_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
+_SHARED: Final = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+#: Shared memory that the system takes from each block.
+_SHARED_RESERVED: Final = 1024
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled variant.
+
+    Attributes:
+        arch: compute capability times ten.
+        dtype: of the stream.
+        residual: whether the layer hands the residual over apart.
+        registers: a thread's.
+        spill_bytes: a thread's stack and local memory: where spilled registers go.
+        shared_bytes: a program's.
+        programs_per_sm: how many one multiprocessor holds.
+        occupancy: its warps over the most it can hold.
+        in_flight_bytes: rows that one multiprocessor has asked for at once.
+    """
+
+    arch: int
+    d_in: int
+    dtype: str
+    residual: bool
+    block_d: int
+    block_e: int
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    programs_per_sm: int
+    occupancy: float
+    in_flight_bytes: int
+
+
+def compile_kernel(arch: int, d_in: int, dtype: str, *, residual: bool = True) -> Kernel:
+    """Compile one variant, with reports and counters, and read its resources."""
+    layout = launch(d_in, ITEMSIZE[dtype])
+    constants: dict[str, Any] = {
+        "D_IN": d_in,
+        "BLOCK_D": layout.block_d,
+        "BLOCK_E": layout.block_e,
+    }
+    types = _POINTERS | {
+        "hidden_ptr": f"*{dtype}",
+        "hidden_stride": "i32",
+        "residual_stride": "i32",
+    }
+    if residual:
+        types["residual_ptr"] = f"*{dtype}"
+    else:
+        constants["residual_ptr"] = None
+    signature = {name: types.get(name, "constexpr") for name in steer_kernel.arg_names}
+    # What the launcher finds at run time: every address and stride is a multiple of 16.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(steer_kernel.arg_names)
+        if signature[name] != "constexpr"
+    }
+    compiled = triton.compile(
+        ASTSource(steer_kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": layout.num_warps, "enable_fp_fusion": True},
+    )
+    used = _resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    programs = _programs_per_sm(arch, layout.num_warps, used["REG"], shared)
+    return Kernel(
+        arch=arch,
+        d_in=d_in,
+        dtype=dtype,
+        residual=residual,
+        block_d=layout.block_d,
+        block_e=layout.block_e,
+        num_warps=layout.num_warps,
+        registers=used["REG"],
+        spill_bytes=used["STACK"] + used["LOCAL"],
+        shared_bytes=shared,
+        programs_per_sm=programs,
+        occupancy=programs * layout.num_warps / _WARPS,
+        in_flight_bytes=programs * layout.block_e * 2 * d_in * ROW_ITEMSIZE,
+    )
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """``cuobjdump --dump-resource-usage``: a line ``REG:102 STACK:0 SHARED:1024 LOCAL:0 ...``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    [line] = [line for line in text.splitlines() if "REG:" in line]
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+
+
+def _programs_per_sm(arch: int, num_warps: int, registers: int, shared: int) -> int:
+    # Registers are handed out to a warp in units of 256.
+    warp_registers = -(-32 * registers // 256) * 256
+    return min(
+        _REGISTERS // (warp_registers * num_warps),
+        _SHARED[arch] // (shared + _SHARED_RESERVED),
+        _WARPS // num_warps,
+        _BLOCKS,
+    )
+
+
+def compile_all(archs: Iterable[int], widths: Iterable[int]) -> list[Kernel]:
+    """Every dtype with a residual, and bfloat16 without, too."""
+    return [
+        compile_kernel(arch, d_in, dtype, residual=residual)
+        for arch in archs
+        for d_in in widths
+        for dtype, residual in (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True))
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers used."""
+    return {
+        "triton": triton.__version__,
+        "ptxas (sm_80, sm_90)": knobs.nvidia.ptxas.version,
+        "ptxas (sm_100)": knobs.nvidia.ptxas_blackwell.version,
+        "cuobjdump": knobs.nvidia.cuobjdump.version,
+    }
+
+
+def table(kernels: Iterable[Kernel]) -> list[str]:
+    """The variants as Markdown."""
+    lines = [
+        "| sm | d_in | stream | edits at once | warps | registers | spilled, B | shared, B "
+        "| programs an SM | occupancy | rows in flight an SM, KiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for k in kernels:
+        stream = k.dtype if k.residual else f"{k.dtype}, no residual"
+        lines.append(
+            f"| {k.arch} | {k.d_in} | {stream} | {k.block_e} | {k.num_warps} | {k.registers} "
+            f"| {k.spill_bytes} | {k.shared_bytes} | {k.programs_per_sm} | {k.occupancy:.0%} "
+            f"| {k.in_flight_bytes / 1024:.0f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Compile, print, and write the JSON file if one is named."""
+    parser = argparse.ArgumentParser(description="Compile the Triton kernel without a GPU")
+    parser.add_argument("out", nargs="?", type=Path, help="JSON file to write")
+    out = parser.parse_args().out
+    kernels = compile_all(ARCHS, WIDTHS)
+    print("\n".join(f"{name} {version}" for name, version in versions().items()))
+    print("\n".join(table(kernels)))
+    if out is not None:
+        out.write_text(
+            json.dumps({"versions": versions(), "kernels": [asdict(k) for k in kernels]}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What the kernel should cost on a GPU, from bytes and latencies.
+
+``python -m tests.bench.roofline`` prints the tables of ``steering/ops/README.md``, which states
+the assumptions in words.
+``tests/bench/kernel_gpu.py`` holds the same numbers against a real GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Final
+
+from steering.ops.triton_kernel import Launch, launch
+
+#: Part of a memory's peak rate that a good kernel gets.
+ACHIEVED: Final = 0.8
+#: Part of the peak arithmetic rate that large matrix products get.
+ACHIEVED_FLOPS: Final = 0.6
+#: One kernel in a replayed CUDA graph: seconds between its neighbours that it adds by existing.
+LAUNCH_SECONDS: Final = 1.5e-6
+#: Loads that wait for each other before the first row: slot, table, row index, stream, norm.
+PROLOGUE_SECONDS: Final = 3.5e-6
+#: One block of edits: its table entries, its rows from DRAM, one reduction over the program.
+BLOCK_SECONDS: Final = 1.5e-6
+#: A program without a slot, from its start to its successor's.
+EXIT_SECONDS: Final = 1.0e-6
+ROW_ITEMSIZE: Final = 4
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of a GPU, from its data sheet; ``l2`` as microbenchmarks report it.
+
+    Attributes:
+        dram: bytes a second.
+        l2: bytes a second, reading.
+        l2_capacity: bytes.
+        flops: dense bfloat16 operations a second.
+        sms: multiprocessors.
+    """
+
+    name: str
+    dram: float
+    l2: float
+    l2_capacity: float
+    flops: float
+    sms: int
+
+
+A100: Final = Device("A100 SXM 80 GB", 2.04e12, 4.0e12, 40e6, 312e12, 108)
+H100: Final = Device("H100 SXM", 3.35e12, 5.5e12, 50e6, 990e12, 132)
+H200: Final = Device("H200", 4.8e12, 5.5e12, 50e6, 990e12, 132)
+B200: Final = Device("B200", 8.0e12, 10e12, 126e6, 2250e12, 148)
+DEVICES: Final = (A100, H100, H200, B200)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A served model, one tensor-parallel rank of it.
+
+    Attributes:
+        params: parameters in all, held in 16 bits.
+        kv_bytes: bytes of key-value cache a token, all layers, all ranks.
+        ranks: tensor-parallel size; the edit is repeated on each.
+    """
+
+    name: str
+    d_in: int
+    params: float
+    kv_bytes: float
+    ranks: int
+
+
+LLAMA_8B: Final = Model("8B, one GPU", 4096, 8.03e9, 32 * 2 * 8 * 128 * 2, 1)
+LLAMA_70B: Final = Model("70B, TP 4", 8192, 70.6e9, 80 * 2 * 8 * 128 * 2, 4)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes of one steered token.
+
+    Attributes:
+        stream: hidden state in and out, residual in.
+        rows: encoder and decoder rows.
+        metadata: what the kernel reads to find them, and writes to say what it did.
+    """
+
+    stream: int
+    rows: int
+    metadata: int
+
+    @property
+    def minimum(self) -> int:
+        """Without metadata: no implementation can do with less."""
+        return self.stream + self.rows
+
+    @property
+    def ratio(self) -> float:
+        """Bytes moved over the minimum."""
+        return (self.minimum + self.metadata) / self.minimum
+
+
+def moved(
+    d_in: int, itemsize: int, edits: int, *, residual: bool = True, add: bool = False
+) -> Moved:
+    """Bytes that the kernel asks for, for one token of a slot that reports.
+
+    Args:
+        d_in: width of the stream.
+        itemsize: bytes of one of its elements.
+        edits: edits that cover the token.
+        residual: whether the layer returns its output and the residual apart.
+        add: the edits are all ``add`` in a slot that does not report: no encoder row is read.
+    """
+    stream = (3 if residual else 2) * d_in * itemsize
+    rows = (1 if add else 2) * edits * d_in * ROW_ITEMSIZE
+    block_e = launch(d_in, itemsize).block_e
+    # The token's facts and a counter; by edit, its table entry, sink and normalisation, what it
+    # reports; and in whole blocks seven parameters.
+    metadata = 29 + 8 + 36 * edits + 28 * block_e * ceil(edits / block_e)
+    metadata += 0 if add else 4 * edits
+    return Moved(stream, rows, metadata)
+
+
+def op_seconds(
+    device: Device, d_in: int, itemsize: int, tokens: int, edits: int, configurations: int
+) -> float:
+    """Time of one launch over ``tokens`` steered tokens in ``configurations`` distinct edit lists.
+
+    The longest of three: DRAM traffic, L2 traffic, and the waves of programs that each wait for
+    their rows.
+    """
+    layout = launch(d_in, itemsize)
+    one = moved(d_in, itemsize, edits)
+    distinct_rows = min(tokens, configurations) * one.rows
+    # Rows that L2 cannot keep come from DRAM each time.
+    from_dram = distinct_rows if distinct_rows <= device.l2_capacity else tokens * one.rows
+    dram = (tokens * one.stream + from_dram) / (ACHIEVED * device.dram)
+    l2 = tokens * (one.stream + one.rows) / (ACHIEVED * device.l2)
+    waves = ceil(tokens / (device.sms * programs_per_sm(layout)))
+    waiting = waves * (PROLOGUE_SECONDS + ceil(edits / layout.block_e) * BLOCK_SECONDS)
+    return LAUNCH_SECONDS + max(dram, l2, waiting)
+
+
+def idle_seconds(device: Device, d_in: int, itemsize: int, tokens: int) -> float:
+    """Time of one launch in which no token has a slot: waves of programs that load one number."""
+    waves = ceil(tokens / (device.sms * programs_per_sm(launch(d_in, itemsize))))
+    return LAUNCH_SECONDS + waves * EXIT_SECONDS
+
+
+def programs_per_sm(layout: Launch) -> int:
+    """Programs that one multiprocessor holds at 128 registers a thread (``aot.py`` has fewer)."""
+    return max(1, 65536 // (128 * 32 * layout.num_warps))
+
+
+def decode_seconds(device: Device, model: Model, batch: int, context: int) -> float:
+    """Time of one decode step: weights and key-value cache once through DRAM, nothing else."""
+    weights = 2 * model.params / model.ranks
+    cache = batch * context * model.kv_bytes / model.ranks
+    flops = 2 * model.params * batch / model.ranks
+    return max(
+        (weights + cache) / (ACHIEVED * device.dram), flops / (ACHIEVED_FLOPS * device.flops)
+    )
+
+
+def prefill_seconds(device: Device, model: Model, tokens: int) -> float:
+    """Time of one prefill step: the matrix products, nothing else."""
+    return 2 * model.params * tokens / model.ranks / (ACHIEVED_FLOPS * device.flops)
+
+
+def decode_table(device: Device, context: int) -> list[str]:
+    """Share of a decode step, as Markdown."""
+    lines = [
+        "| model | batch | edits | step, ms | one configuration: op, us | share "
+        "| all distinct: op, us | share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model in (LLAMA_8B, LLAMA_70B):
+        for batch in (1, 32, 256):
+            step = decode_seconds(device, model, batch, context)
+            for edits in (1, 8, 64):
+                ops = [op_seconds(device, model.d_in, 2, batch, edits, k) for k in (1, batch)]
+                cells = [f"{1e6 * op:.1f} | {100 * op / step:.2f}%" for op in ops]
+                lines.append(
+                    f"| {model.name} | {batch} | {edits} | {1e3 * step:.1f} | {' | '.join(cells)} |"
+                )
+    return lines
+
+
+def prefill_table(device: Device, tokens: int) -> list[str]:
+    """Share of a prefill step in which one request's edits cover every token, as Markdown."""
+    lines = [
+        "| model | tokens | edits | step, ms | op, us | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in (LLAMA_8B, LLAMA_70B):
+        step = prefill_seconds(device, model, tokens)
+        for edits in (1, 8, 64):
+            op = op_seconds(device, model.d_in, 2, tokens, edits, 1)
+            lines.append(
+                f"| {model.name} | {tokens} | {edits} | {1e3 * step:.1f} | {1e6 * op:.0f} "
+                f"| {100 * op / step:.2f}% |"
+            )
+    return lines
+
+
+def bytes_table() -> list[str]:
+    """Bytes of one steered token against the minimum, as Markdown."""
+    lines = [
+        "| d_in | edits | stream, B | rows, B | metadata, B | moved / minimum |",
+        "|---|---|---|---|---|---|",
+    ]
+    for d_in in (576, 2304, 4096, 5120, 8192):
+        for edits in (1, 8, 64):
+            one = moved(d_in, 2, edits)
+            lines.append(
+                f"| {d_in} | {edits} | {one.stream:,} | {one.rows:,} | {one.metadata:,} "
+                f"| {one.ratio:.3f} |"
+            )
+    return lines
+
+
+def main() -> None:
+    """Print every table."""
+    print("\n".join(bytes_table()))
+    for device in (A100, H100, B200):
+        for context in (1024, 0):
+            print(f"\n{device.name}, decode, context {context}\n")
+            print("\n".join(decode_table(device, context)))
+        print(f"\n{device.name}, prefill\n")
+        print("\n".join(prefill_table(device, 2048)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Batches of tokens with edit tables, for every version of the edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.plan import COVERS_SINKS, PlannedEdit
+from steering.rows import (
+    NORM_CONSTANT,
+    NORM_LAYER,
+    NORM_NONE,
+    P_BIAS,
+    P_DECODER_SCALE,
+    P_ENC_SUM,
+    P_GAIN,
+    P_GATE_BIAS,
+    P_NORM,
+    P_SINK,
+    P_THRESHOLD,
+    RowPool,
+)
+from steering.slots import NO_SLOT, EditTable
+from steering.spec import MAX_INTERVENTIONS, POSITION_LIMIT
+
+VOCAB = 32
+SPECIAL_IDS = (0, 1, 2)
+
+
+@dataclass
+class Batch:
+    """What :func:`steering.ops.reference.steer_tokens` takes; an edit's latent is its pool row.
+
+    Attributes:
+        edits: slot to its edits, as written to ``table``.
+    """
+
+    hidden_states: Tensor
+    residual: Tensor | None
+    token_slot: Tensor
+    positions: Tensor
+    input_ids: Tensor
+    is_special: Tensor
+    prompt_len: Tensor
+    rows: RowPool
+    reports: Tensor
+    edits: Mapping[int, Sequence[PlannedEdit]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.hidden_states.shape[0]
+
+    def table(self) -> EditTable:
+        """The edits, on the batch's device."""
+        table = EditTable(self.prompt_len.shape[0], self.hidden_states.device)
+        for slot, edits in self.edits.items():
+            table.write(slot, edits, [edit.latent for edit in edits])
+        return table
+
+    def on(self, device: str) -> Batch:
+        """A copy on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        rows = pool(self.rows.W_enc, self.rows.W_dec, self.rows.params, device)
+        return replace(self, rows=rows, **moved)
+
+
+def pool(w_enc: Tensor, w_dec: Tensor, params: Tensor, device: str = "cpu") -> RowPool:
+    """A pool that holds these rows: ``[n, d_in]`` twice and ``[n, NUM_PARAMS]``."""
+    rows = RowPool([], w_enc.shape[0], w_enc.shape[1], device)
+    for target, source in ((rows.W_enc, w_enc), (rows.W_dec, w_dec), (rows.params, params)):
+        target.copy_(source)
+    rows.params[:, P_ENC_SUM] = rows.W_enc.sum(dim=1)
+    return rows
+
+
+def plain_params(n: int) -> Tensor:
+    """Parameters of ``n`` ReLU latents without a bias, and no sinks."""
+    params = torch.zeros(n, RowPool([], n, 1, "cpu").params.shape[1])
+    params[:, P_GAIN] = params[:, P_DECODER_SCALE] = 1
+    params[:, P_GATE_BIAS] = params[:, P_SINK] = torch.inf
+    return params
+
+
+def edit(
+    row: int, op: int, value: float, coverage: int, start: int = 0, end: int = POSITION_LIMIT
+) -> PlannedEdit:
+    """One edit of the latent in ``row``."""
+    return PlannedEdit(0, row, op, value, coverage, start, end)
+
+
+def one_request(
+    x: Tensor,
+    edits: Sequence[PlannedEdit],
+    rows: RowPool,
+    *,
+    first: int = 5,
+    prompt_len: int = 8,
+    input_ids: Sequence[int] | None = None,
+    reports: bool = True,
+) -> Batch:
+    """The tokens of one request from position ``first``; the layer returns the whole stream."""
+    n = x.shape[0]
+    return Batch(
+        hidden_states=x,
+        residual=None,
+        token_slot=torch.zeros(n, dtype=torch.int32),
+        positions=torch.arange(first, first + n),
+        input_ids=torch.tensor([10] * n if input_ids is None else input_ids, dtype=torch.int32),
+        is_special=_is_special(),
+        prompt_len=torch.tensor([prompt_len], dtype=torch.int32),
+        rows=rows,
+        reports=torch.tensor([int(reports)], dtype=torch.int32),
+        edits={0: edits},
+    )
+
+
+def random_batch(
+    seed: int,
+    *,
+    d_in: int = 24,
+    dtype: torch.dtype = torch.float32,
+    residual: bool = True,
+    tokens: Sequence[int] = (2, 1, 0, 2),
+    steered: float = 0.7,
+    max_edits: int = 5,
+    padding: int = 1,
+) -> Batch:
+    """Requests with random slots, phases, edits, kinds of latents, and some outsized tokens.
+
+    Args:
+        seed: of everything random.
+        d_in: width of the stream.
+        dtype: of the stream.
+        residual: whether the layer returns its output and the residual apart.
+        tokens: of each request, in the batch's order.
+        steered: probability that a request has a slot.
+        max_edits: most edits of a slot; the fewest are none.
+        padding: tokens past the real ones; their ids and positions are garbage.
+    """
+    rng = torch.Generator().manual_seed(seed)
+
+    def randint(low: int, high: int, n: int = 1) -> list[int]:
+        found: list[int] = torch.randint(low, high, (n,), generator=rng).tolist()
+        return found
+
+    def chance(n: int, probability: float) -> Tensor:
+        return torch.rand(n, generator=rng) < probability
+
+    num_slots = len(tokens) + 1
+    slots = torch.randperm(num_slots, generator=rng)[: len(tokens)].int()
+    slots[~chance(len(tokens), steered)] = NO_SLOT
+    first = torch.tensor(randint(0, 4, len(tokens)))
+    positions = torch.cat(
+        [torch.arange(int(f), int(f) + n) for f, n in zip(first, tokens, strict=True)]
+    )
+    real = len(positions)
+    num_tokens = real + padding
+    token_slot = torch.full((num_tokens,), NO_SLOT, dtype=torch.int32)
+    token_slot[:real] = torch.repeat_interleave(slots, torch.tensor(tokens))
+    hidden = torch.randn(num_tokens, d_in, generator=rng)
+    hidden[chance(num_tokens, 0.2)] *= 20
+    capacity = max(2 * max_edits, 1)
+    edits = {
+        int(slot): [
+            edit(
+                row,
+                randint(0, 5)[0],
+                float(torch.randn(1, generator=rng)) * 3,
+                randint(1, 2 * COVERS_SINKS)[0],
+                start=randint(0, 3)[0],
+                end=[POSITION_LIMIT, 4][randint(0, 2)[0]],
+            )
+            for row in randint(0, capacity, randint(0, max_edits + 1)[0])
+        ]
+        for slot in slots
+        if slot != NO_SLOT
+    }
+    return Batch(
+        hidden_states=hidden.to(dtype),
+        residual=torch.randn(num_tokens, d_in, generator=rng).to(dtype) if residual else None,
+        token_slot=token_slot,
+        positions=torch.cat([positions, torch.full((padding,), 2**40)]),
+        input_ids=torch.tensor(randint(0, VOCAB, real) + [2**30] * padding, dtype=torch.int32),
+        is_special=_is_special(),
+        prompt_len=torch.tensor(randint(1, 5, num_slots), dtype=torch.int32),
+        rows=_random_rows(rng, capacity, d_in),
+        reports=chance(num_slots, 0.5).int(),
+        edits=edits,
+    )
+
+
+def full_batch(seed: int, d_in: int, dtype: torch.dtype, tokens: int) -> Batch:
+    """One request of ``tokens`` tokens with MAX_INTERVENTIONS edits."""
+    batch = random_batch(seed, d_in=d_in, dtype=dtype, tokens=(tokens,), steered=1, max_edits=64)
+    [slot] = batch.edits
+    rng = torch.Generator().manual_seed(seed)
+    ops = torch.randint(0, 5, (MAX_INTERVENTIONS,), generator=rng).tolist()
+    edits = [edit(row, op, 1.5, coverage=7) for row, op in enumerate(ops)]
+    return replace(batch, edits={slot: edits})
+
+
+def _random_rows(rng: torch.Generator, n: int, d_in: int) -> RowPool:
+    params = plain_params(n)
+    pick = torch.rand(n, generator=rng)
+    params[:, P_BIAS] = torch.randn(n, generator=rng) * 0.3
+    params[:, P_GAIN] = torch.rand(n, generator=rng) + 0.5
+    params[:, P_THRESHOLD] = torch.where(pick < 0.5, 0.4, 0.0)
+    params[pick > 0.7, P_GATE_BIAS] = 0.1
+    params[:, P_DECODER_SCALE] = torch.rand(n, generator=rng) + 0.5
+    # Streams have norm near sqrt(2 d_in), or 20 times that.
+    params[torch.rand(n, generator=rng) < 0.5, P_SINK] = 5 * d_in**0.5
+    kinds = torch.tensor([NORM_NONE, NORM_NONE, NORM_LAYER, NORM_CONSTANT])
+    params[:, P_NORM] = kinds[torch.randint(0, 4, (n,), generator=rng)].float()
+    return pool(
+        torch.randn(n, d_in, generator=rng) / d_in**0.5,
+        torch.randn(n, d_in, generator=rng) / d_in**0.5,
+        params,
+    )
+
+
+def _is_special() -> Tensor:
+    is_special = torch.zeros(VOCAB, dtype=torch.bool)
+    is_special[list(SPECIAL_IDS)] = True
+    return is_special

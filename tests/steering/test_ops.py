@@ -1,0 +1,469 @@
+"""Every version of the edit against numbers worked by hand, and against the reference.
+
+The Triton version takes part where Triton's interpreter is on, which has to be settled before
+Triton is imported: ``test_triton_kernel.py`` runs this file again that way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steering.hook import Counters, HookRuntime, SlotWork
+from steering.ops import reference
+from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
+from steering.plan import (
+    COVERS_GENERATION,
+    COVERS_PROMPT,
+    COVERS_SINKS,
+    COVERS_SPECIAL,
+    OP_ADD,
+    OP_CAP,
+    OP_CLAMP,
+    OP_FLOOR,
+    OP_SCALE,
+    SteeringPlan,
+)
+from steering.records import BoolArray, FloatArray, IntArray, RequestRecord
+from steering.rows import (
+    NORM_CONSTANT,
+    NORM_LAYER,
+    P_BIAS,
+    P_DECODER_SCALE,
+    P_GATE_BIAS,
+    P_NORM,
+    P_SINK,
+    P_THRESHOLD,
+    RowPool,
+)
+from steering.slots import NO_SLOT
+from steering.spec import MAX_INTERVENTIONS
+from steering.step import Step
+from tests.steering.batches import (
+    Batch,
+    edit,
+    full_batch,
+    one_request,
+    plain_params,
+    pool,
+    random_batch,
+)
+
+Edited = tuple[Tensor, Tensor, Tensor]  # hidden states, report_f, counters
+Version = Callable[[Batch], Edited]
+
+#: What `report_f` holds before: whatever nobody writes still does afterwards.
+UNWRITTEN = 7.0
+EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
+
+
+def copied(x: Tensor) -> Tensor:
+    """A copy with the same strides, which ``clone`` keeps only for dense tensors."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def run(steer_tokens: Callable[..., None], batch: Batch) -> Edited:
+    """Edit a copy of the batch by one of the versions with the common signature."""
+    hidden = copied(batch.hidden_states)
+    report_f = torch.full((batch.num_tokens, MAX_INTERVENTIONS), UNWRITTEN, device=hidden.device)
+    counters = torch.zeros(2, dtype=torch.int64, device=hidden.device)
+    residual = None if batch.residual is None else batch.residual.clone()
+    steer_tokens(
+        hidden, residual, batch.token_slot, batch.positions, batch.input_ids, batch.is_special,
+        batch.prompt_len, batch.table(), batch.rows, report_f, batch.reports, counters,
+    )  # fmt: skip
+    if residual is not None and batch.residual is not None:
+        assert torch.equal(residual, batch.residual)
+    return hidden, report_f, counters
+
+
+def by_reference(batch: Batch) -> Edited:
+    return run(reference.steer_tokens, batch)
+
+
+def by_hook(batch: Batch) -> Edited:
+    """The batched torch version, as a hook point runs it."""
+    hidden = copied(batch.hidden_states)
+    report_f = torch.full((batch.num_tokens, MAX_INTERVENTIONS), UNWRITTEN)
+    table = batch.table()
+    runtime = HookRuntime({}, batch.rows, table, batch.is_special, batch.prompt_len, Counters())
+    for slot, edits in batch.edits.items():
+        reports = bool(batch.reports[slot])
+        plan = SteeringPlan("k", 1, int(batch.prompt_len[slot]), tuple(edits), True, reports, None)
+        token = (batch.token_slot == slot).nonzero()[:, 0]
+        record = Rows(plan, report_f, token, batch.positions[token])
+        if edits:
+            runtime.work[slot] = SlotWork(
+                list(enumerate(edits)), frozenset(), None, plan, record if reports else None
+            )
+    step = Step(batch.num_tokens, batch.positions, batch.input_ids, "cpu")
+    real = int((batch.positions < 2**31).sum())
+    step.begin(batch.token_slot[:real].numpy(), torch.arange(real + 1).numpy())
+    if step.active:
+        runtime.apply(hidden, batch.residual, step)
+    found = [runtime.counters.edited_tokens, runtime.counters.skipped_tokens]
+    return hidden, report_f, torch.tensor(found)
+
+
+class Rows(RequestRecord):
+    """Puts a request's activations where the kernel would: rows of tokens, columns of edits."""
+
+    def __init__(
+        self, plan: SteeringPlan, report_f: Tensor, token: Tensor, positions: Tensor
+    ) -> None:
+        super().__init__(plan, 0)
+        self._report_f = report_f
+        self._token = dict(zip(positions.tolist(), token.tolist(), strict=True))
+
+    def put_edits(
+        self,
+        columns: list[int],
+        positions: IntArray,
+        f: FloatArray,
+        covered: BoolArray,
+        skipped: BoolArray,
+    ) -> None:
+        token = torch.tensor([self._token[int(p)] for p in positions])
+        values = torch.where(
+            torch.from_numpy(covered),
+            torch.from_numpy(f),
+            torch.where(torch.from_numpy(skipped), SKIPPED_SINK, NOT_COVERED),
+        )
+        self._report_f[token[:, None], torch.tensor(columns)] = values
+
+
+def by_kernel(batch: Batch) -> Edited:
+    from steering.ops import triton_kernel
+
+    return run(triton_kernel.steer_tokens, batch)
+
+
+FAST: dict[str, Version] = {"batched": by_hook}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    FAST = {"triton": by_kernel}
+
+versions = pytest.mark.parametrize(
+    "version", [pytest.param(v, id=k) for k, v in ({"reference": by_reference} | FAST).items()]
+)
+fast_versions = pytest.mark.parametrize("version", [pytest.param(v, id=k) for k, v in FAST.items()])
+
+
+def assert_agrees(version: Version, batch: Batch) -> Edited:
+    """Same stream to rounding, same report, same counters; rows without an edit bit for bit."""
+    hidden, report_f, counters = version(batch)
+    expected, expected_f, expected_counters = by_reference(batch)
+    # Sums have another order, and the one rounding to the stream's dtype may fall either way.
+    unit = torch.finfo(expected.dtype).eps
+    error = (hidden.float() - expected.float()).abs()
+    scale = expected.float().norm(dim=1, keepdim=True)
+    assert (error <= 2 * unit * expected.float().abs() + 2e-6 * scale).all(), error.max()
+    torch.testing.assert_close(report_f, expected_f, rtol=1e-5, atol=1e-4, equal_nan=True)
+    assert torch.equal(counters, expected_counters)
+    untouched = (expected == batch.hidden_states).all(dim=1)
+    assert torch.equal(hidden[untouched], batch.hidden_states[untouched])
+    return hidden, report_f, counters
+
+
+# --- against the reference ------------------------------------------------------------------------
+
+
+@fast_versions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d_in", [2, 24, 576, 1000, 2304])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "sum"])
+def test_ragged_batches_agree(
+    version: Version, d_in: int, dtype: torch.dtype, residual: bool
+) -> None:
+    batch = random_batch(
+        d_in, d_in=d_in, dtype=dtype, residual=residual, tokens=(3, 0, 2, 1), steered=1, max_edits=7
+    )
+    _, _, counters = assert_agrees(version, batch)
+    assert counters[0] > 0
+
+
+@fast_versions
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    d_in=st.integers(2, 40),
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    steered=st.sampled_from([0.0, 0.7, 1.0]),
+    max_edits=st.integers(0, 9),
+    padding=st.integers(0, 2),
+    residual=st.booleans(),
+)
+def test_random_tables_agree(version: Version, seed: int, **options: Any) -> None:
+    assert_agrees(version, random_batch(seed, **options))
+
+
+@fast_versions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sixty_four_edits_agree(version: Version, dtype: torch.dtype) -> None:
+    assert_agrees(version, full_batch(3, 96, dtype, tokens=2))
+
+
+@fast_versions
+def test_batch_without_tokens_agrees(version: Version) -> None:
+    assert_agrees(version, random_batch(0, tokens=(0,), padding=0))
+
+
+@fast_versions
+def test_batch_of_nothing_but_padding_agrees(version: Version) -> None:
+    assert_agrees(version, random_batch(0, tokens=(0,), padding=3))
+
+
+# --- by hand --------------------------------------------------------------------------------------
+
+# One latent reads the stream's first coordinate and writes the second, with decoder scale 1.
+READ_FIRST, WRITE_SECOND = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+
+
+def simple_rows(**params: float) -> RowPool:
+    """The pool of that latent; ``params`` by the name of their column."""
+    columns = {
+        "bias": P_BIAS, "threshold": P_THRESHOLD, "gate_bias": P_GATE_BIAS, "sink": P_SINK,
+        "norm": P_NORM, "decoder_scale": P_DECODER_SCALE,
+    }  # fmt: skip
+    found = plain_params(1)
+    for name, value in params.items():
+        found[0, columns[name]] = value
+    return pool(READ_FIRST, WRITE_SECOND, found)
+
+
+def stream(*first: float) -> Tensor:
+    """Tokens ``[first, 0.5]``."""
+    return torch.tensor([[f, 0.5] for f in first])
+
+
+@versions
+@pytest.mark.parametrize(
+    ("op", "value", "changes"),
+    [
+        (OP_CLAMP, 10.0, [7.0, 10.0]),
+        (OP_CLAMP, 0.0, [-3.0, 0.0]),
+        (OP_SCALE, 3.0, [6.0, 0.0]),
+        (OP_ADD, 10.0, [10.0, 10.0]),
+        (OP_FLOOR, 2.0, [0.0, 2.0]),
+        (OP_FLOOR, 4.0, [1.0, 4.0]),
+        (OP_CAP, 2.0, [-1.0, 0.0]),
+        (OP_CAP, 4.0, [0.0, 0.0]),
+    ],
+)
+def test_each_operation_changes_the_activation_as_it_says(
+    version: Version, op: int, value: float, changes: list[float]
+) -> None:
+    # The first token's activation is 3, the second's 0: ReLU of -3.
+    batch = one_request(stream(3.0, -3.0), [edit(0, op, value, EVERYWHERE)], simple_rows())
+    hidden, report_f, counters = version(batch)
+    assert hidden.tolist() == [[3.0, 0.5 + changes[0]], [-3.0, 0.5 + changes[1]]]
+    assert report_f[:, 0].tolist() == [3.0, 0.0]
+    assert counters.tolist() == [2, 0]
+
+
+@versions
+def test_latent_at_threshold_stays_silent(version: Version) -> None:
+    rows = simple_rows(threshold=2.0, bias=1.0)
+    batch = one_request(stream(1.0, 1.5), [edit(0, OP_SCALE, 0.0, EVERYWHERE)], rows)
+    hidden, report_f, _ = version(batch)
+    assert report_f[:, 0].tolist() == [0.0, 2.5]
+    assert hidden[:, 1].tolist() == [0.5, -2.0]
+
+
+@versions
+def test_closed_gate_silences_a_latent(version: Version) -> None:
+    rows = simple_rows(gate_bias=-2.0)
+    batch = one_request(stream(1.0, 2.0, 2.5), [edit(0, OP_CLAMP, 1.0, EVERYWHERE)], rows)
+    _, report_f, _ = version(batch)
+    assert report_f[:, 0].tolist() == [0.0, 0.0, 2.5]
+
+
+@versions
+def test_edits_read_the_stream_as_it_came(version: Version) -> None:
+    # The first latent writes what the second reads; the second must not see it.
+    rows = pool(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), plain_params(2))
+    edits = [edit(0, OP_ADD, 100.0, EVERYWHERE), edit(1, OP_SCALE, 3.0, EVERYWHERE)]
+    hidden, report_f, _ = version(one_request(torch.tensor([[1.0, 2.0]]), edits, rows))
+    assert report_f[0, :2].tolist() == [1.0, 2.0]
+    assert hidden.tolist() == [[1.0 + 2 * 2.0, 2.0 + 100.0]]
+
+
+@versions
+def test_residual_is_read_but_only_the_hidden_state_is_written(version: Version) -> None:
+    batch = one_request(stream(1.0), [edit(0, OP_SCALE, 3.0, EVERYWHERE)], simple_rows())
+    hidden, report_f, _ = version(replace(batch, residual=torch.tensor([[4.0, 8.0]])))
+    assert report_f[0, 0] == 5.0
+    assert hidden.tolist() == [[1.0, 0.5 + 10.0]]
+
+
+@versions
+@pytest.mark.parametrize(
+    ("coverage", "edited"),
+    [
+        (COVERS_PROMPT, [6, 7]),
+        (COVERS_GENERATION, [8, 9]),
+        (EVERYWHERE, [6, 7, 8, 9]),
+    ],
+)
+def test_phase_is_the_position_against_the_original_prompt(
+    version: Version, coverage: int, edited: list[int]
+) -> None:
+    edits = [edit(0, OP_ADD, 1.0, coverage)]
+    batch = one_request(stream(*[1.0] * 4), edits, simple_rows(), first=6, prompt_len=8)
+    hidden, _, counters = version(batch)
+    assert batch.positions[hidden[:, 1] == 1.5].tolist() == edited
+    assert counters.tolist() == [len(edited), 0]
+
+
+@versions
+def test_window_takes_its_start_and_leaves_its_end(version: Version) -> None:
+    edits = [edit(0, OP_ADD, 1.0, EVERYWHERE, start=6, end=8)]
+    batch = one_request(stream(*[1.0] * 5), edits, simple_rows(), first=5)
+    hidden, report_f, _ = version(batch)
+    assert hidden[:, 1].tolist() == [0.5, 1.5, 1.5, 0.5, 0.5]
+    assert report_f[:, 0].isnan().tolist() == [True, False, False, True, True]
+
+
+@versions
+@pytest.mark.parametrize("coverage", [EVERYWHERE, EVERYWHERE | COVERS_SPECIAL])
+def test_special_tokens_and_the_first_are_left_alone_unless_asked_for(
+    version: Version, coverage: int
+) -> None:
+    edits = [edit(0, OP_ADD, 1.0, coverage)]
+    batch = one_request(stream(1.0, 1.0, 1.0), edits, simple_rows(), first=0, input_ids=[10, 1, 10])
+    hidden, _, _ = version(batch)
+    edited = [True] * 3 if coverage & COVERS_SPECIAL else [False, False, True]
+    assert (hidden[:, 1] == 1.5).tolist() == edited
+
+
+@versions
+def test_sinks_are_left_alone_and_counted(version: Version) -> None:
+    edits = [edit(0, OP_ADD, 1.0, EVERYWHERE)]
+    batch = one_request(stream(3.0, 300.0), edits, simple_rows(sink=100.0))
+    hidden, report_f, counters = version(batch)
+    assert hidden[:, 1].tolist() == [1.5, 0.5]
+    assert report_f[:, 0].tolist() == [3.0, SKIPPED_SINK]
+    assert counters.tolist() == [1, 1]
+
+
+@versions
+def test_inspection_reaches_sinks(version: Version) -> None:
+    edits = [edit(0, OP_SCALE, 1.0, EVERYWHERE | COVERS_SINKS)]
+    _, report_f, counters = version(one_request(stream(300.0), edits, simple_rows(sink=100.0)))
+    assert report_f[0, 0] == 300.0
+    assert counters.tolist() == [1, 0]
+
+
+@versions
+def test_one_token_may_be_edited_by_one_sae_and_kept_from_another(version: Version) -> None:
+    params = plain_params(2)
+    params[1, P_SINK] = 1.0
+    rows = pool(READ_FIRST.repeat(2, 1), WRITE_SECOND.repeat(2, 1), params)
+    edits = [edit(0, OP_ADD, 1.0, EVERYWHERE), edit(1, OP_ADD, 50.0, EVERYWHERE)]
+    hidden, report_f, counters = version(one_request(stream(3.0), edits, rows))
+    assert hidden[0, 1] == 1.5
+    assert report_f[0, :2].tolist() == [3.0, SKIPPED_SINK]
+    assert counters.tolist() == [1, 1]
+
+
+@versions
+def test_add_does_not_depend_on_the_activation(version: Version) -> None:
+    rows = simple_rows()
+    rows.W_enc.fill_(torch.nan)
+    edits = [edit(0, OP_ADD, 2.0, EVERYWHERE)]
+    hidden, _, _ = version(one_request(stream(3.0), edits, rows, reports=False))
+    assert hidden.tolist() == [[3.0, 2.5]]
+
+
+@versions
+def test_constant_norm_makes_the_edit_scale_with_the_stream(version: Version) -> None:
+    # |x| / sqrt(2) is 5 and 10: the normalised first coordinate is 1.4 in both, the clamp to 3
+    # adds 1.6 in the SAE's units.
+    x = torch.tensor([[7.0, 1.0], [14.0, 2.0]])
+    edits = [edit(0, OP_CLAMP, 3.0, EVERYWHERE)]
+    hidden, report_f, _ = version(one_request(x, edits, simple_rows(norm=NORM_CONSTANT)))
+    torch.testing.assert_close(report_f[:, 0], torch.tensor([1.4, 1.4]))
+    torch.testing.assert_close(hidden, torch.tensor([[7.0, 1 + 8.0], [14.0, 2 + 16.0]]))
+
+
+@versions
+def test_layer_norm_centres_what_is_read_and_scales_what_is_written(version: Version) -> None:
+    # Mean 4, unbiased standard deviation sqrt(18): the first coordinate reads as 1/sqrt(2).
+    x = torch.tensor([[7.0, 1.0]])
+    edits = [edit(0, OP_ADD, 1.0, EVERYWHERE)]
+    hidden, report_f, _ = version(one_request(x, edits, simple_rows(norm=NORM_LAYER)))
+    torch.testing.assert_close(report_f[0, 0], torch.tensor(0.5**0.5))
+    torch.testing.assert_close(hidden, torch.tensor([[7.0, 1 + 18**0.5]]))
+
+
+@versions
+def test_decoder_scale_multiplies_what_is_written(version: Version) -> None:
+    edits = [edit(0, OP_CLAMP, 1.0, EVERYWHERE)]
+    hidden, _, _ = version(one_request(stream(3.0), edits, simple_rows(decoder_scale=0.25)))
+    assert hidden[0, 1] == 0.5 - 2 * 0.25
+
+
+@versions
+def test_delta_is_rounded_once(version: Version) -> None:
+    # Half a unit in the last place of 256 in bfloat16, twice: edit by edit it would be lost.
+    x = torch.tensor([[3.0, 256.0]], dtype=torch.bfloat16)
+    rows = pool(READ_FIRST.repeat(2, 1), WRITE_SECOND.repeat(2, 1), plain_params(2))
+    edits = [edit(row, OP_ADD, 1.0, EVERYWHERE) for row in range(2)]
+    hidden, _, _ = version(one_request(x, edits, rows))
+    assert hidden[0, 1] == 258.0
+
+
+@versions
+def test_report_is_written_only_where_a_slot_reports_and_has_edits(version: Version) -> None:
+    edits = [edit(0, OP_ADD, 1.0, EVERYWHERE), edit(0, OP_ADD, 1.0, COVERS_GENERATION)]
+    batch = one_request(stream(3.0), edits, simple_rows(), first=5, prompt_len=8)
+    _, report_f, _ = version(batch)
+    assert report_f[0, 0] == 3.0
+    assert report_f[0, 1].isnan()
+    assert (report_f[0, 2:] == UNWRITTEN).all()
+    _, report_f, _ = version(replace(batch, reports=torch.zeros(1, dtype=torch.int32)))
+    assert (report_f == UNWRITTEN).all()
+
+
+@versions
+def test_tokens_without_a_slot_stay_bit_for_bit(version: Version) -> None:
+    # Whatever their bits: payloads of NaN and negative zero included.
+    bits = torch.tensor([[0x7FC12345, -0x80000000], [0x3F800001, 0x00000001]], dtype=torch.int32)
+    batch = one_request(stream(3.0, 3.0), [edit(0, OP_ADD, 1.0, EVERYWHERE)], simple_rows())
+    batch = replace(
+        batch,
+        hidden_states=bits.view(torch.float32),
+        token_slot=torch.full((2,), NO_SLOT, dtype=torch.int32),
+    )
+    hidden, _, counters = version(batch)
+    assert torch.equal(hidden.view(torch.int32), bits)
+    assert counters.tolist() == [0, 0]
+
+
+@versions
+def test_slot_whose_edits_cover_nothing_here_stays_bit_for_bit(version: Version) -> None:
+    x = torch.tensor([[-0.0, 1e-42]])
+    batch = one_request(x, [edit(0, OP_ADD, 1.0, COVERS_GENERATION)], simple_rows())
+    hidden, _, counters = version(batch)
+    assert torch.equal(hidden.view(torch.int32), x.view(torch.int32))
+    assert counters.tolist() == [0, 0]
+
+
+@versions
+def test_rows_may_lie_apart_in_memory(version: Version) -> None:
+    wide = torch.zeros(3, 5)
+    batch = one_request(stream(1.0, 2.0, 3.0), [edit(0, OP_SCALE, 2.0, EVERYWHERE)], simple_rows())
+    wide[:, :2] = batch.hidden_states
+    expected, _, _ = version(batch)
+
+    strided = replace(batch, hidden_states=wide[:, :2])
+    assert strided.hidden_states.stride() == (5, 1)
+    hidden, _, _ = version(strided)
+    assert torch.equal(hidden, expected)
