@@ -29,7 +29,7 @@ _HAS_LABEL = re.compile(rb'(?<!\\)"label"\s*:\s*"[^"]')
 _HAS_MAX_ACTIVATION = re.compile(rb'(?<!\\)"max_activation"\s*:\s*[0-9]')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A text on which a feature is active, and its largest activation there."""
 
@@ -37,7 +37,7 @@ class Example:
     activation: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Feature:
     """What is known of one feature; unknown parts are None."""
 

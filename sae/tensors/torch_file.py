@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +24,11 @@ class TorchFile(TensorFile):
     def __init__(self, path: Path) -> None:
         _check_archive(path)
         try:
-            # weights_only: a restricted unpickler that builds tensors and containers, no objects.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with warnings.catch_warnings():
+                # About pickles of unusual versions; they are read, or refused below.
+                warnings.simplefilter("ignore")
+                # weights_only: a restricted unpickler that builds tensors and containers alone.
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # A damaged pickle can fail in any way that Python knows.
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -135,8 +135,8 @@ def test_llama_scope_folds_its_scale_into_weights_and_threshold(tmp_path: Path, 
     s = D_IN**0.5 / 8.5
 
     def f_of(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        h: Tensor = s * x @ w["W_enc"].T + w["b_enc"]
-        return h * (h > 0.9 * s)
+        h = s * x @ w["W_enc"].T + w["b_enc"]
+        return torch.where(h > 0.9 * s, h, 0)
 
     assert_formula(sae, f_of, scale=s)
     rows = sae.rows([4])

@@ -209,7 +209,8 @@ def test_npz_array_reads_in_either_order_and_at_any_offset(
     array = np.arange(12, dtype=np.float32).reshape(3, 4).copy(order=order)
     save = np.savez_compressed if compressed else np.savez
     for name in ("a", "ab", "abc", "abcd"):  # the name's length moves the data
-        save(tmp_path / f"{name}.npz", **{name: array})
+        pairs: Any = {name: array}
+        save(tmp_path / f"{name}.npz", **pairs)
         file = open_tensors(tmp_path / f"{name}.npz")
         assert file.headers[name].shape == (3, 4)
         tensor = file.tensor(name)

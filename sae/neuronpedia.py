@@ -1,0 +1,205 @@
+"""Import of Neuronpedia's exports into `features.jsonl`.
+
+An export holds `{features,explanations,activations}/batch-N.jsonl.gz`; any of the three may be
+missing. Neuronpedia folds the norm of the decoder row into the encoder before it measures, so its
+activations are f_i * |W_dec_i|; they are converted to the unit of the SAE's card.
+"""
+
+from __future__ import annotations
+
+import gzip
+import heapq
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae.card import UNIT_TIMES_DECODER_NORM, SAECard
+from sae.errors import SAEError
+
+NUM_EXAMPLES = 10
+# What is shown of an example around its strongest token.
+TOKENS_BEFORE = 24
+TOKENS_AFTER = 8
+
+MAX_LINE_BYTES = 16 * 2**20
+
+# How Neuronpedia writes a space of SentencePiece, and a line break.
+_SPELLING = str.maketrans({"\u2581": " ", "\u21b5": "\n"})
+
+
+@dataclass
+class _Known:
+    """What the export says of one feature; examples as a heap with the weakest on top."""
+
+    label: str | None = None
+    max_activation: float | None = None
+    density: float | None = None
+    examples: list[tuple[float, str]] = field(default_factory=list)
+
+    def to_json(self, index: int) -> dict[str, Any]:
+        examples = sorted(self.examples, key=lambda example: -example[0])
+        return {
+            "index": index,
+            "label": self.label,
+            "max_activation": self.max_activation,
+            "density": self.density,
+            "examples": [{"text": text, "activation": value} for value, text in examples],
+        }
+
+
+@dataclass(frozen=True)
+class ImportSummary:
+    """How many features the written file knows, and of how many it has a label or a maximum."""
+
+    features: int
+    labels: int
+    max_activations: int
+
+
+def import_neuronpedia(
+    export: Path, out: Path, card: SAECard, decoder_norms: Sequence[float]
+) -> ImportSummary:
+    """Write `features.jsonl` from an export; an existing file is replaced once all is read.
+
+    Args:
+        export: the folder of one source.
+        decoder_norms: |W_dec_i| of every latent, [d_sae]; where the card's activations are plain,
+            the export's are divided by them.
+
+    Raises:
+        SAEError: the folder is no export, a file is damaged, or it is of another SAE.
+    """
+    if len(decoder_norms) != card.d_sae:
+        raise SAEError(f"{len(decoder_norms)} decoder norms for d_sae {card.d_sae}")
+    batches = {
+        kind: _batches(export / kind) for kind in ("features", "explanations", "activations")
+    }
+    if not any(batches.values()):
+        raise SAEError(
+            f"{export}: no Neuronpedia export, expected features/, explanations/ or activations/ "
+            "with batch-N.jsonl.gz in it"
+        )
+    folded = card.activation_unit == UNIT_TIMES_DECODER_NORM
+    units = [1.0] * card.d_sae if folded else decoder_norms
+    known: dict[int, _Known] = {}
+    for path in batches["features"]:
+        for where, index, values in _rows(path, card.d_sae):
+            feature = known.setdefault(index, _Known())
+            feature.max_activation = _in_unit(_number(where, values, "maxActApprox"), units[index])
+            feature.density = _number(where, values, "frac_nonzero")
+    for path in batches["explanations"]:
+        for where, index, values in _rows(path, card.d_sae):
+            feature = known.setdefault(index, _Known())
+            # Several explainers may have described it: the first stands.
+            feature.label = feature.label or _text(where, values, "description")
+    for path in batches["activations"]:
+        for where, index, values in _rows(path, card.d_sae):
+            _add_example(known.setdefault(index, _Known()), where, values, units[index])
+    _write(out, known)
+    return ImportSummary(
+        features=len(known),
+        labels=sum(feature.label is not None for feature in known.values()),
+        max_activations=sum(feature.max_activation is not None for feature in known.values()),
+    )
+
+
+def _batches(folder: Path) -> list[Path]:
+    """`batch-N.jsonl.gz` in the order of N."""
+    numbered = [
+        (int(match.group(1)), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"batch-(\d+)\.jsonl\.gz", path.name))
+    ]
+    return [path for _, path in sorted(numbered)]
+
+
+def _rows(path: Path, d_sae: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(file and line, feature, object) of each line of a compressed file."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") as file:
+            while line := file.readline(MAX_LINE_BYTES):
+                number += 1
+                where = f"{path} line {number}"
+                if len(line) == MAX_LINE_BYTES:
+                    raise SAEError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
+                if line.strip():
+                    values = _object(where, line)
+                    yield where, _feature(where, values, d_sae), values
+    except (OSError, EOFError, zlib.error) as error:
+        raise SAEError(f"{path}: truncated or damaged after line {number}: {error}") from error
+
+
+def _object(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SAEError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SAEError(f"{where}: expected an object")
+    return values
+
+
+def _feature(where: str, values: dict[str, Any], d_sae: int) -> int:
+    index = values.get("index")
+    text = str(index) if isinstance(index, int | str) and not isinstance(index, bool) else ""
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) >= d_sae:
+        raise SAEError(f"{where}: index {index!r:.40} not in [0, {d_sae}): not of this SAE")
+    return int(text)
+
+
+def _number(where: str, values: dict[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SAEError(f"{where}: {key} must be a finite number, got {value!r:.40}")
+    return float(value)
+
+
+def _text(where: str, values: dict[str, Any], key: str) -> str | None:
+    value = values.get(key)
+    if value is not None and not isinstance(value, str):
+        raise SAEError(f"{where}: {key} must be a string, got {value!r:.40}")
+    return (value or "").strip() or None
+
+
+def _in_unit(value: float | None, unit: float) -> float | None:
+    # A latent that writes nothing was never active in the export's unit.
+    return None if value is None or unit == 0 else value / unit
+
+
+def _add_example(feature: _Known, where: str, values: dict[str, Any], unit: float) -> None:
+    tokens, strengths = values.get("tokens"), values.get("values")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise SAEError(f"{where}: tokens must be a list of strings")
+    if not isinstance(strengths, list) or len(strengths) != len(tokens) or not tokens:
+        raise SAEError(f"{where}: values must be a list of as many numbers as tokens")
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in strengths):
+        raise SAEError(f"{where}: values must be finite numbers")
+    peak = max(range(len(tokens)), key=strengths.__getitem__)
+    activation = _in_unit(float(strengths[peak]), unit)
+    if activation is None or activation <= 0:
+        return
+    window = tokens[max(0, peak - TOKENS_BEFORE) : peak + 1 + TOKENS_AFTER]
+    example = (activation, "".join(window).translate(_SPELLING).strip())
+    if example in feature.examples:
+        return
+    if len(feature.examples) < NUM_EXAMPLES:
+        heapq.heappush(feature.examples, example)
+    else:
+        heapq.heappushpop(feature.examples, example)
+
+
+def _write(out: Path, known: dict[int, _Known]) -> None:
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for index in sorted(known):
+            file.write(json.dumps(known[index].to_json(index), ensure_ascii=False) + "\n")
+    os.replace(unfinished, out)
