@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     # Qwen2's attention knows no head size of its own: hidden size over heads.
-    "qwen2": ("Qwen2Config", {"num_attention_heads": 2, "head_dim": None}),
+    "qwen2": ("Qwen2Config", {"num_attention_heads": 2}),
     "qwen3": ("Qwen3Config", {}),
     "gemma2": (
         "Gemma2Config",
@@ -74,7 +74,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2MoeConfig",
         {
             "num_attention_heads": 2,
-            "head_dim": None,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
@@ -202,7 +201,7 @@ def make_tiny_sae(
 
     `architecture` is ``standard``, ``jumprelu`` (with `threshold` for every latent), ``gated`` or
     ``topk`` (with `k`). Encoder and decoder rows have norm 1, so on a residual stream of norm r an
-    activation is of the order r / sqrt(d_in) and about a third of them are above 0.5. `config` and
+    activation is of the order r / sqrt(d_in) and fewer than half of them exceed 0.5. `config` and
     `metadata` are merged into the configuration (``{"sink_norm": 100.0}``, say); `features` become
     ``features.jsonl``.
     """
