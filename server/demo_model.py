@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from importlib import metadata, util
@@ -166,4 +167,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(ensure_demo_model())
+    try:
+        print(ensure_demo_model())
+    except DemoModelError as error:
+        sys.exit(str(error))
