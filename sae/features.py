@@ -9,7 +9,6 @@ One JSON object a line; every part but the index may be missing or null, unknown
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import re
 import threading
@@ -20,7 +19,8 @@ from typing import Any
 
 from sae.errors import SAEError
 from sae.feature_search import LabelIndex
-from sae.files import CHECKPOINTS, FEATURES_NAME
+from sae.files import CHECKPOINTS, FEATURES_NAME, find_weights
+from sae.numbers import finite
 
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -129,16 +129,20 @@ class FeatureTable:
             return self._table
 
 
-def _find(weights: Path) -> Path | None:
+def _find(path: Path) -> Path | None:
     """`WEIGHTS.features.jsonl` or `features.jsonl` beside the weights, or above `checkpoints`."""
-    if weights.is_dir():
-        candidates = [weights / FEATURES_NAME]
+    folder = path if path.is_dir() else path.parent
+    candidates = [folder / FEATURES_NAME]
+    if folder.name == CHECKPOINTS:
+        candidates.append(folder.parent / FEATURES_NAME)
+    try:
+        weights = find_weights(path)
+    except SAEError:
+        # A folder of labels alone, or of the labels of one SAE among several.
+        pass
     else:
-        folder = weights.parent
-        candidates = [folder / f"{weights.name}.{FEATURES_NAME}", folder / FEATURES_NAME]
-        if folder.name == CHECKPOINTS:
-            candidates.append(folder.parent / FEATURES_NAME)
-    return next((path for path in candidates if path.is_file()), None)
+        candidates.insert(0, weights.with_name(f"{weights.name}.{FEATURES_NAME}"))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def _contains(path: Path | None, pattern: re.Pattern[bytes]) -> bool:
@@ -206,9 +210,9 @@ def _number(path: Path, number: int, values: dict[str, Any], key: str) -> float 
     value = values.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (known := finite(value)) is None:
         raise SAEError(f"{path} line {number}: {key} must be a finite number, got {value!r:.40}")
-    return float(value)
+    return known
 
 
 def _examples(path: Path, number: int, values: object) -> Iterator[Example]:

@@ -6,6 +6,7 @@ The same choice is made in a folder on disk and in a repository of the hub. Torc
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from sae.errors import SAEError
 
@@ -45,6 +46,16 @@ def choose_weights(source: str, names: Iterable[str]) -> str:
             f"name one of them, as {source.rstrip('/')}/{weights[0]}"
         )
     return weights[0]
+
+
+def find_weights(path: Path) -> Path:
+    """The one weight file that a path on disk names; SAEError where it is none or several."""
+    if not path.is_dir():
+        return path
+    names = {file.name for file in path.iterdir() if file.is_file()}
+    if (path / CHECKPOINT).is_file():
+        names.add(CHECKPOINT)
+    return path / choose_weights(str(path), names)
 
 
 def companions(weights: str) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import heapq
 import json
-import math
 import os
 import re
 import zlib
@@ -21,6 +20,7 @@ from typing import Any
 
 from sae.card import UNIT_TIMES_DECODER_NORM, SAECard
 from sae.errors import SAEError
+from sae.numbers import finite
 
 NUM_EXAMPLES = 10
 # What is shown of an example around its strongest token.
@@ -158,9 +158,9 @@ def _number(where: str, values: dict[str, Any], key: str) -> float | None:
     value = values.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (number := finite(value)) is None:
         raise SAEError(f"{where}: {key} must be a finite number, got {value!r:.40}")
-    return float(value)
+    return number
 
 
 def _text(where: str, values: dict[str, Any], key: str) -> str | None:
@@ -181,7 +181,7 @@ def _add_example(feature: _Known, where: str, values: dict[str, Any], unit: floa
         raise SAEError(f"{where}: tokens must be a list of strings")
     if not isinstance(strengths, list) or len(strengths) != len(tokens) or not tokens:
         raise SAEError(f"{where}: values must be a list of as many numbers as tokens")
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in strengths):
+    if any(finite(value) is None for value in strengths):
         raise SAEError(f"{where}: values must be finite numbers")
     peak = max(range(len(tokens)), key=strengths.__getitem__)
     activation = _in_unit(float(strengths[peak]), unit)

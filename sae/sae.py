@@ -88,8 +88,10 @@ class SAE:
         return [latent for latent, good in zip(latents, finite.tolist(), strict=True) if not good]
 
     def decoder_rows(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-        """W_dec[start:stop] as [stop - start, d_in] float32."""
-        return self._matrix("W_dec", torch.device(device))[start:stop].float() / self._layout.scale
+        """W_dec[start:stop] as [stop - start, d_in] float32 on the device."""
+        target = _indexed(device)
+        rows = self._matrix("W_dec", target)[start:stop].to(target).float()
+        return rows if self._layout.scale == 1.0 else rows / self._layout.scale
 
     def decoder_row_norms(self) -> Tensor:
         """|W_dec_i| of all latents: [d_sae] float32, CPU."""
@@ -118,7 +120,9 @@ class SAE:
         W_enc = self._matrix("W_enc", x.device)
         f = x.new_empty(x.shape[0], self._card.d_sae)
         for start, stop in self.chunks():
-            rows = W_enc[start:stop].to(x.device).float() * self._layout.scale
+            rows = W_enc[start:stop].to(x.device).float()
+            if self._layout.scale != 1.0:
+                rows = rows * self._layout.scale
             f[:, start:stop] = self._activate(x_in @ rows.T, vectors.part(start, stop))
         if not self._card.exact_from_row:
             assert self._card.k is not None
@@ -153,12 +157,12 @@ class SAE:
 
     def to(self, device: torch.device | str) -> SAE:
         """Put the per-latent vectors on a device now; the matrices stay memory-mapped."""
-        self._vectors_of_all(torch.device(device))
+        self._vectors_of_all(_indexed(device))
         return self
 
     def resident(self, device: torch.device | str) -> SAE:
         """Put W_enc and W_dec on a device in their stored dtype, for full passes there."""
-        target = torch.device(device)
+        target = _indexed(device)
         if target not in self._resident:
             W_enc, W_dec = (self._stored(name) for name in ("W_enc", "W_dec"))
             self._resident[target] = (
@@ -332,6 +336,11 @@ def check_fits(card: SAECard, d_model: int, num_layers: int) -> None:
             f"SAE {card.id!r}: layer {card.layer} does not exist, the model has layers "
             f"0 to {num_layers - 1}"
         )
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """The device as its tensors name it: cuda is cuda:0, say."""
+    return torch.empty(0, device=device).device
 
 
 def _rows_per_chunk(matrix: Tensor) -> int:

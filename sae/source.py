@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 from sae import hub, registry
 from sae.card import HookPoint
 from sae.errors import SAEError
+from sae.numbers import finite
 
 FORMATS = (
     "sae_lens",
@@ -126,9 +126,9 @@ def _with_options(name: str, text: str) -> SAEReference:
 def parse_sink_norm(value: object) -> float:
     """A norm above which a token is a sink; SAEError unless a positive finite number."""
     try:
-        number = float(value) if isinstance(value, str | int | float) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number) or number <= 0:
-        raise SAEError(f"sink_norm must be a positive finite number, got {value!r}")
+        number = finite(float(value) if isinstance(value, str) else value)
+    except ValueError:
+        number = None
+    if number is None or number <= 0:
+        raise SAEError(f"sink_norm must be a positive finite number, got {value!r:.40}")
     return number

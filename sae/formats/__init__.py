@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sae.errors import SAEError
-from sae.files import CHECKPOINT, CHECKPOINTS, CONFIG_NAMES, choose_weights
+from sae.files import CHECKPOINTS, CONFIG_NAMES, find_weights
 from sae.formats import (
     dictionary_learning,
     gemma_scope,
@@ -53,16 +53,6 @@ def open_layout(ref: SAEReference) -> tuple[SAEFiles, SAELayout]:
     layout = _detect(files, ref).read(files, ref)
     layout.check(files.tensors)
     return files, layout
-
-
-def find_weights(path: Path) -> Path:
-    """The one weight file that a path names; SAEError where it is none or several."""
-    if path.is_file():
-        return path
-    names = {file.name for file in path.iterdir() if file.is_file()}
-    if (path / CHECKPOINT).is_file():
-        names.add(CHECKPOINT)
-    return path / choose_weights(str(path), names)
 
 
 def _configs(weights: Path) -> dict[str, Config]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from sae.card import HookPoint
 from sae.errors import SAEError
+from sae.numbers import finite
 from sae.source import SAEReference
 from sae.tensors import FLOAT_DTYPES, TensorFile
 
@@ -61,14 +61,10 @@ class Config:
 
     def number(self, key: str) -> float:
         """A finite number."""
-        value = self.get(key)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise SAEError(f"{self.path}: {key} must be a finite number, got {value!r:.60}")
-        return float(value)
+        number = finite(self.get(key))
+        if number is None:
+            raise SAEError(f"{self.path}: {key} must be a finite number, got {self.get(key)!r:.60}")
+        return number
 
 
 @dataclass(frozen=True)

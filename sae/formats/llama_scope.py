@@ -16,6 +16,10 @@ from sae.source import SAEReference
 
 NAME = "llama_scope"
 
+# Beyond these, folding s would leave float32.
+MIN_NORM = 1e-9
+MAX_NORM = 1e9
+
 
 def matches(files: SAEFiles) -> bool:
     config = files.configs.get("hyperparams.json")
@@ -33,8 +37,11 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
     _check_activation(config)
     d_in = config.count("d_model")
     average_norm = config.section("dataset_average_activation_norm").number("in")
-    if average_norm <= 0:
-        raise SAEError(f"{config.path}: the average norm must be positive, got {average_norm}")
+    if not MIN_NORM <= average_norm <= MAX_NORM:
+        raise SAEError(
+            f"{config.path}: the average norm must be from {MIN_NORM} to {MAX_NORM}, "
+            f"got {average_norm}"
+        )
     scale = math.sqrt(d_in) / average_norm
     return SAELayout(
         format=NAME,

@@ -38,6 +38,13 @@ _NORMALIZE = {
     "layer_norm": "layer_norm",
     "constant_norm_rescale": "constant_norm_rescale",
 }
+# The bridge of TransformerLens 3 has names of its own for the same places.
+_BRIDGE_HOOKS = {
+    "hook_in": "hook_resid_pre",
+    "hook_out": "hook_resid_post",
+    "mlp.hook_out": "hook_mlp_out",
+    "attn.hook_out": "hook_attn_out",
+}
 _HOOK_KEYS = ("hook_name", "hook_point")
 _LAYER_KEYS = ("hook_layer", "hook_point_layer")
 
@@ -140,7 +147,11 @@ def _hook_name(config: Config, metadata: Config) -> str | None:
     for section in (metadata, config):
         for key in _HOOK_KEYS:
             if key in section:
-                return section.text(key)
+                name = section.text(key)
+                blocks, layer, place = (*name.split(".", 2), "", "")[:3]
+                return (
+                    f"{blocks}.{layer}.{_BRIDGE_HOOKS[place]}" if place in _BRIDGE_HOOKS else name
+                )
     return None
 
 

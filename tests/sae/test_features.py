@@ -127,6 +127,8 @@ def test_table_of_one_weight_file_among_several_has_its_name(tmp_path: Path) -> 
     (tmp_path / "layer3.sae.pt.features.jsonl").write_text('{"index": 0, "label": "its own"}\n')
     assert FeatureTable.open(tmp_path / "layer3.sae.pt", D_SAE).label(0) == "its own"
     assert FeatureTable.open(tmp_path / "layer4.sae.pt", D_SAE).label(0) == "the folder's"
+    (tmp_path / "layer3.sae.pt").touch()
+    assert FeatureTable.open(tmp_path, D_SAE).label(0) == "its own"
     inside = tmp_path / "checkpoints" / "final.safetensors"
     assert FeatureTable.open(inside, D_SAE).label(0) == "the folder's"
 
@@ -146,6 +148,7 @@ def test_table_of_one_weight_file_among_several_has_its_name(tmp_path: Path) -> 
         ({"index": 3, "max_activation": "6"}, "max_activation must be a finite number, got '6'"),
         ('{"index": 3, "max_activation": NaN}', "max_activation must be a finite number, got nan"),
         ('{"index": 3, "density": 1e999}', "density must be a finite number, got inf"),
+        ({"index": 3, "density": 10**400}, "density must be a finite number, got 1000"),
         ({"index": 3, "examples": {}}, "examples must be a list"),
         ({"index": 3, "examples": ["text"]}, "an example must be an object with a text"),
         ({"index": 0}, "feature 0 a second time"),

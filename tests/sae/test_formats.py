@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sae.errors import SAEError
-from sae.sae import SAE
+from sae.sae import SAE, open_sae
+from sae.source import SAEReference
 from tests.sae.oracles import assert_same_sae
 from tests.sae.suites import (
     D_IN,
@@ -150,7 +153,8 @@ def test_llama_scope_folds_its_scale_into_weights_and_threshold(tmp_path: Path, 
         ({"hook_point_out": "blocks.3.hook_mlp_out"}, "this is a transcoder"),
         ({"act_fn": "relu"}, "unknown act_fn 'relu', expected jumprelu"),
         ({"norm_activation": "token-wise"}, "unknown norm_activation 'token-wise'"),
-        ({"dataset_average_activation_norm": {"in": 0}}, "average norm must be positive, got 0"),
+        ({"dataset_average_activation_norm": {"in": 0}}, r"average norm must be from .*, got 0"),
+        ({"dataset_average_activation_norm": {"in": 1e-320}}, "average norm must be from"),
         ({"dataset_average_activation_norm": None}, "in must be a finite number, got None"),
         ({"jump_relu_threshold": "0.9"}, "jump_relu_threshold must be a finite number"),
         ({"d_sae": 41}, "expected \\[41, 12\\]"),
@@ -388,3 +392,47 @@ def test_configuration_survives_its_suite_s_other_keys(tmp_path: Path, load: Loa
     config = json.loads((folder / "hyperparams.json").read_text())
     (folder / "hyperparams.json").write_text(json.dumps(config | {"new": [1, {"a": None}]}))
     assert load(folder).card.d_sae == D_SAE
+
+
+CONFIGURED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "gemma_scope_2": (
+        lambda root: write_gemma_scope_2(root, config=gemma_scope_2_config()),
+        "config.json",
+    ),
+    "llama_scope": (write_llama_scope, "hyperparams.json"),
+    "sparsify": (write_sparsify, "cfg.json"),
+    "dictionary_learning": (
+        lambda root: write_dictionary_learning(root, "AutoEncoderTopK"),
+        "config.json",
+    ),
+}
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(CONFIGURED)), value=JSON)
+def test_any_value_in_any_configuration_is_refused_or_understood(
+    data: st.DataObject, name: str, value: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    writer, file_name = CONFIGURED[name]
+    folder = writer(tmp_path_factory.mktemp("suite"))
+    config = json.loads((folder / file_name).read_text())
+    inside = config["trainer"] if name == "dictionary_learning" else config
+    inside[data.draw(st.sampled_from(sorted(inside)), label="key")] = value
+    (folder / file_name).write_text(json.dumps(config))
+    try:
+        sae = open_sae(SAEReference.parse(f"l3={folder}"))
+    except SAEError as error:
+        assert "\n" not in str(error)
+    else:
+        assert sae.encode(torch.ones(2, D_IN)).isfinite().all()

@@ -109,6 +109,19 @@ def test_resident_weights_give_the_same_passes(any_sae: SAE) -> None:
     torch.testing.assert_close(any_sae.decode(f, x), x_hat)
 
 
+def test_passes_follow_their_input_to_its_device(any_sae: SAE) -> None:
+    # No number is computed on the meta device, but tensors of another one are refused.
+    x = inputs().to("meta")
+    any_sae.to("meta")
+    f = any_sae.encode(x)
+    assert (f.device.type, f.shape) == ("meta", (9, D_SAE))
+    assert any_sae.decode(f, x).device.type == "meta"
+    assert any_sae.activations(x, [3, 1]).shape == (9, 2)
+    assert any_sae.decoder_rows(2, 5, "meta").device.type == "meta"
+    any_sae.resident("meta")
+    assert any_sae.decode(any_sae.encode(x), x).device.type == "meta"
+
+
 def test_folding_b_dec_in_float64_survives_a_large_offset(
     tmp_path: Path, load: Callable[..., SAE]
 ) -> None:
@@ -336,7 +349,12 @@ def test_damaged_weight_file_is_refused_or_reads_as_an_sae(
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=4,
 )

@@ -128,6 +128,22 @@ def test_configurations_older_than_v6_agree(
     assert_agrees(sae, load_oracle(folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        ("blocks.3.hook_in", "blocks.3.hook_resid_pre"),
+        ("blocks.3.hook_out", "blocks.3.hook_resid_post"),
+        ("blocks.3.mlp.hook_out", "blocks.3.hook_mlp_out"),
+        ("blocks.3.attn.hook_out", "blocks.3.hook_attn_out"),
+    ],
+)
+def test_names_of_the_bridge_are_the_same_places(
+    tmp_path: Path, load: Callable[..., SAE], name: str, hook: str
+) -> None:
+    config = sae_lens_config(metadata={"sae_lens_version": "6.54.0", "hook_name": name})
+    assert load(write_sae_lens(tmp_path, config=config)).card.hook == hook
+
+
 def test_trivial_finetuning_factor_is_accepted(tmp_path: Path, load: Callable[..., SAE]) -> None:
     tensors = sae_lens_tensors("standard") | {"scaling_factor": torch.ones(D_SAE)}
     folder = write_sae_lens(tmp_path, config=OLD_CONFIG, tensors=tensors)

@@ -1,0 +1,16 @@
+"""Numbers out of JSON, where anything may stand."""
+
+from __future__ import annotations
+
+import math
+
+
+def finite(value: object) -> float | None:
+    """The value as a float; None where it is no number, is true or false, or is not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
