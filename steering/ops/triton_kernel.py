@@ -78,7 +78,7 @@ def launch(d_in: int, itemsize: int) -> Launch:
     """The layout for a width and a size of the stream's elements in bytes.
 
     As many rows in flight as the registers hold without spilling, as ``tests/bench/aot.py`` and
-    ``tests/steering/test_triton_aot.py`` find with ptxas; widths past 8192 were not tried.
+    ``tests/steering/test_triton_aot.py`` find with ptxas. Past 8192 some do spill.
     """
     block_d = max(1024, triton.next_power_of_2(d_in))
     block_e, num_warps = _LAUNCHES.get(block_d, (1, 32))
@@ -287,6 +287,7 @@ def _block_delta(  # type: ignore[no-untyped-def]
         tl.store(report_f_ptr + token * _MAX_EDITS + e, f, mask=active & (e < reported))
     change = _change(f, op, tl.load(value_ptr + e, mask=active, other=0.0))
     change *= tl.load(params + _DECODER_SCALE) * g
+    # Of an edit that is not active this may be anything, and the zeros of its row do not undo inf.
     return tl.sum(tl.where(active, change, 0.0)[:, None] * w_dec, axis=0)
 
 
