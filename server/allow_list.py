@@ -17,7 +17,7 @@ ENDPOINT_GROUP: Final = "vllm.endpoint_plugins"
 GENERAL_GROUP: Final = "vllm.general_plugins"
 VARIABLE: Final = "VLLM_PLUGINS"
 #: Set where the list had to name a plugin whose namesake adds routes: the only routes to add.
-ONLY_ENDPOINTS_VARIABLE: Final = "VLLM_SAE_ONLY_ENDPOINTS"
+ONLY_ENDPOINTS_VARIABLE: Final = "STEERING_ONLY_ENDPOINTS"
 
 
 class NotInstalledError(RuntimeError):

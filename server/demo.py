@@ -1,4 +1,4 @@
-"""`vllm-sae demo`: the model and the SAE that come along, served, and asked one thing three ways."""
+"""`vllm-sae demo`: the model and SAE that come along, served, and asked one thing three ways."""
 
 from __future__ import annotations
 
@@ -31,17 +31,26 @@ DEFAULT_PORT: Final = 8000
 START_TIMEOUT: Final = 900.0
 LOG_LINES_SHOWN: Final = 20
 
-PROMPT: Final = "Write a short story about a quiet evening in the village."
+PROMPT: Final = "Tell me about your day."
 ANSWER_TOKENS: Final = 90
 #: Greedy text of this small model repeats itself unless repetition costs something.
 SAMPLING: Final[dict[str, Any]] = {"temperature": 0, "max_tokens": ANSWER_TOKENS}
 REPETITION_PENALTY: Final = 1.15
 
+#: Left alone, this model answers as a magical creature. One feature is labelled so (elves, dwarves,
+#: orcs); two more fire on the words "magical creature". Clamping the first alone changes little.
+_FANTASY: Final = 822
+_CLOSE_TO_FANTASY: Final = (45, 3187)
+
 WAYS: Final[dict[str, list[dict[str, Any]]]] = {
     "as it is": [],
-    "suppressed": [],
-    "amplified": [],
+    "fantasy suppressed": [
+        {"feature": feature, "op": "clamp", "value": 0}
+        for feature in (_FANTASY, *_CLOSE_TO_FANTASY)
+    ],
+    "fantasy amplified": [{"feature": _FANTASY, "op": "clamp", "value": 1.5, "unit": "max_act"}],
 }
+AMPLIFIED: Final = "fantasy amplified"
 
 
 class DemoError(RuntimeError):
@@ -61,10 +70,10 @@ def demo(flags: Sequence[str]) -> int:
     try:
         with console.status("preparing the model (the first time takes a minute)"):
             model = ensure_demo_model()
-        with _serving(model, flags, console) as base_url:
+        with _serving(model, flags, console) as (base_url, process):
             show(base_url, console)
             console.print("\nServing until Ctrl-C.")
-            signal.pause()
+            raise DemoError(f"the server ended by itself, exit code {process.wait()}")
     except (DemoModelError, DemoError) as error:
         print(f"vllm-sae: error: {error}", file=sys.stderr)
         return 2
@@ -109,7 +118,7 @@ def curl(base_url: str) -> str:
         "messages": [{"role": "user", "content": PROMPT}],
         **SAMPLING,
         "repetition_penalty": REPETITION_PENALTY,
-        "steering": {"interventions": WAYS["amplified"], "report": True},
+        "steering": {"interventions": WAYS[AMPLIFIED], "report": True},
     }
     return (
         f"curl {base_url}/v1/chat/completions -H 'Content-Type: application/json' "
@@ -118,23 +127,27 @@ def curl(base_url: str) -> str:
 
 
 @contextmanager
-def _serving(model: Path, flags: Sequence[str], console: Console) -> Iterator[str]:
-    """A server in a process of its own; yields its base URL once it answers."""
+def _serving(
+    model: Path, flags: Sequence[str], console: Console
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server in a process of its own, once it answers: its base URL and the process."""
     port = _port(flags)
     command = [
         *(sys.executable, "-m", "server", "serve", str(model)),
         *("--sae", f"{SAE_NAME}={DEMO_SAE}", "--served-model-name", MODEL_NAME),
-        *("--max-model-len", "2048", *flags),
+        # On float32 the answers are the same on every machine, or nearly.
+        *("--dtype", "float32", "--max-model-len", "2048", *flags),
     ]
     # What vLLM reserves for its cache on a CPU by default is more than this model can use.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     with tempfile.NamedTemporaryFile(prefix="vllm-sae-demo-", suffix=".log", delete=False) as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell had us ignore Ctrl-C
+        signal.signal(stop, _interrupt)
     try:
         with console.status(f"starting the server, log in {log.name}"):
             _wait_until_ready(process, f"http://localhost:{port}", Path(log.name))
-        yield f"http://localhost:{port}"
+        yield f"http://localhost:{port}", process
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()

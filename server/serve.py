@@ -28,7 +28,7 @@ from steering.spec import MAX_INTERVENTIONS
 SAE_FLAG: Final = "--sae"
 MAX_ROWS_FLAG: Final = "--steering-max-rows"
 #: Names a file into which a worker that cannot steer the model writes why, in one line.
-REFUSAL_VARIABLE: Final = "VLLM_SAE_REFUSAL_FILE"
+REFUSAL_VARIABLE: Final = "STEERING_REFUSAL_FILE"
 
 
 class RefusedStartError(Exception):

@@ -1,0 +1,177 @@
+"""Neighbours of a feature, and the tokens it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae.sae import open_sae
+from sae.source import SAEReference
+from server.feature_details import FeatureDetails, nearest
+from server.unembedding import Unembedding, open_unembedding
+from tests.models import D_MODEL, make_tiny_model, make_tiny_sae
+
+
+def tiny_sae(folder: Path, W_dec: torch.Tensor) -> Any:
+    """An SAE with this decoder [d_sae, d_in]."""
+    make_tiny_sae(folder, d_in=W_dec.shape[1], d_sae=W_dec.shape[0])
+    tensors = load_file(folder / "sae_weights.safetensors")
+    save_file({**tensors, "W_dec": W_dec}, folder / "sae_weights.safetensors")
+    return open_sae(SAEReference(name="a", source=str(folder)))
+
+
+def test_nearest_are_ordered_by_cosine_whatever_their_length(tmp_path: Path) -> None:
+    rows = [[3.0, 4.0], [30.0, 40.0], [1.0, 0.0], [0.0, 0.1], [-3.0, -4.0], [0.0, 0.0]]
+    sae = tiny_sae(tmp_path, torch.tensor(rows))
+    found = nearest(sae, 0, 4)
+    assert [feature for feature, _ in found] == [1, 3, 2, 5]
+    assert [cosine for _, cosine in found] == pytest.approx([1.0, 0.8, 0.6, 0.0])
+
+
+def test_nearest_of_a_small_sae_are_all_the_others(tmp_path: Path) -> None:
+    assert len(nearest(tiny_sae(tmp_path, torch.eye(3)), 1, 10)) == 2
+
+
+def test_nearest_does_not_depend_on_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny_sae(tmp_path)
+    sae = open_sae(SAEReference(name="a", source=str(tmp_path)))
+    whole = nearest(sae, 77, 10)
+    monkeypatch.setattr(sae, "chunks", lambda: ((i, min(i + 7, 128)) for i in range(0, 128, 7)))
+    parts = nearest(sae, 77, 10)
+    assert [f for f, _ in parts] == [f for f, _ in whole]
+    assert [c for _, c in parts] == pytest.approx([c for _, c in whole])
+
+
+async def test_details_are_computed_once(tmp_path: Path) -> None:
+    opened = 0
+
+    def unembedding() -> Unembedding | None:
+        nonlocal opened
+        opened += 1
+        return None
+
+    details = FeatureDetails(unembedding)
+    sae = tiny_sae(tmp_path, torch.eye(4))
+    first = await details.get(sae, 2)
+    assert await details.get(sae, 2) is first
+    assert await details.get(sae, 3) is not first
+    assert opened == 1
+
+
+def final_norm(model: Any) -> Any:
+    """The norm before the unembedding, of any of the families below."""
+    for path in ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm"):
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            continue
+    raise AssertionError("no final norm")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any, Any]]:
+    """A tiny checkpoint's folder, what vLLM would say of it, and its tokenizer."""
+
+    def make(family: str) -> tuple[Path, Any, Any]:
+        from transformers import AutoConfig, AutoTokenizer
+
+        folder = make_tiny_model(tmp_path / family, family)
+        config = SimpleNamespace(
+            model=str(folder), revision=None, hf_text_config=AutoConfig.from_pretrained(folder)
+        )
+        return folder, config, AutoTokenizer.from_pretrained(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox"])
+def test_logits_are_those_of_the_model_up_to_the_norms_factor(
+    checkpoint: Callable[..., tuple[Path, Any, Any]], family: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, config, tokenizer = checkpoint(family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    unembedding = open_unembedding(config, tokenizer)
+    assert unembedding is not None
+    direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        norm, head = final_norm(model), model.get_output_embeddings().weight
+        # What the direction adds: a layer norm's bias is there without it.
+        expected = head @ (norm(direction) - norm(torch.zeros(D_MODEL)))
+    logits = unembedding.logits(direction)
+    cosine = torch.nn.functional.cosine_similarity(logits, expected[: len(logits)], dim=0)
+    assert len(logits) == len(tokenizer)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_promoted_and_suppressed_are_the_ends_of_the_logits(
+    checkpoint: Callable[..., tuple[Path, Any, Any]],
+) -> None:
+    _, config, tokenizer = checkpoint("llama")
+    unembedding = open_unembedding(config, tokenizer)
+    assert unembedding is not None
+    direction = torch.zeros(D_MODEL)
+    direction[5] = 4.0
+    logits = unembedding.logits(direction / 4)
+    promoted, suppressed = unembedding.strongest(direction, 10)
+    assert [score for _, score in promoted] == pytest.approx(sorted(logits.tolist())[:-11:-1])
+    assert [score for _, score in suppressed] == pytest.approx(sorted(logits.tolist())[:10])
+    assert promoted[0][0] == tokenizer.decode([int(logits.argmax())])
+
+
+def test_sharded_checkpoint_is_read_where_its_index_says(
+    checkpoint: Callable[..., tuple[Path, Any, Any]],
+) -> None:
+    folder, config, tokenizer = checkpoint("llama")
+    whole = open_unembedding(config, tokenizer)
+    assert whole is not None
+    expected = whole.logits(torch.ones(D_MODEL))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = {"lm_head.weight": "b.safetensors"}
+    weight_map = {name: shards.get(name, "a.safetensors") for name in tensors}
+    for file in ("a.safetensors", "b.safetensors"):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file)
+    index = json.dumps({"weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    sharded = open_unembedding(config, tokenizer)
+    assert sharded is not None
+    torch.testing.assert_close(sharded.logits(torch.ones(D_MODEL)), expected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"lm_head.weight": torch.zeros(320, 64, dtype=torch.int8)},
+        {"lm_head.weight": torch.zeros(320, 32)},
+        {"model.norm.weight": None},
+        {"other.norm.weight": torch.ones(64)},
+    ],
+    ids=["quantized", "misshaped", "no norm", "two norms"],
+)
+def test_checkpoint_that_does_not_show_its_head_promotes_nothing(
+    checkpoint: Callable[..., tuple[Path, Any, Any]], damage: dict[str, torch.Tensor | None]
+) -> None:
+    folder, config, tokenizer = checkpoint("llama")
+    tensors = {**load_file(folder / "model.safetensors"), **damage}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors")
+    assert open_unembedding(config, tokenizer) is None
+
+
+def test_folder_without_weights_promotes_nothing(tmp_path: Path) -> None:
+    for model in (str(tmp_path), "/nowhere", "nobody/has-this-model"):
+        config = SimpleNamespace(
+            model=model, revision=None, hf_text_config=SimpleNamespace(hidden_size=64)
+        )
+        assert open_unembedding(config, tokenizer=object()) is None

@@ -1,0 +1,224 @@
+"""The routes that list SAEs and their features, and that inspect a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+from steering.vllm import results
+from tests.server.conftest import Server, StartServer
+
+FEATURES = [
+    {"index": 0, "label": "snow and rain", "max_activation": 6.5, "density": 0.25},
+    {"index": 1, "label": "rain", "examples": [{"text": "wet", "activation": 2.0}]},
+]
+
+
+@pytest.fixture
+def labelled(start: StartServer) -> Server:
+    return start(saes={"a": {"features": FEATURES}})
+
+
+def refused(response: Any, status: int = 400) -> tuple[str, str | None]:
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    return error["code"], error["param"]
+
+
+def test_cards_are_listed(labelled: Server) -> None:
+    body = labelled.client.get("/v1/saes").json()
+    (card,) = body["data"]
+    assert body["object"] == "list"
+    assert [*card] == [
+        *("id", "object", "hook", "layer", "architecture", "d_in", "d_sae", "dtype", "source"),
+        *("format", "sha256", "sink_norm", "error_term", "has_labels", "has_max_activations"),
+    ]
+    assert (card["id"], card["hook"], card["sha256"]) == ("a", "blocks.1.hook_resid_post", None)
+    assert labelled.client.get("/v1/saes/a").json() == card
+
+
+def test_server_without_saes_lists_none(start: StartServer) -> None:
+    server = start(saes={})
+    assert server.client.get("/v1/saes").json() == {"object": "list", "data": []}
+    assert refused(server.client.get("/v1/saes/a"), 404) == ("unknown_sae", "sae")
+
+
+@pytest.mark.parametrize("name", ["b", "A", "a%2Fb", "a%20b", "%F0%9F%8C%A7", "..%2F..%2Fetc"])
+@pytest.mark.parametrize("rest", ["", "/features", "/features/1"])
+def test_unknown_name_in_the_path_is_not_found(labelled: Server, name: str, rest: str) -> None:
+    assert refused(labelled.client.get(f"/v1/saes/{name}{rest}"), 404) == ("unknown_sae", "sae")
+
+
+def test_name_may_be_any_that_a_url_can_hold(start: StartServer) -> None:
+    server = start(saes={"mes traits:é@1+é~'()*": {}})
+    assert server.client.get("/v1/saes/mes%20traits%3A%C3%A9%401+%C3%A9~'()*").status_code == 200
+
+
+def test_features_come_in_pages(labelled: Server) -> None:
+    body = labelled.client.get("/v1/saes/a/features?limit=1&offset=0").json()
+    assert body == {
+        "object": "list",
+        "data": [{"feature": 0, "label": "snow and rain", "max_activation": 6.5, "density": 0.25}],
+        "total": 128,
+        "has_more": True,
+    }
+    last = labelled.client.get("/v1/saes/a/features?offset=127").json()
+    assert (len(last["data"]), last["has_more"]) == (1, False)
+    past = labelled.client.get("/v1/saes/a/features?offset=128").json()
+    assert (past["data"], past["has_more"]) == ([], False)
+    assert len(labelled.client.get("/v1/saes/a/features").json()["data"]) == 50
+
+
+def test_labels_are_searched(labelled: Server) -> None:
+    body = labelled.client.get("/v1/saes/a/features", params={"query": "rain", "limit": 1}).json()
+    assert [feature["feature"] for feature in body["data"]] == [1]
+    assert (body["total"], body["has_more"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "param"),
+    [
+        ("limit=0", "invalid_value", "limit"),
+        ("limit=1001", "invalid_value", "limit"),
+        ("limit=", "invalid_type", "limit"),
+        ("limit=5.0", "invalid_type", "limit"),
+        ("limit=" + "9" * 5000, "invalid_value", "limit"),
+        ("offset=-1", "invalid_value", "offset"),
+        ("offset=x", "invalid_type", "offset"),
+    ],
+)
+def test_bad_page_is_refused(labelled: Server, query: str, code: str, param: str) -> None:
+    assert refused(labelled.client.get(f"/v1/saes/a/features?{query}")) == (code, param)
+
+
+def test_feature_shows_its_neighbours_and_examples(labelled: Server) -> None:
+    body = labelled.client.get("/v1/saes/a/features/1").json()
+    assert (body["feature"], body["label"], body["max_activation"]) == (1, "rain", None)
+    assert body["examples"] == [{"text": "wet", "activation": 2.0}]
+    assert len(body["nearest"]) == 10
+    assert body["promoted"] == body["suppressed"] == []
+
+
+@pytest.mark.parametrize(
+    ("feature", "status", "code"),
+    [
+        ("128", 404, "feature_out_of_range"),
+        ("-1", 404, "feature_out_of_range"),
+        ("9" * 5000, 404, "feature_out_of_range"),
+        ("1.0", 400, "invalid_type"),
+        ("x", 400, "invalid_type"),
+        ("%D9%A1", 400, "invalid_type"),
+    ],
+)
+def test_bad_feature_is_refused(labelled: Server, feature: str, status: int, code: str) -> None:
+    response = labelled.client.get(f"/v1/saes/a/features/{feature}")
+    assert refused(response, status) == (code, "feature")
+
+
+def test_label_that_is_not_unicode_is_shown(start: StartServer) -> None:
+    server = start(saes={"a": {"features": []}})
+    table = server.client.app.state.steering.catalog.features("a")  # type: ignore[attr-defined]
+    table.path.write_text('{"index": 3, "label": "\\ud800"}\n')
+    table._table = None
+    assert "\\ud800" in server.client.get("/v1/saes/a/features/3").text
+
+
+# Inspecting a text
+
+
+def test_prompt_is_read_and_nothing_generated(labelled: Server) -> None:
+    response = labelled.client.post("/v1/saes/a/inspect", json={"prompt": "rain", "top_k": 2})
+    assert response.json() == {
+        "sae": "a",
+        "tokens": [
+            {
+                "position": 1,
+                "id": 9,
+                "text": "x",
+                "phase": "prompt",
+                "features": [[3, 2.0], [8, 1.0]],
+            }
+        ],
+        "features": [
+            {"feature": 3, "score": 2.0, "label": None},
+            {"feature": 8, "score": 1.0, "label": None},
+        ],
+    }
+    (request,) = labelled.recorder.requests
+    assert (request.prompt, request.max_tokens) == ("rain", 1)
+    extra = labelled.recorder.extra_args
+    assert extra["steering"] == {
+        "positions": {"generation": False, "special_tokens": False},
+        "read": {"sae": "a", "top_k": 2},
+    }
+    assert extra["steering_inspect"] == {"aggregate": "max", "special_tokens": False}
+    assert results._tickets == {}
+
+
+def test_messages_are_rendered_without_a_generation_prompt(labelled: Server) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "rain"}],
+        "aggregate": "frequency",
+        "special_tokens": True,
+    }
+    assert labelled.client.post("/v1/saes/a/inspect", json=body).status_code == 200
+    (request,) = labelled.recorder.requests
+    assert request.add_generation_prompt is False
+    extra = labelled.recorder.extra_args
+    assert extra["steering_inspect"] == {"aggregate": "frequency", "special_tokens": True}
+    assert extra["steering"]["positions"]["special_tokens"] is True
+
+
+def test_null_is_left_out(labelled: Server) -> None:
+    body = {"prompt": "x", "messages": None, "top_k": None, "aggregate": None, "model": None}
+    assert labelled.client.post("/v1/saes/a/inspect", json=body).status_code == 200
+    assert labelled.recorder.extra_args["steering"]["read"]["top_k"] == 5
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({}, "invalid_value", "messages"),
+        ({"prompt": "x", "messages": []}, "invalid_value", "prompt"),
+        ({"prompt": ["x"]}, "invalid_type", "prompt"),
+        ({"messages": "x"}, "invalid_type", "messages"),
+        ({"messages": [{"role": 5}]}, "invalid_value", "messages"),
+        ({"prompt": "x", "top_k": 0}, "invalid_value", "top_k"),
+        ({"prompt": "x", "top_k": 65}, "invalid_value", "top_k"),
+        ({"prompt": "x", "top_k": 5.0}, "invalid_type", "top_k"),
+        ({"prompt": "x", "top_k": True}, "invalid_type", "top_k"),
+        ({"prompt": "x", "aggregate": "sum"}, "invalid_value", "aggregate"),
+        ({"prompt": "x", "aggregate": 1}, "invalid_type", "aggregate"),
+        ({"prompt": "x", "special_tokens": 1}, "invalid_type", "special_tokens"),
+        ({"prompt": "x", "layer": 3}, "unknown_field", "layer"),
+        ([], "invalid_type", None),
+    ],
+)
+def test_bad_body_is_refused(labelled: Server, body: Any, code: str, param: str | None) -> None:
+    assert refused(labelled.client.post("/v1/saes/a/inspect", json=body)) == (code, param)
+    assert labelled.recorder.requests == []
+
+
+@pytest.mark.parametrize("body", ["", "{", "[" * 50_000, '{"top_k":' + "9" * 5000 + "}"])
+def test_body_that_is_not_json_is_refused(labelled: Server, body: str) -> None:
+    response = labelled.client.post("/v1/saes/a/inspect", content=body)
+    assert refused(response) == ("invalid_value", None)
+
+
+def test_unknown_sae_is_not_found_before_the_body_is_read(labelled: Server) -> None:
+    assert refused(labelled.client.post("/v1/saes/b/inspect", content="{"), 404) == (
+        "unknown_sae",
+        "sae",
+    )
+
+
+def test_vllms_refusal_of_the_prompt_passes_through(labelled: Server) -> None:
+    labelled.recorder.error_response = create_error_response("too long")
+    body = {"messages": [{"role": "user", "content": "rain"}]}
+    response = labelled.client.post("/v1/saes/a/inspect", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "too long"
+    assert results._tickets == {}
