@@ -107,8 +107,7 @@ class HookRuntime:
         full = {
             edit.sae
             for _, edit in edits
-            if not self.saes[edit.sae].card.exact_from_row
-            and (edit.op != OP_ADD or plan.report)
+            if not self.saes[edit.sae].card.exact_from_row and (edit.op != OP_ADD or plan.report)
         }
         if decode is not None:
             full.add(decode)
@@ -210,12 +209,14 @@ class HookRuntime:
             tokens.append(token)
             taken += len(token)
         if parts:
-            token = torch.from_numpy(np.concatenate(tokens)).to(step.positions.device)
+            index = torch.from_numpy(np.concatenate(tokens)).to(step.positions.device)
             width = max(len(part.columns) for part in parts)
-            reports.copy(step.positions[token], self.kernel.report_f[token, :width], parts)
+            reports.copy(step.positions[index], self.kernel.report_f[index, :width], parts)
 
     def _chunk(self, d_in: int, width: int, num_rows: int, full: set[int]) -> int:
-        per_token = max(width * d_in, num_rows, 1)
+        """Tokens at a time such that no intermediate exceeds the workspace."""
+        dense = batched.dense_pays(num_rows, width)
+        per_token = max(d_in, num_rows) if dense else width * d_in
         per_token = max([per_token, *(2 * self.saes[sae].card.d_sae for sae in full)])
         return max(1, _WORKSPACE_ELEMENTS // per_token)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class ReportPart:
 class _Copy:
     """A copy under way: ``[n]`` positions and ``[n, width]`` activations in host memory."""
 
-    copied: torch.cuda.Event | None
+    copied: Any  # torch.cuda.Event, or None on a CPU
     position: Tensor
     f: Tensor
     parts: Sequence[ReportPart]
@@ -55,7 +56,7 @@ class KernelReports:
         if f.is_cuda:
             position = _to_pinned(position)
             f = _to_pinned(f)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         self._copies.append(_Copy(copied, position, f, parts))
 

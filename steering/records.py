@@ -73,7 +73,7 @@ class RequestRecord:
             skipped: ``[n, len(columns)]``.
         """
         self._grow(int(positions.max()) + 1)
-        where = np.ix_(positions, columns)
+        where = np.ix_(positions, np.asarray(columns))
         self._f[where] = f
         status = np.where(covered, _COVERED, np.where(skipped, _SKIPPED, _NOT_COVERED))
         self._status[where] = status
@@ -183,11 +183,12 @@ class Aggregate:
     def strongest(self, aggregate: str, top_k: int) -> list[list[float]]:
         """``[latent, score]`` of the ``top_k`` best, best first, ties by lower index."""
         tokens = max(self.num_tokens, 1)
-        score = {
+        scores: dict[str, npt.NDArray[Any]] = {
             "max": self.maximum,
             "mean": self.total / tokens,
             "frequency": self.count / tokens,
-        }[aggregate]
+        }
+        score = scores[aggregate]
         best = np.argsort(-score, kind="stable")[:top_k]
         return [[int(i), float(score[i])] for i in best if score[i] > 0]
 

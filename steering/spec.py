@@ -1,4 +1,4 @@
-"""The ``steering`` field of a request: validated strictly, resolved, and brought to one canonical form.
+"""The ``steering`` field of a request: validated strictly, resolved, in one canonical form.
 
 No torch and no vLLM here: the HTTP layer, the cache salt, the worker and offline use all share
 these types.

@@ -138,7 +138,9 @@ def cover(stream: Stream, table: EditTable, rows: RowPool, width: int) -> Covera
     )
 
 
-def activations(stream: Stream, row: Tensor, rows: RowPool, distinct: Tensor) -> tuple[Tensor, Tensor]:
+def activations(
+    stream: Stream, row: Tensor, rows: RowPool, distinct: Tensor
+) -> tuple[Tensor, Tensor]:
     """Each edit's activation on its token, from its own row alone, and the SAE's output scale.
 
     Args:
@@ -187,7 +189,7 @@ def change(f: Tensor, op: Tensor, value: Tensor) -> Tensor:
 def decoded(coefficient: Tensor, row: Tensor, rows: RowPool, distinct: Tensor) -> Tensor:
     """``sum_e coefficient[:, e] * s_e * W_dec[row[:, e]]``: ``[n, d_in]`` float32."""
     coefficient = coefficient * rows.params[:, P_DECODER_SCALE][row]
-    if _dense_pays(row, distinct):
+    if dense_pays(distinct.shape[0], row.shape[1]):
         local = _local_index(distinct, rows.capacity)
         spread = coefficient.new_zeros(row.shape[0], distinct.shape[0])
         spread.scatter_add_(1, local[row], coefficient)
@@ -201,14 +203,15 @@ def add_delta(hidden_states: Tensor, token: Tensor, delta: Tensor) -> None:
 
 
 def _dot(x: Tensor, row: Tensor, w: Tensor, distinct: Tensor) -> Tensor:
-    if _dense_pays(row, distinct):
+    if dense_pays(distinct.shape[0], row.shape[1]):
         local = _local_index(distinct, w.shape[0])
         return (x @ w[distinct].T).gather(1, local[row])
     return torch.bmm(w[row], x[:, :, None]).squeeze(2)
 
 
-def _dense_pays(row: Tensor, distinct: Tensor) -> bool:
-    return distinct.shape[0] <= _DENSE_ROWS_PER_PAIR * row.shape[1]
+def dense_pays(num_rows: int, width: int) -> bool:
+    """Whether one product with all ``num_rows`` beats gathering ``width`` rows for each token."""
+    return num_rows <= _DENSE_ROWS_PER_PAIR * width
 
 
 def _local_index(distinct: Tensor, capacity: int) -> Tensor:

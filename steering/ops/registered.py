@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def _steer_fake(hidden_states: Tensor, residual: Tensor | None, hook: str) -> No
     """Shapes do not change."""
 
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _library.define("steer(Tensor(a!) hidden_states, Tensor? residual, str hook) -> ()")
 _library.impl("steer", _steer, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::steer", _steer_fake, lib=_library)

@@ -176,8 +176,13 @@ def _argument(
 def _only_tensor(output: Any, hook: str) -> Tensor:
     if isinstance(output, torch.Tensor):
         return output
-    if isinstance(output, tuple) and isinstance(output[0], torch.Tensor) and not any(
-        isinstance(other, torch.Tensor) and other.shape == output[0].shape for other in output[1:]
+    if (
+        isinstance(output, tuple)
+        and isinstance(output[0], torch.Tensor)
+        and not any(
+            isinstance(other, torch.Tensor) and other.shape == output[0].shape
+            for other in output[1:]
+        )
     ):
         return output[0]
     raise UnsupportedModelError(f"{hook}: the module returns {type(output).__name__}, not a tensor")

@@ -172,9 +172,7 @@ def _choices(
     ]
 
 
-def _interventions(
-    spec: SteeringSpec, summaries: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _interventions(spec: SteeringSpec, summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The report's entries; each pipeline stage knows the edits at its own layers."""
     nothing = {
         "tokens_edited": 0,

@@ -24,7 +24,7 @@ class _RowLimits:
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(vllm_config, *args, **kwargs)
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         config = SteeringConfig.from_additional_config(vllm_config.additional_config)
         self._max_rows = DEFAULT_MAX_ROWS if config is None else config.max_rows
         self._row_users: Counter[tuple[int, int]] = Counter()

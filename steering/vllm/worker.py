@@ -30,7 +30,7 @@ else:
     )
 
 
-class SteeringWorker(PlatformWorker):  # type: ignore[misc]
+class SteeringWorker(PlatformWorker):
     """A worker that steers; name it as ``worker_cls``."""
 
     steering: SteeringState | None = None
@@ -92,8 +92,6 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         registered.make_current(state)
         adapter.attach(runner, state)
         return state
-
-
 
 
 def _kernel_runs_on(device: torch.device) -> bool:

@@ -102,9 +102,10 @@ class Engine:
         return self.worker.steering
 
     def shut_down(self) -> None:
-        """End the engine."""
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
+        """End the engine; once is enough."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
 
 
 def tiny_engine(

@@ -104,7 +104,8 @@ class ReferenceModel:
         finally:
             for handle in handles:
                 handle.remove()
-        return logits[len(prompt) - 1 :].log_softmax(-1)
+        logprobs: Tensor = logits[len(prompt) - 1 :].log_softmax(-1)
+        return logprobs
 
     def _hook(
         self,

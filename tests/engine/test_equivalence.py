@@ -196,5 +196,6 @@ def test_steered_log_probabilities_agree_with_transformers_and_hooks(
     with capsys.disabled():
         print(
             f"\n  log-probabilities, vLLM against transformers: unsteered {unsteered:.1e}, "
-            f"steered {worst:.1e} over {SPECS_A_CASE} specs (edits change them by up to {effect:.1f})"
+            f"steered {worst:.1e} over {SPECS_A_CASE} specs "
+            f"(edits change them by up to {effect:.1f})"
         )

@@ -6,6 +6,7 @@ none, so a stand-in is registered in every process before vLLM is imported.
 """
 
 import os
+from typing import Any
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.backends import Backend, backends
@@ -14,24 +15,24 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     class _InterpreterDriver(DriverBase):
         @staticmethod
-        def is_active():
+        def is_active() -> bool:
             return True
 
-        def map_python_to_cpp_type(self, ty):
+        def map_python_to_cpp_type(self, ty: str) -> str:
             return ty
 
-        def get_current_target(self):
+        def get_current_target(self) -> GPUTarget:
             return GPUTarget("cpu", 0, 1)
 
-        def get_current_device(self):
+        def get_current_device(self) -> int:
             return 0
 
-        def get_active_torch_device(self):
+        def get_active_torch_device(self) -> Any:
             import torch
 
             return torch.device("cpu")
 
-        def get_benchmarker(self):
+        def get_benchmarker(self) -> Any:
             raise RuntimeError("nothing is timed under the interpreter")
 
     backends["cpu"] = Backend(compiler=None, driver=_InterpreterDriver)
