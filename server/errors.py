@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
@@ -14,7 +15,33 @@ from steering.errors import SteeringError
 
 logger = logging.getLogger("vllm.sae.server")
 
-INVALID_REQUEST = "invalid_request_error"
+INVALID_REQUEST: Final = "invalid_request_error"
+
+_BODY: Final = {
+    "type": "object",
+    "title": "SteeringErrorResponse",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string", "const": INVALID_REQUEST},
+                "param": {"type": ["string", "null"], "description": "Path of what is wrong."},
+                "code": {"type": "string"},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+#: What OpenAPI says of refusals.
+REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
+    status.value: {"description": what, "content": {"application/json": {"schema": _BODY}}}
+    for status, what in (
+        (HTTPStatus.BAD_REQUEST, "Refused"),
+        (HTTPStatus.NOT_FOUND, "A name or an index in the path does not exist"),
+    )
+}
 
 
 class NotFoundError(SteeringError):

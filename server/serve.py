@@ -91,6 +91,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     command = ServeSubcommand()
     serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
     serve_parser.usage = "vllm-sae serve MODEL --sae NAME=SOURCE [any vllm serve flag]"
+    serve_parser.epilog = serve_parser.epilog.replace("vllm serve", "vllm-sae serve")
     group = serve_parser.add_argument_group("Steering", "Steering through SAE features.")
     group.add_argument(
         SAE_FLAG,

@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.completion.api_router import create_completion
 
 from sae.sae import SAE
 from server.door import admit
-from server.errors import NotFoundError
+from server.errors import REFUSALS, NotFoundError
 from server.inspection import INSPECT_SCHEMA, Inspection
 from server.json_response import TolerantJSONResponse
 from server.routes.generate import call_vllm
@@ -25,7 +25,7 @@ from steering.errors import SteeringError
 from steering.vllm import results
 from steering.vllm.admission import TICKET
 
-router = APIRouter(tags=["saes"])
+router = APIRouter(tags=["saes"], responses=REFUSALS)
 
 DEFAULT_LIMIT: Final = 50
 MAX_LIMIT: Final = 1000

@@ -222,3 +222,17 @@ def test_vllms_refusal_of_the_prompt_passes_through(labelled: Server) -> None:
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "too long"
     assert results._tickets == {}
+
+
+def test_openapi_documents_refusals(labelled: Server) -> None:
+    paths = labelled.client.get("/openapi.json").json()["paths"]
+    ours = {path: list(methods) for path, methods in paths.items() if "/saes" in path}
+    assert ours == {
+        "/v1/saes": ["get"],
+        "/v1/saes/{sae}": ["get"],
+        "/v1/saes/{sae}/features": ["get"],
+        "/v1/saes/{sae}/features/{feature}": ["get"],
+        "/v1/saes/{sae}/inspect": ["post"],
+    }
+    for path, (method,) in ours.items():
+        assert {"400", "404"} <= paths[path][method]["responses"].keys()
