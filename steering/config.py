@@ -12,6 +12,8 @@ from steering.spec import MAX_INTERVENTIONS
 #: Key of this project's part of ``additional_config``; being there, it enters vLLM's compile hash.
 CONFIG_KEY: Final = "steering"
 DEFAULT_MAX_ROWS: Final = 4096
+#: Environment variable naming a file for the reason why a worker could not install steering.
+REFUSAL_VARIABLE: Final = "STEERING_REFUSAL_FILE"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,9 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from sae.card import HookPoint
+from sae.errors import SAEError
 from sae.sae import open_sae
-from steering.config import SteeringConfig
+from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from steering.ops import registered
 from steering.state import SteeringState
 from steering.step import Step
@@ -40,8 +42,12 @@ class SteeringWorker(PlatformWorker):
         super().load_model(**kwargs)
         config = SteeringConfig.from_additional_config(self.vllm_config.additional_config)
         if config is not None and config.saes:
-            refuse_unsupported(self.vllm_config)
-            self.steering = self._install(config)
+            try:
+                refuse_unsupported(self.vllm_config)
+                self.steering = self._install(config)
+            except (UnsupportedEngineError, hook_points.UnsupportedModelError, SAEError) as error:
+                _leave_word(error)
+                raise
 
     def steering_take_results(
         self, key: str, limits: dict[int, int]
@@ -92,6 +98,13 @@ class SteeringWorker(PlatformWorker):
         registered.make_current(state)
         adapter.attach(runner, state)
         return state
+
+
+def _leave_word(error: Exception) -> None:
+    """Tell the command line why the engine did not start; vLLM passes on only that it did not."""
+    file = os.environ.get(REFUSAL_VARIABLE)
+    if file is not None:
+        Path(file).write_text(str(error), encoding="utf-8")
 
 
 def _kernel_runs_on(device: torch.device) -> bool:
