@@ -1,0 +1,164 @@
+"""Takes out one remedy after the other and shows that the trap's test notices.
+
+``python -m tests.engine.mutations [NAME ...]`` copies the code to a temporary folder, changes one
+place, runs the test of that trap there, and prints a line for each: ``caught`` or ``SURVIVED``.
+Exits 1 if any survived. Not part of `make test`: it takes about half a minute for each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One remedy: where it is, what stands there without it, and the test that needs it."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+TRAPS = "tests/engine/test_traps.py::"
+MUTATIONS = {
+    "prefix cache unsalted": Mutation(
+        "steering/vllm/admission.py",
+        "request.cache_salt = cache_salt(",
+        "_ = cache_salt(",
+        TRAPS + "test_blocks_of_a_steered_request_are_never_served_to_a_clean_one",
+    ),
+    "salt without the prompt's length": Mutation(
+        "steering/cache_salt.py",
+        "prompt_len if spec.phase_dependent else None",
+        "None",
+        TRAPS + "test_a_generated_turn_is_not_taken_for_a_prompt_of_the_next_one",
+    ),
+    "salt without the user's own": Mutation(
+        "steering/cache_salt.py",
+        "        user_salt,\n    ]",
+        "    ]",
+        TRAPS + "test_a_users_own_salt_keeps_parting_requests",
+    ),
+    "read served from the prefix cache": Mutation(
+        "steering/vllm/admission.py",
+        "params.skip_reading_prefix_cache = True",
+        "pass",
+        TRAPS + "test_a_read_sees_prompt_tokens_that_the_prefix_cache_holds",
+    ),
+    "configuration outside the compile hash": Mutation(
+        "steering/config.py",
+        '"additional_config": {CONFIG_KEY: config.to_dict()},',
+        '"additional_config": type("Unhashed", (dict,), {})({CONFIG_KEY: config.to_dict()}),',
+        "tests/engine/test_compiled.py",
+    ),
+    "rows of the batch in the scheduler's order": Mutation(
+        "steering/vllm/runner_v1.py",
+        "runner.input_batch.req_ids[:num_reqs], runner",
+        "sorted(runner.input_batch.req_ids[:num_reqs]), runner",
+        TRAPS + "test_requests_keep_their_own_edits_while_the_batch_is_reordered_by_churn",
+    ),
+    "phase by the number of scheduled tokens": Mutation(
+        "steering/ops/batched.py",
+        "in_prompt=position < prompt_len[slot],",
+        "in_prompt=(slot[:, None] == slot[None, :]).sum(dim=1) > 1,",
+        TRAPS + "test_phase_follows_positions_whatever_the_chunks_of_the_prefill[7]",
+    ),
+    "resumed requests forgotten": Mutation(
+        "steering/vllm/runner_v1.py",
+        "    for req_id in resumed:\n        if req_id in plans:\n            state.add_request(",
+        "    for req_id in ():\n        if req_id in plans:\n            state.add_request(",
+        TRAPS + "test_preempted_requests_are_recomputed_with_the_right_phases_and_counted_once",
+    ),
+    "a slot keeps the last request's edits": Mutation(
+        "steering/slots.py",
+        "self.count[slot] = len(edits)",
+        "self.count[slot] = max(len(edits), int(self.count[slot]))",
+        TRAPS + "test_a_reused_slot_keeps_nothing_of_the_last_request",
+    ),
+    "children of n share one record": Mutation(
+        "steering/vllm/admission.py",
+        "if plan.children > 1 else 0",
+        "if False else 0",
+        TRAPS + "test_every_child_of_n_choices_is_steered_and_reported",
+    ),
+    "an aborted request keeps its slot": Mutation(
+        "steering/state.py",
+        "self.slots.give_back(request.slot)",
+        "pass",
+        TRAPS + "test_an_aborted_request_frees_its_slot_and_rows_and_leaves_neighbours_alone",
+    ),
+    "the first token is steered": Mutation(
+        "steering/ops/batched.py",
+        "special=is_special[input_ids[token]] | (position == 0),",
+        "special=is_special[input_ids[token]],",
+        TRAPS + "test_the_first_token_is_left_alone_unless_special_tokens_are_asked_for",
+    ),
+    "sinks are steered": Mutation(
+        "steering/ops/batched.py",
+        "covered=covered & ~sink,",
+        "covered=covered,",
+        TRAPS + "test_sinks_are_neither_edited_nor_read_and_are_counted",
+    ),
+    "more rows let in than fit": Mutation(
+        "steering/vllm/scheduler.py",
+        "if len(self._row_users) + more > self._max_rows:",
+        "if False:",
+        TRAPS + "test_requests_whose_rows_do_not_fit_wait_and_all_are_steered",
+    ),
+    "the whole stream is written back": Mutation(
+        "steering/ops/batched.py",
+        "    hidden_states[token] = (hidden",
+        "    hidden_states += 1e-6\n    hidden_states[token] = (hidden",
+        TRAPS + "test_unsteered_requests_are_exactly_those_of_plain_vllm_in_the_same_batch",
+    ),
+}
+
+
+def caught(mutation: Mutation) -> bool:
+    """Whether the trap's test fails without its remedy."""
+    with tempfile.TemporaryDirectory() as folder:
+        for package in ("sae", "steering", "server", "tests", "pyproject.toml"):
+            source = ROOT / package
+            target = Path(folder) / package
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        file = Path(folder) / mutation.file
+        text = file.read_text()
+        assert text.count(mutation.old) == 1, f"{mutation.file}: {mutation.old!r}"
+        file.write_text(text.replace(mutation.old, mutation.new))
+        finished = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": folder},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert finished.returncode in (0, 1), finished.stdout[-2000:] + finished.stderr[-2000:]
+        return finished.returncode == 1
+
+
+def main(names: list[str]) -> int:
+    """Run the named mutations, or all."""
+    survived = 0
+    for name in names or MUTATIONS:
+        noticed = caught(MUTATIONS[name])
+        survived += not noticed
+        print(f"{'caught' if noticed else 'SURVIVED':9} {name}", flush=True)
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""What is remembered of a request, and for how long."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from steering import records
+from steering.plan import PlannedEdit, PlannedRead, SteeringPlan
+from steering.records import Aggregate, RecordStore, RequestRecord
+
+EDIT = PlannedEdit(0, 3, 0, 1.0, 3, 0, 100)
+
+
+def plan(key: str = "k", read: PlannedRead | None = None) -> SteeringPlan:
+    return SteeringPlan(key, 1, 4, (EDIT, EDIT), True, True, read)
+
+
+def put(
+    record: RequestRecord, positions: list[int], f: list[list[float]], skipped: int = -1
+) -> None:
+    values = np.array(f, dtype=np.float32)
+    skips = np.zeros(values.shape, dtype=np.bool_)
+    if skipped >= 0:
+        skips[skipped] = True
+    record.put_edits([0, 1], np.array(positions), values, ~skips, skips)
+
+
+def test_counts_and_means_are_over_covered_positions() -> None:
+    record = RequestRecord(plan(), 0)
+    put(record, [0, 1, 2, 3], [[0, 1], [2, 1], [4, 1], [9, 9]], skipped=3)
+    first, second = record.summary(4)["edits"]
+    assert first == {
+        "tokens_edited": 3,
+        "tokens_skipped": 1,
+        "tokens_active": 2,
+        "mean_activation": 2.0,
+        "max_activation": 4.0,
+    }
+    assert second["mean_activation"] == 1.0
+
+
+def test_a_recomputed_position_counts_once() -> None:
+    record = RequestRecord(plan(), 0)
+    put(record, [0, 1, 2], [[1, 1], [1, 1], [1, 1]])
+    put(record, [1, 2, 3], [[5, 5], [1, 1], [1, 1]])
+    [first, _] = record.summary(4)["edits"]
+    assert first["tokens_edited"] == 4
+    assert first["max_activation"] == 5.0
+
+
+def test_positions_past_the_limit_are_cut_off() -> None:
+    record = RequestRecord(plan(), 0)
+    put(record, [0, 1, 2], [[1, 1], [1, 1], [9, 9]])
+    [first, _] = record.summary(2)["edits"]
+    assert (first["tokens_edited"], first["max_activation"]) == (2, 1.0)
+
+
+def test_an_edit_of_another_pipeline_stage_is_unknown_here() -> None:
+    record = RequestRecord(plan(), 0)
+    values = np.ones((1, 1), dtype=np.float32)
+    yes = np.ones((1, 1), dtype=np.bool_)
+    record.put_edits([1], np.array([0]), values, yes, ~yes)
+    first, second = record.summary(1)["edits"]
+    assert first is None
+    assert second["tokens_edited"] == 1
+
+
+def test_a_record_survives_preemption_and_is_fetched_once() -> None:
+    store = RecordStore()
+    put(store.open("r", plan(), 0), [0], [[1, 1]])
+    store.close("r")
+    put(store.open("r", plan(), 0), [1], [[3, 3]])
+    store.close("r")
+    record = store.take("k", 0)
+    assert record is not None
+    assert record.summary(2)["edits"][0]["tokens_edited"] == 2
+    assert store.take("k", 0) is None
+    assert len(store) == 0
+
+
+def test_records_that_nobody_fetches_are_forgotten_oldest_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(records, "MAX_FINISHED_RECORDS", 3)
+    store = RecordStore()
+    for i in range(5):
+        store.open(f"r{i}", plan(f"k{i}"), 0)
+        store.close(f"r{i}")
+    assert [store.take(f"k{i}", 0) is None for i in range(5)] == [True, True, False, False, False]
+
+
+def test_the_bytes_of_unfetched_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_FINISHED_BYTES", 10_000)
+    store = RecordStore()
+    for i in range(50):
+        put(store.open(f"r{i}", plan(f"k{i}"), 0), [200], [[1, 1]])
+        store.close(f"r{i}")
+    assert len(store) < 5
+    assert store.take("k49", 0) is not None
+
+
+def test_aggregates_rank_best_first_and_break_ties_by_lower_index() -> None:
+    totals = Aggregate(4)
+    totals.add(np.array([[1, 0, 4, 1], [1, 0, 0, 3]], dtype=np.float32))
+    assert totals.strongest("max", 2) == [[2, 4.0], [3, 3.0]]
+    assert totals.strongest("mean", 4) == [[2, 2.0], [3, 2.0], [0, 1.0]]
+    assert totals.strongest("frequency", 2) == [[0, 1.0], [3, 1.0]]

@@ -1,0 +1,54 @@
+"""Imports point one way, and what is said to be torch-free or vLLM-free is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names and dotted modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("sae", ("steering", "server", "vllm")), ("steering", ("server",))],
+)
+def test_imports_point_from_server_to_steering_to_sae(
+    package: str, forbidden: tuple[str, ...]
+) -> None:
+    for file in files(package):
+        tops = {name.split(".")[0] for name in imported(file)}
+        assert not tops & set(forbidden), file
+
+
+def test_only_the_vllm_folder_of_steering_imports_vllm() -> None:
+    for file in files("steering"):
+        if "vllm" not in file.relative_to(ROOT / "steering").parts:
+            assert "vllm" not in {name.split(".")[0] for name in imported(file)}, file
+
+
+@pytest.mark.parametrize("module", ["sae.card", "sae.source", "steering.spec", "steering.plan"])
+def test_what_the_front_end_shares_needs_neither_torch_nor_vllm(module: str) -> None:
+    code = f"import {module}, sys; print(sorted({{'torch', 'vllm'}} & set(sys.modules)))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert out.stdout.strip() == "[]", out.stderr
