@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism: every rank edits alike, and a stage hooks only its own layers."""
+"""Tensor and pipeline parallelism: every rank edits alike, a stage hooks only its own layers."""
 
 from __future__ import annotations
 
