@@ -46,10 +46,10 @@ REJECTED: Final = Counter(
     "steering_rejected", "Refused requests, by the code of the error.", ["code"]
 )
 EDITED_TOKENS: Final = Counter(
-    "steering_edited_tokens", "Token positions edited, counted once per edit."
+    "steering_edited_tokens", "Tokens edited, each time that one passes a hook point."
 )
 SKIPPED_TOKENS: Final = Counter(
-    "steering_skipped_tokens", "Token positions that an edit left alone as attention sinks."
+    "steering_skipped_tokens", "Tokens that edits left alone at a hook point as attention sinks."
 )
 OP_SECONDS: Final = Counter(
     "steering_op_seconds", "Time that the workers spent preparing and running edits and reads."
