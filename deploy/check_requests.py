@@ -47,7 +47,7 @@ def steer(client: OpenAI) -> None:
             extra_body=extra,
         )
         texts.append(answer.choices[0].message.content)
-    report = answer.model_extra["steering"]["interventions"][0]
+    report = (answer.model_extra or {})["steering"]["interventions"][0]
     if texts[0] == texts[1] or report["tokens_edited"] == 0:
         raise SystemExit(f"not steered: {texts}, {report}")
     print(f"steered: {report['tokens_edited']} tokens edited")

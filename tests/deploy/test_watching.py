@@ -40,7 +40,7 @@ def steering_series() -> dict[str, set[str]]:
     return {
         sample: set(metric._labelnames)
         for metric in found
-        for sample in samples(metric._type, metric._name)
+        for sample in samples(str(metric._type), metric._name)
     }
 
 
