@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,36 +10,15 @@ import torch
 from torch import Tensor
 
 from sae.sae import SAE
+from steering.batch_parts import BatchPart, BatchParts, FullPart, SlotWork
 from steering.kernel_reports import KernelReports, ReportPart
 from steering.ops import batched
 from steering.ops.batched import Coverage, Stream
-from steering.plan import COVERS_SINKS, OP_ADD, PlannedEdit, SteeringPlan
+from steering.plan import COVERS_SINKS, COVERS_SPECIAL, OP_ADD, SteeringPlan
 from steering.records import FloatArray, IntArray, RequestRecord
 from steering.rows import RowPool
 from steering.slots import EditTable
 from steering.step import Step
-
-#: Elements that one gathered block of rows, or of full encodes, may take.
-_WORKSPACE_ELEMENTS = 16 * 2**20
-
-
-@dataclass
-class SlotWork:
-    """What one slot does at one hook point, beyond its edits' table.
-
-    Attributes:
-        edits: ``(index in the request, edit)`` at this hook point.
-        full: SAEs that must be encoded in full for this slot's tokens.
-        decode: the SAE whose reconstruction replaces the stream (``error_term: false``).
-        plan: the request.
-        record: where results go; None if nothing is recorded.
-    """
-
-    edits: list[tuple[int, PlannedEdit]]
-    full: frozenset[int]
-    decode: int | None
-    plan: SteeringPlan
-    record: RequestRecord | None
 
 
 @dataclass
@@ -88,6 +67,10 @@ class HookRuntime:
     kernel: KernelPath | None = None
     work: dict[int, SlotWork] = field(default_factory=dict)
     _full_slots: set[int] = field(default_factory=set)
+    _parts: BatchParts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._parts = BatchParts(self.saes, self.rows, self.table, self.prompt_len, self.work)
 
     def set_slot(
         self,
@@ -97,6 +80,7 @@ class HookRuntime:
         record: RequestRecord | None,
     ) -> None:
         """Rewrite a slot whole for a request that starts."""
+        self._parts.forget()
         edits = [(i, edit) for i, edit in enumerate(plan.edits) if edit.sae in self.saes]
         self.table.write(
             slot,
@@ -125,6 +109,7 @@ class HookRuntime:
 
     def clear_slot(self, slot: int) -> None:
         """Empty a slot whose request left the batch."""
+        self._parts.forget()
         self.table.write(slot, [], [])
         self.work.pop(slot, None)
         self._full_slots.discard(slot)
@@ -163,34 +148,16 @@ class HookRuntime:
                 self.kernel.touched,
             )
             return
-        present = [int(s) for s in step.slots_np if int(s) in self.work]
-        if not present:
-            return
-        has_work = np.zeros(self.table.count_np.shape[0], dtype=np.bool_)
-        has_work[present] = True
-        token_np = np.flatnonzero(has_work[step.token_slot_np] & (step.token_slot_np >= 0))
-        width = int(self.table.count_np[present].max())
-        distinct_np = np.unique(
-            np.concatenate([self.table.rows_np[s, : self.table.count_np[s]] for s in present])
-        )
-        device = hidden_states.device
-        distinct = torch.from_numpy(distinct_np).to(device)
-        full = {sae for s in present for sae in self.work[s].full}
-        chunk = self._chunk(hidden_states.shape[1], width, len(distinct_np), full)
-        for start in range(0, len(token_np), chunk):
-            part = token_np[start : start + chunk]
-            slot_np = step.token_slot_np[part]
+        for part in self._parts.of(step):
             stream = batched.gather_stream(
                 hidden_states,
                 residual,
-                torch.from_numpy(part).to(device),
-                torch.from_numpy(slot_np).long().to(device),
+                part.token,
                 step.positions,
                 step.input_ids,
                 self.is_special,
-                self.prompt_len,
             )
-            self._apply_chunk(hidden_states, stream, slot_np, width, distinct, full)
+            self._apply_part(hidden_states, stream, part)
 
     def collect(self, step: Step, reports: KernelReports) -> None:
         """After a pass in the kernel: start copying what reporting requests asked for."""
@@ -213,159 +180,106 @@ class HookRuntime:
             width = max(len(part.columns) for part in parts)
             reports.copy(step.positions[index], self.kernel.report_f[index, :width], parts)
 
-    def _chunk(self, d_in: int, width: int, num_rows: int, full: set[int]) -> int:
-        """Tokens at a time such that no intermediate exceeds the workspace."""
-        dense = batched.dense_pays(num_rows, width)
-        per_token = max(d_in, num_rows) if dense else width * d_in
-        per_token = max([per_token, *(2 * self.saes[sae].card.d_sae for sae in full)])
-        return max(1, _WORKSPACE_ELEMENTS // per_token)
-
-    def _apply_chunk(
-        self,
-        hidden_states: Tensor,
-        stream: Stream,
-        slot_np: IntArray,
-        width: int,
-        distinct: Tensor,
-        full: set[int],
-    ) -> None:
+    def _apply_part(self, hidden_states: Tensor, stream: Stream, part: BatchPart) -> None:
+        encoded = [(full, self.saes[full.sae].encode(stream.x[full.index])) for full in part.full]
+        edits = part.edits
         delta = None
-        touched = None
-        encoded = self._encode(stream, slot_np, full)
-        if width:
-            coverage = batched.cover(stream, self.table, self.rows, width)
-            f, g = batched.activations(stream, coverage.row, self.rows, distinct)
-            for sae, (index, f_all) in encoded.items():
-                self._take_exact(f, coverage, stream, slot_np, sae, index, f_all)
-            difference = torch.where(
-                coverage.covered, batched.change(f, coverage.op, coverage.value), 0.0
-            )
-            delta = batched.decoded(difference * g, coverage.row, self.rows, distinct)
+        if edits is not None:
+            coverage = batched.cover(stream, edits)
+            f, g = batched.activations(stream, edits, self.rows)
+            for full, f_all in encoded:
+                if full.latent is not None:
+                    exact = f_all.gather(1, full.latent)
+                    f[full.index] = torch.where(full.own, exact, f[full.index])
+            difference = batched.difference(f, edits, coverage.covered)
+            delta = batched.decoded(difference if g is None else difference * g, edits, self.rows)
+            for full, f_all in encoded:
+                self._reconstruct(delta, stream, coverage, difference, full, f_all)
+            self._record_edits(stream, part, coverage, f)
+        for full, f_all in encoded:
+            self._record_reads(stream, full, f_all)
+        if delta is not None:
             touched = coverage.covered.any(dim=1)
-            for sae, (index, f_all) in encoded.items():
-                self._reconstruct(delta, stream, coverage, slot_np, difference, sae, index, f_all)
-            self._record_edits(stream, slot_np, coverage, f)
-            self.counters.edited_tokens += int(touched.sum())
-            self.counters.skipped_tokens += int(coverage.skipped.any(dim=1).sum())
-        for sae, (index, f_all) in encoded.items():
-            self._record_reads(stream, slot_np, sae, index, f_all)
-        if delta is not None and touched is not None:
-            batched.add_delta(hidden_states, stream.token[touched], delta[touched])
-
-    def _encode(
-        self, stream: Stream, slot_np: IntArray, full: set[int]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Full activations by SAE: the tokens of ``stream`` that need them, and ``f``."""
-        encoded = {}
-        for sae in sorted(full):
-            index_np = np.flatnonzero([sae in self.work[int(s)].full for s in slot_np])
-            if len(index_np):
-                index = torch.from_numpy(index_np).to(stream.x.device)
-                encoded[sae] = (index, self.saes[sae].encode(stream.x[index]))
-        return encoded
-
-    def _columns(self, slot: int, sae: int) -> list[tuple[int, PlannedEdit]]:
-        """``(column of the table, edit)`` of one SAE in one slot."""
-        edits = self.work[slot].edits
-        return [(column, edit) for column, (_, edit) in enumerate(edits) if edit.sae == sae]
-
-    def _slot_groups(
-        self, slot_np: IntArray, index: Tensor
-    ) -> Sequence[tuple[int, Tensor, Tensor]]:
-        """By slot: ``(slot, where in index, where in the chunk)``."""
-        slots = slot_np[index.cpu().numpy()]
-        groups = []
-        for slot in np.unique(slots):
-            local = torch.from_numpy(np.flatnonzero(slots == slot)).to(index.device)
-            groups.append((int(slot), local, index[local]))
-        return groups
-
-    def _take_exact(
-        self,
-        f: Tensor,
-        coverage: Coverage,
-        stream: Stream,
-        slot_np: IntArray,
-        sae: int,
-        index: Tensor,
-        f_all: Tensor,
-    ) -> None:
-        """Replace row-wise activations by those of the full encode (top-k needs every latent)."""
-        for slot, local, here in self._slot_groups(slot_np, index):
-            columns = self._columns(slot, sae)
-            if columns:
-                latents = torch.tensor([edit.latent for _, edit in columns], device=f.device)
-                at = torch.tensor([column for column, _ in columns], device=f.device)
-                f[here[:, None], at] = f_all[local[:, None], latents]
+            num_touched = int(touched.sum())
+            self.counters.edited_tokens += num_touched
+            if coverage.skipped is not None:
+                self.counters.skipped_tokens += int(coverage.skipped.any(dim=1).sum())
+            if num_touched:
+                batched.add_delta(
+                    hidden_states, stream, delta, None if num_touched == len(delta) else touched
+                )
 
     def _reconstruct(
         self,
         delta: Tensor,
         stream: Stream,
         coverage: Coverage,
-        slot_np: IntArray,
         difference: Tensor,
-        sae: int,
-        index: Tensor,
+        full: FullPart,
         f_all: Tensor,
     ) -> None:
         """``error_term: false``: on covered tokens the stream becomes ``decode(f')``."""
-        for slot, local, here in self._slot_groups(slot_np, index):
-            if self.work[slot].decode != sae:
+        for tokens in full.groups:
+            if tokens.work.decode != full.sae:
                 continue
-            covered = coverage.covered[here].any(dim=1)
+            covered = coverage.covered[tokens.here].any(dim=1)
             if not bool(covered.any()):
                 continue
-            local, here = local[covered], here[covered]
+            local, here = tokens.local[covered], tokens.here[covered]
             f_new = f_all[local]
-            for column, edit in self._columns(slot, sae):
+            for column, edit in tokens.columns:
                 f_new[:, edit.latent] += difference[here, column]
             x = stream.x[here]
-            delta[here] = self.saes[sae].decode(f_new, x) - x
+            delta[here] = self.saes[full.sae].decode(f_new, x) - x
 
-    def _record_edits(
-        self, stream: Stream, slot_np: IntArray, coverage: Coverage, f: Tensor
-    ) -> None:
-        for slot in np.unique(slot_np):
-            work = self.work[int(slot)]
-            if work.record is None or not work.plan.report or not work.edits:
-                continue
-            here = torch.from_numpy(np.flatnonzero(slot_np == slot)).to(f.device)
+    def _record_edits(self, stream: Stream, part: BatchPart, coverage: Coverage, f: Tensor) -> None:
+        if not part.reports:
+            return
+        position, f_np = stream.position.cpu().numpy(), f.cpu().numpy()
+        covered = coverage.covered.cpu().numpy()
+        skipped = (
+            np.zeros_like(covered) if coverage.skipped is None else coverage.skipped.cpu().numpy()
+        )
+        for work, record, here in part.reports:
             n = len(work.edits)
-            work.record.put_edits(
+            record.put_edits(
                 [i for i, _ in work.edits],
-                stream.position[here].cpu().numpy(),
-                f[here, :n].cpu().numpy(),
-                coverage.covered[here, :n].cpu().numpy(),
-                coverage.skipped[here, :n].cpu().numpy(),
+                position[here],
+                f_np[here, :n],
+                covered[here, :n],
+                skipped[here, :n],
             )
 
-    def _record_reads(
-        self, stream: Stream, slot_np: IntArray, sae: int, index: Tensor, f_all: Tensor
-    ) -> None:
-        for slot, local, here in self._slot_groups(slot_np, index):
-            work = self.work[slot]
-            read = work.plan.read
-            if work.record is None or read is None or read.sae != sae:
+    def _record_reads(self, stream: Stream, full: FullPart, f_all: Tensor) -> None:
+        for tokens in full.groups:
+            record, read = tokens.work.record, tokens.work.plan.read
+            if record is None or read is None or read.sae != full.sae:
                 continue
-            coverage, start, end = torch.tensor(
-                [read.coverage, read.start, read.end], device=here.device
+            here = tokens.here
+            position = stream.position[here]
+            low, high = batched.window(
+                *torch.tensor(
+                    [read.coverage, read.start, read.end, tokens.work.plan.prompt_len],
+                    device=here.device,
+                )
             )
-            covered = stream.covers(coverage, start, end).squeeze(1)[here]
-            sink_norm = self.saes[sae].card.sink_norm
+            covered = (position >= low) & (position < high)
+            if not read.coverage & COVERS_SPECIAL:
+                covered &= ~stream.special[here]
+            sink_norm = self.saes[full.sae].card.sink_norm
             if sink_norm is not None and not read.coverage & COVERS_SINKS:
                 covered &= stream.norm[here] <= sink_norm
             if not bool(covered.any()):
                 continue
-            f = f_all[local[covered]]
-            position = stream.position[here[covered]].cpu().numpy()
-            work.record.put_read(position, *strongest(f, read.top_k))
+            f = f_all[tokens.local[covered]]
+            position_np = position[covered].cpu().numpy()
+            record.put_read(position_np, *strongest(f, read.top_k))
             if read.aggregate is not None:
-                totals = work.record.totals(f.shape[1])
-                fresh = position >= totals.counted_to
+                totals = record.totals(f.shape[1])
+                fresh = position_np >= totals.counted_to
                 if fresh.any():
                     totals.add(f.cpu().numpy()[fresh])
-                    totals.counted_to = int(position.max()) + 1
+                    totals.counted_to = int(position_np.max()) + 1
 
 
 def strongest(f: Tensor, k: int) -> tuple[IntArray, FloatArray]:

@@ -68,8 +68,8 @@ MUTATIONS = {
     ),
     "phase by the number of scheduled tokens": Mutation(
         "steering/ops/batched.py",
-        "in_prompt=position < prompt_len[slot],",
-        "in_prompt=(slot[:, None] == slot[None, :]).sum(dim=1) > 1,",
+        "prompt_len[slots].long()[:, None]\n    )",
+        "torch.from_numpy(2**30 * (np.bincount(slot_np)[slots_np] > 1))[:, None]\n    )",
         TRAPS + "test_phase_follows_positions_whatever_the_chunks_of_the_prefill[7]",
     ),
     "resumed requests forgotten": Mutation(
@@ -98,8 +98,8 @@ MUTATIONS = {
     ),
     "the first token is steered": Mutation(
         "steering/ops/batched.py",
-        "special=is_special[input_ids[token]] | (position == 0),",
-        "special=is_special[input_ids[token]],",
+        "special=is_special.index_select(0, input_ids[token]) | (position == 0),",
+        "special=is_special.index_select(0, input_ids[token]),",
         TRAPS + "test_the_first_token_is_left_alone_unless_special_tokens_are_asked_for",
     ),
     "sinks are steered": Mutation(

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steering.hook import Counters, HookRuntime, SlotWork
+from steering.batch_parts import SlotWork
+from steering.hook import Counters, HookRuntime
 from steering.ops import reference
 from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
 from steering.plan import (

@@ -1,0 +1,134 @@
+"""The engine under measurement: the demo model with the demo SAE, in this process.
+
+``vllm.LLM`` rather than a server: the same scheduler, runner and worker, without HTTP and
+tokenisation around them, so what steering adds is a larger share and easier to see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, Final
+
+# Read by vLLM when it is imported: engine core and worker in this process, where a benchmark can
+# look at them.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+from server.demo_model import ensure_demo_model
+from tests.engine.engine import Engine, start
+
+D_MODEL: Final = 576
+NUM_LAYERS: Final = 30
+D_SAE: Final = 4608
+VOCAB_SIZE: Final = 49152
+SPECIAL_TOKENS: Final = 17  # the first ids of the vocabulary
+SAE: Final = Path(__file__).parents[2] / "sae" / "demo" / "smollm2-135m-l14"
+REQUESTS: Final = 32
+
+Field = Mapping[str, Any] | None
+
+
+def demo_engine(saes: Mapping[str, Path], *, eager: bool = False, **arguments: Any) -> Engine:
+    """The demo model in float32, as ``vllm-sae demo`` serves it; without SAEs plain vLLM.
+
+    The prefix cache is off: repeated prompts would be found in it and nothing would be measured.
+    """
+    settings = {
+        "enforce_eager": eager,
+        "max_model_len": 2304,
+        "max_num_seqs": REQUESTS,
+        "max_num_batched_tokens": 2304,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "kv_cache_memory_bytes": 2 * 2**30,
+    }
+    return start(
+        ensure_demo_model(),
+        saes,
+        d_model=D_MODEL,
+        num_layers=NUM_LAYERS,
+        special_token_ids=range(SPECIAL_TOKENS),
+        **{**settings, **arguments},
+    )
+
+
+def topk_sae(folder: Path, k: int = 32) -> Path:
+    """The demo SAE as the TopK one that it was trained as: the same rows, k of them a token."""
+    card = json.loads((SAE / "cfg.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps({**card, "architecture": "topk", "k": k}))
+    weights = folder / "sae_weights.safetensors"
+    if not weights.exists():
+        weights.symlink_to((SAE / weights.name).resolve())
+    return folder
+
+
+def prompts(n: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """``n`` prompts of random ordinary tokens."""
+    rng = random.Random(seed)
+    return [[rng.randrange(SPECIAL_TOKENS, VOCAB_SIZE) for _ in range(tokens)] for _ in range(n)]
+
+
+def steering(configurations: int, edits: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Distinct configurations, each of ``edits`` clamps of features of its own."""
+    features = random.Random(seed).sample(range(D_SAE), configurations * edits)
+    return [
+        {
+            "interventions": [
+                {"feature": feature, "op": "clamp", "value": 5.0}
+                for feature in features[i * edits : (i + 1) * edits]
+            ]
+        }
+        for i in range(configurations)
+    ]
+
+
+def dealt(configurations: Sequence[Field], n: int) -> list[Field]:
+    """One configuration for each of ``n`` requests, in turn."""
+    return [configurations[i % len(configurations)] for i in range(n)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One batch from its submission to its last token.
+
+    Attributes:
+        seconds: of the whole.
+        ttft: median seconds to a request's first token.
+        itl: median over requests of the mean seconds between tokens; 0 if there was one token.
+    """
+
+    seconds: float
+    ttft: float
+    itl: float
+
+
+def run(engine: Engine, batch: Sequence[list[int]], fields: Sequence[Field], tokens: int) -> Run:
+    """Generate exactly ``tokens`` tokens for every prompt of the batch at once, greedily."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            max_tokens=tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if field is None else {"steering": dict(field)},
+        )
+        for field in fields
+    ]
+    requests: Any = [{"prompt_token_ids": prompt} for prompt in batch]
+    started = perf_counter()
+    outputs = engine.llm.generate(requests, params, use_tqdm=False)
+    seconds = perf_counter() - started
+    stats = [output.metrics for output in outputs]
+    itl = [(s.last_token_ts - s.first_token_ts) / max(tokens - 1, 1) for s in stats]
+    return Run(seconds, median(s.first_token_latency for s in stats), median(itl))

