@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,3 +32,10 @@ def tool() -> Callable[[str], str]:
 def read_yaml(path: Path) -> Any:
     """The only document of a YAML file."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def free_port() -> str:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])

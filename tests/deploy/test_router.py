@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -13,6 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from tests.deploy.conftest import free_port
 
 STEERING = {
     "interventions": [
@@ -70,12 +71,6 @@ def router(worker: str, tool: Callable[[str], str]) -> Iterator[httpx.Client]:
     finally:
         process.terminate()
         process.wait(timeout=30)
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
