@@ -42,7 +42,8 @@ demo: $(INSTALLED)
 	$(BIN)/vllm-sae demo $(ARGS)
 
 serve: $(INSTALLED)
-	$(BIN)/vllm-sae serve "$(or $(MODEL),$$($(BIN)/python -m server.demo_model))" --sae $(SAE) $(ARGS)
+	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} \
+	  $(BIN)/vllm-sae serve "$(or $(MODEL),$$($(BIN)/python -m server.demo_model))" --sae $(SAE) $(ARGS)
 
 check: $(TOOLS)
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -132,6 +133,7 @@ def _serving(
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server in a process of its own, once it answers: its base URL and the process."""
     port = _port(flags)
+    _refuse_taken(port)
     command = [
         *(sys.executable, "-m", "server", "serve", str(model)),
         *("--sae", f"{SAE_NAME}={DEMO_SAE}", "--served-model-name", MODEL_NAME),
@@ -166,6 +168,16 @@ def _wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path
             pass
         time.sleep(1.0)
     raise DemoError(f"the server did not answer within {START_TIMEOUT:.0f} s, see {log}")
+
+
+def _refuse_taken(port: int) -> None:
+    """Whatever answers on a port that is taken would be somebody else's server."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise DemoError(f"port {port} is taken; choose another with --port") from error
 
 
 def _port(flags: Sequence[str]) -> int:

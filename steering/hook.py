@@ -257,6 +257,7 @@ class HookRuntime:
                 continue
             here = tokens.here
             position = stream.position[here]
+            record.forget_reads(position.cpu().numpy())
             low, high = batched.window(
                 *torch.tensor(
                     [read.coverage, read.start, read.end, tokens.work.plan.prompt_len],

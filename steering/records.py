@@ -86,6 +86,10 @@ class RequestRecord:
         self._top_latents[positions, :k] = latents
         self._top_values[positions, :k] = values
 
+    def forget_reads(self, positions: IntArray) -> None:
+        """These are computed anew: where one was rejected, a token may stand that is not read."""
+        self._was_read[positions[positions < len(self._was_read)]] = False
+
     def totals(self, d_sae: int) -> Aggregate:
         """The running totals over the text, made when first needed."""
         if self._totals is None:

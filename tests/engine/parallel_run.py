@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     model, folder, arguments = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     saes = ({"layer": 0}, {"layer": 3, "architecture": "standard", "seed": 1})
     engine = tiny_engine(model, folder, saes, **arguments)
-    both = {
+    both: dict[str, Any] = {
         "interventions": [
             {"sae": "a", "feature": 3, "op": "clamp", "value": 6},
             {"sae": "b", "feature": 5, "op": "add", "value": 4},
@@ -27,9 +28,9 @@ def main() -> None:
         "report": True,
         "read": {"sae": "b", "top_k": 2},
     }
+    steered: tuple[dict[str, Any], ...] = (STRONG, OTHER, GENERATION_ONLY)
     named = [
-        {**field, "interventions": [{**field["interventions"][0], "sae": "a"}]}
-        for field in (STRONG, OTHER, GENERATION_ONLY)
+        {**field, "interventions": [{**field["interventions"][0], "sae": "a"}]} for field in steered
     ]
     fields = [None, both, *map(reporting, named)]
     made = engine.generate([tokens(700 + i, 12 + 9 * i) for i in range(5)], fields)

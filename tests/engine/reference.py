@@ -78,7 +78,7 @@ class ReferenceModel:
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.special = set(special_token_ids)
-        inner = getattr(self.model, "model", None) or self.model.transformer
+        inner = self.model.base_model
         self.layers = inner.layers if hasattr(inner, "layers") else inner.h
 
     @torch.inference_mode()

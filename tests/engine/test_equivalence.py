@@ -38,6 +38,14 @@ CASES: dict[str, tuple[str, tuple[dict[str, Any], ...], dict[str, Any]]] = {
         ),
         {},
     ),
+    "mixtral-and-its-mlp": (
+        "mixtral",
+        (
+            {"architecture": "jumprelu"},
+            {"architecture": "standard", "layer": 3, "hook_kind": "hook_mlp_out", "seed": 1},
+        ),
+        {},
+    ),
     "gpt2-topk-and-layer-norm": (
         "gpt2",
         (

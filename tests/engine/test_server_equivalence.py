@@ -23,10 +23,11 @@ pytestmark = pytest.mark.timeout(600)
 TOLERANCE: Final = 1e-3
 #: An SAE with a jump turns a rounding difference into a whole activation where a token lies on its
 #: threshold; such specs are left out.
-MARGIN: Final = 2e-3
-NUM_SPECS: Final = 36
-LEAST_SPECS: Final = 30
-GENERATED: Final = 6
+MARGIN: Final = 5e-4
+NUM_SPECS: Final = 130
+LEAST_SPECS: Final = 100
+SPECS_SHOWN_TO_ACT: Final = 8
+GENERATED: Final = 5
 
 TEXTS: Final = (
     "The snow fell on the elves of the forest.",
@@ -129,11 +130,11 @@ def specs(reference: Reference) -> Iterable[tuple[list[int], dict[str, Any]]]:
             items.append(item)
             op = rng.choice(ops)
         if i % 5 == 0:
-            items.append({"sae": "second", "feature": i, "op": "add", "value": 30.0})
+            items.append({"sae": "second", "feature": i % 64, "op": "add", "value": 30.0})
         field: dict[str, Any] = {"interventions": unique(items)}
         if i % 2:
             field["positions"] = rng.choice(places)
-        if i % 3 == 0:
+        if i % 4 == 0:
             field["error_term"] = False
         yield prompts[which], field
 
@@ -187,8 +188,8 @@ def test_log_probabilities_agree_with_transformers_and_hooks(
         assert found < TOLERANCE, (found, margin, field)
         worst = max(worst, found)
         compared += 1
-        unsteered, _ = difference_of_clean(reference, prompt, choice)
-        effect = max(effect, unsteered)
+        if compared <= SPECS_SHOWN_TO_ACT:
+            effect = max(effect, effect_of(reference, prompt, choice))
     assert compared >= LEAST_SPECS
     assert effect > 1.0, "the edits of this test do nothing"
     with capsys.disabled():
@@ -198,14 +199,12 @@ def test_log_probabilities_agree_with_transformers_and_hooks(
         )
 
 
-def difference_of_clean(
-    reference: Reference, prompt: list[int], choice: dict[str, Any]
-) -> tuple[float, float]:
-    """How far the same tokens' unsteered log-probabilities are from the choice's."""
-    expected, margin = reference.logprobs(prompt, choice["token_ids"], None)
+def effect_of(reference: Reference, prompt: list[int], choice: dict[str, Any]) -> float:
+    """How far the choice's log-probabilities are from those of the same tokens unsteered."""
+    expected, _ = reference.logprobs(prompt, choice["token_ids"], None)
     own = torch.tensor(choice["logprobs"]["token_logprobs"])
     theirs = expected[range(len(own)), choice["token_ids"]]
-    return float((own - theirs).abs().max()), margin
+    return float((own - theirs).abs().max())
 
 
 # Reads and inspection

@@ -106,3 +106,12 @@ def test_aggregates_rank_best_first_and_break_ties_by_lower_index() -> None:
     assert totals.strongest("max", 2) == [[2, 4.0], [3, 3.0]]
     assert totals.strongest("mean", 4) == [[2, 2.0], [3, 2.0], [0, 1.0]]
     assert totals.strongest("frequency", 2) == [[0, 1.0], [3, 1.0]]
+
+
+def test_a_read_of_a_rejected_token_is_forgotten_when_its_place_is_computed_anew() -> None:
+    record = RequestRecord(plan(read=PlannedRead(0, 1, 3, 0, 100, None)), 0)
+    record.put_read(
+        np.array([0, 1]), np.array([[5], [6]]), np.array([[1.0], [2.0]], dtype=np.float32)
+    )
+    record.forget_reads(np.array([1, 2, 999]))
+    assert record.summary(9)["read"] == [[0, [[5, 1.0]]]]
