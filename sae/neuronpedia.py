@@ -1,8 +1,8 @@
 """Import of Neuronpedia's exports into `features.jsonl`.
 
-An export holds `{features,explanations,activations}/batch-N.jsonl.gz`; any of the three may be
-missing. Neuronpedia folds the norm of the decoder row into the encoder before it measures, so its
-activations are f_i * |W_dec_i|; they are converted to the unit of the SAE's card.
+An export of one source holds `{features,explanations,activations}/batch-N.jsonl.gz`; any of the
+three may be missing. Neuronpedia folds the norm of the decoder row into the encoder before it
+measures, so its activations are f_i * |W_dec_i|; they are converted to the unit of the SAE's card.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sae.card import UNIT_TIMES_DECODER_NORM, SAECard
 from sae.errors import SAEError
 from sae.numbers import finite
 
+KINDS = ("features", "explanations", "activations")
 NUM_EXAMPLES = 10
 # What is shown of an example around its strongest token.
 TOKENS_BEFORE = 24
@@ -63,28 +64,24 @@ class ImportSummary:
 
 
 def import_neuronpedia(
-    export: Path, out: Path, card: SAECard, decoder_norms: Sequence[float]
+    export: Path | Sequence[Path], out: Path, card: SAECard, decoder_norms: Sequence[float]
 ) -> ImportSummary:
     """Write `features.jsonl` from an export; an existing file is replaced once all is read.
 
     Args:
-        export: the folder of one source.
+        export: the folder of one source, or several parts of it: folders and `KIND/batch-N` files.
         decoder_norms: |W_dec_i| of every latent, [d_sae]; where the card's activations are plain,
             the export's are divided by them.
 
     Raises:
-        SAEError: the folder is no export, a file is damaged, or it is of another SAE.
+        SAEError: a part is no export, a file is damaged, or it is of another SAE.
     """
     if len(decoder_norms) != card.d_sae:
         raise SAEError(f"{len(decoder_norms)} decoder norms for d_sae {card.d_sae}")
-    batches = {
-        kind: _batches(export / kind) for kind in ("features", "explanations", "activations")
-    }
-    if not any(batches.values()):
-        raise SAEError(
-            f"{export}: no Neuronpedia export, expected features/, explanations/ or activations/ "
-            "with batch-N.jsonl.gz in it"
-        )
+    batches: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+    for part in (export,) if isinstance(export, Path) else export:
+        for kind, paths in _batches_of(part).items():
+            batches[kind] += paths
     folded = card.activation_unit == UNIT_TIMES_DECODER_NORM
     units = [1.0] * card.d_sae if folded else decoder_norms
     known: dict[int, _Known] = {}
@@ -107,6 +104,19 @@ def import_neuronpedia(
         labels=sum(feature.label is not None for feature in known.values()),
         max_activations=sum(feature.max_activation is not None for feature in known.values()),
     )
+
+
+def _batches_of(part: Path) -> dict[str, list[Path]]:
+    """The batches of each kind in a folder of an export; of a single file, itself."""
+    if part.is_file() and part.absolute().parent.name in KINDS:
+        return {part.absolute().parent.name: [part]}
+    found = {kind: paths for kind in KINDS if (paths := _batches(part / kind))}
+    if not found:
+        raise SAEError(
+            f"{part}: no Neuronpedia export, expected a folder with batch-N.jsonl.gz in its "
+            "features/, explanations/ or activations/, or such a file in a folder of that name"
+        )
+    return found
 
 
 def _batches(folder: Path) -> list[Path]:

@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return demo(words[1:])
     args = _parser().parse_args(words)
+    if args.command == "import-labels":
+        from server.import_labels import import_labels
+
+        return import_labels(args.source, args.export)
     from server.inspect_sae import inspect_sae
 
     return inspect_sae(args.source)
@@ -50,10 +54,25 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect-sae", help="print the card of an SAE and check its files"
     )
-    inspect.add_argument(
-        "source",
-        metavar="SOURCE[,hook=HOOK][,format=FORMAT]",
-        help="a path, hf://OWNER/REPO[/SUBFOLDER][@REVISION] or sae_lens://RELEASE/SAE_ID",
+    labels = commands.add_parser(
+        "import-labels",
+        help="write the labels and statistics of Neuronpedia exports beside an SAE's weights",
+        description="Write the labels, maximum activations, densities and examples of Neuronpedia "
+        "exports into the file of features beside an SAE's weights, in the SAE's own units. "
+        "A file that is there already is replaced.",
+    )
+    for command in (inspect, labels):
+        command.add_argument(
+            "source",
+            metavar="SOURCE[,hook=HOOK][,format=FORMAT]",
+            help="a path, hf://OWNER/REPO[/SUBFOLDER][@REVISION] or sae_lens://RELEASE/SAE_ID",
+        )
+    labels.add_argument(
+        "export",
+        metavar="EXPORT",
+        nargs="+",
+        help="the folder of one Neuronpedia source, with {features,explanations,activations}/"
+        "batch-N.jsonl.gz in it, or such a file",
     )
     commands.add_parser(
         "demo",

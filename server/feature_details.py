@@ -8,8 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-import torch
-
+from sae.neighbours import nearest
 from sae.sae import SAE
 from server.unembedding import Unembedding
 
@@ -58,32 +57,7 @@ class FeatureDetails:
         if self._unembedding is not None:
             promoted, suppressed = self._unembedding.strongest(direction, NUM_SHOWN)
         return {
-            "nearest": nearest(sae, feature, NUM_SHOWN),
+            "nearest": [list(pair) for pair in nearest(sae, feature, NUM_SHOWN)],
             "promoted": promoted,
             "suppressed": suppressed,
         }
-
-
-def nearest(sae: SAE, feature: int, count: int) -> list[list[Any]]:
-    """The features whose decoder rows point most nearly the same way: [[feature, cosine]].
-
-    cos(i, j) = W_dec_i . W_dec_j / (|W_dec_i| |W_dec_j|); rows without a length are near to none.
-    """
-    direction = torch.nn.functional.normalize(sae.decoder_rows(feature, feature + 1)[0], dim=0)
-    best_cosines = torch.empty(0)
-    best_features = torch.empty(0, dtype=torch.long)
-    for start, stop in sae.chunks():
-        rows = torch.nn.functional.normalize(sae.decoder_rows(start, stop), dim=1)
-        cosines = rows @ direction  # [stop - start] float32
-        if start <= feature < stop:
-            cosines[feature - start] = -torch.inf
-        top = cosines.topk(min(count, stop - start))
-        best_cosines = torch.cat([best_cosines, top.values])
-        best_features = torch.cat([best_features, top.indices + start])
-        order = best_cosines.argsort(descending=True, stable=True)[:count]
-        best_cosines, best_features = best_cosines[order], best_features[order]
-    return [
-        [int(index), float(cosine)]
-        for index, cosine in zip(best_features, best_cosines, strict=True)
-        if cosine > -torch.inf
-    ]

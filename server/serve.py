@@ -22,13 +22,17 @@ from server.saes_at_start import (
     refuse_equal_names,
     special_token_ids,
 )
-from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, SteeringConfig, engine_arguments
+from steering.config import (
+    CONFIG_KEY,
+    DEFAULT_MAX_ROWS,
+    REFUSAL_VARIABLE,
+    SteeringConfig,
+    engine_arguments,
+)
 from steering.spec import MAX_INTERVENTIONS
 
 SAE_FLAG: Final = "--sae"
 MAX_ROWS_FLAG: Final = "--steering-max-rows"
-#: Names a file into which a worker that cannot steer the model writes why, in one line.
-REFUSAL_VARIABLE: Final = "STEERING_REFUSAL_FILE"
 
 
 class RefusedStartError(Exception):

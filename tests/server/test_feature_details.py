@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sae.sae import open_sae
 from sae.source import SAEReference
-from server.feature_details import FeatureDetails, nearest
+from server.feature_details import FeatureDetails
 from server.unembedding import Unembedding, open_unembedding
 from tests.models import D_MODEL, make_tiny_model, make_tiny_sae
 
@@ -25,30 +25,6 @@ def tiny_sae(folder: Path, W_dec: torch.Tensor) -> Any:
     tensors = load_file(folder / "sae_weights.safetensors")
     save_file({**tensors, "W_dec": W_dec}, folder / "sae_weights.safetensors")
     return open_sae(SAEReference(name="a", source=str(folder)))
-
-
-def test_nearest_are_ordered_by_cosine_whatever_their_length(tmp_path: Path) -> None:
-    rows = [[3.0, 4.0], [30.0, 40.0], [1.0, 0.0], [0.0, 0.1], [-3.0, -4.0], [0.0, 0.0]]
-    sae = tiny_sae(tmp_path, torch.tensor(rows))
-    found = nearest(sae, 0, 4)
-    assert [feature for feature, _ in found] == [1, 3, 2, 5]
-    assert [cosine for _, cosine in found] == pytest.approx([1.0, 0.8, 0.6, 0.0])
-
-
-def test_nearest_of_a_small_sae_are_all_the_others(tmp_path: Path) -> None:
-    assert len(nearest(tiny_sae(tmp_path, torch.eye(3)), 1, 10)) == 2
-
-
-def test_nearest_does_not_depend_on_the_chunks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_tiny_sae(tmp_path)
-    sae = open_sae(SAEReference(name="a", source=str(tmp_path)))
-    whole = nearest(sae, 77, 10)
-    monkeypatch.setattr(sae, "chunks", lambda: ((i, min(i + 7, 128)) for i in range(0, 128, 7)))
-    parts = nearest(sae, 77, 10)
-    assert [f for f, _ in parts] == [f for f, _ in whole]
-    assert [c for _, c in parts] == pytest.approx([c for _, c in whole])
 
 
 async def test_details_are_computed_once(tmp_path: Path) -> None:

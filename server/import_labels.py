@@ -1,0 +1,53 @@
+"""`vllm-sae import-labels`: labels and statistics of Neuronpedia, beside an SAE's weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae.errors import SAEError
+from sae.features import FeatureTable
+from sae.files import FEATURES_NAME, find_weights, is_weight_file
+from sae.neuronpedia import import_neuronpedia
+from sae.sae import open_sae
+from sae.source import parse_source, resolve
+
+
+def import_labels(source: str, exports: Sequence[str]) -> int:
+    """Write what the exports know of the features of `SOURCE[,hook=..]`; the exit code, 0 or 1.
+
+    Args:
+        exports: folders of one Neuronpedia source, and files of it.
+    """
+    try:
+        resolved = resolve(parse_source(source))
+        assert resolved.path is not None
+        sae = open_sae(resolved)
+        # Units are converted by the weights: one that is not finite would damage what is written.
+        sae.scan_nonfinite()
+        out = features_path(Path(resolved.path))
+        parts = [Path(export) for export in exports]
+        summary = import_neuronpedia(parts, out, sae.card, sae.decoder_row_norms().tolist())
+        FeatureTable(out, sae.card.d_sae).load()
+    except (SAEError, OSError) as error:
+        print(f"vllm-sae: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{out}: {summary.features} of {sae.card.d_sae} features, {summary.labels} labels, "
+        f"{summary.max_activations} maximum activations"
+    )
+    return 0
+
+
+def features_path(source: Path) -> Path:
+    """The file beside the weights that a server reads, whether it is there yet or not.
+
+    Where the folder holds other weights too, it is one of these weights' own.
+    """
+    weights = find_weights(source)
+    others = [path for path in weights.parent.iterdir() if is_weight_file(path.name)]
+    if len(others) > 1:
+        return weights.with_name(f"{weights.name}.{FEATURES_NAME}")
+    known = FeatureTable.open(weights, 1).path
+    return known if known is not None else weights.with_name(FEATURES_NAME)
