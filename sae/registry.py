@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import SAEError
+from sae.numbers import finite
 
 SCHEME = "sae_lens://"
 
@@ -41,6 +42,9 @@ class RegistryEntry:
     path: str
     norm_scaling_factor: float | None
     normalize_activations: str | None
+    model: str | None = None
+    l0: float | None = None
+    variance_explained: float | None = None
 
     @property
     def source(self) -> str:
@@ -71,6 +75,9 @@ def look_up(source: str) -> RegistryEntry:
         path=str(sae["path"]),
         norm_scaling_factor=sae.get("norm_scaling_factor"),
         normalize_activations=overrides.get("normalize_activations"),
+        model=release.get("model"),
+        l0=finite(sae.get("l0")),
+        variance_explained=finite(sae.get("variance_explained")),
     )
 
 

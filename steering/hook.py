@@ -14,7 +14,7 @@ from steering.batch_parts import BatchPart, BatchParts, FullPart, SlotWork
 from steering.kernel_reports import KernelReports, ReportPart
 from steering.ops import batched
 from steering.ops.batched import Coverage, Stream
-from steering.plan import COVERS_SINKS, COVERS_SPECIAL, OP_ADD, SteeringPlan
+from steering.plan import COVERS_SINKS, COVERS_SPECIAL, OP_ADD, SELF_CHECK, SteeringPlan
 from steering.records import FloatArray, IntArray, RequestRecord
 from steering.rows import RowPool
 from steering.slots import EditTable
@@ -274,6 +274,12 @@ class HookRuntime:
                 continue
             f = f_all[tokens.local[covered]]
             position_np = position[covered].cpu().numpy()
+            if read.aggregate == SELF_CHECK:
+                x = stream.x[here][covered]
+                x_hat = self.saes[full.sae].decode(f, x)
+                l0 = (f != 0).sum(dim=1)
+                record.observed().put(position_np, *(t.cpu().numpy() for t in (x, x_hat, l0)))
+                continue
             record.put_read(position_np, *strongest(f, read.top_k))
             if read.aggregate is not None:
                 totals = record.totals(f.shape[1])

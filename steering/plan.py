@@ -14,6 +14,9 @@ COVERS_SPECIAL: Final = 4
 #: Only `inspect` sets it: sinks are read like any other token.
 COVERS_SINKS: Final = 8
 
+#: A read's aggregate by which an engine checks an SAE itself (`sae.self_check`); no client's.
+SELF_CHECK: Final = "self_check"
+
 # Codes of the operations on the device. `ablate` arrives as a clamp to zero.
 OP_CLAMP, OP_SCALE, OP_ADD, OP_FLOOR, OP_CAP = range(5)
 _OP_CODES: Final = {
@@ -42,7 +45,10 @@ class PlannedEdit:
 
 @dataclass(frozen=True)
 class PlannedRead:
-    """Features to return: ``top_k`` per covered token, and over all if ``aggregate`` is named."""
+    """Features to return: ``top_k`` per covered token, and over all if ``aggregate`` is named.
+
+    With ``SELF_CHECK`` as aggregate it is the SAE's fit on the covered tokens instead.
+    """
 
     sae: int
     top_k: int

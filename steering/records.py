@@ -8,12 +8,13 @@ that counts is cut off when the record is fetched.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from sae.self_check import Observed
 from steering.plan import SteeringPlan
 
 #: Finished records that nobody fetched are forgotten, oldest first, beyond these bounds.
@@ -41,17 +42,20 @@ class RequestRecord:
         self._top_latents = np.zeros((0, top_k), dtype=np.int32)
         self._top_values = np.zeros((0, top_k), dtype=np.float32)
         self._totals: Aggregate | None = None
+        self._observed: Observed | None = None
 
     @property
     def nbytes(self) -> int:
         """Host memory held, roughly."""
         totals = 0 if self._totals is None else self._totals.nbytes
+        observed = 0 if self._observed is None else self._observed.nbytes
         return (
             self._status.nbytes
             + self._f.nbytes
             + self._top_latents.nbytes
             + self._top_values.nbytes
             + totals
+            + observed
             + 512
         )
 
@@ -96,6 +100,12 @@ class RequestRecord:
             self._totals = Aggregate(d_sae)
         return self._totals
 
+    def observed(self) -> Observed:
+        """The tokens on which the SAE is checked, made when first needed."""
+        if self._observed is None:
+            self._observed = Observed()
+        return self._observed
+
     def summary(self, limit: int) -> dict[str, Any]:
         """What was recorded on positions below ``limit``, in plain types.
 
@@ -136,7 +146,14 @@ class RequestRecord:
         aggregate = None
         if self._totals is not None and plan is not None and plan.aggregate is not None:
             aggregate = self._totals.strongest(plan.aggregate, plan.top_k)
-        return {"child": self.child, "edits": edits, "read": read, "aggregate": aggregate}
+        measured = None if self._observed is None else asdict(self._observed.measured(limit))
+        return {
+            "child": self.child,
+            "edits": edits,
+            "read": read,
+            "aggregate": aggregate,
+            "measured": measured,
+        }
 
     def _grow(self, length: int) -> None:
         have = self._status.shape[0]

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sae.self_check import Measured
 from steering.catalog import Catalog
 from steering.spec import SteeringSpec
 from steering.vllm.admission import FIELD, TICKET, catalog_for, result_key
@@ -25,6 +26,7 @@ class ChoiceResult:
     read: dict[str, Any] | None
     tokens_cached: int
     aggregate: list[list[float]] | None = None
+    measured: Measured | None = None
 
     def to_json(self, report: bool) -> dict[str, Any]:
         """The response object's ``steering``."""
@@ -167,6 +169,7 @@ def _choices(
             ),
             tokens_cached=tracker.cached,
             aggregate=_first(by_child.get(child, []), "aggregate"),
+            measured=_measured(by_child.get(child, [])),
         )
         for child in sorted(tracker.tokens)
     ]
@@ -220,6 +223,11 @@ def _read(
         for position, features in _first(summaries, "read") or ()
     ]
     return {"sae": spec.read.sae, "tokens": tokens}
+
+
+def _measured(summaries: Sequence[dict[str, Any]]) -> Measured | None:
+    found = _first(summaries, "measured")
+    return None if found is None else Measured(**found)
 
 
 def _first(summaries: Sequence[dict[str, Any]], key: str) -> Any:

@@ -1,0 +1,302 @@
+"""Whether an SAE fits the stream it is put on: how it reconstructs a few hundred real tokens.
+
+    L0 = mean over tokens of |{i : f_i != 0}|
+    variance explained = 1 - FVU,  FVU = sum |x - decode(f)|^2 / sum |x - mean(x)|^2
+
+over the tokens of `TEXT` without the first one, special tokens and attention sinks, whose norm is a
+hundred times that of others and would be all there is to explain.
+
+The bounds come from the demo SAE (d_sae 4608, trained at layer 14 of SmolLM2-135M-Instruct; its
+card says L0 28.8 and 0.80) on `TEXT`, 437 tokens counted, in float32:
+
+    ====================================================  =========  ==================
+    what it is put on                                            L0  variance explained
+    ====================================================  =========  ==================
+    layer 14, as trained (hundred tokens at a time)        29 (24-34)  0.77 (0.75-0.76)
+    layer 13, 15                                             25, 37          0.73, 0.71
+    layers 10 to 12, 16 to 18                        18-22, 45-72  0.60-0.69, 0.56-0.64
+    layer 9, 19                                             24, 139          0.21, 0.22
+    layers 0 to 8, 20 to 29                        12-30, 207-1837  -0.4 to -3.9, -0.2 to -39
+    hook_mlp_out or hook_attn_out, any layer               17-1273      -1.1 and below
+    layer 14, its threshold left out (standard)                508                 0.37
+    layer 14, b_dec not subtracted from the input              422                -12.3
+    layer 14, its input 10 times too small, too large     17, 1724         -26.2, -23.3
+    layer 14, layer_norm applied to the input                   14                -10.0
+    layer 14, decoder rows in another order                     29                -0.42
+    ====================================================  =========  ==================
+
+So a far layer, another hook, a wrong architecture or scale show at once, and a neighbouring layer
+does not: the stream changes little from one to the next. Nor need a base model's SAE on the
+instruct model show in these numbers (none was measured: there was no such pair to be had); there
+the models' names are compared, where the SAE's files state one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from sae import registry
+from sae.card import SAECard
+from sae.formats import open_layout
+from sae.numbers import finite
+from sae.source import SAEReference
+
+#: Prose, dialogue, numbers, code and another language, written for this check.
+TEXT: Final = """\
+The ferry left the harbour a little after six, when the lamps along the quay were still lit. \
+Nobody stood on deck except an old surveyor, who had crossed the strait every week for thirty \
+years and no longer looked at the islands. He was reading a letter from his daughter. She had \
+moved to a city in the south to study chemistry, and she wrote that the winters there smelled of \
+oranges and coal.
+
+"Are you going as far as Northwick?" asked the boy who sold coffee.
+"Further," said the surveyor. "And you? Shouldn't you be at school?"
+"It's a holiday. Besides, I like the engines. Do you know how fast we're going?"
+"About fourteen knots. Ask me again when we've passed the lighthouse."
+
+In 1911 the lighthouse was rebuilt in granite, 42 metres high; its lamp can be seen from a \
+distance of 18 miles. Light takes less than a ten-thousandth of a second to cover that distance, \
+because it travels at roughly 300,000 kilometres per second.
+
+def mean_depth(soundings: list[float], skip: int = 0) -> float:
+    \"\"\"Average depth in metres, without the first few readings.\"\"\"
+    kept = soundings[skip:]
+    if not kept:
+        raise ValueError("no soundings left")
+    return sum(kept) / len(kept)
+
+for name, depths in sorted(stations.items()):
+    print(f"{name}: {mean_depth(depths, skip=2):.1f} m")
+
+Le bateau arriva au port vers midi. Il pleuvait, et la petite place devant l'église était presque \
+vide. Une femme vendait des pommes sous un parapluie rouge ; elle demanda au vieil homme s'il \
+avait fait bon voyage, mais il ne répondit pas tout de suite.
+"""
+
+#: A token whose norm is so many times the median is an attention sink.
+SINK_FACTOR: Final = 10.0
+#: An L0 more than so many times the stated one, or less than its part, is not that SAE's.
+L0_FACTOR: Final = 2.0
+#: A larger part of the features than this does not fire on each token of any sparse autoencoder.
+DENSE: Final = 0.1
+#: Variance explained so far below the stated value is not that SAE's.
+VARIANCE_MARGIN: Final = 0.15
+#: The least variance explained where no value is stated.
+VARIANCE_FLOOR: Final = 0.3
+
+_L0_IN_FOLDER = re.compile(r"average_l0_(\d+)")
+#: Keys of configurations, the most telling first; sparsity aimed at in training stands in for L0.
+_L0_KEYS = ("l0", "target_l0", "top_k", "k")
+_VARIANCE_KEYS = ("variance_explained", "explained_variance", "frac_variance_explained")
+_MODEL_KEYS = ("model_name", "lm_name")
+#: Parts of models' names that say how they were trained, not which they are.
+_INSTRUCT = frozenset({"it", "instruct", "chat"})
+_BASE = frozenset({"base", "pt"})
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What an SAE's files, its folder or SAELens' registry say of it; None where nothing."""
+
+    l0: float | None = None
+    variance_explained: float | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found; `variance_explained` is NaN where the stream does not vary or is not finite.
+
+    Attributes:
+        tokens: tokens that count.
+        sinks: tokens left out for their norm.
+    """
+
+    tokens: int
+    sinks: int
+    l0: float
+    variance_explained: float
+
+
+class Observed:
+    """Tokens of the text as they pass the hook point, by position: a recomputed one counts once."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, tuple[FloatArray, float, int]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held, roughly."""
+        return sum(x.nbytes + 64 for x, _, _ in self._tokens.values())
+
+    def put(self, positions: IntArray, x: FloatArray, x_hat: FloatArray, l0: IntArray) -> None:
+        """Add tokens.
+
+        Args:
+            positions: ``[n]``.
+            x: ``[n, d_in]`` the stream.
+            x_hat: ``[n, d_in]`` its reconstruction.
+            l0: ``[n]`` how many features fire.
+        """
+        error = np.square(x.astype(np.float64) - x_hat).sum(axis=1)
+        for i, position in enumerate(positions.tolist()):
+            self._tokens[position] = (x[i].copy(), float(error[i]), int(l0[i]))
+
+    def measured(self, limit: int) -> Measured:
+        """Over the positions below ``limit``, without sinks."""
+        tokens = [token for position, token in self._tokens.items() if position < limit]
+        if not tokens:
+            return Measured(0, 0, math.nan, math.nan)
+        x = np.stack([x for x, _, _ in tokens]).astype(np.float64)  # [n, d_in]
+        error, l0 = (np.array([token[i] for token in tokens]) for i in (1, 2))
+        norm = np.linalg.norm(x, axis=1)
+        kept = ~(norm > SINK_FACTOR * np.median(norm))
+        total = float(np.square(x[kept] - x[kept].mean(axis=0)).sum())
+        return Measured(
+            tokens=int(kept.sum()),
+            sinks=int((~kept).sum()),
+            l0=float(l0[kept].mean()),
+            variance_explained=1 - float(error[kept].sum()) / total if total > 0 else math.nan,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished check of one SAE on one model."""
+
+    card: SAECard
+    measured: Measured
+    stated: Stated
+    model: str
+
+    @property
+    def complaints(self) -> list[str]:
+        """What is off, and what that likely means; nothing where nothing is."""
+        if not self.measured.tokens:
+            return ["no token could be measured"]
+        if not math.isfinite(self.measured.variance_explained):
+            return ["the stream or its reconstruction does not vary or is not finite"]
+        found = self._facts()
+        if found:
+            found.append(self._likely())
+        if self.stated.model is not None and is_other_training(self.stated.model, self.model):
+            found.append(
+                f"it was trained on {self.stated.model} and this is {self.model}, base and "
+                "instruct of one model"
+            )
+        return found
+
+    def line(self) -> str:
+        """All of it in one line."""
+        measured, stated = self.measured, self.stated
+        sinks = f" ({measured.sinks} sinks left out)" if measured.sinks else ""
+        values = (
+            f"SAE {self.card.id!r} at {self.card.hook}: L0 {measured.l0:.1f}"
+            f"{_beside(stated.l0, 'g')}, variance explained {measured.variance_explained:.2f}"
+            f"{_beside(stated.variance_explained, '.2f')} on {measured.tokens} tokens{sinks}"
+        )
+        return "; ".join([values, *self.complaints])
+
+    @property
+    def _dense(self) -> bool:
+        return self.measured.l0 > DENSE * self.card.d_sae
+
+    def _facts(self) -> list[str]:
+        l0, variance = self.measured.l0, self.measured.variance_explained
+        found = []
+        if self.stated.l0 is not None:
+            ratio = l0 / self.stated.l0
+            if not 1 / L0_FACTOR <= ratio <= L0_FACTOR:
+                found.append(f"L0 is {ratio:.2g} times what is stated")
+        if self._dense:
+            found.append(f"{l0 / self.card.d_sae:.0%} of all features fire on each token")
+        stated = self.stated.variance_explained
+        if variance < 0 and (stated is None or stated > 0):
+            found.append("the mean of the stream would reconstruct it better")
+        elif stated is not None and variance < stated - VARIANCE_MARGIN:
+            found.append(f"variance explained is {stated - variance:.2f} below what is stated")
+        elif stated is None and variance < VARIANCE_FLOOR:
+            found.append("variance explained is low")
+        return found
+
+    def _likely(self) -> str:
+        if self._dense and self.measured.variance_explained >= 0:
+            return (
+                f"likely not the architecture ({self.card.architecture}) that it was trained as: "
+                "a threshold or a top k is left out"
+            )
+        place = "likely the wrong layer, hook or model (base for instruct, say)"
+        if self.measured.variance_explained >= 0:
+            return place
+        return f"{place}, or the wrong architecture or input scale"
+
+
+def stated_by(ref: SAEReference, *, exactly_k: bool) -> Stated:
+    """What is stated of a resolved source; reads its configurations and headers.
+
+    Args:
+        exactly_k: a top-k SAE, whose k says nothing that could be wrong.
+
+    Raises:
+        SAEError: as opening the SAE does.
+    """
+    files, _ = open_layout(ref)
+    sections = [
+        section
+        for config in files.configs.values()
+        for section in (config.get("metadata"), config.values, config.get("trainer"))
+        if isinstance(section, dict)
+    ]
+    entry = registry.look_up(ref.source) if ref.source.startswith(registry.SCHEME) else None
+    aims = _L0_KEYS[:1] if exactly_k else _L0_KEYS
+    l0 = [*_numbers(sections, aims[:1])]
+    if found := files.search(ref, _L0_IN_FOLDER):
+        l0.append(float(found))
+    if entry is not None and entry.l0 is not None:
+        l0.append(entry.l0)
+    l0 += _numbers(sections, aims[1:])
+    variance = [1 - fvu for fvu in _numbers(sections, ("fvu",))]
+    variance += _numbers(sections, _VARIANCE_KEYS)
+    if entry is not None and entry.variance_explained is not None:
+        variance.append(entry.variance_explained)
+    models = [s[key] for key in _MODEL_KEYS for s in sections if isinstance(s.get(key), str)]
+    if entry is not None and entry.model is not None:
+        models.append(entry.model)
+    return Stated(
+        l0=next((value for value in l0 if value > 0), None),
+        variance_explained=next((value for value in variance if value <= 1), None),
+        model=next(iter(models), None),
+    )
+
+
+def is_other_training(trained_on: str, served: str) -> bool:
+    """Whether the names are of one model, base and instruct: nothing is said of other names."""
+    ours, theirs = _name_parts(trained_on), _name_parts(served)
+    markers = _INSTRUCT | _BASE
+    same_family = [p for p in ours if p not in markers] == [p for p in theirs if p not in markers]
+    return same_family and (markers & {*ours}) != (markers & {*theirs})
+
+
+def _name_parts(model: str) -> list[str]:
+    return re.split(r"[-_]", model.rstrip("/").rpartition("/")[2].lower())
+
+
+def _numbers(sections: list[dict[str, Any]], keys: tuple[str, ...]) -> Iterator[float]:
+    for key in keys:
+        for section in sections:
+            if (value := finite(section.get(key))) is not None:
+                yield value
+
+
+def _beside(stated: float | None, form: str) -> str:
+    return "" if stated is None else f" (stated {stated:{form}})"
