@@ -21,7 +21,7 @@ from server.__main__ import main
 from server.allow_list import PLUGIN_NAME
 from server.saes_at_start import special_token_ids
 from server.serve import RefusedStartError, refuse_flags, split_sae_flags
-from steering.config import SteeringConfig
+from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from tests.models import make_tiny_model, make_tiny_sae
 
 
@@ -176,7 +176,7 @@ def test_worker_that_cannot_steer_the_model_says_why(
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     def fail(args: Namespace) -> None:
-        Path(os.environ[serving.REFUSAL_VARIABLE]).write_text("no decoder layers found\n")
+        Path(os.environ[REFUSAL_VARIABLE]).write_text("no decoder layers found\n")
         raise RuntimeError("Engine core initialization failed")
 
     monkeypatch.setattr(ServeSubcommand, "cmd", fail)
