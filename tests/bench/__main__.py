@@ -18,7 +18,16 @@ from typing import Final
 from tests.bench import table
 from tests.bench.record import RESULTS
 
-SCRIPTS: Final = ("op_alone", "op_share", "startup", "idle", "throughput", "over_http", "peers")
+SCRIPTS: Final = (
+    "op_alone",
+    "admission",
+    "op_share",
+    "startup",
+    "idle",
+    "throughput",
+    "over_http",
+    "peers",
+)
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "median": statistics.median(values),
         "low": low,
         "high": high,
-        "values": [float(value) for value in values],
+        "values": [float(f"{value:.5g}") for value in values],
     }
 
 
@@ -40,6 +40,7 @@ class Plot:
     Attributes:
         line: a horizontal line; None draws none.
         log_y: logarithmic vertical axis.
+        where: only rows with these values.
     """
 
     x: str
@@ -47,6 +48,7 @@ class Plot:
     series: str
     line: float | None = None
     log_y: bool = False
+    where: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

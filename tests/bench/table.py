@@ -16,7 +16,16 @@ from tests.bench.record import RESULTS, Target, shown_value
 
 PLOT: Final = "plot.png"
 NOTES: Final = "notes.md"
-ORDER: Final = ("throughput", "over_http", "idle", "op_share", "op_alone", "peers", "startup")
+ORDER: Final = (
+    "throughput",
+    "over_http",
+    "idle",
+    "op_share",
+    "op_alone",
+    "admission",
+    "peers",
+    "startup",
+)
 
 HEAD: Final = """\
 # What steering costs
@@ -42,7 +51,9 @@ def read(folder: Path) -> list[Result]:
 
 def page(results: Sequence[Result], notes: str, plot: str | None) -> str:
     """The whole page in Markdown."""
-    parts = [HEAD, targets_section(results)]
+    parts = [HEAD]
+    if any(result["targets"] for result in results):
+        parts.append(targets_section(results))
     if notes:
         parts.append(notes.strip())
     if plot is not None:
@@ -119,15 +130,19 @@ def draw(results: Sequence[Result], path: Path) -> bool:
 
 def panel(axes: Any, result: Result) -> None:
     """Medians with quartiles as bars, a line for every series."""
+    import matplotlib
+
     plot = result["plot"]
     series: dict[str, list[tuple[float, dict[str, float]]]] = {}
     for row in result["results"]:
         x, y = row.get(plot["x"]), row.get(plot["y"])
-        if isinstance(x, int | float) and isinstance(y, dict):
+        shown = all(row.get(name) == value for name, value in plot["where"].items())
+        if shown and isinstance(x, int | float) and isinstance(y, dict):
             names = [name.strip() for name in plot["series"].split(",")]
             label = ", ".join(f"{value} {name}" if isinstance(value := row[name], int) else value
                               for name in names)  # fmt: skip
             series.setdefault(label, []).append((x, y))
+    axes.set_prop_cycle(color=[matplotlib.colormaps["tab20"](i) for i in range(20)])
     for label, points in series.items():
         medians = [y["median"] for _, y in points]
         bars = [
@@ -138,12 +153,15 @@ def panel(axes: Any, result: Result) -> None:
     if plot["line"] is not None:
         axes.axhline(plot["line"], color="grey", linewidth=0.8, linestyle="--")
     axes.set_xscale("symlog", base=2, linthresh=1)
+    ticks = sorted({x for points in series.values() for x, _ in points})
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     if plot["log_y"]:
         axes.set_yscale("log")
-    axes.set_title(result["benchmark"])
+    only = ", ".join(f"{name} {value}" for name, value in plot["where"].items())
+    axes.set_title(f"{result['benchmark']} ({only})" if only else result["benchmark"])
     axes.set_xlabel(plot["x"].replace("_", " "))
     axes.set_ylabel(plot["y"].replace("_", " "))
-    axes.legend(fontsize="x-small", ncols=2)
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def write(folder: Path, readme: Path) -> None:
