@@ -1,0 +1,282 @@
+"""How good an SAE is on text kept out of its training, and what each feature fires on.
+
+    python -m sae.training.evaluate --model FOLDER --work FOLDER --sae FOLDER [--statistics]
+
+prints the figures as JSON and writes ``contexts.txt`` to the work folder: the strongest contexts
+of every feature, for a person to label them from. With ``--statistics`` the maximum activations
+and densities over the training text go to ``features.jsonl`` beside the weights.
+
+Every figure is over the tokens that `sae.training.activations` records: not a sequence's first,
+no special tokens, no sinks. In float32 on bfloat16 activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from sae.sae import SAE, open_sae
+from sae.source import SAEReference
+from sae.training.activations import Window, batches, places, recorded, stored, windows
+from sae.training.corpus import read
+
+CHUNK: Final = 2048  # rows encoded at a time
+CONTEXTS: Final = 12
+BEFORE: Final = 14  # tokens of a context before the one that fires
+AFTER: Final = 6
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well and with how much an SAE says what a stream is.
+
+    Attributes:
+        tokens: measured on.
+        fvu: fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean x|^2.
+        l0: mean number of active features.
+        silent: share of features that no token activates.
+    """
+
+    tokens: int
+    fvu: float
+    l0: float
+    silent: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean next-token cross-entropy in nats after the stream of recorded tokens is replaced.
+
+    Attributes:
+        clean: nothing replaced.
+        reconstructed: by what the SAE makes of it.
+        zero: by zero.
+        mean: by its mean over the recorded tokens of these texts.
+    """
+
+    clean: float
+    reconstructed: float
+    zero: float
+    mean: float
+
+    def recovered(self, ablated: float) -> float:
+        """Share of the loss that an ablation costs and the SAE does not."""
+        return (ablated - self.reconstructed) / (ablated - self.clean)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of every feature over some rows: `[d_sae]`, and where it is strongest: `[n, d_sae]`."""
+
+    max_activation: torch.Tensor
+    density: torch.Tensor
+    strongest: torch.Tensor
+    strongest_rows: torch.Tensor
+
+
+def encoded(sae: SAE, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows in chunks, float32, with their activations: `[n, d_in]`, `[n, d_sae]`."""
+    for start in range(0, len(rows), CHUNK):
+        x = rows[start : start + CHUNK].float()
+        yield x, sae.encode(x)
+
+
+def reconstruction(sae: SAE, rows: torch.Tensor) -> Reconstruction:
+    """`Reconstruction` of `rows` `[num_rows, d_in]`."""
+    mean = rows.float().mean(dim=0)
+    unexplained = variance = active = 0.0
+    fired = torch.zeros(sae.card.d_sae, dtype=torch.bool)
+    for x, f in encoded(sae, rows):
+        unexplained += float((x - sae.decode(f, x)).square().sum())
+        variance += float((x - mean).square().sum())
+        active += float((f > 0).sum())
+        fired |= (f > 0).any(dim=0)
+    return Reconstruction(
+        tokens=len(rows),
+        fvu=unexplained / variance,
+        l0=active / len(rows),
+        silent=1.0 - float(fired.float().mean()),
+    )
+
+
+def statistics(sae: SAE, rows: torch.Tensor, count: int = CONTEXTS) -> Statistics:
+    """`Statistics` over `rows` `[num_rows, d_in]`, with each feature's `count` strongest rows."""
+    fired = torch.zeros(sae.card.d_sae)
+    values = torch.zeros(count, sae.card.d_sae)
+    index = torch.zeros(count, sae.card.d_sae, dtype=torch.long)
+    start = 0
+    for _, f in encoded(sae, rows):
+        fired += (f > 0).sum(dim=0)
+        new_values, new_index = f.topk(min(count, len(f)), dim=0)
+        merged = torch.cat([values, new_values])
+        values, order = merged.topk(count, dim=0)
+        index = torch.cat([index, new_index + start]).gather(0, order)
+        start += len(f)
+    return Statistics(values[0], fired / len(rows), values, index)
+
+
+def losses(
+    model: Any, tokenizer: Any, cuts: list[Window], sae: SAE, layer: int, mean: torch.Tensor
+) -> Losses:
+    """`Losses` of a causal language model of transformers on these windows.
+
+    A token's loss counts where the token before it is a recorded one.
+
+    Args:
+        model: with the decoder's layers at ``model.model.layers``.
+        tokenizer: its tokenizer.
+        cuts: the windows.
+        sae: of the stream after `layer`.
+        layer: whose output is replaced.
+        mean: `[d_in]`, of the stream.
+    """
+    replacements: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "clean": lambda x: x,
+        "reconstructed": lambda x: sae.decode(sae.encode(x), x),
+        "zero": torch.zeros_like,
+        "mean": lambda x: mean.expand_as(x),
+    }
+    sums = dict.fromkeys(replacements, 0.0)
+    counted = 0
+    for batch, ids in batches(cuts, tokenizer.pad_token_id or 0):
+        for name, replacement in replacements.items():
+            logits, kept = _logits(model, layer, batch, ids, tokenizer, replacement)
+            inside = kept[:, :-1] & (torch.arange(1, ids.shape[1]) < _lengths(batch)[:, None])
+            sums[name] += float(
+                cross_entropy(logits[:, :-1][inside].float(), ids[:, 1:][inside], reduction="sum")
+            )
+        counted += int(inside.sum())
+    return Losses(**{name: total / counted for name, total in sums.items()})
+
+
+def _logits(
+    model: Any,
+    layer: int,
+    batch: list[Window],
+    ids: torch.Tensor,
+    tokenizer: Any,
+    replacement: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[windows, length, vocabulary]`, and which tokens' streams were replaced."""
+    kept = torch.zeros_like(ids, dtype=torch.bool)
+
+    def replace(module: object, inputs: object, output: Any) -> Any:
+        stream = output if isinstance(output, torch.Tensor) else output[0]
+        kept.copy_(recorded(batch, ids, stream, tokenizer.all_special_ids))
+        edited = stream.clone()
+        edited[kept] = replacement(stream[kept].float()).to(stream.dtype)
+        return edited if isinstance(output, torch.Tensor) else (edited, *output[1:])
+
+    handle = model.model.layers[layer].register_forward_hook(replace)
+    try:
+        with torch.inference_mode():
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits, kept
+
+
+def _lengths(batch: list[Window]) -> torch.Tensor:
+    return torch.tensor([len(window.ids) for window in batch])
+
+
+def context(tokenizer: Any, window: Window, position: int) -> str:
+    """The text around one token, with the token between guillemets, on one line."""
+    before, at, after = (
+        tokenizer.decode(ids)
+        for ids in (
+            window.ids[max(0, position - BEFORE) : position],
+            window.ids[position : position + 1],
+            window.ids[position + 1 : position + 1 + AFTER],
+        )
+    )
+    return f"{before}«{at}»{after}".replace("\n", "⏎")
+
+
+def write_contexts(
+    path: Path, tokenizer: Any, cuts: list[Window], place: torch.Tensor, found: Statistics
+) -> None:
+    """The strongest contexts of every feature that fires, for a person."""
+    with path.open("w", encoding="utf-8") as file:
+        for feature in range(len(found.max_activation)):
+            if found.max_activation[feature] == 0:
+                continue
+            file.write(
+                f"# {feature}: max {found.max_activation[feature]:.1f}, "
+                f"density {found.density[feature]:.4%}\n"
+            )
+            strengths = found.strongest[:, feature].tolist()
+            rows = place[found.strongest_rows[:, feature]].tolist()
+            for strength, (window, position) in zip(strengths, rows, strict=True):
+                if strength > 0:
+                    file.write(f"  {strength:5.1f} {context(tokenizer, cuts[window], position)}\n")
+
+
+def write_statistics(path: Path, found: Statistics) -> None:
+    """`features.jsonl` (see `sae.features`), without labels: these have yet to be written."""
+    with path.open("w", encoding="utf-8") as file:
+        for feature, (largest, density) in enumerate(
+            zip(found.max_activation.tolist(), found.density.tolist(), strict=True)
+        ):
+            row = {
+                "index": feature,
+                "label": None,
+                "max_activation": round(largest, 1) or None,
+                "density": round(density, 6),
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--sae", type=Path, required=True)
+    parser.add_argument("--statistics", action="store_true")
+    arguments = parser.parse_args()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
+    sae = open_sae(SAEReference(name="sae", source=str(arguments.sae)))
+    held_out = stored(arguments.work, "held_out", sae.card.d_in)
+    figures = losses(
+        model,
+        tokenizer,
+        windows(tokenizer, read(arguments.work / "held_out.jsonl")),
+        sae,
+        sae.card.layer,
+        held_out.float().mean(dim=0),
+    )
+    found = statistics(sae, stored(arguments.work, "corpus", sae.card.d_in))
+    report = {
+        **asdict(reconstruction(sae, held_out)),
+        "dead": float((found.max_activation == 0).float().mean()),
+        **{f"loss_{name}": value for name, value in asdict(figures).items()},
+        "loss_recovered_of_zero": figures.recovered(figures.zero),
+        "loss_recovered_of_mean": figures.recovered(figures.mean),
+    }
+    assert all(map(math.isfinite, report.values()))
+    print(json.dumps(report, indent=1))
+    write_contexts(
+        arguments.work / "contexts.txt",
+        tokenizer,
+        windows(tokenizer, read(arguments.work / "corpus.jsonl")),
+        places(arguments.work, "corpus"),
+        found,
+    )
+    if arguments.statistics:
+        write_statistics(arguments.sae / "features.jsonl", found)
+
+
+if __name__ == "__main__":
+    main()
