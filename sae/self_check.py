@@ -90,15 +90,19 @@ DENSE: Final = 0.1
 VARIANCE_MARGIN: Final = 0.15
 #: The least variance explained where no value is stated.
 VARIANCE_FLOOR: Final = 0.3
+#: On fewer tokens than this nothing is said of the values.
+ENOUGH_TOKENS: Final = 64
 
 _L0_IN_FOLDER = re.compile(r"average_l0_(\d+)")
 #: Keys of configurations, the most telling first; sparsity aimed at in training stands in for L0.
 _L0_KEYS = ("l0", "target_l0", "top_k", "k")
 _VARIANCE_KEYS = ("variance_explained", "explained_variance", "frac_variance_explained")
 _MODEL_KEYS = ("model_name", "lm_name")
-#: Parts of models' names that say how they were trained, not which they are.
+#: Parts of models' names that say how they were trained, not which they are. A name without any is
+#: a base model's (gemma-2-2b) or, beside one that ends in -Base, an instruct model's (Qwen3-8B).
 _INSTRUCT = frozenset({"it", "instruct", "chat"})
-_BASE = frozenset({"base", "pt"})
+_BASE = frozenset({"base"})
+_PRETRAINED = frozenset({"pt"})
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.integer]
@@ -180,13 +184,16 @@ class Outcome:
     model: str
 
     @property
+    def judged(self) -> bool:
+        """Whether there were tokens enough to say something of the values."""
+        return self.measured.tokens >= ENOUGH_TOKENS
+
+    @property
     def complaints(self) -> list[str]:
         """What is off, and what that likely means; nothing where nothing is."""
-        if not self.measured.tokens:
-            return ["no token could be measured"]
-        if not math.isfinite(self.measured.variance_explained):
+        if self.judged and not math.isfinite(self.measured.variance_explained):
             return ["the stream or its reconstruction does not vary or is not finite"]
-        found = self._facts()
+        found = self._facts() if self.judged else []
         if found:
             found.append(self._likely())
         if self.stated.model is not None and is_other_training(self.stated.model, self.model):
@@ -195,6 +202,12 @@ class Outcome:
                 "instruct of one model"
             )
         return found
+
+    @property
+    def remarks(self) -> list[str]:
+        """The complaints, and that there is too little to complain of."""
+        few = [] if self.judged else [f"fewer than {ENOUGH_TOKENS} tokens are too few to judge by"]
+        return few + self.complaints
 
     def line(self) -> str:
         """All of it in one line."""
@@ -205,19 +218,26 @@ class Outcome:
             f"{_beside(stated.l0, 'g')}, variance explained {measured.variance_explained:.2f}"
             f"{_beside(stated.variance_explained, '.2f')} on {measured.tokens} tokens{sinks}"
         )
-        return "; ".join([values, *self.complaints])
+        return "; ".join([values, *self.remarks])
+
+    @property
+    def _l0_ratio(self) -> float | None:
+        return None if self.stated.l0 is None else self.measured.l0 / self.stated.l0
 
     @property
     def _dense(self) -> bool:
-        return self.measured.l0 > DENSE * self.card.d_sae
+        """Never of a top-k SAE, which cannot be denser than it was made."""
+        ratio = self._l0_ratio
+        as_stated = ratio is not None and ratio <= L0_FACTOR
+        dense = self.measured.l0 > DENSE * self.card.d_sae
+        return dense and not as_stated and self.card.exact_from_row
 
     def _facts(self) -> list[str]:
         l0, variance = self.measured.l0, self.measured.variance_explained
         found = []
-        if self.stated.l0 is not None:
-            ratio = l0 / self.stated.l0
-            if not 1 / L0_FACTOR <= ratio <= L0_FACTOR:
-                found.append(f"L0 is {ratio:.2g} times what is stated")
+        ratio = self._l0_ratio
+        if ratio is not None and not 1 / L0_FACTOR <= ratio <= L0_FACTOR:
+            found.append(f"L0 is {ratio:.2g} times what is stated")
         if self._dense:
             found.append(f"{l0 / self.card.d_sae:.0%} of all features fire on each token")
         stated = self.stated.variance_explained
@@ -280,15 +300,21 @@ def stated_by(ref: SAEReference, *, exactly_k: bool) -> Stated:
 
 
 def is_other_training(trained_on: str, served: str) -> bool:
-    """Whether the names are of one model, base and instruct: nothing is said of other names."""
-    ours, theirs = _name_parts(trained_on), _name_parts(served)
-    markers = _INSTRUCT | _BASE
-    same_family = [p for p in ours if p not in markers] == [p for p in theirs if p not in markers]
-    return same_family and (markers & {*ours}) != (markers & {*theirs})
+    """Whether the names are of one model, base and instruct: nothing is said of other names.
+
+    One may say more (a version, a quantization) at its end.
+    """
+    family, training = _family_and_training(trained_on)
+    served_family, served_training = _family_and_training(served)
+    known = min(len(family), len(served_family))
+    return family[:known] == served_family[:known] and training != served_training
 
 
-def _name_parts(model: str) -> list[str]:
-    return re.split(r"[-_]", model.rstrip("/").rpartition("/")[2].lower())
+def _family_and_training(model: str) -> tuple[list[str], str]:
+    parts = re.split(r"[-_]", model.rstrip("/").rpartition("/")[2].lower())
+    markers = {*parts} & (_INSTRUCT | _BASE)
+    training = "" if not markers else "instruct" if markers & _INSTRUCT else "base"
+    return [p for p in parts if p not in _INSTRUCT | _BASE | _PRETRAINED], training
 
 
 def _numbers(sections: list[dict[str, Any]], keys: tuple[str, ...]) -> Iterator[float]:

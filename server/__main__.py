@@ -21,14 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from server.demo import demo
 
         return demo(words[1:])
-    args = _parser().parse_args(words)
+    parser = _parser()
+    args, flags = parser.parse_known_args(words)
+    if flags and getattr(args, "model", None) is None:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if args.command == "import-labels":
         from server.import_labels import import_labels
 
         return import_labels(args.source, args.export)
     from server.inspect_sae import inspect_sae
 
-    return inspect_sae(args.source)
+    return inspect_sae(args.source, args.model, flags)
 
 
 def _serve(argv: Sequence[str]) -> int:
@@ -52,7 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         "serve", help="serve MODEL --sae NAME=SOURCE [any vllm serve flag]", add_help=False
     )
     inspect = commands.add_parser(
-        "inspect-sae", help="print the card of an SAE and check its files"
+        "inspect-sae",
+        help="print the card of an SAE and check its files",
+        usage="vllm-sae inspect-sae SOURCE[,hook=HOOK][,format=FORMAT] "
+        "[--model MODEL [any vllm engine flag]]",
+    )
+    inspect.add_argument(
+        "--model",
+        help="also run this model on a short text, and measure how the SAE reconstructs it",
     )
     labels = commands.add_parser(
         "import-labels",

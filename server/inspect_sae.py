@@ -1,26 +1,56 @@
-"""`vllm-sae inspect-sae`: what an SAE is, read from its files."""
+"""`vllm-sae inspect-sae`: what an SAE is, read from its files, and whether it fits a model."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
 from sae.card import SAECard
 from sae.errors import SAEError
+from sae.self_check import Outcome
 from sae.source import parse_source
-from server.saes_at_start import check_reference
+from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
+from server.saes_at_start import CheckedSAE, check_reference
+from server.self_check import check_offline
+from server.serve import RefusedStartError, engine_for, refuse_flags, steer, worker_refusals
+from steering.config import DEFAULT_MAX_ROWS
+
+#: For a text that is read once: more than its blocks take in any model that is known.
+KV_CACHE_BYTES: Final = 2**30
+MAX_MODEL_LEN: Final = 1024
+STOP_SECONDS: Final = 10.0
 
 
-def inspect_sae(text: str, console: Console | None = None) -> int:
-    """Print the card of `SOURCE[,hook=..]` after scanning all of it; the exit code, 0 or 1."""
+def inspect_sae(
+    text: str,
+    model: str | None = None,
+    flags: Sequence[str] = (),
+    console: Console | None = None,
+) -> int:
+    """Print the card of `SOURCE[,hook=..]` after scanning all of it; the exit code, 0 or 1.
+
+    Args:
+        model: a model on which to check the SAE as well; what is found is printed under the card.
+        flags: how to run it, flags of `vllm serve`.
+    """
+    console = console or Console()
     try:
         checked = check_reference(parse_source(text), scan_limit=None)
-    except SAEError as error:
+        console.print(card_table(checked.card))
+        if model is not None:
+            outcome = check_on_model(checked, model, flags)
+            console.print(outcome_table(outcome))
+            if remarks := outcome.remarks:
+                line = f"warning: {'; '.join(remarks)}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    except (SAEError, RefusedStartError, NotInstalledError) as error:
         print(f"vllm-sae: {error}", file=sys.stderr)
         return 1
-    (console or Console()).print(card_table(checked.card))
     return 0
 
 
@@ -33,3 +63,68 @@ def card_table(card: SAECard) -> Table:
         if key not in ("id", "object"):
             table.add_row(key, "-" if value is None else str(value))
     return table
+
+
+def outcome_table(outcome: Outcome) -> Table:
+    """What was measured beside what is stated."""
+    measured, stated = outcome.measured, outcome.stated
+    sinks = f", {measured.sinks} sinks left out" if measured.sinks else ""
+    table = Table(title=f"on {measured.tokens} tokens{sinks}")
+    for header in ("", "measured", "stated"):
+        table.add_column(header, overflow="fold")
+    for name, ours, theirs in (
+        ("L0", measured.l0, stated.l0),
+        ("variance explained", measured.variance_explained, stated.variance_explained),
+    ):
+        table.add_row(name, f"{ours:.3g}", "-" if theirs is None else f"{theirs:.3g}")
+    table.add_row("model", outcome.model, stated.model or "-")
+    return table
+
+
+def check_on_model(checked: CheckedSAE, model: str, flags: Sequence[str]) -> Outcome:
+    """Start the engine on `model`, check the SAE there, and end the engine.
+
+    Raises:
+        SAEError, RefusedStartError: where a server would not start.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    allow_ours(os.environ, installed_entry_points())
+    from vllm import LLM
+
+    try:
+        engine_args = _engine_args(checked, model, flags)
+        with worker_refusals():
+            llm = LLM.from_engine_args(engine_args)
+        try:
+            return check_offline(llm, checked.reference)
+        finally:
+            llm.llm_engine.engine_core.shutdown(timeout=STOP_SECONDS)
+    except (SAEError, RefusedStartError):
+        raise
+    except Exception as error:
+        # vLLM's own: a model that is not there, a flag that does not go with it, no memory.
+        said = " ".join(str(error).split())
+        raise RefusedStartError(f"cannot run {model}: {said:.500}") from error
+
+
+def _engine_args(checked: CheckedSAE, model: str, flags: Sequence[str]) -> Any:
+    """vLLM's `EngineArgs`, sized for one short text unless the flags say otherwise."""
+    from vllm import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-sae inspect-sae SOURCE"))
+    parser.set_defaults(
+        enforce_eager=True,
+        max_num_seqs=1,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        disable_log_stats=True,
+        grpc=False,
+        steering_max_rows=DEFAULT_MAX_ROWS,
+    )
+    args = parser.parse_args(["--model", model, *flags])
+    refuse_flags(args, rust_frontend=False)
+    vllm_config = EngineArgs.from_cli_args(args).create_engine_config()
+    if args.max_model_len is None:
+        args.max_model_len = min(MAX_MODEL_LEN, vllm_config.model_config.max_model_len)
+    steer(args, engine_for([checked], vllm_config, args.steering_max_rows))
+    return EngineArgs.from_cli_args(args)

@@ -10,14 +10,14 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from server import errors
+from server import errors, self_check
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries, start_series
 from server.middleware import ForeignSteering, MetricsRefresh
 from server.routes import generate, saes
 from server.state import SteeringState
 from server.unembedding import open_unembedding
-from steering.catalog import Catalog
+from steering.catalog import SCAN_LIMIT_BYTES, Catalog
 from steering.vllm.admission import catalog_for
 from steering.vllm.plugin import register
 from steering.vllm.results import worker_stats
@@ -58,5 +58,10 @@ class SteeringEndpointPlugin:
         series = WorkerSeries(partial(worker_stats, engine_client)) if catalog.names else None
         SteeringState(catalog, details, series).attach(state)
         start_series(catalog.names)
+        wanted = getattr(args, "steering_self_check", False)
+        if series is not None and wanted is not False:
+            # The gauges have their values before a scrape might find the workers busy.
+            await series.refresh()
+            self_check.start(engine_client, max_bytes=None if wanted else SCAN_LIMIT_BYTES)
         if messages := getattr(state, "anthropic_serving_messages", None):
             generate.carry_through_messages(messages)

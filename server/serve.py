@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from server.saes_at_start import (
     refuse_equal_names,
     special_token_ids,
 )
+from steering.catalog import SCAN_LIMIT_BYTES
 from steering.config import (
     CONFIG_KEY,
     DEFAULT_MAX_ROWS,
@@ -33,6 +35,7 @@ from steering.spec import MAX_INTERVENTIONS
 
 SAE_FLAG: Final = "--sae"
 MAX_ROWS_FLAG: Final = "--steering-max-rows"
+SELF_CHECK_FLAG: Final = "--steering-self-check"
 
 
 class RefusedStartError(Exception):
@@ -112,6 +115,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
         default=DEFAULT_MAX_ROWS,
         help="How many features running requests may edit at once; more wait their turn.",
     )
+    group.add_argument(
+        SELF_CHECK_FLAG,
+        action=BooleanOptionalAction,
+        default=None,
+        help="Once the server runs, measure each SAE's L0 and variance explained on a short text "
+        "and log them, with a warning where they look wrong. By default only for the first "
+        f"{SCAN_LIMIT_BYTES / 1e9:.0f} GB of weights, which are read at start anyway.",
+    )
     args: Namespace = parser.parse_args(["serve", *argv])
     configure_logging_from_args(args)
     command.validate(args)
@@ -123,26 +134,38 @@ def _parse(argv: Sequence[str]) -> Namespace:
 def _configure(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
     """Check the SAEs against the model, and put the steering engine into the arguments."""
     from vllm import AsyncEngineArgs, envs
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    from steering.vllm.support import UnsupportedEngineError, refuse_unsupported
 
     refuse_flags(args, rust_frontend=envs.VLLM_USE_RUST_FRONTEND)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     vllm_config = engine_args.create_engine_config(headless=args.headless)
+    steer(args, engine_for(checked, vllm_config, args.steering_max_rows))
+
+
+def engine_for(checked: Sequence[CheckedSAE], vllm_config: Any, max_rows: int) -> dict[str, Any]:
+    """The arguments that make an engine of this configuration steer through these SAEs.
+
+    Raises:
+        SAEError: where an SAE does not fit the model.
+        RefusedStartError: where the engine cannot be steered.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from steering.vllm.support import UnsupportedEngineError, refuse_unsupported
+
     d_model, num_layers = check_fit(checked, vllm_config.model_config)
     try:
         refuse_unsupported(vllm_config)
+        tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+        config = SteeringConfig(
+            saes=tuple(sae.reference for sae in checked),
+            d_model=d_model,
+            num_layers=num_layers,
+            special_token_ids=special_token_ids(tokenizer),
+            max_rows=max_rows,
+        )
+        return engine_arguments(config)
     except UnsupportedEngineError as error:
         raise RefusedStartError(str(error)) from error
-    config = SteeringConfig(
-        saes=tuple(sae.reference for sae in checked),
-        d_model=d_model,
-        num_layers=num_layers,
-        special_token_ids=special_token_ids(cached_tokenizer_from_config(vllm_config.model_config)),
-        max_rows=args.steering_max_rows,
-    )
-    steer(args, engine_arguments(config))
 
 
 def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:
@@ -178,11 +201,18 @@ def _run(args: Namespace) -> None:
 
     # vLLM goes on without a plugin that cannot be imported; without ours steering would be ignored.
     importlib.import_module("server.plugin")
+    with worker_refusals():
+        ServeSubcommand.cmd(args)
+
+
+@contextmanager
+def worker_refusals() -> Iterator[None]:
+    """Turn the failure of an engine into a RefusedStartError where a worker has left word why."""
     with tempfile.TemporaryDirectory(prefix="vllm-sae-") as folder:
         refusal = Path(folder) / "refusal"
         os.environ[REFUSAL_VARIABLE] = str(refusal)
         try:
-            ServeSubcommand.cmd(args)
+            yield
         except Exception as error:
             if refusal.is_file():
                 raise RefusedStartError(refusal.read_text().strip()) from error

@@ -86,6 +86,11 @@ class SteeringPlan:
         """Whether something is recorded for this request."""
         return self.report or self.read is not None
 
+    @property
+    def is_self_check(self) -> bool:
+        """Whether no client sent this: metrics leave it out."""
+        return self.read is not None and self.read.aggregate == SELF_CHECK
+
     def to_wire(self) -> dict[str, Any]:
         """Plain types for ``SamplingParams.extra_args``."""
         return {

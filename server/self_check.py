@@ -1,0 +1,160 @@
+"""The self-check through the engine: one read of `sae.self_check.TEXT` for each SAE.
+
+It costs a prefill of some 400 tokens whose stream is encoded and decoded in full. Nothing waits for
+it: a server starts it once the engine runs and serves meanwhile, and each SAE waits for a moment in
+which nobody is served, within limits. It comes last where the scheduler knows priorities, takes no
+rows, shares no cached block, and no `steering_*` series counts it; of vLLM's own series it is one
+more request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import uuid
+from collections.abc import Iterator
+from typing import Any, Final
+
+from sae.self_check import TEXT, Measured, Outcome, stated_by
+from sae.source import SAEReference
+from steering.config import SteeringConfig
+from steering.plan import SELF_CHECK
+from steering.vllm import results
+from steering.vllm.admission import FIELD, INSPECT, TICKET, catalog_for
+
+logger = logging.getLogger("vllm.sae.server")
+
+CACHE_SALT: Final = "vllm-sae self-check"
+#: Seconds that an SAE waits for others' requests to end, and between looks.
+PATIENCE: Final = 60.0
+LOOK_EVERY: Final = 0.1
+#: Of vLLM's priorities the lowest number comes first.
+LAST: Final = 2**31 - 1
+
+# The event loop itself holds tasks weakly.
+_running: set[asyncio.Task[None]] = set()
+
+
+def start(engine: Any, max_bytes: int | None) -> None:
+    """Check the SAEs of a running `AsyncLLM` in the background, and log a line for each.
+
+    Of several API servers on one engine only the first does.
+
+    Args:
+        engine: the engine client.
+        max_bytes: how much of weights may be read in all; None is no limit. A check maps all of an
+            SAE's weights into the worker, where opening it costs its header.
+    """
+    if engine.vllm_config.parallel_config._api_process_rank > 0:
+        return
+    task = asyncio.create_task(check_all(engine, max_bytes))
+    _running.add(task)
+    task.add_done_callback(_running.discard)
+
+
+async def check_all(engine: Any, max_bytes: int | None = None) -> None:
+    """One SAE after the other: an outcome with complaints is logged as a warning."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    config = SteeringConfig.from_additional_config(engine.vllm_config.additional_config)
+    skipped = []
+    for reference, small in _with_size(engine, config, max_bytes):
+        if not small:
+            skipped.append(repr(reference.name))
+            continue
+        try:
+            await _until_idle(engine)
+            outcome = await _check(engine, reference)
+        except EngineDeadError:
+            return  # vLLM says so itself, or is shutting down
+        except Exception as error:  # whatever it is, requests are served
+            said = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("SAE %r: the self-check failed: %.500s", reference.name, said)
+            continue
+        level = logging.WARNING if outcome.complaints else logging.INFO
+        logger.log(level, "self-check: %s", outcome.line())
+    if skipped and max_bytes is not None:
+        logger.info(
+            "self-check: left out %s, to read no more than %.0f GB of weights; "
+            "--steering-self-check checks them all",
+            ", ".join(skipped),
+            max_bytes / 1e9,
+        )
+
+
+def check_offline(llm: Any, reference: SAEReference) -> Outcome:
+    """Check one SAE of a `vllm.LLM`."""
+    params = _sampling_params({FIELD: _field(reference.name), INSPECT: _INSPECTION})
+    config = llm.llm_engine.vllm_config
+    prompt = _prompt(llm.get_tokenizer(), config.model_config)
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    (result,) = results.results_of(llm, output, params)
+    return _outcome(config, reference, result)
+
+
+def _with_size(
+    engine: Any, config: SteeringConfig | None, max_bytes: int | None
+) -> Iterator[tuple[SAEReference, bool]]:
+    """Every SAE, and whether it still fits `max_bytes` beside those before it that did."""
+    catalog = catalog_for(engine.vllm_config)
+    total = 0
+    for reference in config.saes if config is not None else ():
+        size = catalog.sae(reference.name).weight_bytes
+        small = max_bytes is None or total + size <= max_bytes
+        total += size if small else 0
+        yield reference, small
+
+
+async def _until_idle(engine: Any) -> None:
+    """Return once this process has no request in the engine, or patience is at its end."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + PATIENCE
+    while engine.output_processor.has_unfinished_requests() and clock() < deadline:
+        await asyncio.sleep(LOOK_EVERY)
+
+
+async def _check(engine: Any, reference: SAEReference) -> Outcome:
+    ticket = results.open_ticket()
+    try:
+        params = _sampling_params(
+            {FIELD: _field(reference.name), INSPECT: _INSPECTION, TICKET: ticket}
+        )
+        prompt = _prompt(engine.get_tokenizer(), engine.vllm_config.model_config)
+        request_id = f"self-check-{uuid.uuid4().hex}"
+        async for _ in engine.generate(prompt, params, request_id, priority=LAST):
+            pass
+        (result,) = results.take(ticket)
+    finally:
+        results.discard(ticket)
+    return await asyncio.to_thread(_outcome, engine.vllm_config, reference, result)
+
+
+_INSPECTION: Final = {"aggregate": SELF_CHECK, "special_tokens": False}
+
+
+def _field(sae: str) -> dict[str, Any]:
+    return {"positions": {"generation": False}, "read": {"sae": sae, "top_k": 1}}
+
+
+def _sampling_params(extra_args: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args)
+
+
+def _prompt(tokenizer: Any, model_config: Any) -> dict[str, Any]:
+    """The text, or as much of it as the model takes beside the token that is generated."""
+    # Not cut by the tokenizer: its truncation is a state that other threads' requests share.
+    ids = tokenizer.encode(TEXT)[: model_config.max_model_len - 1]
+    return {"prompt_token_ids": ids, "cache_salt": CACHE_SALT}
+
+
+def _outcome(vllm_config: Any, reference: SAEReference, result: results.ChoiceResult) -> Outcome:
+    card = catalog_for(vllm_config).card(reference.name)
+    return Outcome(
+        card=card,
+        measured=result.measured or Measured(0, 0, math.nan, math.nan),
+        stated=stated_by(reference, exactly_k=not card.exact_from_row),
+        model=vllm_config.model_config.model,
+    )
