@@ -212,7 +212,7 @@ class Outcome:
     def line(self) -> str:
         """All of it in one line."""
         measured, stated = self.measured, self.stated
-        sinks = f" ({measured.sinks} sinks left out)" if measured.sinks else ""
+        sinks = f" (sinks left out: {measured.sinks})" if measured.sinks else ""
         values = (
             f"SAE {self.card.id!r} at {self.card.hook}: L0 {measured.l0:.1f}"
             f"{_beside(stated.l0, 'g')}, variance explained {measured.variance_explained:.2f}"

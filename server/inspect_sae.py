@@ -68,7 +68,7 @@ def card_table(card: SAECard) -> Table:
 def outcome_table(outcome: Outcome) -> Table:
     """What was measured beside what is stated."""
     measured, stated = outcome.measured, outcome.stated
-    sinks = f", {measured.sinks} sinks left out" if measured.sinks else ""
+    sinks = f", sinks left out: {measured.sinks}" if measured.sinks else ""
     table = Table(title=f"on {measured.tokens} tokens{sinks}")
     for header in ("", "measured", "stated"):
         table.add_column(header, overflow="fold")

@@ -127,7 +127,7 @@ def test_values_near_the_stated_ones_are_no_complaint() -> None:
 
 def test_line_names_sinks_and_leaves_out_what_is_not_stated() -> None:
     assert outcome(stated=Stated(), sinks=2).line().endswith(
-        "L0 30.0, variance explained 0.80 on 400 tokens (2 sinks left out)"
+        "L0 30.0, variance explained 0.80 on 400 tokens (sinks left out: 2)"
     )  # fmt: skip
 
 

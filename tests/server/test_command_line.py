@@ -253,6 +253,16 @@ def test_flags_of_vllm_pass_through_and_the_engine_steers(
     assert [(ref.name, ref.sink_norm, ref.path) for ref in config.saes] == [("a", 50.0, str(sae))]
 
 
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [([], None), (["--steering-self-check"], True), (["--no-steering-self-check"], False)],
+)
+def test_self_check_is_on_unless_told_otherwise(
+    start: Callable[..., Namespace], sae: Path, flags: list[str], wanted: bool | None
+) -> None:
+    assert start("--sae", f"a={sae}", *flags).steering_self_check is wanted
+
+
 def test_without_saes_the_engine_is_vllms(start: Callable[..., Namespace]) -> None:
     args = start("--dtype", "float32")
     assert (args.worker_cls, args.scheduler_cls, args.additional_config) == ("auto", None, {})
