@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.engine import Engine
+from tests.engine.engine import Engine, Generated
 from tests.engine.test_traps import GENERATION_ONLY, OTHER, STRONG, same, tokens
 
 
 @pytest.mark.slow
-def test_a_graph_compiled_without_saes_is_not_reused_with_them(
+def test_a_graph_compiled_without_saes_or_with_others_is_not_reused(
     make_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
@@ -30,8 +30,34 @@ def test_a_graph_compiled_without_saes_is_not_reused_with_them(
     assert same(compiled[0], plain[0])
     for left, right in zip(compiled[1:], plain[1:], strict=True):
         assert left.logprobs != right.logprobs
+    compiled_engine.shut_down()
+    elsewhere = ({"layer": 3},)
+    expected = make_engine(saes=elsewhere).generate(prompts, fields)
+    moved = make_engine(saes=elsewhere, enforce_eager=False).generate(prompts, fields)
+    for left, right in zip(moved, expected, strict=True):
+        assert same(left, right)
     # And once more from the cache that the steered start has filled.
     again = make_engine(enforce_eager=False).generate(prompts, fields)
     for left, right in zip(again, compiled, strict=True):
-        assert left.tokens == right.tokens
-        assert left.logprobs == right.logprobs
+        assert same(left, right)
+
+
+def logprobs(made: list[Generated]) -> list[list[float]]:
+    """Of each, the log-probabilities of its tokens."""
+    return [each.logprobs for each in made]
+
+
+@pytest.mark.slow
+def test_unsteered_requests_of_a_compiled_bfloat16_model_keep_every_bit(
+    make_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    prompts = [tokens(700 + i, 12 + 5 * i) for i in range(4)]
+    plain = make_engine(saes=(), enforce_eager=False, dtype="bfloat16")
+    clean = logprobs(plain.generate(prompts, [None] * 4))
+    plain.shut_down()
+    engine = make_engine(enforce_eager=False, dtype="bfloat16")
+    assert logprobs(engine.generate(prompts, [None] * 4)) == clean
+    beside = logprobs(engine.generate(prompts, [STRONG, None, None, None]))
+    assert beside[0] != clean[0]
+    assert beside[1:] == clean[1:]
