@@ -32,6 +32,8 @@ from steering.config import (
     engine_arguments,
 )
 from steering.spec import MAX_INTERVENTIONS
+from steering.vllm.seams import refuse_missing_seams
+from steering.vllm.support import UnsupportedEngineError
 
 SAE_FLAG: Final = "--sae"
 MAX_ROWS_FLAG: Final = "--steering-max-rows"
@@ -52,6 +54,7 @@ def serve(argv: Sequence[str]) -> None:
         RefusedStartError: for what this project refuses; vLLM's own refusals are its own.
     """
     try:
+        refuse_missing_seams()
         allow_ours(os.environ, installed_entry_points())
         flags, rest = split_sae_flags(argv)
         checked = [check(flag) for flag in flags]
@@ -61,7 +64,7 @@ def serve(argv: Sequence[str]) -> None:
         refuse_equal_names(checked)
         if checked:
             _configure(args, checked)
-    except (SAEError, NotInstalledError) as error:
+    except (SAEError, NotInstalledError, UnsupportedEngineError) as error:
         raise RefusedStartError(str(error)) from error
     _run(args)
 
@@ -89,9 +92,13 @@ def split_sae_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parse(argv: Sequence[str]) -> Namespace:
     """Parse with vLLM's parser; `--sae` is on it for `--help` and for `--config` files."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ImportError:  # where vLLM 0.32 has it
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="vllm-sae")
@@ -150,7 +157,7 @@ def engine_for(checked: Sequence[CheckedSAE], vllm_config: Any, max_rows: int) -
     """
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from steering.vllm.support import UnsupportedEngineError, refuse_unsupported
+    from steering.vllm.support import refuse_unsupported
 
     d_model, num_layers = check_fit(checked, vllm_config.model_config)
     try:

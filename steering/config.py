@@ -71,7 +71,14 @@ class SteeringConfig:
 
 
 def engine_arguments(config: SteeringConfig) -> dict[str, Any]:
-    """Arguments that make a vLLM engine steer: ``LLM(model, **engine_arguments(config))``."""
+    """Arguments that make a vLLM engine steer: ``LLM(model, **engine_arguments(config))``.
+
+    Raises:
+        UnsupportedEngineError: where the installed vLLM is not one that can be steered.
+    """
+    from steering.vllm.seams import refuse_missing_seams
+
+    refuse_missing_seams()
     return {
         "worker_cls": "steering.vllm.worker.SteeringWorker",
         "scheduler_cls": "steering.vllm.scheduler.SteeringScheduler",

@@ -17,28 +17,27 @@ def refuse_unsupported(vllm_config: Any) -> None:
     """
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config
-    passes = vllm_config.compilation_config.pass_config
     refusals = (
         (vllm_config.model_config.is_encoder_decoder, "an encoder-decoder model"),
         (vllm_config.model_config.runner_type != "generate", "a pooling model"),
         (
-            bool(getattr(passes, "enable_sp", False)),
-            "sequence parallelism (enable_sp), which shards the stream",
+            parallel.enable_hc_sp and parallel.tensor_parallel_size > 1,
+            "sequence parallelism (--enable-hc-sp), which shards the stream",
         ),
         (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            parallel.prefill_context_parallel_size > 1,
             "prefill context parallelism, which shards the batch",
         ),
         (
-            bool(getattr(parallel, "use_ubatching", False)),
+            parallel.use_ubatching,
             "micro-batching (--enable-dbo), which runs the layers on parts of the batch",
         ),
         (
-            bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)),
+            vllm_config.cache_config.kv_sharing_fast_prefill,
             "--kv-sharing-fast-prefill, which drops tokens between layers",
         ),
         (
-            bool(getattr(speculative, "enable_adaptive_verification", False)),
+            speculative is not None and speculative.enable_adaptive_verification,
             "adaptive verification, which drops tokens on the device",
         ),
     )

@@ -1,0 +1,404 @@
+"""Every place of vLLM's insides that this project leans on, and whether a given vLLM has them.
+
+The list says that names, parameters and fields are there and that what is wrapped is still called;
+that they mean the same is for the engine tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Final
+
+from steering.vllm.source import Seam, Source
+from steering.vllm.support import UnsupportedEngineError
+
+#: What the list was made from.
+KNOWN_VERSIONS: Final = "0.32 and 0.33"
+#: Most that one message names; a vLLM of another age would lack dozens.
+MAX_NAMED: Final = 4
+
+#: By the module of ours that leans on them.
+SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
+    "steering/vllm/plugin.py": (
+        Seam("v1.engine.input_processor", "InputProcessor", fields=("vllm_config",)),
+        Seam("v1.engine.input_processor", "InputProcessor.process_inputs", mentions=("clone",)),
+        Seam("v1.engine.async_llm", "AsyncLLM", mentions=("process_inputs",)),
+        Seam("v1.engine.llm_engine", "LLMEngine", mentions=("process_inputs",)),
+        Seam(
+            "v1.engine.async_llm",
+            "AsyncLLM.generate",
+            first=("prompt", "sampling_params", "request_id"),
+        ),
+        Seam("plugins", "", mentions=("vllm.general_plugins",)),
+    ),
+    "steering/vllm/admission.py": (
+        Seam("config.vllm", "VllmConfig", fields=("additional_config",)),
+        Seam(
+            "v1.engine",
+            "EngineCoreRequest",
+            fields=(
+                *("sampling_params", "prompt_token_ids", "prompt_embeds", "request_id"),
+                *("cache_salt", "resumable"),
+            ),
+        ),
+        Seam(
+            "sampling_params",
+            "SamplingParams",
+            fields=("extra_args", "n", "skip_reading_prefix_cache"),
+        ),
+        Seam("v1.core.kv_cache_utils", "", mentions=("cache_salt",)),
+        Seam("v1.request", "Request", mentions=("skip_reading_prefix_cache",)),
+        Seam("v1.core.sched.scheduler", "Scheduler", mentions=("skip_reading_prefix_cache",)),
+        Seam("v1.engine.parallel_sampling", "ParentRequest.get_child_info", first=("index",)),
+    ),
+    "steering/vllm/results.py": (
+        Seam("sampling_params", "RequestOutputKind", fields=("DELTA",)),
+        Seam("sampling_params", "SamplingParams", fields=("extra_args", "output_kind")),
+        Seam(
+            "v1.engine.async_llm",
+            "AsyncLLM",
+            fields=("engine_core", "vllm_config", "get_tokenizer"),
+        ),
+        Seam("v1.engine.core_client", "AsyncMPClient"),
+        Seam("v1.engine.core_client", "DPLBAsyncMPClient.call_utility_all_async"),
+        Seam("v1.engine.core_client", "AsyncMPClient.call_utility_all_async", first=("method",)),
+        Seam(
+            "v1.engine.core",
+            "EngineCore.collective_rpc",
+            first=("method", "timeout", "args", "kwargs"),
+        ),
+        Seam("entrypoints.llm", "LLM", fields=("llm_engine", "get_tokenizer")),
+        Seam("v1.engine.llm_engine", "LLMEngine", fields=("vllm_config",)),
+        Seam("entrypoints.llm", "LLM.collective_rpc", first=("method",), parameters=("args",)),
+        Seam(
+            "outputs",
+            "RequestOutput",
+            fields=("request_id", "prompt_token_ids", "outputs", "num_cached_tokens"),
+        ),
+        Seam("outputs", "CompletionOutput", fields=("index", "token_ids")),
+    ),
+    "steering/vllm/scheduler.py": (
+        Seam("v1.core.sched.async_scheduler", "AsyncScheduler", fields=("add_request",)),
+        Seam(
+            "v1.core.sched.scheduler",
+            "Scheduler",
+            fields=("requests",),
+            mentions=("_free_request", "get_request_counts"),
+        ),
+        Seam("v1.core.sched.scheduler", "Scheduler.__init__", first=("vllm_config",)),
+        Seam("v1.core.sched.scheduler", "Scheduler.add_request", first=("request",)),
+        Seam(
+            "v1.core.sched.scheduler",
+            "Scheduler.finish_requests",
+            first=("request_ids", "finished_status"),
+        ),
+        Seam("v1.core.sched.scheduler", "Scheduler.get_request_counts"),
+        Seam("v1.core.sched.scheduler", "Scheduler._free_request", first=("request",)),
+        Seam("v1.request", "Request", fields=("request_id", "sampling_params", "status")),
+        Seam("v1.request", "RequestStatus"),
+        Seam("v1.engine.core", "EngineCore", mentions=("get_scheduler_cls", "finish_requests")),
+        Seam("config.vllm", "VllmConfig", fields=("additional_config", "scheduler_config")),
+        Seam("config.scheduler", "SchedulerConfig", fields=("scheduler_cls", "async_scheduling")),
+    ),
+    "steering/vllm/worker.py": (
+        Seam("config.compilation", "CUDAGraphMode", fields=("NONE",)),
+        Seam("distributed.parallel_state", "get_tp_group"),
+        Seam("distributed.parallel_state", "GroupCoordinator", fields=("is_first_rank",)),
+        Seam("platforms", "current_platform"),
+        Seam("platforms.interface", "Platform", fields=("is_cpu", "is_cuda", "device_name")),
+        Seam("triton_utils", "HAS_TRITON"),
+        Seam("v1.worker.cpu_worker", "CPUWorker.load_model"),
+        Seam("v1.worker.gpu_worker", "Worker.load_model"),
+        Seam(
+            "v1.worker.gpu_worker",
+            "Worker",
+            fields=("model_runner", "use_v2_model_runner", "vllm_config", "parallel_config"),
+        ),
+        Seam("v1.worker.cpu_worker", "CPUWorker", fields=("model_runner",)),
+        Seam("v1.worker.worker_base", "", mentions=("worker_cls",)),
+        Seam(
+            "config.vllm",
+            "VllmConfig",
+            fields=(
+                *("additional_config", "model_config", "scheduler_config"),
+                "compilation_config",
+            ),
+        ),
+        Seam("config.scheduler", "SchedulerConfig", fields=("max_num_seqs",)),
+        Seam("config.parallel", "ParallelConfig", fields=("tensor_parallel_size", "worker_cls")),
+        Seam("config.compilation", "CompilationConfig", fields=("cudagraph_mode",)),
+        Seam("config.model", "ModelConfig", fields=("get_vocab_size",)),
+    ),
+    "steering/vllm/support.py": (
+        Seam(
+            "config.vllm",
+            "VllmConfig",
+            fields=("model_config", "parallel_config", "cache_config", "speculative_config"),
+        ),
+        Seam(
+            "config.parallel",
+            "ParallelConfig",
+            fields=(
+                *("enable_hc_sp", "tensor_parallel_size"),
+                *("prefill_context_parallel_size", "use_ubatching"),
+            ),
+        ),
+        Seam("config.cache", "CacheConfig", fields=("kv_sharing_fast_prefill",)),
+        Seam("config.speculative", "SpeculativeConfig", fields=("enable_adaptive_verification",)),
+        Seam("config.model", "ModelConfig", fields=("is_encoder_decoder", "runner_type")),
+    ),
+    "steering/vllm/hook_points.py": (
+        Seam("model_executor.models.utils", "PPMissingLayer"),
+        Seam("model_executor.layers.linear", "RowParallelLinear", fields=("reduce_results",)),
+    ),
+    "steering/vllm/runner_v1.py": (
+        Seam(
+            "v1.worker.gpu_model_runner",
+            "GPUModelRunner",
+            fields=(
+                *("positions", "input_ids", "query_start_loc", "input_batch", "device"),
+                "get_model",
+            ),
+        ),
+        Seam("v1.worker.cpu_model_runner", "CPUModelRunner", fields=("_model_forward",)),
+        Seam(
+            "v1.worker.gpu_model_runner",
+            "GPUModelRunner._update_states",
+            first=("scheduler_output",),
+        ),
+        Seam("v1.worker.gpu_model_runner", "GPUModelRunner._model_forward"),
+        Seam(
+            "v1.worker.gpu_model_runner",
+            "GPUModelRunner._determine_batch_execution_and_padding",
+            parameters=("force_eager",),
+        ),
+        Seam(
+            "v1.worker.gpu_model_runner",
+            "GPUModelRunner.execute_model",
+            mentions=(
+                *("_update_states", "_model_forward"),
+                "_determine_batch_execution_and_padding",
+            ),
+        ),
+        Seam("v1.utils", "CpuGpuBuffer", fields=("gpu", "np")),
+        Seam("v1.worker.gpu_input_batch", "InputBatch", fields=("req_ids", "num_reqs")),
+        Seam(
+            "v1.core.sched.output",
+            "SchedulerOutput",
+            fields=(
+                *("finished_req_ids", "preempted_req_ids", "scheduled_cached_reqs"),
+                *("scheduled_new_reqs", "num_scheduled_tokens"),
+            ),
+        ),
+        Seam("v1.core.sched.output", "CachedRequestData", fields=("resumed_req_ids",)),
+        Seam("v1.core.sched.output", "NewRequestData", fields=("req_id", "sampling_params")),
+    ),
+    "steering/vllm/runner_v2.py": (
+        Seam(
+            "v1.worker.gpu.model_runner",
+            "GPUModelRunner",
+            fields=("input_buffers", "model_state", "get_model", "device"),
+            mentions=("add_request", "remove_request", "preprocess_state"),
+        ),
+        Seam(
+            "v1.worker.gpu.model_runner",
+            "GPUModelRunner.execute_model",
+            first=("scheduler_output",),
+            mentions=("dispatch_cg_and_sync_dp", "preprocess_state"),
+        ),
+        Seam("v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", parameters=("need_eager",)),
+        Seam(
+            "v1.worker.gpu.model_states.interface",
+            "ModelState.add_request",
+            first=("req_index", "new_req_data"),
+        ),
+        Seam(
+            "v1.worker.gpu.model_states.interface", "ModelState.remove_request", first=("req_id",)
+        ),
+        Seam(
+            "v1.worker.gpu.model_states.interface",
+            "ModelState.preprocess_state",
+            first=("input_batch",),
+        ),
+        Seam("v1.worker.gpu.input_batch", "InputBuffers", fields=("positions", "input_ids")),
+        Seam(
+            "v1.worker.gpu.input_batch",
+            "InputBatch",
+            fields=("req_ids", "num_reqs", "query_start_loc_np"),
+        ),
+    ),
+    "server/allow_list.py": (
+        Seam("plugins", "load_plugins_by_group", first=("group",)),
+        Seam("plugins", "load_endpoint_plugins", mentions=("load_plugins_by_group",)),
+        Seam("plugins", "", mentions=("vllm.endpoint_plugins", "vllm.general_plugins")),
+        Seam("envs", "", mentions=("VLLM_PLUGINS",)),
+    ),
+    "server/plugin.py": (
+        Seam(
+            "plugins.endpoint_plugins.interface",
+            "EndpointPlugin",
+            fields=("name", "required_tasks"),
+        ),
+        Seam("plugins.endpoint_plugins.interface", "EndpointPlugin.attach_router", first=("app",)),
+        Seam(
+            "plugins.endpoint_plugins.interface",
+            "EndpointPlugin.init_state",
+            first=("engine_client", "state", "args"),
+        ),
+        Seam(
+            "v1.engine.async_llm",
+            "AsyncLLM",
+            fields=("vllm_config", "renderer", "model_config"),
+        ),
+        Seam("renderers.base", "BaseRenderer", fields=("tokenizer",)),
+    ),
+    "server/protocol.py": (
+        *(
+            Seam(f"entrypoints.openai.{api}.protocol", f"{name}.to_sampling_params")
+            for api, name in (
+                ("chat_completion", "ChatCompletionRequest"),
+                ("completion", "CompletionRequest"),
+                ("responses", "ResponsesRequest"),
+            )
+        ),
+        Seam(
+            "entrypoints.openai.chat_completion.protocol",
+            "ChatCompletionRequest",
+            fields=("vllm_xargs", "use_beam_search", "messages", "field_names"),
+        ),
+        Seam(
+            "entrypoints.openai.completion.protocol",
+            "CompletionRequest",
+            fields=("vllm_xargs", "use_beam_search", "prompt_embeds"),
+        ),
+        Seam(
+            "entrypoints.openai.responses.protocol",
+            "ResponsesRequest",
+            fields=("vllm_xargs", "background"),
+        ),
+        Seam("entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
+    ),
+    "server/routes/generate.py": (
+        *(
+            Seam(module, name, first=("request", "raw_request"))
+            for module, name in (
+                ("entrypoints.openai.chat_completion.api_router", "create_chat_completion"),
+                ("entrypoints.openai.completion.api_router", "create_completion"),
+                ("entrypoints.openai.responses.api_router", "create_responses"),
+                ("entrypoints.anthropic.api_router", "create_messages"),
+            )
+        ),
+        Seam("v1.engine.exceptions", "EngineGenerateError"),
+        Seam("entrypoints.anthropic.api_router", "", mentions=("anthropic_serving_messages",)),
+        Seam(
+            "entrypoints.anthropic.serving", "AnthropicServingMessages.to_chat_completion_request"
+        ),
+        Seam(
+            "entrypoints.anthropic.serving",
+            "AnthropicServingMessages.create_messages",
+            mentions=("to_chat_completion_request",),
+        ),
+    ),
+    "server/serve.py": (
+        Seam("entrypoints.cli.serve", "ServeSubcommand.cmd"),
+        Seam("entrypoints.cli.serve", "ServeSubcommand.subparser_init", first=("subparsers",)),
+        Seam("entrypoints.cli.serve", "ServeSubcommand.validate", first=("args",)),
+        Seam(
+            "entrypoints.common.startup",
+            "cli_env_setup",
+            or_in="entrypoints.serve.utils.api_utils",
+        ),
+        Seam("logger", "configure_logging_from_args", first=("args",)),
+        Seam("utils.argparse_utils", "FlexibleArgumentParser"),
+        Seam("", "AsyncEngineArgs"),
+        Seam("", "envs"),
+        Seam("envs", "VLLM_USE_RUST_FRONTEND"),
+        Seam(
+            "engine.arg_utils",
+            "AsyncEngineArgs",
+            fields=(
+                *("worker_cls", "scheduler_cls", "additional_config", "skip_tokenizer_init"),
+                *("runner", "from_cli_args"),
+            ),
+        ),
+        Seam("engine.arg_utils", "EngineArgs.create_engine_config", parameters=("headless",)),
+        Seam("tokenizers", "cached_tokenizer_from_config"),
+    ),
+    "server/inspect_sae.py": (
+        Seam("", "LLM"),
+        Seam("", "EngineArgs"),
+        Seam("utils.argparse_utils", "FlexibleArgumentParser"),
+        Seam("entrypoints.llm", "LLM.from_engine_args", first=("engine_args",)),
+        Seam("engine.arg_utils", "EngineArgs.add_cli_args", first=("parser",)),
+        Seam("engine.arg_utils", "EngineArgs.create_engine_config"),
+        Seam(
+            "engine.arg_utils",
+            "EngineArgs",
+            fields=(
+                *("enforce_eager", "max_num_seqs", "kv_cache_memory_bytes", "disable_log_stats"),
+                *("max_model_len", "from_cli_args"),
+            ),
+        ),
+        Seam("v1.engine.llm_engine", "LLMEngine", fields=("engine_core",)),
+        Seam("v1.engine.core_client", "EngineCoreClient.shutdown", parameters=("timeout",)),
+    ),
+    "server/self_check.py": (
+        Seam("", "SamplingParams"),
+        Seam(
+            "sampling_params",
+            "SamplingParams",
+            fields=("max_tokens", "temperature", "detokenize", "extra_args"),
+        ),
+        Seam("inputs", "TokensPrompt", fields=("prompt_token_ids", "cache_salt")),
+        Seam("v1.engine.exceptions", "EngineDeadError"),
+        Seam("config.parallel", "ParallelConfig", fields=("_api_process_rank",)),
+        Seam("config.model", "ModelConfig", fields=("max_model_len", "model")),
+        Seam(
+            "entrypoints.llm",
+            "LLM.generate",
+            first=("prompts", "sampling_params"),
+            parameters=("use_tqdm",),
+        ),
+    ),
+    "server/saes_at_start.py": (
+        Seam(
+            "config.model",
+            "ModelConfig",
+            fields=("get_hidden_size", "get_total_num_hidden_layers"),
+        ),
+    ),
+    "server/unembedding.py": (
+        Seam("config.model", "ModelConfig", fields=("model", "revision", "hf_text_config")),
+    ),
+    "server/routes/saes.py": (
+        *(
+            Seam(module, name, first=("request", "raw_request"))
+            for module, name in (
+                ("entrypoints.openai.chat_completion.api_router", "create_chat_completion"),
+                ("entrypoints.openai.completion.api_router", "create_completion"),
+            )
+        ),
+    ),
+}
+
+
+@functools.cache
+def refuse_missing_seams() -> None:
+    """Hold the list against the installed vLLM, once in a process; 0.3 seconds of one core.
+
+    Raises:
+        UnsupportedEngineError: in one line, with the version and what it lacks.
+    """
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        raise UnsupportedEngineError("vLLM is not installed")
+    source = Source(Path(found.origin).parent)
+    lacking = source.lacking(SEAMS)
+    if lacking:
+        more = f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
+        raise UnsupportedEngineError(
+            f"vLLM {source.version} cannot be steered, vllm-sae knows {KNOWN_VERSIONS}: "
+            f"{'; '.join(lacking[:MAX_NAMED])}{more}"
+        )
