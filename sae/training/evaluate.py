@@ -184,6 +184,11 @@ def _logits(
     return logits, kept
 
 
+def spaced(cuts: list[Window], count: int) -> list[Window]:
+    """At most `count` of the windows at even distances, so that short ones stay among them."""
+    return cuts[:: max(1, math.ceil(len(cuts) / count))]
+
+
 def _lengths(batch: list[Window]) -> torch.Tensor:
     return torch.tensor([len(window.ids) for window in batch])
 
@@ -241,6 +246,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sae", type=Path, required=True)
     parser.add_argument("--statistics", action="store_true")
+    parser.add_argument("--loss-windows", type=int, default=100)
     arguments = parser.parse_args()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -252,7 +258,7 @@ def main() -> None:
     figures = losses(
         model,
         tokenizer,
-        windows(tokenizer, read(arguments.work / "held_out.jsonl")),
+        spaced(windows(tokenizer, read(arguments.work / "held_out.jsonl")), arguments.loss_windows),
         sae,
         sae.card.layer,
         held_out.float().mean(dim=0),
