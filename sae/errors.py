@@ -2,7 +2,12 @@
 
 
 class SAEError(ValueError):
-    """One readable line: what the file or the flag says, and what was expected."""
+    """One readable line: what the file or the flag says, and what was expected.
+
+    What a file says may be written by a stranger, so characters that a terminal would obey (escape
+    sequences, marks that turn the direction of text) are spelled out.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))

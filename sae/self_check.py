@@ -98,6 +98,8 @@ _L0_IN_FOLDER = re.compile(r"average_l0_(\d+)")
 _L0_KEYS = ("l0", "target_l0", "top_k", "k")
 _VARIANCE_KEYS = ("variance_explained", "explained_variance", "frac_variance_explained")
 _MODEL_KEYS = ("model_name", "lm_name")
+#: It is printed and logged, and whoever wrote the file may be a stranger.
+_MODEL_NAME = re.compile(r"[\w./:@+ -]{1,200}")
 #: Parts of models' names that say how they were trained, not which they are. A name without any is
 #: a base model's (gemma-2-2b) or, beside one that ends in -Base, an instruct model's (Qwen3-8B).
 _INSTRUCT = frozenset({"it", "instruct", "chat"})
@@ -289,7 +291,8 @@ def stated_by(ref: SAEReference, *, exactly_k: bool) -> Stated:
     variance += _numbers(sections, _VARIANCE_KEYS)
     if entry is not None and entry.variance_explained is not None:
         variance.append(entry.variance_explained)
-    models = [s[key] for key in _MODEL_KEYS for s in sections if isinstance(s.get(key), str)]
+    names = [s[key] for key in _MODEL_KEYS for s in sections if isinstance(s.get(key), str)]
+    models = [name for name in names if _MODEL_NAME.fullmatch(name)]
     if entry is not None and entry.model is not None:
         models.append(entry.model)
     return Stated(

@@ -10,11 +10,11 @@ from server.protocol import Steerable
 from steering.catalog import Catalog
 from steering.errors import SteeringError
 from steering.spec import SteeringSpec
-from steering.vllm.admission import FIELD, INSPECT, TICKET
+from steering.vllm.admission import FIELD, INSPECT, PLAN, TICKET
 
 UNSUPPORTED: Final = "unsupported_combination"
 #: Keys of `SamplingParams.extra_args` that only this server may fill.
-RESERVED: Final = frozenset({FIELD, TICKET, INSPECT})
+RESERVED: Final = frozenset({FIELD, TICKET, INSPECT, PLAN})
 
 
 def refuse_smuggled(extra_args: object, param: str) -> None:

@@ -287,7 +287,9 @@ def test_hostile_json_is_refused(server: Server, steering: str, code: str) -> No
     assert response.json()["error"]["code"] == code
 
 
-@pytest.mark.parametrize("key", ["steering", "steering_ticket", "steering_inspect"])
+@pytest.mark.parametrize(
+    "key", ["steering", "steering_ticket", "steering_inspect", "steering_plan"]
+)
 @routes
 def test_smuggled_arguments_are_refused(server: Server, path: str, key: str) -> None:
     response = ask(server, path, None, vllm_xargs={key: "x"})
