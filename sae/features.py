@@ -13,7 +13,7 @@ import mmap
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +96,21 @@ class FeatureTable:
         return self._row(index).label
 
     def get(self, index: int) -> Feature:
-        """One feature with its examples. IndexError where it is not in [0, d_sae)."""
+        """One feature with its examples. IndexError where it is not in [0, d_sae).
+
+        Examples are read when asked for: none, where the file has gone or changed meanwhile.
+        """
         feature = self._row(index)
         offset = self._loaded().offsets.get(index)
         if offset is None or self.path is None:
             return feature
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            return _parse(self.path, 0, file.readline(), self.d_sae)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                found = _parse(self.path, 0, file.readline(), self.d_sae)
+        except (OSError, SAEError):
+            return feature
+        return replace(feature, examples=found.examples) if found.index == index else feature
 
     def page(self, limit: int, offset: int) -> tuple[list[Feature], int]:
         """Features by index without their examples, and how many there are in all."""

@@ -7,7 +7,6 @@ The subtraction of b_dec from the input is folded into the latents' biases in fl
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +58,7 @@ class SAE:
         self._mapped: dict[str, Tensor] = {}
         self._all_vectors: dict[torch.device, LatentVectors] = {}
         self._resident: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.weight_bytes = tensors.path.stat().st_size
+        self.weight_bytes = tensors.nbytes
 
     @property
     def card(self) -> SAECard:
@@ -183,13 +182,15 @@ class SAE:
                     f"{self._tensors.path}: {stored.name}{place} has a value that is not finite"
                 )
 
+    def refuse_changed(self) -> None:
+        """SAEError where the weight file was written to since it was opened."""
+        self._tensors.refuse_changed()
+
     def sha256(self) -> str:
         """SHA-256 of the weight file, in hexadecimal; computed once, then also on the card."""
         with self._lock:
             if self._card.sha256 is None:
-                with self._tensors.path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                self._card = replace(self._card, sha256=digest)
+                self._card = replace(self._card, sha256=self._tensors.sha256())
             assert self._card.sha256 is not None
             return self._card.sha256
 
@@ -197,6 +198,7 @@ class SAE:
 
     def _stored(self, canonical: str) -> Tensor:
         """A canonical tensor as a view of the file: stored dtype, [d_sae, d_in] for matrices."""
+        self._tensors.refuse_changed()
         view = self._mapped.get(canonical)
         if view is None:
             stored = self._layout.tensors[canonical]

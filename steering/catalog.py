@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 from sae.card import SAECard
+from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
 from steering.config import SteeringConfig
@@ -94,8 +96,10 @@ class Catalog:
         """Do off the event loop what may read whole files: checksums and row checks.
 
         Raises:
-            SteeringError: ``invalid_weights`` where a row holds NaN or infinity.
+            SteeringError: ``invalid_weights`` where a row holds NaN or infinity, or where a file
+                has changed since it was opened.
         """
+        self._refuse_changed(spec)
         pending = any(self.sae(name).card.sha256 is None for name in spec.saes)
         if pending or any(edit.sae in self._checked for edit in spec.edits):
             await asyncio.to_thread(self.prepare_now, spec)
@@ -104,8 +108,9 @@ class Catalog:
         """Check the rows that ``spec`` needs and return the checksums of its SAEs.
 
         Raises:
-            SteeringError: ``invalid_weights`` where a row holds NaN or infinity.
+            SteeringError: as `prepare`.
         """
+        self._refuse_changed(spec)
         for i, edit in enumerate(spec.edits):
             checked = self._checked.get(edit.sae)
             if checked is None or edit.feature in checked:
@@ -117,10 +122,37 @@ class Catalog:
                     f"steering.interventions[{i}].feature",
                 )
             checked.add(edit.feature)
-        return {name: self.sae(name).sha256() for name in spec.saes}
+        return {name: self._sha256(name) for name in spec.saes}
+
+    def refuse_changed(self, name: str, param: str | None = None) -> None:
+        """SteeringError ``invalid_weights`` where an SAE's file changed since it was opened."""
+        with _unchanged(name, param):
+            self.sae(name).refuse_changed()
+
+    def _refuse_changed(self, spec: SteeringSpec) -> None:
+        for name in spec.saes:
+            self.refuse_changed(name, "steering")
+
+    def _sha256(self, name: str) -> str:
+        with _unchanged(name, "steering"):
+            return self.sae(name).sha256()
 
     def _get(self, name: str) -> LoadedSAE:
         if name not in self._loaded:
             loaded = ", ".join(self._loaded) or "none"
             raise SteeringError("unknown_sae", f"no SAE {name[:80]!r} is loaded, only: {loaded}")
         return self._loaded[name]
+
+
+@contextmanager
+def _unchanged(name: str, param: str | None) -> Iterator[None]:
+    """Answer for a file that was written to as for weights that cannot be used."""
+    try:
+        yield
+    except SAEError:
+        raise SteeringError(
+            "invalid_weights",
+            f"the weight file of SAE {name!r} changed on disk while it was being served; the "
+            "server has to be restarted",
+            param,
+        ) from None

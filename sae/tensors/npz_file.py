@@ -71,27 +71,31 @@ class NpzFile(TensorFile):
         if member.entry.compress_type == zipfile.ZIP_STORED:
             return torch.from_numpy(self._mapped(member))
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(member.entry) as file:
+            with (
+                self.open_again() as whole,
+                zipfile.ZipFile(whole) as archive,
+                archive.open(member.entry) as file,
+            ):
                 return torch.from_numpy(_npy.read_array(file, allow_pickle=False))
         except Exception as error:
             raise SAEError(f"{self.path}: {name} cannot be decompressed: {error}") from error
 
     def _mapped(self, member: _Member) -> np.memmap[tuple[int, ...], np.dtype[np.generic]]:
-        with self.path.open("rb") as file:
+        with self.open_again() as file:
             file.seek(member.entry.header_offset)
             name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-        data = member.entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        try:
-            return np.memmap(
-                self.path,
-                dtype=member.dtype,
-                mode="c",  # never written to; a read-only map cannot become a tensor
-                offset=data + member.header_bytes,
-                shape=member.shape,
-                order="F" if member.fortran_order else "C",
-            )
-        except ValueError as error:
-            raise SAEError(f"{self.path}: {member.entry.filename} is truncated") from error
+            data = member.entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+            try:
+                return np.memmap(
+                    file,
+                    dtype=member.dtype,
+                    mode="c",  # never written to; a read-only map cannot become a tensor
+                    offset=data + member.header_bytes,
+                    shape=member.shape,
+                    order="F" if member.fortran_order else "C",
+                )
+            except ValueError as error:
+                raise SAEError(f"{self.path}: {member.entry.filename} is truncated") from error
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Member:

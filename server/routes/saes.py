@@ -80,6 +80,7 @@ async def get_feature(raw_request: Request, sae: str, feature: _Index) -> Respon
     opened = _known(state, sae)
     index = _feature(feature, opened.card.d_sae)
     known = await asyncio.to_thread(state.catalog.features(sae).get, index)
+    state.catalog.refuse_changed(sae)
     details = await state.details.get(opened, index)
     examples = [{"text": e.text, "activation": e.activation} for e in known.examples]
     return TolerantJSONResponse({**known.to_json(), **details, "examples": examples})

@@ -277,3 +277,16 @@ def test_65k_labels_answer_in_milliseconds() -> None:
             times.append(time.perf_counter() - start)
         assert total > 0
         assert min(times) < 0.05
+
+
+@pytest.mark.parametrize("content", [None, "", '{"index": 1, "examples": [{"text": "b"}]}\n', "{"])
+def test_examples_that_are_gone_are_left_out(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "features.jsonl"
+    path.write_text('{"index": 0, "label": "a", "examples": [{"text": "b"}]}\n')
+    table = FeatureTable(path, 4)
+    assert table.get(0).examples == (Example("b"),)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    assert table.get(0) == Feature(0, label="a")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import pickle
 import time
 import zipfile
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from sae.errors import SAEError
 from sae.sae import SAE, open_sae
@@ -261,3 +264,68 @@ def test_damaged_archive_is_refused_or_reads_as_an_sae(
     else:
         assert (sae.card.hook, sae.card.d_sae) == (HOOK, D_SAE)
         sae.encode(inputs())
+
+
+# A file that changes while it is open
+
+
+def write_safetensors(path: Path) -> Path:
+    save_file({"W": torch.arange(4096.0)}, path)
+    return path
+
+
+def write_torch(path: Path) -> Path:
+    torch.save({"W": torch.arange(4096.0)}, path)
+    return path
+
+
+def write_npz(path: Path) -> Path:
+    with path.open("wb") as file:
+        SAVEZ(file, W=np.arange(4096.0))
+    return path
+
+
+CONTAINERS = {"safetensors": write_safetensors, "torch": write_torch, "npz": write_npz}
+
+
+@pytest.fixture(params=CONTAINERS)
+def weight_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return CONTAINERS[request.param](tmp_path / "weights")
+
+
+def test_untouched_file_is_not_refused(weight_file: Path) -> None:
+    opened = open_tensors(weight_file)
+    weight_file.chmod(0o600)
+    opened.refuse_changed()
+    assert opened.sha256() == hashlib.sha256(weight_file.read_bytes()).hexdigest()
+    assert opened.sha256() == opened.sha256()
+
+
+def test_truncated_file_is_refused_before_it_is_read_past_its_end(weight_file: Path) -> None:
+    opened = open_tensors(weight_file)
+    os.truncate(weight_file, 100)
+    with pytest.raises(SAEError, match="changed on disk"):
+        opened.refuse_changed()
+    with pytest.raises(SAEError, match="changed on disk"):
+        opened.sha256()
+
+
+def test_file_written_over_in_place_is_refused(weight_file: Path) -> None:
+    opened = open_tensors(weight_file)
+    content = weight_file.read_bytes()
+    os.utime(weight_file, ns=(0, 0))  # a clock too coarse to tell the two apart
+    weight_file.write_bytes(content[:-1] + b"\1")
+    with pytest.raises(SAEError, match="changed on disk"):
+        opened.refuse_changed()
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_deleted_or_replaced_file_stays_what_it_was(weight_file: Path, replaced: bool) -> None:
+    opened = open_tensors(weight_file)
+    digest = opened.sha256()
+    weight_file.unlink()
+    if replaced:
+        weight_file.write_bytes(b"something else")
+    opened.refuse_changed()
+    assert opened.sha256() == digest
+    assert torch.equal(opened.tensor("W").float(), torch.arange(4096.0))

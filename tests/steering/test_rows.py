@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from sae.errors import SAEError
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
 from steering.rows import RowPool
@@ -32,6 +34,16 @@ def test_acquired_rows_are_the_saes_own(pool: Callable[[int], RowPool], tiny_sae
     for i, latent in enumerate((5, 77)):
         assert torch.equal(made.W_enc[where[0, latent]], rows.W_enc[i])
         assert torch.equal(made.W_dec[where[0, latent]], rows.W_dec[i])
+
+
+def test_rows_of_a_file_that_shrank_are_refused_not_read(
+    pool: Callable[[int], RowPool], tiny_sae: SAE, tmp_path: Path
+) -> None:
+    made = pool(4)
+    made.acquire([(0, 5)])
+    os.truncate(tmp_path / "sae" / "sae_weights.safetensors", 4096)
+    with pytest.raises(SAEError, match="changed on disk"):
+        made.acquire([(0, 6)])
 
 
 def test_requests_share_rows_and_the_last_one_releases_them(
