@@ -9,10 +9,11 @@ reads ``labels.jsonl`` beside the weights, which a person writes from ``contexts
 
 ``test`` is a regular expression, for capitals and small letters alike, that says in public what
 the label claims; ``in_context`` is how often it must match for a context to count, 1 if left out.
-A label's specificity is the share of the feature's strongest held-out contexts that pass its test,
-one context a window and at most `STRONGEST`; ``by_chance`` is the share of arbitrary held-out
-contexts that pass, without which the first figure says little. Both are null where the feature
-fires in fewer than `FEWEST` windows.
+A label's specificity is the share of strong held-out contexts that pass its test: those in which
+the feature is at half its recorded maximum or above, one context a window, the strongest
+`STRONGEST` of them. ``by_chance`` is the share of arbitrary held-out contexts that pass, without
+which the first figure says little. A feature that is strong in fewer than `FEWEST` windows has
+neither figure.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from typing import Any, Final
 
 import torch
 
+from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
 from sae.training.activations import Window, places, stored, windows
 from sae.training.corpus import read
 from sae.training.evaluate import AFTER, BEFORE, encoded
 
-STRONGEST: Final = 20
+STRONGEST: Final = 50
+STRONG: Final = 0.5  # of the recorded maximum
 FEWEST: Final = 5
 CHANCE_CONTEXTS: Final = 1000
 FIGURES: Final = ("specificity", "by_chance", "contexts")
@@ -82,17 +85,18 @@ def context(tokenizer: Any, window: Window, position: int) -> str:
     return text
 
 
-def strongest(f: torch.Tensor, window: torch.Tensor, count: int) -> list[int]:
+def strongest(f: torch.Tensor, window: torch.Tensor, least: float, count: int) -> list[int]:
     """Rows of the largest activations, one a window, strongest first.
 
     Args:
         f: `[num_rows]`, one feature's activations.
         window: `[num_rows]`, the window of each row.
-        count: at most so many, all of them above 0.
+        least: none below this.
+        count: at most so many.
     """
     best: dict[int, int] = {}
     order = f.argsort(descending=True)
-    for row in order[: int((f > 0).sum())].tolist():
+    for row in order[: int((f >= least).sum())].tolist():
         best.setdefault(int(window[row]), row)
         if len(best) == count:
             break
@@ -111,6 +115,7 @@ def measured(
     place: torch.Tensor,
     cuts: list[Window],
     labels: Sequence[Label],
+    table: FeatureTable,
 ) -> list[dict[str, Any]]:
     """For each label its ``specificity``, ``by_chance`` and number of ``contexts``.
 
@@ -121,6 +126,7 @@ def measured(
         place: `[num_rows, 2]`, window and position of each row.
         cuts: the windows.
         labels: the labels.
+        table: with the maximum activation of every feature that has a label.
     """
     index = torch.tensor([label.index for label in labels])
     f = torch.cat([chunk[:, index] for _, chunk in encoded(sae, rows)])
@@ -133,7 +139,10 @@ def measured(
     arbitrary = [text(row) for row in range(0, len(rows), step)]
     found = []
     for column, label in enumerate(labels):
-        contexts = [text(row) for row in strongest(f[:, column], place[:, 0], STRONGEST)]
+        largest = table.max_activation(label.index)
+        assert largest is not None
+        its_rows = strongest(f[:, column], place[:, 0], STRONG * largest, STRONGEST)
+        contexts = [text(row) for row in its_rows]
         few = len(contexts) < FEWEST
         found.append(
             {
@@ -182,6 +191,7 @@ def main() -> None:
         places(arguments.work, "held_out"),
         windows(tokenizer, read(arguments.work / "held_out.jsonl")),
         labels,
+        FeatureTable.open(arguments.sae, sae.card.d_sae),
     )
     for label, figures in zip(labels, found, strict=True):
         print(label.index, label.label, figures)

@@ -80,14 +80,19 @@ def _plain(kind: Kind, folder: Path, pattern: str, depth: int | None = None) -> 
 
 
 def _dialogue(folder: Path) -> Iterator[Document]:
-    """Conversations out of a YAML that is simple enough to be read line by line."""
-    for path in sorted(folder.rglob("data/*/*.yml")):
-        language = path.parent.name
-        if language == "english" or language in DIALOGUE_LANGUAGES:
-            lines = re.findall(r"^\s*-(?: -)? (.+)$", path.read_text(encoding="utf-8"), re.M)
-            kind: Kind = "english" if language == "english" else "languages"
-            for text in _grouped(lines, STRINGS_PER_DOCUMENT, "\n"):
-                yield Document(kind, f"chatterbot-{language}", text)
+    """Conversations out of a YAML that is simple enough to be read line by line.
+
+    A question stands there once for every answer to it, and whole topics stand in two files; here
+    each line of a language stands once.
+    """
+    for language in ("english", *DIALOGUE_LANGUAGES):
+        lines: dict[str, None] = {}
+        for path in sorted(folder.rglob(f"data/{language}/*.yml")):
+            found = re.findall(r"^\s*-(?: -)? (.+)$", path.read_text(encoding="utf-8"), re.M)
+            lines |= dict.fromkeys(found)
+        kind: Kind = "english" if language == "english" else "languages"
+        for text in _grouped(list(lines), STRINGS_PER_DOCUMENT, "\n"):
+            yield Document(kind, f"chatterbot-{language}", text)
 
 
 def _reasoning(folder: Path) -> Iterator[Document]:
