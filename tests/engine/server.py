@@ -146,15 +146,15 @@ def live_server(
         server.stop()
 
 
-def start(model: Path, saes: Mapping[str, Path], log: Path) -> LiveServer:
-    """Start `python -m server serve`; it does not answer yet."""
+def start(model: Path, saes: Mapping[str, Path], log: Path, *flags: str) -> LiveServer:
+    """Start `python -m server serve`; it does not answer yet. `flags` overrule `FLAGS`."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "server", "serve", str(model), *FLAGS),
+                *(sys.executable, "-m", "server", "serve", str(model), *FLAGS, *flags),
                 *(word for name, path in saes.items() for word in ("--sae", f"{name}={path}")),
                 *("--port", str(port)),
             ],
