@@ -7,9 +7,12 @@ the prompts `SELECTION`; those that work there, at most so many of a kind as `MO
 are reported on the prompts `REPORT` at 1, 1.5 and 2 times. An answer is on topic if its label's
 test (``labels.jsonl`` beside the weights, written before) matches as often as that file says.
 
-Suppress. For each of `BEHAVIOURS`, features are ranked by their mean activation on answers that
-show it less that on answers that do not (contrast prompts), and the first 1, 4 and 16 are clamped
-to 0 on the held-out prompts.
+Suppress. For each of `BEHAVIOURS`, features are ranked on the answers to its contrast prompts, and
+the first 1, 4 and 16 are clamped to 0 on the held-out prompts. Ranked by "contrast": mean
+activation on answers that show the behaviour less that on answers that do not. Ranked by
+"attribution": how much log-probability the behaviour would lose if the feature were 0, to first
+order: activation times the gradient of the log-probability of the words that the behaviour's test
+matches, along the decoder row, over all tokens up to them.
 
 Cost is the perplexity of the answers under the unsteered model in relation to that of its own
 answers to the same prompts; "repeated" is the share of an answer's word trigrams that occurred
@@ -21,29 +24,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import exp
 from statistics import mean
 from typing import Any, Final
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from sae.features import FeatureTable
 from sae.training.labels import Label, read_labels
-from server.demo_model import ensure_demo_model
 from tests.bench.cases import D_SAE
-from tests.bench.demo_engine import SAE, demo_engine
+from tests.bench.demo_engine import SAE
 from tests.bench.record import RESULTS, Record, arguments
+from tests.bench.steering_answers import (
+    DTYPE,
+    REPETITION_PENALTY,
+    SAE_NAME,
+    Answer,
+    Bench,
+    Field,
+    cost,
+    mean_nll,
+)
 from tests.bench.steering_prompts import BEHAVIOURS, REPORT, SELECTION, Behaviour
-from tests.engine.engine import Engine
 
 PARTS: Final = ("amplify", "suppress")
-SAE_NAME: Final = "l14"
-REPETITION_PENALTY: Final = 1.15
-DTYPE: Final = "bfloat16"
-SEQUENCES: Final = 64
-SCORED_AT_ONCE: Final = 32
 
 AMPLIFIED_TOKENS: Final = 40
 SELECTED_AT: Final = 1.5
@@ -63,111 +66,6 @@ SET_SIZES: Final = (1, 4, 16)
 #: With fewer answers on one side the contrast is against the answers to all other prompts.
 FEWEST: Final = 4
 READ_FEATURES: Final = 64
-
-Field = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer.
-
-    Attributes:
-        text: decoded.
-        tokens: its ids.
-        prompt: ids before it.
-        nll: mean negative log-likelihood of its tokens under the unsteered model, in nats.
-        read: strongest features of each token, where the field asked for them.
-    """
-
-    text: str
-    tokens: list[int]
-    prompt: list[int]
-    nll: float
-    read: dict[str, Any] | None
-
-    @property
-    def repeated(self) -> float:
-        """Share of word trigrams that occurred before."""
-        words = self.text.split()
-        trigrams = list(zip(words, words[1:], words[2:], strict=False))
-        return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
-
-
-class Bench:
-    """The engine that answers, and the plain model that says what an answer costs."""
-
-    def __init__(self) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        path = ensure_demo_model()
-        self.engine: Engine = demo_engine(
-            {SAE_NAME: SAE}, eager=True, dtype=DTYPE, max_num_seqs=SEQUENCES
-        )
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-
-    def answers(
-        self, prompts: Sequence[str], fields: Sequence[Field | None], max_tokens: int
-    ) -> list[Answer]:
-        """An answer to each prompt with its field of steering, all in one batch."""
-        from vllm import SamplingParams
-
-        from steering.vllm.results import results_of
-
-        ids = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-            )
-            for prompt in prompts
-        ]
-        params = [
-            SamplingParams(
-                max_tokens=max_tokens,
-                temperature=0.0,
-                repetition_penalty=REPETITION_PENALTY,
-                extra_args=None if field is None else {"steering": dict(field)},
-            )
-            for field in fields
-        ]
-        requests: Any = [{"prompt_token_ids": prompt} for prompt in ids]
-        outputs = self.engine.llm.generate(requests, params, use_tqdm=False)
-        texts = [output.outputs[0].text for output in outputs]
-        tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        reads = [
-            results_of(self.engine.llm, output, its)[0].read if field and "read" in field else None
-            for output, its, field in zip(outputs, params, fields, strict=True)
-        ]
-        nlls = self.nll(ids, tokens)
-        return [Answer(*parts) for parts in zip(texts, tokens, ids, nlls, reads, strict=True)]
-
-    def nll(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
-        """Mean negative log-likelihood of each answer after its prompt, in nats."""
-        found = []
-        for start in range(0, len(prompts), SCORED_AT_ONCE):
-            pairs = list(zip(prompts, answers, strict=True))[start : start + SCORED_AT_ONCE]
-            length = max(len(prompt) + len(answer) for prompt, answer in pairs)
-            ids = torch.tensor(
-                [prompt + answer + [0] * (length - len(prompt) - len(answer))
-                 for prompt, answer in pairs]
-            )  # fmt: skip
-            with torch.inference_mode():
-                # Padding stands on the right and attention looks left: no mask is needed.
-                hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-                for (prompt, answer), row in zip(pairs, hidden, strict=True):
-                    at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-                    logits = self.model.lm_head(row[at]).float()
-                    found.append(float(cross_entropy(logits, torch.tensor(answer))))
-        return found
-
-
-def cost(answers: Sequence[Answer], unsteered: Sequence[Answer]) -> float:
-    """Perplexity of answers in relation to the unsteered ones', token by token."""
-    return exp(_nll(answers) - _nll(unsteered))
-
-
-def _nll(answers: Sequence[Answer]) -> float:
-    tokens = sum(len(answer.tokens) for answer in answers)
-    return sum(answer.nll * len(answer.tokens) for answer in answers) / tokens
 
 
 def amplified(feature: int, strength: float) -> Field:
@@ -256,7 +154,7 @@ def amplify(bench: Bench, labels: Sequence[Label], record: Record) -> list[dict[
                     "label": label.label,
                     "strength": strength,
                     **found[-1],
-                    "nll": _nll(its),
+                    "nll": mean_nll(its),
                     "answers": [answer.text for answer in its],
                 }
             )
@@ -290,53 +188,63 @@ def activations(answer: Answer, d_sae: int) -> torch.Tensor:
     return total / max(1, len(generated))
 
 
-def contrast(with_it: Sequence[torch.Tensor], without: Sequence[torch.Tensor]) -> list[int]:
-    """Features by their mean activation with a behaviour less that without, largest first."""
-    difference = torch.stack([*with_it]).mean(dim=0) - torch.stack([*without]).mean(dim=0)
-    order: list[int] = difference.argsort(descending=True).tolist()
-    return order
+def rankings(bench: Bench, behaviour: Behaviour, others: Sequence[Answer]) -> dict[str, list[int]]:
+    """Features in the order in which each way of ranking would suppress them.
+
+    Args:
+        bench: that answers.
+        behaviour: with answers that show it and, here or among `others`, some that do not.
+        others: answers to other prompts.
+
+    Returns:
+        For "contrast" and "attribution" all features; empty if no answer shows the behaviour.
+    """
+    with_it = [answer for answer in others if behaviour.shown_in(answer.text)]
+    without = [answer for answer in others if not behaviour.shown_in(answer.text)]
+    own = [answer for answer in others if answer.question in behaviour.contrast]
+    own_with = [answer for answer in own if behaviour.shown_in(answer.text)]
+    own_without = [answer for answer in own if not behaviour.shown_in(answer.text)]
+    if min(len(own_with), len(own_without)) >= FEWEST:
+        with_it, without = own_with, own_without
+    if not with_it or not without:
+        return {}
+    difference = torch.stack([activations(answer, D_SAE) for answer in with_it]).mean(dim=0)
+    difference -= torch.stack([activations(answer, D_SAE) for answer in without]).mean(dim=0)
+    attributed = torch.stack(
+        [bench.attribution(answer, behaviour.found_in(answer.text)) for answer in with_it]
+    ).mean(dim=0)
+    return {
+        "contrast": difference.argsort(descending=True).tolist(),
+        "attribution": attributed.argsort(descending=True).tolist(),
+    }
 
 
 def suppress(bench: Bench, table: FeatureTable, record: Record) -> list[dict[str, Any]]:
-    """Find each behaviour's features by contrast and clamp the first few to zero.
+    """Find each behaviour's features and clamp the first few to zero.
 
     Returns:
         A row for every behaviour and set of features.
     """
+    questions = list(dict.fromkeys(q for behaviour in BEHAVIOURS for q in behaviour.contrast))
     read = {"read": {"sae": SAE_NAME, "top_k": READ_FEATURES}}
-    contrasted: dict[tuple[str, ...], list[tuple[Answer, torch.Tensor]]] = {}
-    for prompts in dict.fromkeys(behaviour.contrast for behaviour in BEHAVIOURS):
-        answers = bench.answers(prompts, [read] * len(prompts), SUPPRESSED_TOKENS)
-        contrasted[prompts] = [(answer, activations(answer, table.d_sae)) for answer in answers]
-
-    def ranked(behaviour: Behaviour) -> list[int]:
-        own = contrasted[behaviour.contrast]
-        everything = [pair for pairs in contrasted.values() for pair in pairs]
-        with_it = [mean_f for answer, mean_f in own if behaviour.shown_in(answer.text)]
-        without = [mean_f for answer, mean_f in own if not behaviour.shown_in(answer.text)]
-        if min(len(with_it), len(without)) < FEWEST:
-            with_it = [f for answer, f in everything if behaviour.shown_in(answer.text)]
-            without = [f for answer, f in everything if not behaviour.shown_in(answer.text)]
-        return contrast(with_it, without) if with_it and without else []
-
+    contrasted = bench.answers(questions, [read] * len(questions), SUPPRESSED_TOKENS)
     rows = []
     for behaviour in BEHAVIOURS:
-        order = ranked(behaviour)
-        if not order:
-            print(f"no answer, or every one, shows {behaviour.name}: no contrast", flush=True)
-            continue
-        sets = [order[:size] for size in SET_SIZES]
-        fields: list[Field | None] = [None, *map(suppressed, sets)]
+        ranked = rankings(bench, behaviour, contrasted)
+        sets = [(name, order[:n]) for name, order in ranked.items() for n in SET_SIZES]
+        fields: list[Field | None] = [None, *(suppressed(features) for _, features in sets)]
         n = len(behaviour.held_out)
         answers = bench.answers(
             [*behaviour.held_out] * len(fields),
             [field for field in fields for _ in range(n)],
             SUPPRESSED_TOKENS,
         )
-        for i, features in enumerate([[], *sets]):
+        unsteered = mean(behaviour.shown_in(answer.text) for answer in answers[:n])
+        for i, (name, features) in enumerate([("unsteered", []), *sets]):
             its = answers[i * n : (i + 1) * n]
-            shown = mean(behaviour.shown_in(answer.text) for answer in its)
             figures = {
+                "shown": mean(behaviour.shown_in(answer.text) for answer in its),
+                "unsteered": unsteered,
                 "perplexity_ratio": cost(its, answers[:n]),
                 "repeated": mean(answer.repeated for answer in its),
             }
@@ -344,18 +252,16 @@ def suppress(bench: Bench, table: FeatureTable, record: Record) -> list[dict[str
                 {
                     "part": "suppress",
                     "behaviour": behaviour.name,
+                    "ranked_by": name,
                     "features": features,
                     "labels": [table.label(feature) for feature in features],
-                    "shown": shown,
                     **figures,
                     "answers": [answer.text for answer in its],
                 }
             )
             if features:
-                record.add(
-                    part="suppress", what=behaviour.name, edit=f"{len(features)} to 0", shown=shown,
-                    unsteered=rows[-1 - i]["shown"], **figures,
-                )  # fmt: skip
+                edit = f"{len(features)} to 0, by {name}"
+                record.add(part="suppress", what=behaviour.name, edit=edit, **figures)
     return rows
 
 

@@ -54,7 +54,16 @@ class Behaviour:
 
     def shown_in(self, answer: str) -> bool:
         """Whether an answer shows it."""
-        return re.search(self.test, answer, re.IGNORECASE | re.MULTILINE) is not None
+        return self._search(answer) is not None
+
+    def found_in(self, answer: str) -> re.Match[str]:
+        """Where an answer that shows it does so first."""
+        found = self._search(answer)
+        assert found is not None
+        return found
+
+    def _search(self, answer: str) -> re.Match[str] | None:
+        return re.search(self.test, answer, re.IGNORECASE | re.MULTILINE)
 
 
 _PERSONAL: Final = (
@@ -177,7 +186,7 @@ BEHAVIOURS: Final = (
     ),
     Behaviour(
         '"I hope this message finds you well"',
-        r"finds? you (all )?(well|in)",
+        r"\bhope (this|that|my|you)\b[^.\n]*\b(well|finds?)\b",
         (
             "Write an e-mail to my boss.",
             "Write an e-mail to my landlord.",
@@ -226,9 +235,43 @@ BEHAVIOURS: Final = (
     Behaviour(
         "fantasy",
         r"\b(magic\w*|mystic\w*|el(f|ves|ven|fin)|dwar(f|ves)|wizards?|witch\w*|enchant\w*|"
-        r"mythical|kingdoms?|dragons?|creatures?|fair(y|ies)|spirits?|ancient|realms?|"
+        r"mythical|kingdoms?|dragons?|creatures?|fair(y|ies)|spirits?|realms?|"
         r"ethereal|curse[ds]?|sorcer\w*)\b",
-        _PERSONAL,
-        _PERSONAL_HELD_OUT,
+        (
+            "Tell me a story about a forest.",
+            "Tell me a bedtime story.",
+            "Write a story about an old house.",
+            "Write a short story about a river.",
+            "Tell me a story about a lost ring.",
+            "Write a story about two sisters.",
+            "Tell me a story about a mountain.",
+            "Write a tale about a shoemaker.",
+            "Tell me a story about a cat.",
+            "Write a story about a long journey.",
+            "Tell me a story about a garden.",
+            "Write a story about a stranger.",
+            "Tell me a story about a lake.",
+            "Write a story about a night in winter.",
+            "Tell me a story about a secret door.",
+            "Write a short story about a bird.",
+        ),
+        (
+            "Tell me a story about an island.",
+            "Write a story about a castle.",
+            "Tell me a story about a little girl.",
+            "Write a short story about a tree.",
+            "Tell me a story about a key.",
+            "Write a story about a fisherman.",
+            "Tell me a story about a village.",
+            "Write a tale about a baker.",
+            "Tell me a story about a horse.",
+            "Write a story about a dream.",
+            "Tell me a story about a bridge.",
+            "Write a story about an old woman.",
+            "Tell me a story about the moon.",
+            "Write a story about a storm.",
+            "Tell me a story about a book.",
+            "Write a short story about a wolf.",
+        ),
     ),
 )
