@@ -15,6 +15,7 @@ from steering.catalog import Catalog
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
 from steering.plan import Inspection, SteeringPlan, make_plan
+from steering.vllm.tracing import SPAN, span_attributes
 
 #: `SamplingParams.extra_args` key of the public field's JSON value.
 FIELD: Final = "steering"
@@ -24,6 +25,8 @@ TICKET: Final = "steering_ticket"
 INSPECT: Final = "steering_inspect"
 #: Key under which the workers and the scheduler find the plan.
 PLAN: Final = "steering_plan"
+
+_OURS: Final = frozenset({FIELD, TICKET, INSPECT, PLAN, SPAN})
 
 
 @functools.lru_cache(maxsize=8)
@@ -36,19 +39,20 @@ def catalog_for(vllm_config: Any) -> Catalog:
     return _catalog(SteeringConfig.from_additional_config(vllm_config.additional_config))
 
 
-def admit(request: Any, catalog: Catalog) -> None:
+def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
     """Turn the public field in an ``EngineCoreRequest``'s parameters into a salted plan.
 
     Does nothing to a request that has no ``steering``. The request's parameters are its own copy.
+    Where it is ``traced``, the attributes of its span go along.
 
     Raises:
         SteeringError: a ``ValueError``, before anything of the request has run.
     """
     params = request.sampling_params
     extra = params.extra_args if params is not None else None
-    if not extra or not {FIELD, TICKET, INSPECT, PLAN} & extra.keys():
+    if not extra or not _OURS & extra.keys():
         return
-    rest = {k: v for k, v in extra.items() if k not in (FIELD, TICKET, INSPECT, PLAN)}
+    rest = {k: v for k, v in extra.items() if k not in _OURS}
     params.extra_args = rest or None
     if extra.get(FIELD) is None:
         return
@@ -75,6 +79,8 @@ def admit(request: Any, catalog: Catalog) -> None:
         inspection=_inspection(extra.get(INSPECT)),
     )
     params.extra_args = {**rest, PLAN: plan.to_wire()}
+    if traced:
+        params.extra_args[SPAN] = span_attributes(spec)
 
 
 def plan_of(params: Any) -> SteeringPlan | None:

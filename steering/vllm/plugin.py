@@ -10,25 +10,32 @@ _MARK = "_steered_by_vllm_sae"
 
 
 def register() -> None:
-    """Put the door into ``InputProcessor`` and result collection into ``AsyncLLM``.
+    """Put the door into ``InputProcessor``, result collection into ``AsyncLLM``, patience into
+    ``EngineCore`` and attributes of spans into ``OutputProcessor``.
 
     vLLM may call this several times in a process.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
+    from steering.vllm.drain import stay_for_results
+    from steering.vllm.tracing import describe_spans
+
     if not hasattr(InputProcessor.process_inputs, _MARK):
         InputProcessor.process_inputs = _admitting(InputProcessor.process_inputs)
         AsyncLLM.generate = _collecting(AsyncLLM.generate)
+        stay_for_results()
+        describe_spans()
 
 
 def _admitting(process_inputs: Any) -> Any:
     from steering.vllm.admission import admit, catalog_for
+    from steering.vllm.tracing import is_traced
 
     @functools.wraps(process_inputs)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        admit(request, catalog_for(self.vllm_config))
+        admit(request, catalog_for(self.vllm_config), traced=is_traced(self.vllm_config))
         return request
 
     setattr(wrapper, _MARK, True)

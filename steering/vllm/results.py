@@ -7,15 +7,20 @@ down under the ticket.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from sae.self_check import Measured
 from steering.catalog import Catalog
 from steering.spec import SteeringSpec
 from steering.vllm.admission import FIELD, TICKET, catalog_for, result_key
+from steering.vllm.drain import TAKE
+
+#: Seconds between two looks at whether the engine that is asked for results still lives.
+LIVENESS_SECONDS: Final = 1.0
 
 
 @dataclass
@@ -109,15 +114,38 @@ async def collect(
     catalog = catalog_for(engine.vllm_config)
     spec = catalog.parse(params.extra_args[FIELD])
     limits = _limits(tracker)
-    per_engine = await engine.engine_core.call_utility_all_async(
-        "collective_rpc",
-        "steering_take_results",
-        None,
-        (result_key(ticket, request_id), limits),
-        None,
-    )
-    summaries = [s for workers in per_engine for worker in workers for s in worker or ()]
+    summaries = await _fetch(engine, result_key(ticket, request_id), limits)
     prompts[place] = _choices(spec, catalog, tracker, summaries, engine.get_tokenizer())
+
+
+async def _fetch(engine: Any, key: str, limits: dict[int, int]) -> list[dict[str, Any]]:
+    """The workers' records of a request, from whichever engines served it.
+
+    An engine that has ended never answers, and vLLM does not end the wait: with several engines
+    the others are enough where they have every child, and with none left there is no answer.
+
+    Raises:
+        vllm.v1.engine.exceptions.EngineDeadError: where the records are lost.
+    """
+    client = engine.engine_core
+    waiting = {
+        asyncio.ensure_future(client._call_utility_async(TAKE, key, limits, engine=one))
+        for one in client.core_engines
+    }
+    summaries: list[dict[str, Any]] = []
+    try:
+        while waiting and {summary["child"] for summary in summaries} < limits.keys():
+            done, waiting = await asyncio.wait(
+                waiting, timeout=LIVENESS_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            for call in done:
+                summaries += [s for worker in call.result() for s in worker or ()]
+            if waiting and not done and engine.errored:
+                raise engine.dead_error
+    finally:
+        for call in waiting:
+            call.cancel()
+    return summaries
 
 
 def results_of(llm: Any, output: Any, params: Any) -> list[ChoiceResult]:
@@ -134,9 +162,7 @@ def results_of(llm: Any, output: Any, params: Any) -> list[ChoiceResult]:
     engine = llm.llm_engine
     tracker = _Tracker()
     tracker.see(output, cumulative=True)
-    workers = llm.collective_rpc(
-        "steering_take_results", args=(output.request_id, _limits(tracker))
-    )
+    workers = llm.collective_rpc(TAKE, args=(output.request_id, _limits(tracker)))
     summaries = [s for worker in workers for s in worker or ()]
     catalog = catalog_for(engine.vllm_config)
     spec = catalog.parse(params.extra_args[FIELD])

@@ -11,6 +11,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from steering.config import DEFAULT_MAX_ROWS, SteeringConfig
 from steering.vllm.admission import plan_of
+from steering.vllm.drain import Unfetched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,6 +31,7 @@ class _RowLimits:
         self._row_users: Counter[tuple[int, int]] = Counter()
         self._rows_of: dict[str, frozenset[tuple[int, int]]] = {}
         self._held: OrderedDict[str, Request] = OrderedDict()
+        self.unfetched = Unfetched()
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request.sampling_params)
@@ -64,6 +66,9 @@ class _RowLimits:
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        plan = plan_of(request.sampling_params)
+        if plan is not None and plan.wants_results:
+            self.unfetched.add(plan.key)
         rows = self._rows_of.pop(request.request_id, None)
         if rows is not None:
             self._row_users.subtract(rows)

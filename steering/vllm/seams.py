@@ -61,9 +61,16 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "AsyncLLM",
             fields=("engine_core", "vllm_config", "get_tokenizer"),
         ),
-        Seam("v1.engine.core_client", "AsyncMPClient"),
+        Seam("v1.engine.async_llm", "AsyncLLM", fields=("errored", "dead_error")),
+        Seam("v1.engine.core_client", "AsyncMPClient", fields=("core_engines",)),
         Seam("v1.engine.core_client", "DPLBAsyncMPClient.call_utility_all_async"),
         Seam("v1.engine.core_client", "AsyncMPClient.call_utility_all_async", first=("method",)),
+        Seam(
+            "v1.engine.core_client",
+            "AsyncMPClient._call_utility_async",
+            first=("method",),
+            parameters=("engine",),
+        ),
         Seam(
             "v1.engine.core",
             "EngineCore.collective_rpc",
@@ -78,6 +85,39 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             fields=("request_id", "prompt_token_ids", "outputs", "num_cached_tokens"),
         ),
         Seam("outputs", "CompletionOutput", fields=("index", "token_ids")),
+    ),
+    "steering/vllm/drain.py": (
+        Seam("v1.engine.core", "EngineCore", fields=("scheduler", "vllm_config")),
+        Seam("v1.engine.core", "EngineCoreProc.has_work", first=()),
+        Seam("v1.engine.core", "EngineCoreProc._handle_shutdown", mentions=("has_work",)),
+        Seam("v1.engine.core", "EngineCoreProc.is_running", first=()),
+        Seam(
+            "v1.engine.core",
+            "EngineCoreProc._reject_utility_in_shutdown",
+            first=("client_idx", "call_id", "method_name"),
+        ),
+        Seam(
+            "v1.engine.core",
+            "EngineCoreProc._handle_client_request",
+            mentions=("_reject_utility_in_shutdown", "method_name"),
+        ),
+        Seam("config.vllm", "VllmConfig", fields=("shutdown_timeout",)),
+    ),
+    "steering/vllm/tracing.py": (
+        Seam("v1.engine.output_processor", "OutputProcessor", fields=("request_states",)),
+        Seam("v1.engine.output_processor", "OutputProcessor.add_request", first=("request",)),
+        Seam(
+            "v1.engine.output_processor",
+            "OutputProcessor.do_tracing",
+            first=("engine_core_output", "req_state"),
+        ),
+        Seam(
+            "v1.engine.output_processor",
+            "OutputProcessor.process_outputs",
+            mentions=("do_tracing",),
+        ),
+        Seam("config.vllm", "VllmConfig", fields=("observability_config",)),
+        Seam("config.observability", "ObservabilityConfig", fields=("otlp_traces_endpoint",)),
     ),
     "steering/vllm/scheduler.py": (
         Seam("v1.core.sched.async_scheduler", "AsyncScheduler", fields=("add_request",)),

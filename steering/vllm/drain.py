@@ -1,0 +1,93 @@
+"""An engine that is told to stop stays until the results of its last requests are fetched.
+
+vLLM drains requests, but not what is asked about them afterwards: once told to stop, an engine
+refuses every utility call and ends with its last request. A front end would then wait for a report
+for ever, and its client with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import OrderedDict
+from typing import Any, Final
+
+#: The utility call, and the workers' method, that fetches a request's results.
+TAKE: Final = "steering_take_results"
+#: Seconds after a request's end in which its front end, if it still lives, fetches.
+PATIENCE: Final = 5.0
+#: Seconds between two looks at what came in, while an engine has nothing else to do.
+PAUSE: Final = 0.001
+
+
+class Unfetched:
+    """The keys of finished requests whose results somebody is about to fetch."""
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[str, float] = OrderedDict()
+
+    def add(self, key: str) -> None:
+        """Expect a fetch within `PATIENCE`; the children of a request share a key."""
+        self._forget_old()
+        self._until[key] = time.monotonic() + PATIENCE
+        self._until.move_to_end(key)
+
+    def discard(self, key: str) -> None:
+        self._until.pop(key, None)
+
+    def __bool__(self) -> bool:
+        self._forget_old()
+        return bool(self._until)
+
+    def _forget_old(self) -> None:
+        now = time.monotonic()
+        while self._until and next(iter(self._until.values())) < now:
+            self._until.popitem(last=False)
+
+
+def stay_for_results() -> None:
+    """Teach vLLM's engine cores; they must run `SteeringScheduler`, or it changes nothing."""
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    if hasattr(EngineCore, TAKE):
+        return
+    setattr(EngineCore, TAKE, _take)
+    EngineCoreProc.has_work = _staying(EngineCoreProc.has_work)
+    EngineCoreProc._reject_utility_in_shutdown = _answering(
+        EngineCoreProc._reject_utility_in_shutdown
+    )
+
+
+def _take(core: Any, key: str, limits: dict[int, int]) -> list[Any]:
+    """Each worker's records of a request, which are then forgotten."""
+    found: list[Any] = core.collective_rpc(TAKE, args=(key, limits))
+    unfetched = _unfetched(core)
+    if unfetched is not None:
+        unfetched.discard(key)
+    return found
+
+
+def _staying(has_work: Any) -> Any:
+    @functools.wraps(has_work)
+    def wrapper(self: Any) -> bool:
+        if has_work(self):
+            return True
+        drains = not self.is_running() and self.vllm_config.shutdown_timeout > 0
+        if not drains or not _unfetched(self):
+            return False
+        time.sleep(PAUSE)
+        return True
+
+    return wrapper
+
+
+def _answering(reject: Any) -> Any:
+    @functools.wraps(reject)
+    def wrapper(self: Any, client_idx: int, call_id: int, method_name: str) -> bool:
+        return method_name != TAKE and bool(reject(self, client_idx, call_id, method_name))
+
+    return wrapper
+
+
+def _unfetched(core: Any) -> Unfetched | None:
+    return getattr(core.scheduler, "unfetched", None)
