@@ -148,12 +148,7 @@ def test_inspect_runs_the_model_and_prints_what_it_measured(tmp_path: Path) -> N
             *("--dtype", "float32", "--max-model-len", "256"),
         ],
         cwd=Path(__file__).parents[2],
-        # In one process, which starts in half the time.
-        env={
-            **servers.environment(),
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        },
+        env={**servers.environment(), "VLLM_LOGGING_LEVEL": "ERROR"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
