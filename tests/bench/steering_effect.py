@@ -3,9 +3,10 @@
 ``python -m tests.bench.steering_effect [out.json] [--parts amplify suppress]``
 
 Amplify. Every labelled feature of the demo SAE is clamped to 1.5 times its maximum activation on
-the prompts `SELECTION`; those that work there, at most so many of a kind as `MOST_OF_A_KIND` says,
-are reported on the prompts `REPORT` at 1, 1.5 and 2 times. An answer is on topic if its label's
-test (``labels.jsonl`` beside the weights, written before) matches as often as that file says.
+the prompts `SELECTION`, and to 2 times if that does too little; those that work there, at most so
+many of a kind as `MOST_OF_A_KIND` says, are reported on the prompts `REPORT` at 1, 1.5 and 2
+times. An answer is on topic if its label's test (``labels.jsonl`` beside the weights, written
+before) matches as often as that file says.
 
 Suppress. For each of `BEHAVIOURS`, features are ranked on the answers to its contrast prompts, and
 the first 1, 4 and 16 are clamped to 0 on the held-out prompts. Ranked by "contrast": mean
@@ -50,6 +51,7 @@ PARTS: Final = ("amplify", "suppress")
 
 AMPLIFIED_TOKENS: Final = 40
 SELECTED_AT: Final = 1.5
+SELECTED_AT_MOST: Final = 2.0
 STRENGTHS: Final = (1.0, 1.5, 2.0)
 #: A feature works if so many answers are on topic, so many of the unsteered ones at most, and the
 #: text neither repeats itself nor costs more than this.
@@ -57,9 +59,9 @@ LEAST_ON_TOPIC: Final = 0.5
 MOST_UNSTEERED: Final = 0.25
 MOST_REPEATED: Final = 0.2
 MOST_COST: Final = 10.0
-MOST_OF_A_KIND: Final = {"topic": 7}
+MOST_OF_A_KIND: Final = {"topic": 9}
 MOST_OF_ANOTHER_KIND: Final = 2
-PICKED: Final = 14
+PICKED: Final = 16
 
 SUPPRESSED_TOKENS: Final = 80
 SET_SIZES: Final = (1, 4, 16)
@@ -160,10 +162,20 @@ def amplify(bench: Bench, labels: Sequence[Label], record: Record) -> list[dict[
             )
         return found
 
-    tried = measure(labels, SELECTION, [SELECTED_AT], "selection")
-    chosen = picked(labels, tried)
-    share = mean(works(figures) for figures in tried)
-    record.settings |= {"tried": len(labels), "share_that_works": share}
+    tried = dict(zip(labels, measure(labels, SELECTION, [SELECTED_AT], "selection"), strict=True))
+    work = mean(works(figures) for figures in tried.values())
+    again = [
+        label
+        for label, figures in tried.items()
+        if not works(figures) and figures["perplexity_ratio"] <= MOST_COST
+    ]
+    tried |= zip(again, measure(again, SELECTION, [SELECTED_AT_MOST], "selection"), strict=True)
+    chosen = picked(labels, list(tried.values()))
+    record.settings |= {
+        "tried": len(labels),
+        f"share_that_works_at_{SELECTED_AT:g}": work,
+        f"share_that_works_at_{SELECTED_AT_MOST:g}_at_most": mean(map(works, tried.values())),
+    }
     reported = measure(chosen, REPORT, STRENGTHS, "report")
     for i, label in enumerate(chosen):
         of_label = reported[i * len(STRENGTHS) : (i + 1) * len(STRENGTHS)]
