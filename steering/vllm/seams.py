@@ -426,7 +426,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
 
 @functools.cache
 def refuse_missing_seams() -> None:
-    """Hold the list against the installed vLLM, once in a process; 0.3 seconds of one core.
+    """Hold the list against the installed vLLM, once in a process: half a second of a core.
 
     Raises:
         UnsupportedEngineError: in one line, with the version and what it lacks.
