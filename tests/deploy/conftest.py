@@ -15,18 +15,19 @@ REPOSITORY = Path(__file__).parents[2]
 DEPLOY = REPOSITORY / "deploy"
 
 
+def find_tool(name: str) -> str:
+    """The path of a program, in this environment or anywhere; the test is skipped without it."""
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    path = shutil.which(name, path=folders)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
 @pytest.fixture(scope="session")
 def tool() -> Callable[[str], str]:
-    """The path of a program, in this environment or anywhere; the test is skipped without it."""
-
-    def find(name: str) -> str:
-        folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        path = shutil.which(name, path=folders)
-        if path is None:
-            pytest.skip(f"{name} is not installed")
-        return path
-
-    return find
+    """`find_tool`."""
+    return find_tool
 
 
 def read_yaml(path: Path) -> Any:

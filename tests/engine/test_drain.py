@@ -102,6 +102,7 @@ def drained(
             tiny_model("llama"),
             {"a": make_tiny_sae(folder / "sae")},
             folder / "server.log",
+            "--no-steering-self-check",  # it has a span of its own
             *(word for flag in flags.items() for word in flag),
         )
     try:
