@@ -3,8 +3,9 @@
     python -m sae.training.evaluate --model FOLDER --work FOLDER --sae FOLDER [--statistics]
 
 prints the figures as JSON and writes ``contexts.txt`` to the work folder: the strongest contexts
-of every feature, for a person to label them from. With ``--statistics`` the maximum activations
-and densities over the training text go to ``features.jsonl`` beside the weights.
+of every feature, for a person to label them from. Losses are taken in ``--loss-windows`` windows,
+since each takes four passes of the whole model. With ``--statistics`` the maximum activations and
+densities over the training text go to ``features.jsonl`` beside the weights.
 
 Every figure is over the tokens that `sae.training.activations` records: not a sequence's first,
 no special tokens, no sinks. In float32 on bfloat16 activations.
@@ -59,7 +60,7 @@ class Losses:
         clean: nothing replaced.
         reconstructed: by what the SAE makes of it.
         zero: by zero.
-        mean: by its mean over the recorded tokens of these texts.
+        mean: by a mean over recorded tokens.
     """
 
     clean: float

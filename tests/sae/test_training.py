@@ -408,7 +408,6 @@ def test_a_perfect_sae_loses_nothing_and_an_ablation_does(
     assert found.mean != pytest.approx(found.clean, abs=1e-2)
 
 
-@pytest.mark.slow
 def test_a_trained_sae_is_exported_loads_here_and_encodes_as_sae_lens_does(
     work: Path, tmp_path: Path
 ) -> None:
