@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from steering.errors import SteeringError
 from steering.spec import (
     DEFAULT_TOP_K,
     MAX_INTERVENTIONS,
@@ -118,16 +119,26 @@ SteeringField = Annotated[Any, WithJsonSchema(STEERING_SCHEMA)]
 class Steerable(BaseModel):
     """A request that can carry a `steering` field to the engine.
 
-    `extra_args` is what goes into the sampling parameters once the request has been admitted.
+    `extra_args` is what goes into the sampling parameters once the request has been admitted;
+    `refusal` is what refused it after that, where vLLM's own route would hide it.
     """
 
     steering: SteeringField = Field(default=None)
 
     _extra_args: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _refusal: SteeringError | None = PrivateAttr(default=None)
 
     @property
     def extra_args(self) -> dict[str, Any]:
         return self._extra_args
+
+    @property
+    def refusal(self) -> SteeringError | None:
+        return self._refusal
+
+    @refusal.setter
+    def refusal(self, error: SteeringError | None) -> None:
+        self._refusal = error
 
 
 class _Sampling(Steerable):

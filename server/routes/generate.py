@@ -116,8 +116,12 @@ def attach(app: FastAPI) -> None:
 
 
 def carry_through_messages(handler: Any) -> None:
-    """Let the handler of /v1/messages take a request's steering into the chat request it builds."""
+    """Let the handler of /v1/messages take a request's steering into the chat request it builds.
+
+    What refuses it there is kept: vLLM's route would make an error of its own of it.
+    """
     handler.to_chat_completion_request = partial(_convert, handler.to_chat_completion_request)
+    handler.create_messages = partial(_keep_refusal, handler.create_messages)
 
 
 def _convert(convert: Callable[..., Any], request: Any, **options: Any) -> Any:
@@ -125,6 +129,17 @@ def _convert(convert: Callable[..., Any], request: Any, **options: Any) -> Any:
     if isinstance(request, Steerable) and request.extra_args:
         return SteerableChatCompletionRequest.adopt(chat_request, request.extra_args)
     return chat_request
+
+
+async def _keep_refusal(
+    create: Callable[..., Awaitable[Any]], request: Any, *args: Any, **options: Any
+) -> Any:
+    try:
+        return await create(request, *args, **options)
+    except Exception as error:
+        if isinstance(request, Steerable):
+            request.refusal = _refusal_in(error)
+        raise
 
 
 async def _serve(
@@ -144,10 +159,19 @@ async def _serve(
 
 
 async def call_vllm(route: VLLMRoute, request: Steerable, raw_request: Request) -> Response | None:
-    """Call a route of vLLM's; a refusal that the engine wrapped comes out as it was raised."""
+    """Call a route of vLLM's; a refusal inside the engine comes out as it was raised."""
     try:
-        return await route(request, raw_request)
+        response = await route(request, raw_request)
     except EngineGenerateError as error:
-        if isinstance(error.__cause__, SteeringError):
-            raise error.__cause__ from None
+        if refusal := _refusal_in(error):
+            raise refusal from None
         raise
+    if request.refusal is not None:
+        raise request.refusal
+    return response
+
+
+def _refusal_in(error: Exception) -> SteeringError | None:
+    """The refusal that an exception is, or that the engine wrapped in it."""
+    cause = error.__cause__ if isinstance(error, EngineGenerateError) else error
+    return cause if isinstance(cause, SteeringError) else None

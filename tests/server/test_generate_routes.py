@@ -315,13 +315,17 @@ def test_what_cannot_carry_steering_is_refused(server: Server, path: str, more: 
     assert server.recorder.requests == []
 
 
-def test_refusal_inside_the_engine_comes_out_the_same_way(server: Server) -> None:
-    server.recorder.error = EngineGenerateError()
-    server.recorder.error.__cause__ = SteeringError("invalid_weights", "not finite", "steering.x")
-    assert _refused(ask(server, "/v1/chat/completions", REPORTED)) == (
-        "invalid_weights",
-        "steering.x",
-    )
+@pytest.mark.parametrize("wrapped", [True, False])
+@routes
+def test_refusal_inside_the_engine_comes_out_the_same_way(
+    server: Server, path: str, wrapped: bool
+) -> None:
+    refusal = SteeringError("invalid_weights", "not finite", "steering.x")
+    server.recorder.error = EngineGenerateError() if wrapped else refusal
+    server.recorder.error.__cause__ = refusal if wrapped else None
+    response = ask(server, path, REPORTED)
+    assert _refused(response) == ("invalid_weights", "steering.x")
+    assert response.json()["error"]["type"] == "invalid_request_error"
     assert results._tickets == {}
 
 
