@@ -297,10 +297,10 @@ def exceptions(log: str) -> dict[str, int]:
     found: Counter[str] = Counter()
     inside = False
     for line in log.splitlines():
-        text = re.sub(r"^\(\w+ pid=\d+\) ?", "", line)
+        text = re.sub(r"^\(\w+ pid=\d+\) ?([A-Z]+ [-0-9]+ [:0-9]+ \[[^]]*\] ?)?", "", line)
         if text.startswith("Traceback (most recent call last)"):
             inside = True
-        elif inside and text and not text.startswith((" ", "INFO", "ERROR")):
+        elif inside and re.match(r"[\w.]+(:|$)", text):
             found[re.sub(r"[0-9]+", "N", text)[:120]] += 1
             inside = False
     return dict(found)
