@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import threading
@@ -36,7 +37,8 @@ class Worker(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         key = self.headers["authorization"]
-        self._answer({"id": "1", "steering": body.get("steering"), "key": key, "path": self.path})
+        answer = {"steering": body.get("steering"), "key": key, "port": self.connection.getsockname()[1]}
+        self._answer({"id": "1", "path": self.path, **answer})
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -51,17 +53,22 @@ class Worker(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Worker) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+def workers() -> Iterator[list[str]]:
+    """The addresses of two servers."""
+    with contextlib.ExitStack() as running:
+        addresses = []
+        for _ in range(2):
+            server = running.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Worker))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            running.callback(server.shutdown)
+            addresses.append(f"http://127.0.0.1:{server.server_port}")
+        yield addresses
 
 
 @pytest.fixture(scope="module")
-def router(worker: str, tool: Callable[[str], str]) -> Iterator[httpx.Client]:
+def router(workers: list[str], tool: Callable[[str], str]) -> Iterator[httpx.Client]:
     port, metrics_port = free_port(), free_port()
-    command = [tool("vllm-router"), "--port", port, "--worker-urls", worker]
+    command = [tool("vllm-router"), "--port", port, "--worker-urls", *workers]
     command += ["--policy", "consistent_hash", "--prometheus-port", metrics_port]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -97,6 +104,20 @@ def test_steering_passes_the_router_unchanged(router: httpx.Client) -> None:
     for path, body in bodies.items():
         seen = router.post(path, json={"model": "tiny", **body, "steering": STEERING}).json()
         assert (seen["path"], seen["steering"]) == (path, STEERING)
+
+
+def test_a_session_keeps_its_replica_however_it_steers(router: httpx.Client) -> None:
+    served = {}
+    for session in range(16):
+        ports = set()
+        for steering in (None, STEERING):
+            messages = [{"role": "user", "content": f"{session} {steering is None}"}]
+            body = {"model": "tiny", "messages": messages, "steering": steering}
+            headers = {"x-session-id": f"session {session}"}
+            answer = router.post("/v1/chat/completions", json=body, headers=headers)
+            ports.add(answer.json()["port"])
+        (served[session],) = ports
+    assert len(set(served.values())) == 2
 
 
 def test_the_clients_key_reaches_completions(router: httpx.Client) -> None:
