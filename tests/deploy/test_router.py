@@ -37,7 +37,11 @@ class Worker(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         key = self.headers["authorization"]
-        answer = {"steering": body.get("steering"), "key": key, "port": self.connection.getsockname()[1]}
+        answer = {
+            "steering": body.get("steering"),
+            "key": key,
+            "port": self.connection.getsockname()[1],
+        }
         self._answer({"id": "1", "path": self.path, **answer})
 
     def log_message(self, format: str, *args: object) -> None:
