@@ -7,15 +7,18 @@ writes: `Literal`, text put down as it is, and `Pairs`, an object whose keys may
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from steering.spec import OPS, UNITS
 
+#: Examples that one seed gives: where hypothesis finds no more, the next seed goes on.
+EXAMPLES: Final = 250
 JSON_HEADERS: Final = {"content-type": "application/json"}
 
 
@@ -440,6 +443,36 @@ def _with_one_change(draw: st.DrawFn, tree: Any) -> Any:
     if isinstance(tree, list):
         return draw(st.sampled_from([[], tree * 65, [tree], {}])) if tree else [draw(wild())]
     return draw(wild())
+
+
+def examples(strategy: st.SearchStrategy[Shot], count: int, first_seed: int) -> Iterator[Shot]:
+    """`count` examples, the same for the same seed; fewer where there are no more."""
+    left = count
+    for number in range(first_seed, first_seed + 10 * (count // EXAMPLES + 1)):
+        drawn = _drawn(strategy, min(EXAMPLES, left), number)
+        yield from drawn
+        left -= len(drawn)
+        if left <= 0:
+            return
+
+
+def _drawn(strategy: st.SearchStrategy[Shot], count: int, number: int) -> list[Shot]:
+    found: list[Shot] = []
+
+    @seed(number)
+    @settings(
+        max_examples=count,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def draw(shot: Shot) -> None:
+        found.append(shot)
+
+    draw()
+    return found[:count]
 
 
 def _quoted(text: str) -> str:

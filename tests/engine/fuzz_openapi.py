@@ -69,10 +69,16 @@ def _shot(case: Any, path: str, sae: str | None, model: str, known_model: bool) 
 
 
 def _limited(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`body` where every number that multiplies the work is small."""
+    """`body` where every number that multiplies the work is small, and none is left to vLLM."""
     return {
-        key: min(value, _LIMITS[key])
-        if key in _LIMITS and isinstance(value, int | float) and not isinstance(value, bool)
-        else value
+        key: _at_most(_LIMITS[key], value) if key in _LIMITS else value
         for key, value in body.items()
     }
+
+
+def _at_most(limit: int, value: object) -> object:
+    if value is None:
+        return limit
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return min(value, limit)
+    return value

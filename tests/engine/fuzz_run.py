@@ -19,23 +19,20 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 from sae.source import SAEReference
 from steering.catalog import Catalog
 from steering.config import SteeringConfig
 from tests.bench.record import Record, arguments
-from tests.engine.fuzz_grammar import Grammar, Shot
+from tests.engine.fuzz_grammar import Grammar, Shot, examples
 from tests.engine.fuzz_openapi import openapi_shots, operations
-from tests.engine.fuzz_verdict import Answer, complaint
+from tests.engine.fuzz_verdict import TIMEOUT, Answer, ask, complaint
 from tests.engine.server import MODEL, LiveServer, start, wait_until_ready
 from tests.models import D_MODEL, NUM_LAYERS, TRAINING_TEXT, make_tiny_model, make_tiny_sae
 
@@ -54,9 +51,6 @@ MAX_MODEL_LEN: Final = 512
 PROMPTS: Final = ("The quick brown fox", TRAINING_TEXT[:520], "What is the capital?\n")
 CLIENTS: Final = 8
 CANARY_EVERY: Final = 10
-#: Examples that one seed gives: where hypothesis finds no more, the next seed goes on.
-EXAMPLES: Final = 250
-TIMEOUT: Final = 60.0
 
 CANARY: Final[dict[str, Any]] = {
     "model": MODEL,
@@ -193,7 +187,7 @@ class Gunner:
     def _send(self, shot: Shot) -> None:
         before = time.monotonic()
         try:
-            answer = ask(self._server, shot)
+            answer = ask(self._server.client, shot)
         except httpx.HTTPError as error:
             self._tally.complain(shot, f"no answer: {type(error).__name__} {error}")
             return
@@ -211,7 +205,7 @@ class Gunner:
         plain = without_steering(shot)
         if plain is None or shot.path.startswith("/v1/saes"):
             return False
-        again = ask(self._server, plain)
+        again = ask(self._server.client, plain)
         return (again.status, again.error.get("message")) == (
             answer.status,
             answer.error.get("message"),
@@ -221,19 +215,6 @@ class Gunner:
         self._tally.canaries += 1
         if why := self._canary.complaint(steered):
             self._tally.complain(None, why)
-
-
-def ask(server: LiveServer, shot: Shot) -> Answer:
-    """Send one request. Raises httpx.HTTPError where no answer comes in time."""
-    return Answer.of(
-        server.client.request(
-            shot.method,
-            shot.path,
-            content=shot.content,
-            headers=dict(shot.headers),
-            timeout=TIMEOUT,
-        )
-    )
 
 
 def without_steering(shot: Shot) -> Shot | None:
@@ -246,36 +227,6 @@ def without_steering(shot: Shot) -> Shot | None:
         return None
     left = {key: value for key, value in body.items() if key != "steering"}
     return replace(shot, content=json.dumps(left).encode())
-
-
-def examples(strategy: st.SearchStrategy[Shot], count: int, first_seed: int) -> Iterator[Shot]:
-    """`count` examples, the same for the same seed; fewer where there are no more."""
-    left = count
-    for number in range(first_seed, first_seed + 10 * (count // EXAMPLES + 1)):
-        drawn = _drawn(strategy, min(EXAMPLES, left), number)
-        yield from drawn
-        left -= len(drawn)
-        if left <= 0:
-            return
-
-
-def _drawn(strategy: st.SearchStrategy[Shot], count: int, number: int) -> list[Shot]:
-    found: list[Shot] = []
-
-    @seed(number)
-    @settings(
-        max_examples=count,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def draw(shot: Shot) -> None:
-        found.append(shot)
-
-    draw()
-    return found[:count]
 
 
 def serve(folder: Path) -> tuple[LiveServer, Catalog]:

@@ -24,6 +24,8 @@ CODES: Final = frozenset(
 )
 ROUTES: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 MAX_MESSAGE: Final = 400
+#: Seconds that any answer may take, on a machine that is busy with eight of them.
+TIMEOUT: Final = 60.0
 #: Parsers give up between the two: how deep depends on the stack below them.
 SURELY_READABLE_DEPTH: Final = 300
 
@@ -62,6 +64,19 @@ class Answer:
         for line in self.text.split("\n"):  # splitlines would part texts at U+2028 and the like
             if line.startswith("data: {"):
                 yield json.loads(line.removeprefix("data: "))
+
+
+def ask(client: httpx.Client, shot: Shot) -> Answer:
+    """Send one request. Raises httpx.HTTPError where no answer comes in time."""
+    return Answer.of(
+        client.request(
+            shot.method,
+            shot.path,
+            content=shot.content,
+            headers=dict(shot.headers),
+            timeout=TIMEOUT,
+        )
+    )
 
 
 def complaint(shot: Shot, answer: Answer, catalog: Catalog) -> str | None:
