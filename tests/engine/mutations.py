@@ -29,6 +29,9 @@ class Mutation:
 
 
 TRAPS = "tests/engine/test_traps.py::"
+COMPILED = (
+    "tests/engine/test_compiled.py::test_a_graph_compiled_without_saes_or_with_others_is_not_reused"
+)
 MUTATIONS = {
     "prefix cache unsalted": Mutation(
         "steering/vllm/admission.py",
@@ -56,12 +59,18 @@ MUTATIONS = {
     ),
     "configuration outside the compile hash": Mutation(
         "steering/config.py",
-        '"additional_config": {CONFIG_KEY: config.to_dict()},',
+        '"additional_config": {CONFIG_KEY: {**config.to_dict(), "hook_points": hook_points}},',
         # Empty to vLLM's hash, as plain vLLM's is, and yet readable.
         '"additional_config": type("Unhashed", (__import__("collections").UserDict,), '
         '{"__bool__": lambda self: False, "compute_hash": lambda self: ""})'
         "({CONFIG_KEY: config.to_dict()}),",
-        "tests/engine/test_compiled.py",
+        COMPILED,
+    ),
+    "hook points outside the compile hash": Mutation(
+        "steering/config.py",
+        '{**config.to_dict(), "hook_points": hook_points}',
+        "config.to_dict()",
+        COMPILED,
     ),
     "rows of the batch in the scheduler's order": Mutation(
         "steering/vllm/runner_v1.py",
