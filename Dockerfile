@@ -23,6 +23,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 
 # The environment of `make install`: torch's CPU build first, the pinned versions, and without the
 # packages that do not go with it. The sources come later: a change in them reinstalls nothing else.
+# Triton, a quarter of it all, has no back end for a CPU.
 FROM build AS environment
 COPY Makefile constraints.txt pyproject.toml README.md LICENSE ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
@@ -31,7 +32,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     /opt/vllm-sae/bin/pip uninstall --yes vllm-sae \
     && /opt/vllm-sae/bin/pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
-    && /opt/vllm-sae/bin/pip uninstall --yes pip
+    && /opt/vllm-sae/bin/pip uninstall --yes triton pip
 
 FROM debian:bookworm-slim AS cpu
 # hadolint ignore=DL3008

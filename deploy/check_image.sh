@@ -5,8 +5,9 @@
 #
 #   deploy/check_image.sh [OPTION OF `buildah bud`]...      e.g. --secret id=pip.conf,src=pip.conf
 #
-#   WORK=DIR   where images and caches go: 25 GB (default: a new folder, removed at the end)
+#   WORK=DIR   where images and caches go (default: a new folder, removed at the end)
 #   SKIP_BUILD=1   check the image that an earlier run left in WORK
+#   STORAGE_DRIVER=vfs   where the kernel has no overlay file system for buildah; takes several times the room
 #   CUDA_STEPS=1   also build `cuda` on a stand-in for vLLM's image: the environment of `cpu`
 #
 # As root, on Debian: apt-get install buildah debootstrap iproute2
@@ -15,27 +16,30 @@ set -euo pipefail
 readonly IMAGE=vllm-sae:cpu
 readonly BASE=docker.io/library/debian:bookworm-slim CUDA_BASE=docker.io/vllm/vllm-openai:v0.32.0
 readonly CACHE=/var/cache/vllm-sae
-readonly READY_SECONDS=900
+readonly READY_SECONDS=900 STOP_SECONDS=120
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 kept=${WORK:+yes}
 work=${WORK:-$(mktemp --directory)}
 mkdir -p "$work"/{storage,run,cache}
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
+export BUILDAH_ISOLATION=chroot
 server=
 
 say() { printf '== %s\n' "$*"; }
 fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
-images() { nice -n 10 buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+images() {
+  nice -n 10 buildah ${STORAGE_DRIVER:+--storage-driver "$STORAGE_DRIVER"} \
+    --root "$work/storage" --runroot "$work/run" "$@"
+}
 has_image() { images inspect --type image "$1" >/dev/null 2>&1; }
 
-# image_field EXPRESSION: of the image's configuration `config`, a Python dictionary.
+# image_field IMAGE EXPRESSION: of the image's configuration `config`, a Python dictionary.
 image_field() {
-  images inspect --type image "$IMAGE" \
+  images inspect --type image "$1" \
     | python3 -c 'import json, sys
 config = json.load(sys.stdin)["Docker"]["config"]
 value = eval(sys.argv[1])
-print("\n".join(value) if isinstance(value, list) else value)' "$1"
+print("\n".join(value) if isinstance(value, list) else value)' "$2"
 }
 
 stop_all() {
@@ -65,13 +69,19 @@ build() {
   images bud --format docker --pull=never --target "$target" --tag "$tag" "$@" "$repository"
 }
 
+# check_configuration IMAGE
 check_configuration() {
-  local user root=$1
-  user=$(image_field 'config["User"]')
+  local user
+  user=$(image_field "$1" 'config["User"]')
   [ "$user" = 10001:10001 ] || fail "user is '$user'"
-  [ "$(image_field 'config["Entrypoint"]')" = vllm-sae ] || fail "entry point is not in exec form"
-  image_field 'config["Healthcheck"]["Test"]' | grep -q /health || fail "no health check"
-  local tool
+  [ "$(image_field "$1" 'config["Entrypoint"]')" = vllm-sae ] || fail "entry point is not in exec form"
+  image_field "$1" 'config["Healthcheck"]["Test"]' | grep -q /health || fail "no health check"
+  say "user $user, health check"
+}
+
+# check_files ROOT
+check_files() {
+  local root=$1 tool folder
   for tool in cc gcc g++ c++ clang make ld as pip pip3; do
     for folder in bin sbin usr/bin usr/local/bin opt/vllm-sae/bin; do
       [ ! -e "$root/$folder/$tool" ] || fail "$folder/$tool is in the image"
@@ -80,14 +90,15 @@ check_configuration() {
   local owned
   owned=$(find "$root" -xdev \( -uid 10001 -o -type d -perm -o=w ! -perm -1000 \) ! -path "$root$CACHE")
   [ -z "$owned" ] || fail "the server's user could change: $owned"
-  say "user $user, health check, no build tools; size $(du -sxm "$root" | cut -f1) MiB"
+  say "no build tools, nothing that the server could change; $(du -sxm "$root" | cut -f1) MiB"
 }
 
 # in_namespaces ROOT COMMAND...: the command as process 1, its root read-only but for /tmp and CACHE.
 in_namespaces() {
   local root=$1
   shift
-  mapfile -t variables < <(image_field 'config["Env"]')
+  mapfile -t variables < <(image_field "$IMAGE" 'config["Env"]')
+  # shellcheck disable=SC2016  # expanded inside
   exec unshare --mount --pid --net --fork --kill-child=KILL -- bash -euc '
     root=$1 cache=$2; shift 2
     ip link set lo up
@@ -101,7 +112,7 @@ in_namespaces() {
     exec env --ignore-environment "$@"' \
     namespaces "$root" "$work/cache" \
     "${variables[@]}" VLLM_API_KEY=a-key-for-the-check VLLM_CPU_KVCACHE_SPACE=1 \
-    chroot --userspec=10001:10001 "$root" \
+    "$(command -v chroot)" --userspec=10001:10001 "$root" \
     /bin/sh -c 'cd /var/cache/vllm-sae && exec "$@"' sh "$@"
 }
 
@@ -126,8 +137,8 @@ check_server() {
     --enforce-eager --dtype float32 --max-model-len 1024 --max-num-seqs 8 --shutdown-timeout 60 \
     >"$work/server.log" 2>&1 &
   server=$!
-  mapfile -t variables < <(image_field 'config["Env"]')
-  mapfile -t probe < <(image_field 'config["Healthcheck"]["Test"][1:]')
+  mapfile -t variables < <(image_field "$IMAGE" 'config["Env"]')
+  mapfile -t probe < <(image_field "$IMAGE" 'config["Healthcheck"]["Test"][1:]')
   local pid started=$SECONDS
   until pid=$(pgrep --parent "$server") && beside "$pid" "${probe[@]}" 2>/dev/null; do
     kill -0 "$server" 2>/dev/null || { tail -n 20 "$work/server.log" >&2; fail "the server ended"; }
@@ -139,23 +150,44 @@ check_server() {
   ! beside "$pid" sh -c 'echo > /root-is-writable' 2>/dev/null || fail "the root is writable"
 
   beside "$pid" python3 - <"$repository/deploy/check_requests.py" || fail "requests"
-  local code=0
+  local code=0 stopping=$SECONDS
+  while kill -0 "$server" 2>/dev/null; do
+    [ $((SECONDS - stopping)) -lt "$STOP_SECONDS" ] || fail "the server goes on, see $work/server.log"
+    sleep 1
+  done
   wait "$server" || code=$?
   server=
   [ "$code" -eq 0 ] || fail "the server's exit code after SIGTERM is $code, see $work/server.log"
   say "drained, exit code 0"
 }
 
+# check_cuda_steps [OPTION]...: the stage `cuda` on the CPU's environment, which stands in for an image
+# that has vLLM in its python3, a pip, and another user.
+check_cuda_steps() {
+  build environment vllm-sae:environment --layers "$@"
+  local container root path=/opt/vllm-sae/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+  container=$(images from --pull=never vllm-sae:environment)
+  images run "$container" -- /opt/vllm-sae/bin/python3 -m ensurepip >/dev/null
+  images run "$container" -- /opt/vllm-sae/bin/python3 -m pip uninstall --quiet --yes vllm-sae
+  images config --env PATH="$path" --user 65534:65534 "$container"
+  images commit --quiet --format docker --rm "$container" "$CUDA_BASE" >/dev/null
+  # Not from kept layers: buildah 1.28 does not mount those of another stage.
+  build cuda vllm-sae:cuda "$@"
+  check_configuration vllm-sae:cuda
+  root=$(images mount "$(images from --pull=never vllm-sae:cuda)")
+  chroot --userspec=10001:10001 "$root" /usr/bin/env PATH="$path" HOME=/tmp vllm-sae --help \
+    | grep --quiet serve || fail "vllm-sae does not start in cuda"
+  say "cuda: vllm-sae starts on the stand-in"
+}
+
 if [ -z "${SKIP_BUILD:-}" ]; then
   make_base
-  build cpu "$IMAGE" "$@"
+  build cpu "$IMAGE" ${CUDA_STEPS:+--layers} "$@"
 fi
 has_image "$IMAGE" || fail "no $IMAGE in $work"
 rootfs=$(images mount "$(images from --pull=never "$IMAGE")")
-check_configuration "$rootfs"
+check_configuration "$IMAGE"
+check_files "$rootfs"
 check_server "$rootfs"
-if [ -n "${CUDA_STEPS:-}" ]; then
-  build environment "$CUDA_BASE" "$@"
-  build cuda vllm-sae:cuda "$@"
-fi
+[ -z "${CUDA_STEPS:-}" ] || check_cuda_steps "$@"
 say "passed"

@@ -65,16 +65,19 @@ def drain(client: OpenAI) -> None:
         stream_options={"include_usage": True},
         extra_body={"ignore_eos": True, "steering": STEERING},
     )
-    finish_reason = usage = None
+    finish_reason = usage = report = None
     for i, chunk in enumerate(stream):
         if i == 2:
             os.kill(1, signal.SIGTERM)
         if chunk.choices:
             finish_reason = chunk.choices[0].finish_reason or finish_reason
         usage = chunk.usage or usage
+        report = (chunk.model_extra or {}).get("steering") or report
     if finish_reason != "length" or usage is None or usage.completion_tokens != STREAMED_TOKENS:
         raise SystemExit(f"cut off by SIGTERM: {finish_reason}, {usage}")
-    print(f"SIGTERM after 2 chunks: all {STREAMED_TOKENS} tokens arrived")
+    if report is None:
+        raise SystemExit("no report after SIGTERM")
+    print(f"SIGTERM after 2 chunks: all {STREAMED_TOKENS} tokens arrived, and the report")
 
 
 main()
