@@ -91,7 +91,7 @@ def test_key_is_in_no_log(start: StartServer, caplog: pytest.LogCaptureFixture) 
     started = logging.getLogger("vllm.entrypoints.serve.utils.api_utils")
     started.addHandler(caplog.handler)
     try:
-        with caplog.at_level(logging.DEBUG):
+        with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, logger="vllm"):
             log_non_default_args(serve_args("--api-key", "sesame"))
             server = start("--api-key", "sesame")
             for key in ("sesame", "sesame2"):
