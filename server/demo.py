@@ -42,6 +42,9 @@ REPETITION_PENALTY: Final = 1.15
 #: orcs); two more fire on the words "magical creature". Clamping the first alone changes little.
 _FANTASY: Final = 822
 _CLOSE_TO_FANTASY: Final = (45, 3187)
+#: Kings, thrones, reigns: of the labelled features one of those that steer best, as measured by
+#: tests/bench/steering_effect.py.
+_ROYALTY: Final = 1757
 
 WAYS: Final[dict[str, list[dict[str, Any]]]] = {
     "as it is": [],
@@ -49,9 +52,9 @@ WAYS: Final[dict[str, list[dict[str, Any]]]] = {
         {"feature": feature, "op": "clamp", "value": 0}
         for feature in (_FANTASY, *_CLOSE_TO_FANTASY)
     ],
-    "fantasy amplified": [{"feature": _FANTASY, "op": "clamp", "value": 1.5, "unit": "max_act"}],
+    "royalty amplified": [{"feature": _ROYALTY, "op": "clamp", "value": 1.5, "unit": "max_act"}],
 }
-AMPLIFIED: Final = "fantasy amplified"
+AMPLIFIED: Final = "royalty amplified"
 
 
 class DemoError(RuntimeError):
