@@ -130,7 +130,8 @@ class Catalog:
             self.sae(name).refuse_changed()
 
     def _refuse_changed(self, spec: SteeringSpec) -> None:
-        for name in spec.saes:
+        read = () if spec.read is None else (spec.read.sae,)
+        for name in {*spec.saes, *read}:
             self.refuse_changed(name, "steering")
 
     def _sha256(self, name: str) -> str:

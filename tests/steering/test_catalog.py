@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ from steering.config import SteeringConfig
 from steering.errors import SteeringError
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
-FIELD = {"interventions": [{"sae": "a", "feature": 3, "op": "ablate"}]}
-OTHER = {"read": {"sae": "b"}}
+EDIT = {"interventions": [{"sae": "a", "feature": 3, "op": "ablate"}]}
+READ = {"read": {"sae": "a"}}
+OTHER = {"interventions": [{"sae": "b", "feature": 3, "op": "ablate"}], "read": {"sae": "b"}}
 
 
 @pytest.fixture
@@ -27,10 +29,11 @@ def catalog(tmp_path: Path) -> Catalog:
     return Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS))
 
 
+@pytest.mark.parametrize("field", [EDIT, READ, {**OTHER, **READ}])
 async def test_request_for_an_sae_whose_file_changed_is_refused(
-    catalog: Catalog, tmp_path: Path
+    catalog: Catalog, tmp_path: Path, field: dict[str, Any]
 ) -> None:
-    spec, other = catalog.parse(FIELD), catalog.parse(OTHER)
+    spec, other = catalog.parse(field), catalog.parse(OTHER)
     catalog.prepare_now(spec)
     os.truncate(tmp_path / "a" / "sae_weights.safetensors", 4096)
     with pytest.raises(SteeringError, match="SAE 'a' changed on disk") as refused:
@@ -46,6 +49,6 @@ async def test_sae_whose_file_was_deleted_is_served_as_it_was(
     catalog: Catalog, tmp_path: Path
 ) -> None:
     (tmp_path / "a" / "sae_weights.safetensors").unlink()
-    spec = catalog.parse(FIELD)
+    spec = catalog.parse(EDIT)
     await catalog.prepare(spec)
     assert len(catalog.prepare_now(spec)["a"]) == 64
