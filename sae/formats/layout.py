@@ -16,6 +16,8 @@ from sae.source import SAEReference
 from sae.tensors import FLOAT_DTYPES, TensorFile
 
 MAX_CONFIG_BYTES = 16 * 2**20
+#: Of rows or columns; what is larger is no shape of a tensor.
+MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ class Config:
         return value
 
     def count(self, key: str) -> int:
-        """A positive integer."""
+        """A positive integer that a shape can have."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SAEError(f"{self.path}: {key} must be a positive integer, got {value!r:.60}")
+        if value > MAX_COUNT:
+            raise SAEError(f"{self.path}: {key} must be at most {MAX_COUNT}, got {value!r:.60}")
         return value
 
     def number(self, key: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import subprocess
 import tarfile
 import zipfile
@@ -73,6 +74,7 @@ def test_a_package_that_cannot_be_had_is_left_out_and_the_others_stay(
     there = Package("pip", "there", "1", "text", "MIT")
     (tmp_path / "there").mkdir()
     missing = Package("pip", "no-such-package-of-texts", "1", "text", "MIT")
+    caplog.set_level(logging.WARNING)  # whatever a library has set
     assert packages.fetch((missing, there), tmp_path) == [there]
     assert "no-such-package-of-texts is left out" in caplog.text
     assert not (tmp_path / missing.folder).exists()
@@ -177,6 +179,7 @@ def test_each_kind_gets_its_share_and_the_sources_of_a_kind_take_turns() -> None
 
 
 def test_a_kind_with_too_little_text_gives_all_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)  # whatever a library has set
     drawn = corpus.mixed([document("x" * 10)], 400, len, seed=0, shares={"english": 1.0})
     assert len(drawn) == 1
     assert "390 of 400 tokens missing" in caplog.text
