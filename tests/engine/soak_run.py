@@ -104,21 +104,22 @@ async def soak(server: LiveServer, cases: list[Case], minutes: float) -> tuple[T
     """Traffic in rounds, and a look at the idle server after each."""
     tally, rng, looks = Tally(), random.Random(0), list[Look]()
     started = time.monotonic()
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(
-        base_url=server.base_url, timeout=traffic.ANSWER_TIMEOUT, limits=limits
-    ) as client:
-        while (now := time.monotonic()) < started + 60 * minutes and server.process.poll() is None:
-            until = min(now + ROUND_SECONDS, started + 60 * minutes)
+    while (now := time.monotonic()) < started + 60 * minutes and server.process.poll() is None:
+        until = min(now + ROUND_SECONDS, started + 60 * minutes)
+        limits = httpx.Limits(max_connections=None)
+        # A client for each round: its connections are closed before the server is looked at.
+        async with httpx.AsyncClient(
+            base_url=server.base_url, timeout=traffic.ANSWER_TIMEOUT, limits=limits
+        ) as client:
             await asyncio.gather(
                 *(_ask(client, cases, tally, rng, until) for _ in range(BYSTANDERS_AT_ONCE)),
                 *(_leave(server, cases, tally, rng, until) for _ in range(LEAVERS_AT_ONCE)),
                 _misuse(client, tally, rng, until),
                 _look_up(client, tally, rng, until),
             )
-            usage = await asyncio.to_thread(traffic.wait_until_idle, server)
-            looks.append(_look(server, (time.monotonic() - started) / 60, usage))
-            _print(looks[-1], tally)
+        usage = await asyncio.to_thread(traffic.wait_until_idle, server)
+        looks.append(_look(server, (time.monotonic() - started) / 60, usage))
+        _print(looks[-1], tally)
     return tally, looks
 
 
