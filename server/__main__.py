@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(argv: Sequence[str]) -> int:
+    from server.engine_death import EngineDiedError
     from server.serve import RefusedStartError, serve
 
     try:
@@ -42,6 +43,9 @@ def _serve(argv: Sequence[str]) -> int:
     except RefusedStartError as error:
         print(f"vllm-sae: error: {error}", file=sys.stderr, flush=True)
         return REFUSED
+    except EngineDiedError as error:
+        print(f"vllm-sae: error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

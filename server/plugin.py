@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from server import errors, self_check
+from server import engine_death, errors, self_check
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries, start_series
 from server.middleware import ForeignSteering, MetricsRefresh
@@ -50,6 +50,7 @@ class SteeringEndpointPlugin:
         """vLLM's second hook, once the engine runs. `engine_client` is None for a renderer."""
         if engine_client is None:
             return
+        engine_death.watch(engine_client)
         catalog = catalog_for(engine_client.vllm_config)
         for name in catalog.names:
             await asyncio.to_thread(catalog.features(name).load)

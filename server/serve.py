@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from sae.errors import SAEError
+from server import engine_death
 from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
+from server.engine_death import EngineDiedError
 from server.saes_at_start import (
     CheckedSAE,
     check,
@@ -52,6 +54,7 @@ def serve(argv: Sequence[str]) -> None:
 
     Raises:
         RefusedStartError: for what this project refuses; vLLM's own refusals are its own.
+        EngineDiedError: after the engine has ended by itself.
     """
     try:
         refuse_missing_seams()
@@ -210,6 +213,8 @@ def _run(args: Namespace) -> None:
     importlib.import_module("server.plugin")
     with worker_refusals():
         ServeSubcommand.cmd(args)
+    if engine_death.seen():
+        raise EngineDiedError("the engine ended by itself, which is why the server ended")
 
 
 @contextmanager

@@ -384,7 +384,18 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.engine.llm_engine", "LLMEngine", fields=("engine_core",)),
         Seam("v1.engine.core_client", "EngineCoreClient.shutdown", parameters=("timeout",)),
     ),
+    "server/engine_death.py": (
+        Seam("v1.engine.async_llm", "AsyncLLM", fields=("errored", "shutdown")),
+        Seam(
+            "entrypoints.launchers.launcher",
+            "serve_http",
+            mentions=("add_signal_handler", "shutdown"),
+        ),
+    ),
     "server/self_check.py": (
+        Seam("v1.engine.async_llm", "AsyncLLM", fields=("output_processor",)),
+        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("priority",)),
+        Seam("v1.engine.output_processor", "OutputProcessor.has_unfinished_requests"),
         Seam("", "SamplingParams"),
         Seam(
             "sampling_params",

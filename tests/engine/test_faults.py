@@ -150,7 +150,7 @@ def test_server_whose_worker_is_killed_ends_and_gives_no_wrong_answer(running: R
     answers = asyncio.run(answers_while_it_dies())
     assert not wrong_successes(cases * 8, answers)
     assert any(answer.status != httpx.codes.OK for answer in answers), "killed too late"
-    server.process.wait(END_TIMEOUT)
+    assert server.process.wait(END_TIMEOUT) == 1
     assert "EngineDeadError" in server.log.read_text()
     with pytest.raises(httpx.TransportError):
         server.client.get("/health")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from server import engine_death
 from server import serve as serving
 from server.__main__ import main
 from server.allow_list import PLUGIN_NAME
@@ -334,3 +336,37 @@ def test_unknown_command_is_explained() -> None:
     done = run("explode")
     assert done.returncode == 2
     assert "inspect-sae" in done.stderr
+
+
+class Engine:
+    """Alive until it is stopped or dies."""
+
+    def __init__(self) -> None:
+        self.errored = False
+        self.stops = 0
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.errored = True
+        self.stops += 1
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_only_an_engine_that_ends_by_itself_makes_the_server_fail(
+    died: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    engine = Engine()
+
+    def run(args: Namespace) -> None:
+        engine_death.watch(engine)
+        engine.errored = died
+        engine.shutdown(timeout=1)
+        engine.shutdown()  # when the server cleans up
+
+    monkeypatch.setattr(engine_death, "_seen", threading.Event())
+    monkeypatch.setattr(ServeSubcommand, "cmd", run)
+    monkeypatch.setattr(serving, "serve", lambda argv: serving._run(Namespace()))
+    assert main(["serve", "m"]) == died
+    assert ("ended by itself" in capsys.readouterr().err) == died
+    assert engine.stops == 2
