@@ -159,6 +159,10 @@ class FakeEngine:
         self.renderer = SimpleNamespace(tokenizer=None)
         self.engine_core = self
         self.stats: list[dict[str, float]] = []
+        self.errored = False
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Nothing runs."""
 
     async def call_utility_all_async(self, *call: Any) -> list[list[dict[str, float]]]:
         assert call[1] == "steering_take_stats"
