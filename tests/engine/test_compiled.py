@@ -19,6 +19,7 @@ def test_a_graph_compiled_without_saes_or_with_others_is_not_reused(
     attribute 'finalize_loading'), so the folders in which it looks for them are compared too.
     """
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")  # the benchmarks' engines turn it off
     prompts = [tokens(600 + i, 12 + 5 * i) for i in range(4)]
     fields = [None, STRONG, OTHER, GENERATION_ONLY]
     eager = make_engine().generate(prompts, fields)
@@ -62,6 +63,7 @@ def test_unsteered_requests_of_a_compiled_bfloat16_model_keep_every_bit(
     make_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")  # the benchmarks' engines turn it off
     prompts = [tokens(700 + i, 12 + 5 * i) for i in range(4)]
     plain = make_engine(saes=(), enforce_eager=False, dtype="bfloat16")
     clean = logprobs(plain.generate(prompts, [None] * 4))
