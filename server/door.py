@@ -10,11 +10,9 @@ from server.protocol import Steerable
 from steering.catalog import Catalog
 from steering.errors import SteeringError
 from steering.spec import SteeringSpec
-from steering.vllm.admission import FIELD, INSPECT, PLAN, TICKET
+from steering.vllm.admission import FIELD, INSPECT, RESERVED
 
 UNSUPPORTED: Final = "unsupported_combination"
-#: Keys of `SamplingParams.extra_args` that only this server may fill.
-RESERVED: Final = frozenset({FIELD, TICKET, INSPECT, PLAN})
 
 
 def refuse_smuggled(extra_args: object, param: str) -> None:

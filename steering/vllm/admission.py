@@ -26,7 +26,8 @@ INSPECT: Final = "steering_inspect"
 #: Key under which the workers and the scheduler find the plan.
 PLAN: Final = "steering_plan"
 
-_OURS: Final = frozenset({FIELD, TICKET, INSPECT, PLAN, SPAN})
+#: Keys that no client may fill; offline, `FIELD` is the caller's.
+RESERVED: Final = frozenset({FIELD, TICKET, INSPECT, PLAN, SPAN})
 
 
 @functools.lru_cache(maxsize=8)
@@ -50,9 +51,9 @@ def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
     """
     params = request.sampling_params
     extra = params.extra_args if params is not None else None
-    if not extra or not _OURS & extra.keys():
+    if not extra or not RESERVED & extra.keys():
         return
-    rest = {k: v for k, v in extra.items() if k not in _OURS}
+    rest = {k: v for k, v in extra.items() if k not in RESERVED}
     params.extra_args = rest or None
     if extra.get(FIELD) is None:
         return
