@@ -36,7 +36,7 @@ class KernelPath:
     """The kernel and its buffers at fixed addresses, of one hook point.
 
     Attributes:
-        launch: ``triton_kernel.steer_tokens``.
+        launch: ``steer_tokens`` of ``triton_kernel`` or ``cpu_kernel``.
         report_f: ``[max_num_tokens, MAX_INTERVENTIONS]`` float32, activations before the edit.
         reports: ``[num_slots]`` int32, whether a slot's activations are wanted.
         touched: ``[2]`` int64, tokens edited and tokens kept off by a sink, since the last look.
@@ -122,8 +122,8 @@ class HookRuntime:
     def apply(self, hidden_states: Tensor, residual: Tensor | None, step: Step) -> None:
         """Edit the batch in place.
 
-        The kernel serves every pass in which each edit needs its own row only; a pass with a full
-        encode runs in torch, outside CUDA graphs.
+        The kernel, where there is one, serves every pass in which each edit needs its own row only;
+        a pass with a full encode runs in torch, outside CUDA graphs.
 
         Args:
             hidden_states: ``[num_tokens, d_in]`` model dtype; rows of uncovered tokens stay as

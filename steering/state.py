@@ -6,7 +6,7 @@ The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ class SteeringState:
         vocab_size: size of the token table.
         record: whether this worker keeps records (one of each tensor-parallel group does).
         device: where the model runs.
-        use_kernel: edit in the Triton kernel wherever rows alone are enough.
+        kernel: ``steer_tokens`` of `steering.ops`, for passes in which rows alone are enough; None
+            where no kernel runs.
         graphs: CUDA graphs hold the op, so it is launched in idle passes too.
     """
 
@@ -64,11 +65,11 @@ class SteeringState:
         vocab_size: int,
         record: bool,
         device: torch.device,
-        use_kernel: bool,
+        kernel: Callable[..., None] | None,
         graphs: bool,
     ) -> None:
         self.step = step
-        self._always_launch = use_kernel and graphs
+        self._always_launch = kernel is not None and graphs
         self.slots = SlotAllocator(num_slots)
         self.rows = RowPool(saes, max_rows, d_in, device)
         self.records = RecordStore()
@@ -89,13 +90,25 @@ class SteeringState:
                 is_special=is_special,
                 prompt_len=self.prompt_len,
                 counters=self.counters,
-                kernel=self._kernel_path(num_slots, device) if use_kernel else None,
+                kernel=None if kernel is None else self._kernel_path(kernel, num_slots, device),
             )
             for point in owned
         }
         self._owned_saes = {i for hook in self.hooks.values() for i in hook.saes}
         self._running: dict[str, RunningRequest] = {}
         self._self_checks = 0  # those of the running that are
+
+    def compile_kernel(self, dtype: torch.dtype, d_in: int) -> None:
+        """Have the kernel compiled before the first steered request, on a token without a slot.
+
+        Args:
+            dtype: of the model.
+            d_in: hidden size.
+        """
+        for hook in self.hooks.values():
+            if hook.kernel is not None:
+                hidden_states = torch.zeros(1, d_in, dtype=dtype, device=self.prompt_len.device)
+                hook.apply(hidden_states, hidden_states.clone(), self.step)
 
     def add_request(self, req_id: str, plan: SteeringPlan, child: int = 0) -> None:
         """A steered request enters the batch: take a slot, make its rows resident, fill tables."""
@@ -209,12 +222,12 @@ class SteeringState:
         counters.op_seconds = 0.0
         return stats
 
-    def _kernel_path(self, num_slots: int, device: torch.device) -> KernelPath:
-        from steering.ops.triton_kernel import steer_tokens
-
+    def _kernel_path(
+        self, kernel: Callable[..., None], num_slots: int, device: torch.device
+    ) -> KernelPath:
         report_f = torch.zeros(self.step.token_slot.shape[0], MAX_INTERVENTIONS, device=device)
         reports = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        return KernelPath(steer_tokens, report_f, reports, self._touched)
+        return KernelPath(kernel, report_f, reports, self._touched)
 
     def _latents(self, plan: SteeringPlan) -> list[tuple[int, int]]:
         """The rows that this worker needs of a plan."""

@@ -1,1 +1,1 @@
-"""The edit itself: a float32 reference, a batched torch version, and a Triton kernel."""
+"""The edit itself: a float32 reference, kernels for CUDA and CPU, and a batched torch version."""

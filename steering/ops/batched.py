@@ -1,4 +1,4 @@
-"""The edit over a whole batch in torch: the CPU's path, and CUDA's wherever a full encode is due.
+"""The edit over a whole batch in torch: wherever a full encode is due or no kernel runs.
 
 A batch mostly stays the same from pass to pass, so its edits are compiled once (`compile_edits`)
 into tensors that fit its tokens, and a pass is some twenty calls on them: which edits cover which

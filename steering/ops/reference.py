@@ -1,4 +1,4 @@
-"""The edit of one token, spelled out: what the batched and the Triton version must agree with."""
+"""The edit of one token, spelled out: what every other version must agree with."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ class SteeringWorker(PlatformWorker):
             vocab_size=self.vllm_config.model_config.get_vocab_size(),
             record=self._keeps_records,
             device=runner.device,
-            use_kernel=_kernel_runs_on(runner.device),
+            kernel=_kernel(runner.device, self.vllm_config.model_config.dtype),
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
         )
@@ -95,6 +96,7 @@ class SteeringWorker(PlatformWorker):
             hook_points.install(
                 model, point, config.num_layers, self.parallel_config.tensor_parallel_size
             )
+        state.compile_kernel(self.vllm_config.model_config.dtype, config.d_model)
         registered.make_current(state)
         adapter.attach(runner, state)
         return state
@@ -107,6 +109,12 @@ def _leave_word(error: Exception) -> None:
         Path(file).write_text(str(error), encoding="utf-8")
 
 
-def _kernel_runs_on(device: torch.device) -> bool:
-    """Triton kernels run on CUDA, and on a CPU under Triton's interpreter."""
-    return device.type == "cuda" or (HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1")
+def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
+    """Triton's kernel on CUDA and in Triton's interpreter, else the CPU's where it has one."""
+    if device.type == "cuda" or (HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"):
+        from steering.ops import triton_kernel
+
+        return triton_kernel.steer_tokens
+    from steering.ops import cpu_kernel
+
+    return cpu_kernel.steer_tokens if cpu_kernel.edits(dtype) else None

@@ -58,7 +58,7 @@ def worker_state(reference: SAEReference) -> SteeringState:
         vocab_size=VOCAB_SIZE,
         record=True,
         device=torch.device("cpu"),
-        use_kernel=False,
+        kernel=None,
         graphs=False,
     )  # fmt: skip
 

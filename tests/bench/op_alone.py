@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from steering.batch_parts import SlotWork
-from steering.hook import Counters, HookRuntime
+from steering.hook import Counters, HookRuntime, KernelPath
+from steering.ops import cpu_kernel
 from steering.plan import COVERS_GENERATION, COVERS_PROMPT, OP_CLAMP, PlannedEdit, SteeringPlan
 from steering.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, P_THRESHOLD, RowPool
 from steering.slots import EditTable
-from steering.spec import POSITION_LIMIT
+from steering.spec import MAX_INTERVENTIONS, POSITION_LIMIT
 from steering.step import Step
 from tests.bench.record import Plot, Record, arguments, spread
 
@@ -56,7 +57,14 @@ class Case:
         table = EditTable(requests + 1, "cpu")
         is_special = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
         prompt_len = torch.full((requests,), 100, dtype=torch.int32)
-        self.hook = HookRuntime({}, rows, table, is_special, prompt_len, Counters())
+        self.touched = torch.zeros(2, dtype=torch.int64)
+        kernel = KernelPath(
+            cpu_kernel.steer_tokens,
+            torch.zeros(tokens, MAX_INTERVENTIONS),
+            torch.zeros(requests, dtype=torch.int32),
+            self.touched,
+        )
+        self.hook = HookRuntime({}, rows, table, is_special, prompt_len, Counters(), kernel)
         for slot in range(requests):
             first = slot % configurations * edits
             planned = [
@@ -136,7 +144,7 @@ def main() -> None:
                     case = Case(n, edits, k, d_in)
                     warm, cold = times(case, None), times(case, evict)
                     passes = 2 + len(warm) + len(cold)
-                    assert case.hook.counters.edited_tokens == n * passes, "not every token edited"
+                    assert int(case.touched[0]) == n * passes, "not every token edited"
                     record.add(
                         tokens=n,
                         edits=edits,

@@ -79,9 +79,9 @@ MUTATIONS = {
         TRAPS + "test_requests_keep_their_own_edits_while_the_batch_is_reordered_by_churn",
     ),
     "phase by the number of scheduled tokens": Mutation(
-        "steering/ops/batched.py",
-        "prompt_len[slots].long()[:, None]\n    )",
-        "torch.from_numpy(2**30 * (np.bincount(slot_np)[slots_np] > 1))[:, None]\n    )",
+        "steering/ops/cpu_kernel.py",
+        "COVERS_PROMPT if position < prompt_len[slot] else",
+        "COVERS_PROMPT if token and token_slot[token - 1] == slot else",
         TRAPS + "test_phase_follows_positions_whatever_the_chunks_of_the_prefill[7]",
     ),
     "resumed requests forgotten": Mutation(
@@ -109,15 +109,15 @@ MUTATIONS = {
         TRAPS + "test_an_aborted_request_frees_its_slot_and_rows_and_leaves_neighbours_alone",
     ),
     "the first token is steered": Mutation(
-        "steering/ops/batched.py",
-        "special=is_special.index_select(0, input_ids[token]) | (position == 0),",
-        "special=is_special.index_select(0, input_ids[token]),",
+        "steering/ops/cpu_kernel.py",
+        "if position == 0 or is_special[input_ids[token]]:",
+        "if is_special[input_ids[token]]:",
         TRAPS + "test_the_first_token_is_left_alone_unless_special_tokens_are_asked_for",
     ),
     "sinks are steered": Mutation(
-        "steering/ops/batched.py",
-        "covered=covered & ~sink,",
-        "covered=covered,",
+        "steering/ops/cpu_kernel.py",
+        "if norm > param[P_SINK] and",
+        "if norm < _ZERO and",
         TRAPS + "test_sinks_are_neither_edited_nor_read_and_are_counted",
     ),
     "more rows let in than fit": Mutation(
@@ -127,9 +127,9 @@ MUTATIONS = {
         TRAPS + "test_requests_whose_rows_do_not_fit_wait_and_all_are_steered",
     ),
     "the whole stream is written back": Mutation(
-        "steering/ops/batched.py",
-        "    hidden_states[token] = (hidden",
-        "    hidden_states += 1e-6\n    hidden_states[token] = (hidden",
+        "steering/ops/cpu_kernel.py",
+        "count[slot] == 0:\n",
+        "count[slot] == 0:\n                hidden[token * hidden_stride] += np.float32(1e-6)\n",
         TRAPS + "test_unsteered_requests_are_exactly_those_of_plain_vllm_in_the_same_batch",
     ),
 }

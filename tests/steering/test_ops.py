@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steering.batch_parts import SlotWork
 from steering.hook import Counters, HookRuntime
-from steering.ops import reference
+from steering.ops import cpu_kernel, reference
 from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
 from steering.plan import (
     COVERS_GENERATION,
@@ -141,15 +141,21 @@ class Rows(RequestRecord):
         self._report_f[token[:, None], torch.tensor(columns)] = values
 
 
-def by_kernel(batch: Batch) -> Edited:
+def by_cpu_kernel(batch: Batch) -> Edited:
+    if not cpu_kernel.edits(batch.hidden_states.dtype):
+        pytest.skip("the CPU kernel edits float32 and bfloat16 streams")
+    return run(cpu_kernel.steer_tokens, batch)
+
+
+def by_triton_kernel(batch: Batch) -> Edited:
     from steering.ops import triton_kernel
 
     return run(triton_kernel.steer_tokens, batch)
 
 
-FAST: dict[str, Version] = {"batched": by_hook}
+FAST: dict[str, Version] = {"batched": by_hook, "cpu": by_cpu_kernel}
 if os.environ.get("TRITON_INTERPRET") == "1":
-    FAST = {"triton": by_kernel}
+    FAST = {"triton": by_triton_kernel}
 
 versions = pytest.mark.parametrize(
     "version", [pytest.param(v, id=k) for k, v in ({"reference": by_reference} | FAST).items()]
