@@ -64,7 +64,7 @@ def refusal(path: str, error: SteeringError) -> Response:
         "param": error.param,
         "code": error.code,
     }
-    if path.rstrip("/").endswith("/v1/messages"):
+    if "/v1/messages" in path:
         return TolerantJSONResponse({"type": "error", "error": details}, status)
     return TolerantJSONResponse({"error": details}, status)
 

@@ -71,6 +71,12 @@ ROWS_CAPACITY: Final = Gauge(
     "steering_rows_capacity", "Rows that fit on the device.", multiprocess_mode="mostrecent"
 )
 
+RESULTS_HELD: Final = Gauge(
+    "steering_results_held",
+    "Reports and reads that the workers hold, of running requests or until they are fetched.",
+    multiprocess_mode="mostrecent",
+)
+
 
 class WorkerStats(Protocol):
     """What the workers report: gauges as they are, counters since anyone last asked."""
@@ -79,6 +85,7 @@ class WorkerStats(Protocol):
     slots_capacity: int
     rows_in_use: int
     rows_capacity: int
+    results_held: int
     edited_tokens: int
     skipped_tokens: int
     op_seconds: float
@@ -136,3 +143,4 @@ class WorkerSeries:
         SLOTS_CAPACITY.set(stats.slots_capacity)
         ROWS_IN_USE.set(stats.rows_in_use)
         ROWS_CAPACITY.set(stats.rows_capacity)
+        RESULTS_HELD.set(stats.results_held)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,25 @@ def check(flag: str) -> CheckedSAE:
 
 def check_reference(reference: SAEReference, scan_limit: int | None) -> CheckedSAE:
     """Open an SAE and read its labels; scan its weights if they are not larger than the limit."""
-    resolved = resolve(reference)
-    sae = open_sae(resolved)
-    assert resolved.path is not None
-    FeatureTable.open(resolved.path, sae.card.d_sae).load()
-    if scan_limit is None or sae.weight_bytes <= scan_limit:
-        sae.scan_nonfinite()
+    with unforeseen_refused(reference.source):
+        resolved = resolve(reference)
+        sae = open_sae(resolved)
+        assert resolved.path is not None
+        FeatureTable.open(resolved.path, sae.card.d_sae).load()
+        if scan_limit is None or sae.weight_bytes <= scan_limit:
+            sae.scan_nonfinite()
     return CheckedSAE(resolved, sae.card)
+
+
+@contextmanager
+def unforeseen_refused(source: str) -> Iterator[None]:
+    """The last resort: files can be wrong in ways that nobody has thought of."""
+    try:
+        yield
+    except SAEError:
+        raise
+    except Exception as error:
+        raise SAEError(f"{source}: {type(error).__name__}: {error}") from error
 
 
 def refuse_equal_names(checked: Sequence[CheckedSAE]) -> None:
@@ -55,10 +68,3 @@ def check_fit(checked: Sequence[CheckedSAE], model_config: Any) -> tuple[int, in
     for sae in checked:
         check_fits(sae.card, d_model, num_layers)
     return d_model, num_layers
-
-
-def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The tokenizer's special tokens, and the added tokens that it flags special."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    flagged = {index for index, token in added.items() if getattr(token, "special", False)}
-    return tuple(sorted({*tokenizer.all_special_ids, *flagged}))

@@ -22,14 +22,24 @@ Splice = Callable[[AsyncIterable[str], "Outcome"], AsyncGenerator[str, None]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of one request, to be taken once vLLM has finished with it."""
+    """The results of one request, to be taken once vLLM has finished with it.
+
+    Attributes:
+        ticket: under which they lie.
+        report: whether they are to say what was edited.
+        turns: what lies there are turns of one conversation, as when vLLM calls its built-in tools:
+            each reads what the ones before it wrote, and the last stands for all.
+    """
 
     ticket: str
     report: bool
+    turns: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The response's `steering` object: of one choice, or of several under `choices`."""
         choices = [choice.to_json(self.report) for choice in results.take(self.ticket)]
+        if self.turns:
+            choices = choices[-1:]
         if len(choices) == 1:
             return dict(choices[0])
         return {"choices": [{"index": i, **choice} for i, choice in enumerate(choices)]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 
 from steering.spec import SteeringSpec
@@ -26,7 +27,7 @@ def cache_salt(
         spec: the validated field.
         checksums: SHA-256 of the weights of each SAE in ``spec.saes``.
         prompt_len: tokens in the prompt.
-        user_salt: the request's own ``cache_salt``.
+        user_salt: what `unsteered_salt` makes of the request's own ``cache_salt``.
 
     Returns:
         64 hexadecimal digits, or ``user_salt`` unchanged if there is no edit.
@@ -40,3 +41,17 @@ def cache_salt(
         user_salt,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def unsteered_salt(user_salt: str | None) -> str | None:
+    """A user's own salt, or another where it could be one of ours.
+
+    All that ours are made of is public, so a client could otherwise name one and be served, or
+    leave behind, blocks of a stream that was edited otherwise than its request asks for.
+    """
+    if user_salt is None or not _OURS.fullmatch(user_salt):
+        return user_salt
+    return hashlib.sha256(f"unsteered {user_salt}".encode()).hexdigest()
+
+
+_OURS = re.compile("[0-9a-f]{64}")

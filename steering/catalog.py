@@ -51,6 +51,8 @@ class Catalog:
             for name, item in self._loaded.items()
             if item.sae.weight_bytes > SCAN_LIMIT_BYTES
         }
+        # What a scan of all of such an SAE found, where a request has needed one.
+        self._scanned: dict[str, str | None] = {}
 
     @classmethod
     def from_config(cls, config: SteeringConfig | None) -> Catalog:
@@ -101,7 +103,8 @@ class Catalog:
         """
         self._refuse_changed(spec)
         pending = any(self.sae(name).card.sha256 is None for name in spec.saes)
-        if pending or any(edit.sae in self._checked for edit in spec.edits):
+        unchecked = any(edit.sae in self._checked for edit in spec.edits)
+        if pending or unchecked or (spec.read is not None and spec.read.sae in self._checked):
             await asyncio.to_thread(self.prepare_now, spec)
 
     def prepare_now(self, spec: SteeringSpec) -> dict[str, str]:
@@ -112,17 +115,45 @@ class Catalog:
         """
         self._refuse_changed(spec)
         for i, edit in enumerate(spec.edits):
-            checked = self._checked.get(edit.sae)
-            if checked is None or edit.feature in checked:
-                continue
-            if self.sae(edit.sae).nonfinite_latents([edit.feature]):
-                raise SteeringError(
-                    "invalid_weights",
-                    f"the weights of feature {edit.feature} of SAE {edit.sae!r} are not finite",
-                    f"steering.interventions[{i}].feature",
-                )
-            checked.add(edit.feature)
+            self.check_row(edit.sae, edit.feature, f"steering.interventions[{i}].feature")
+            if not self.sae(edit.sae).card.exact_from_row:
+                self._check_all(edit.sae, f"steering.interventions[{i}].sae")
+            elif not spec.error_term:
+                self._check_all(edit.sae, "steering.error_term")
+        if spec.read is not None:
+            self._check_all(spec.read.sae, "steering.read")
         return {name: self._sha256(name) for name in spec.saes}
+
+    def check_row(self, name: str, feature: int, param: str) -> None:
+        """SteeringError ``invalid_weights`` where the weights of a feature are not finite."""
+        checked = self._checked.get(name)
+        if checked is None or feature in checked:
+            return
+        if self.sae(name).nonfinite_latents([feature]):
+            raise SteeringError(
+                "invalid_weights",
+                f"the weights of feature {feature} of SAE {name!r} are not finite",
+                param,
+            )
+        checked.add(feature)
+
+    def _check_all(self, name: str, param: str) -> None:
+        """The same for every row, where a request encodes or decodes in full."""
+        if name not in self._checked:
+            return
+        if name not in self._scanned:
+            try:
+                self.sae(name).scan_nonfinite()
+            except SAEError as error:
+                self._scanned[name] = str(error)
+            else:
+                self._scanned[name] = None
+        if self._scanned[name] is not None:
+            raise SteeringError(
+                "invalid_weights",
+                f"SAE {name!r} has weights that are not finite, and this needs all of them",
+                param,
+            )
 
     def refuse_changed(self, name: str, param: str | None = None) -> None:
         """SteeringError ``invalid_weights`` where an SAE's file changed since it was opened."""

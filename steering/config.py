@@ -24,14 +24,15 @@ class SteeringConfig:
         saes: references whose ``path`` is resolved; their order gives each SAE its index.
         d_model: hidden size of the served model.
         num_layers: number of decoder layers of the served model.
-        special_token_ids: tokens that edits leave alone unless ``special_tokens`` is asked for.
+        special_token_ids: tokens that edits leave alone unless ``special_tokens`` is asked for;
+            None for those of the model's tokenizer.
         max_rows: how many features may be in use at once over all running requests.
     """
 
     saes: tuple[SAEReference, ...]
     d_model: int
     num_layers: int
-    special_token_ids: tuple[int, ...] = ()
+    special_token_ids: tuple[int, ...] | None = None
     max_rows: int = DEFAULT_MAX_ROWS
 
     def __post_init__(self) -> None:
@@ -47,18 +48,19 @@ class SteeringConfig:
             "saes": [ref.to_dict() for ref in self.saes],
             "d_model": self.d_model,
             "num_layers": self.num_layers,
-            "special_token_ids": list(self.special_token_ids),
+            "special_token_ids": self.special_token_ids and list(self.special_token_ids),
             "max_rows": self.max_rows,
         }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> SteeringConfig:
         """The inverse of :meth:`to_dict`."""
+        special = raw["special_token_ids"]
         return cls(
             saes=tuple(SAEReference.from_dict(ref) for ref in raw["saes"]),
             d_model=raw["d_model"],
             num_layers=raw["num_layers"],
-            special_token_ids=tuple(raw["special_token_ids"]),
+            special_token_ids=None if special is None else tuple(special),
             max_rows=raw["max_rows"],
         )
 

@@ -72,13 +72,14 @@ class KernelReports:
             position, f = copy.position.numpy(), copy.f.numpy()
             for part in copy.parts:
                 own = f[part.where, : len(part.columns)]
-                covered = np.isfinite(own)
+                skipped = np.isneginf(own)
+                covered = ~(np.isnan(own) | skipped)
                 part.record.put_edits(
                     part.columns,
                     position[part.where],
                     np.where(covered, own, 0.0).astype(np.float32),
                     covered,
-                    np.isneginf(own),
+                    skipped,
                 )
 
 

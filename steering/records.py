@@ -109,7 +109,8 @@ class RequestRecord:
     def summary(self, limit: int) -> dict[str, Any]:
         """What was recorded on positions below ``limit``, in plain types.
 
-        ``edits`` has one entry an edit, None where this worker does not hold its layer.
+        ``edits`` has one entry an edit, None where this worker does not hold its layer; ``cached``
+        counts the prompt's tokens that no pass of this request computed, None where none is known.
         """
         edits: list[dict[str, Any] | None] = []
         for column in range(self._status.shape[1]):
@@ -123,8 +124,8 @@ class RequestRecord:
                     "tokens_edited": int(seen.size),
                     "tokens_skipped": int((status == _SKIPPED).sum()),
                     "tokens_active": int((seen > 0).sum()),
-                    "mean_activation": float(seen.mean(dtype=np.float64)) if seen.size else None,
-                    "max_activation": float(seen.max()) if seen.size else None,
+                    "mean_activation": _finite(seen.mean(dtype=np.float64)) if seen.size else None,
+                    "max_activation": _finite(seen.max()) if seen.size else None,
                 }
             )
         read = None
@@ -137,7 +138,7 @@ class RequestRecord:
                         for latent, value in zip(
                             self._top_latents[position], self._top_values[position], strict=True
                         )
-                        if value > 0
+                        if 0 < value < np.inf
                     ],
                 ]
                 for position in np.flatnonzero(self._was_read[:limit])
@@ -147,8 +148,10 @@ class RequestRecord:
         if self._totals is not None and plan is not None and plan.aggregate is not None:
             aggregate = self._totals.strongest(plan.aggregate, plan.top_k)
         measured = None if self._observed is None else asdict(self._observed.measured(limit))
+        computed = int(self._status[: self.plan.prompt_len].any(axis=1).sum())
         return {
             "child": self.child,
+            "cached": self.plan.prompt_len - computed if computed else None,
             "edits": edits,
             "read": read,
             "aggregate": aggregate,
@@ -169,6 +172,11 @@ class RequestRecord:
         self._status, self._f = grown(self._status), grown(self._f)
         self._was_read = grown(self._was_read)
         self._top_latents, self._top_values = grown(self._top_latents), grown(self._top_values)
+
+
+def _finite(value: np.floating[Any]) -> float | None:
+    """JSON has no infinity, which a stream in float16 may reach."""
+    return float(value) if np.isfinite(value) else None
 
 
 class Aggregate:

@@ -23,6 +23,9 @@ DEFAULT_TOP_K: Final = 5
 VALUE_LIMIT: Final = 1e6
 #: End of a window that was left open; positions are int32 on the device.
 POSITION_LIMIT: Final = 2**31 - 1
+FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
+#: Of a client's own words in an error's path; its message shows less.
+_LONGEST_NAME: Final = 200
 
 _SPEC_FIELDS: Final = ("interventions", "positions", "error_term", "report", "read")
 _EDIT_FIELDS: Final = ("sae", "feature", "op", "value", "unit", "positions")
@@ -219,7 +222,7 @@ def _edit(raw: object, path: str, default: Positions, saes: Mapping[str, SAEFact
             f"{path}.positions" if own is not None else "steering.positions",
         )
     effective = value
-    if unit == "max_act" and op != "ablate":
+    if unit == "max_act":
         maximum = saes[name].max_activation(feature)
         if maximum is None or not maximum > 0:
             raise SteeringError(
@@ -228,6 +231,12 @@ def _edit(raw: object, path: str, default: Positions, saes: Mapping[str, SAEFact
                 f"{path}.unit",
             )
         effective = value * maximum
+        if abs(effective) > FLOAT32_MAX:
+            raise SteeringError(
+                "invalid_value",
+                f"{value} times the maximum of feature {feature}, {maximum}, exceeds float32",
+                f"{path}.value",
+            )
     return Edit(name, feature, op, value, unit, effective, where)
 
 
@@ -414,11 +423,11 @@ def _shown(value: object) -> str:
 
 
 def _name(key: object) -> str:
-    return _clip(str(key))
+    return _clip(str(key), _LONGEST_NAME)
 
 
-def _clip(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _clip(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _describe(where: Positions) -> str:

@@ -213,6 +213,7 @@ class SteeringState:
             "slots_capacity": self.slots.num_slots,
             "rows_in_use": self.rows.rows_in_use,
             "rows_capacity": self.rows.capacity,
+            "results_held": len(self.records) - self._self_checks,
             "edited_tokens": counters.edited_tokens + edited,
             "skipped_tokens": counters.skipped_tokens + skipped,
             "op_seconds": counters.op_seconds,

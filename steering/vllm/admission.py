@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Final
 
-from steering.cache_salt import cache_salt
+from steering.cache_salt import cache_salt, unsteered_salt
 from steering.catalog import Catalog
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
@@ -49,6 +49,7 @@ def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
     Raises:
         SteeringError: a ``ValueError``, before anything of the request has run.
     """
+    request.cache_salt = unsteered_salt(request.cache_salt)
     params = request.sampling_params
     extra = params.extra_args if params is not None else None
     if not extra or not RESERVED & extra.keys():

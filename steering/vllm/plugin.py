@@ -15,6 +15,7 @@ def register() -> None:
 
     vLLM may call this several times in a process.
     """
+    from vllm.entrypoints.common.offline import OfflineInferenceMixin
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -23,6 +24,9 @@ def register() -> None:
 
     if not hasattr(InputProcessor.process_inputs, _MARK):
         InputProcessor.process_inputs = _admitting(InputProcessor.process_inputs)
+        OfflineInferenceMixin._render_and_add_requests = _validating(
+            OfflineInferenceMixin._render_and_add_requests
+        )
         AsyncLLM.generate = _collecting(AsyncLLM.generate)
         stay_for_results()
         describe_spans()
@@ -39,6 +43,22 @@ def _admitting(process_inputs: Any) -> Any:
         return request
 
     setattr(wrapper, _MARK, True)
+    return wrapper
+
+
+def _validating(add_requests: Any) -> Any:
+    """Refuse a batch of ``LLM``'s before its first request runs, whichever of them is invalid."""
+    from steering.vllm.admission import FIELD, catalog_for
+
+    @functools.wraps(add_requests)
+    def wrapper(self: Any, *args: Any, params: Any, **kwargs: Any) -> Any:
+        for one in {id(one): one for one in params}.values():
+            extra = getattr(one, "extra_args", None)
+            if extra and extra.get(FIELD) is not None:
+                catalog = catalog_for(self.llm_engine.vllm_config)
+                catalog.prepare_now(catalog.parse(extra[FIELD]))
+        return add_requests(self, *args, params=params, **kwargs)
+
     return wrapper
 
 

@@ -8,6 +8,7 @@ down under the ticket.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -96,10 +97,15 @@ def wants_collection(params: Any) -> bool:
 async def collect(
     engine: Any, outputs: AsyncGenerator[Any, None], params: Any, request_id: str
 ) -> AsyncGenerator[Any, None]:
-    """Pass ``outputs`` on; when they end, fetch the records and lay them under the ticket."""
+    """Pass ``outputs`` on; when they end, fetch the records and lay them under the ticket.
+
+    Where the caller leaves earlier, they are fetched for nobody, so that the workers forget them.
+    """
     from vllm.sampling_params import RequestOutputKind
 
     ticket: str = params.extra_args[TICKET]
+    key = result_key(ticket, request_id)
+    left = False
     prompts = _tickets.setdefault(ticket, [])
     place = len(prompts)
     prompts.append(None)
@@ -109,13 +115,30 @@ async def collect(
         async for output in outputs:
             tracker.see(output, cumulative)
             yield output
+    except (asyncio.CancelledError, GeneratorExit):
+        left = True
+        raise
     finally:
         await outputs.aclose()
+        if left:  # the engine has been told to abort it, so nothing is recorded after this
+            forgetting = asyncio.ensure_future(_forget(engine, key, params.n))
+            _forgetting.add(forgetting)
+            forgetting.add_done_callback(_forgetting.discard)
     catalog = catalog_for(engine.vllm_config)
     spec = catalog.parse(params.extra_args[FIELD])
     limits = _limits(tracker)
-    summaries = await _fetch(engine, result_key(ticket, request_id), limits)
+    summaries = await _fetch(engine, key, limits)
     prompts[place] = _choices(spec, catalog, tracker, summaries, engine.get_tokenizer())
+
+
+# Kept here, since the event loop alone lets a task be collected.
+_forgetting: set[asyncio.Future[None]] = set()
+
+
+async def _forget(engine: Any, key: str, children: int) -> None:
+    """Have every worker forget a request's records."""
+    with contextlib.suppress(Exception):  # an engine that has ended has forgotten everything
+        await _fetch(engine, key, dict.fromkeys(range(children), 0))
 
 
 async def _fetch(engine: Any, key: str, limits: dict[int, int]) -> list[dict[str, Any]]:
@@ -193,12 +216,21 @@ def _choices(
             read=_read(
                 spec, tracker.prompt, tracker.tokens[child], by_child.get(child, []), tokenizer
             ),
-            tokens_cached=tracker.cached,
+            tokens_cached=_cached(tracker, by_child.get(child, [])),
             aggregate=_first(by_child.get(child, []), "aggregate"),
             measured=_measured(by_child.get(child, [])),
         )
         for child in sorted(tracker.tokens)
     ]
+
+
+def _cached(tracker: _Tracker, summaries: Sequence[dict[str, Any]]) -> int:
+    """Prompt tokens served from the prefix cache, of one child.
+
+    vLLM tells one number for all children of a request, and none again after a preemption.
+    """
+    cached = _first(summaries, "cached")
+    return tracker.cached if cached is None else int(cached)
 
 
 def _interventions(spec: SteeringSpec, summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -268,6 +300,7 @@ class WorkerStats:
     slots_capacity: int = 0
     rows_in_use: int = 0
     rows_capacity: int = 0
+    results_held: int = 0
     edited_tokens: int = 0
     skipped_tokens: int = 0
     op_seconds: float = 0.0

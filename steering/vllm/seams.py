@@ -31,6 +31,12 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "AsyncLLM.generate",
             first=("prompt", "sampling_params", "request_id"),
         ),
+        Seam("entrypoints.common.offline", "OfflineInferenceMixin", fields=("llm_engine",)),
+        Seam(
+            "entrypoints.common.offline",
+            "OfflineInferenceMixin._render_and_add_requests",
+            parameters=("params",),
+        ),
         Seam("plugins", "", mentions=("vllm.general_plugins",)),
     ),
     "steering/vllm/admission.py": (
@@ -143,6 +149,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.scheduler", "SchedulerConfig", fields=("scheduler_cls", "async_scheduling")),
     ),
     "steering/vllm/worker.py": (
+        Seam("tokenizers", "cached_tokenizer_from_config"),
         Seam("config.compilation", "CUDAGraphMode", fields=("NONE",)),
         Seam("distributed.parallel_state", "get_tp_group"),
         Seam("distributed.parallel_state", "GroupCoordinator", fields=("is_first_rank",)),

@@ -11,6 +11,7 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.triton_utils import HAS_TRITON
 
 from sae.card import HookPoint
@@ -18,6 +19,7 @@ from sae.errors import SAEError
 from sae.sae import open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from steering.ops import registered
+from steering.special_tokens import special_token_ids
 from steering.state import SteeringState
 from steering.step import Step
 from steering.vllm import hook_points, runner_v1, runner_v2
@@ -69,6 +71,11 @@ class SteeringWorker(PlatformWorker):
         """All tensor-parallel ranks see the same stream; one of them keeps the records."""
         return bool(get_tp_group().is_first_rank)
 
+    def _special_token_ids(self, config: SteeringConfig) -> tuple[int, ...]:
+        if config.special_token_ids is not None:
+            return config.special_token_ids
+        return special_token_ids(cached_tokenizer_from_config(self.vllm_config.model_config))
+
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner
         model = runner.get_model()
@@ -84,7 +91,7 @@ class SteeringWorker(PlatformWorker):
             max_rows=config.max_rows,
             d_in=config.d_model,
             step=Step(positions.shape[0], positions, input_ids, runner.device),
-            special_token_ids=config.special_token_ids,
+            special_token_ids=self._special_token_ids(config),
             vocab_size=self.vllm_config.model_config.get_vocab_size(),
             record=self._keeps_records,
             device=runner.device,

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sae.source import SAEReference
+from steering.config import SteeringConfig, engine_arguments
+from steering.vllm.admission import catalog_for
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, Generated
+from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
 MakeEngine = Callable[..., Engine]
 
@@ -127,6 +132,23 @@ def test_a_users_own_salt_keeps_parting_requests(make_engine: MakeEngine) -> Non
     [alice] = engine.generate([prompt], [STRONG], salts=["alice"])
     assert bob.cached == 0
     assert alice.cached == 96
+
+
+def test_a_salt_that_steering_makes_opens_no_steered_blocks(make_engine: MakeEngine) -> None:
+    from steering.cache_salt import cache_salt
+
+    engine = make_engine(block_size=32, enable_prefix_caching=True)
+    prompt = tokens(4, 100)
+    [clean] = engine.generate([prompt], [None], salts=["elsewhere"])
+    engine.generate([prompt], [STRONG])
+    catalog = catalog_for(engine.llm.llm_engine.vllm_config)
+    spec = catalog.parse(STRONG)
+    forged = cache_salt(spec, catalog.prepare_now(spec), len(prompt), None)
+    [thief] = engine.generate([prompt], [None], salts=[forged])
+    assert thief.cached == 0
+    assert same(thief, clean)
+    [again] = engine.generate([prompt], [None], salts=[forged])
+    assert again.cached == 96
 
 
 def test_a_read_sees_prompt_tokens_that_the_prefix_cache_holds(make_engine: MakeEngine) -> None:
@@ -362,6 +384,26 @@ def test_every_child_of_n_choices_is_steered_and_reported(make_engine: MakeEngin
     assert len({tuple(choice.token_ids) for choice in output.outputs}) > 1
 
 
+def test_tokens_cached_is_each_childs_own(make_engine: MakeEngine) -> None:
+    from vllm import SamplingParams
+
+    from steering.vllm.results import results_of
+
+    engine = make_engine(block_size=32, enable_prefix_caching=True)
+    params = SamplingParams(
+        n=2, seed=7, max_tokens=1, ignore_eos=True, extra_args={"steering": reporting(STRONG)}
+    )
+    prompt = tokens(9, 100)
+    [output] = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    results = results_of(engine.llm, output, params)
+    # The first child computes the prompt, and the second is served what that left in the cache.
+    assert [result.tokens_cached for result in results] == [0, 96]
+    assert [result.interventions[0]["tokens_edited"] for result in results] == [
+        ordinary(prompt),
+        ordinary(prompt[96:]),
+    ]
+
+
 def test_an_aborted_request_frees_its_slot_and_rows_and_leaves_neighbours_alone(
     make_engine: MakeEngine,
 ) -> None:
@@ -393,14 +435,42 @@ def test_an_aborted_request_frees_its_slot_and_rows_and_leaves_neighbours_alone(
     assert engine.state.rows.rows_in_use == 0
 
 
-def test_an_invalid_request_is_refused_before_anything_runs(make_engine: MakeEngine) -> None:
+def test_an_invalid_request_is_refused_before_anything_runs(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine()
     bad = {"interventions": [{"feature": 128, "op": "ablate"}]}
+    started: list[Any] = []
+    add_request = engine.llm.llm_engine.add_request
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        started.append(args)
+        return add_request(*args, **kwargs)
+
+    monkeypatch.setattr(engine.llm.llm_engine, "add_request", seen)
     with pytest.raises(ValueError, match=r"feature 128 not in \[0, 128\)"):
         engine.generate([tokens(12, 5), tokens(13, 5)], [None, bad])
-    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert not started
     [after] = engine.generate([tokens(12, 5)], [None])
     assert len(after.tokens) == 8
+
+
+def test_special_tokens_are_the_tokenizers_unless_they_are_named(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from vllm import LLM
+
+
+    model, sae = tiny_model("llama"), make_tiny_sae(tmp_path / "sae")
+    reference = SAEReference("a", str(sae), path=str(sae))
+    config = SteeringConfig((reference,), D_MODEL, NUM_LAYERS)
+    llm = LLM(str(model), enforce_eager=True, max_model_len=64, **engine_arguments(config))
+    engine = Engine(llm, model)
+    try:
+        [made] = engine.generate([[1, 9, 2, 9]], [reporting(STRONG)], max_tokens=1)
+    finally:
+        engine.shut_down()
+    assert edited(made) == 2
 
 
 def test_an_engine_without_saes_refuses_steering(make_engine: MakeEngine) -> None:

@@ -260,12 +260,12 @@ def _reset_on_close(writer: asyncio.StreamWriter) -> None:
 
 _IDLE: Final = (
     *("vllm:num_requests_running", "vllm:num_requests_waiting"),
-    *("steering_slots_in_use", "steering_rows_in_use"),
+    *("steering_slots_in_use", "steering_rows_in_use", "steering_results_held"),
 )
 
 
 def usage(server: LiveServer) -> dict[str, float]:
-    """Requests in the engine, slots and rows in use, as /metrics says."""
+    """Requests in the engine, slots and rows in use, results held, as /metrics says."""
     found = dict.fromkeys(_IDLE, 0.0)
     for line in server.client.get("/metrics").text.splitlines():
         name = line.split("{")[0].split(" ")[0]

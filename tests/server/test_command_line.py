@@ -21,9 +21,9 @@ from server import engine_death
 from server import serve as serving
 from server.__main__ import main
 from server.allow_list import PLUGIN_NAME
-from server.saes_at_start import special_token_ids
 from server.serve import RefusedStartError, refuse_flags, split_sae_flags
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
+from steering.special_tokens import special_token_ids
 from tests.models import make_tiny_model, make_tiny_sae
 
 

@@ -21,6 +21,7 @@ STATS: dict[str, Any] = {
     "slots_capacity": 8,
     "rows_in_use": 3,
     "rows_capacity": 64,
+    "results_held": 1,
     "edited_tokens": 40,
     "skipped_tokens": 5,
     "op_seconds": 0.5,
@@ -73,7 +74,7 @@ def test_every_series_is_there_from_the_start(start: StartServer) -> None:
     text = server.client.get("/metrics").text
     for name in (
         *("rejected_total", "edited_tokens_total", "skipped_tokens_total", "op_seconds_total"),
-        *("slots_in_use", "slots_capacity", "rows_in_use", "rows_capacity"),
+        *("slots_in_use", "slots_capacity", "rows_in_use", "rows_capacity", "results_held"),
     ):
         assert f"\nsteering_{name}" in text
 
@@ -124,7 +125,7 @@ from types import SimpleNamespace
 from server.metrics import REQUESTS, WorkerSeries
 async def fetch():
     return SimpleNamespace(slots_in_use=int(sys.argv[1]), slots_capacity=8, rows_in_use=1,
-        rows_capacity=2, edited_tokens=10, skipped_tokens=0, op_seconds=0.0)
+        rows_capacity=2, results_held=0, edited_tokens=10, skipped_tokens=0, op_seconds=0.0)
 REQUESTS.labels(sae="a", op="add").inc()
 asyncio.run(WorkerSeries(fetch).refresh())
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steering.cache_salt import cache_salt
+from steering.cache_salt import cache_salt, unsteered_salt
 from steering.spec import parse_spec
 from tests.steering.test_spec import ONE, edit
 
@@ -38,3 +38,16 @@ def test_prompt_length_counts_only_where_phases_differ() -> None:
     alike, apart = edit(), edit(positions={"generation": False})
     assert salt(alike, prompt_len=10) == salt(alike, prompt_len=11)
     assert salt(apart, prompt_len=10) != salt(apart, prompt_len=11)
+
+
+def test_a_users_salt_is_never_one_that_steering_makes() -> None:
+    made = salt(edit())
+    assert made is not None
+    other = unsteered_salt(made)
+    assert other not in (None, made)
+    assert other == unsteered_salt(made)
+    assert [unsteered_salt(user) for user in (None, "mine", made.upper())] == [
+        None,
+        "mine",
+        made.upper(),
+    ]

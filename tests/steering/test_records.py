@@ -115,3 +115,29 @@ def test_a_read_of_a_rejected_token_is_forgotten_when_its_place_is_computed_anew
     )
     record.forget_reads(np.array([1, 2, 999]))
     assert record.summary(9)["read"] == [[0, [[5, 1.0]]]]
+
+
+def test_tokens_of_the_prompt_that_no_pass_computed_came_from_the_cache() -> None:
+    record = RequestRecord(plan(), 0)
+    assert record.summary(9)["cached"] is None
+    put(record, [3, 4], [[1, 1], [1, 1]])
+    assert record.summary(9)["cached"] == 3
+    # Preempted, and computed from further in front: those positions were edited by this request.
+    put(record, [2, 3], [[1, 1], [1, 1]])
+    assert record.summary(9)["cached"] == 2
+
+
+def test_what_is_not_finite_is_left_out_of_what_json_must_hold() -> None:
+    record = RequestRecord(plan(read=PlannedRead(0, 2, 3, 0, 100, None)), 0)
+    put(record, [0, 1], [[np.inf, 1], [2, 1]])
+    values = np.array([[np.inf, 1.0]], dtype=np.float32)
+    record.put_read(np.array([0]), np.array([[5, 6]]), values)
+    summary = record.summary(9)
+    first, second = summary["edits"]
+    assert (first["tokens_edited"], first["mean_activation"], first["max_activation"]) == (
+        2,
+        None,
+        None,
+    )
+    assert second["max_activation"] == 1.0
+    assert summary["read"] == [[0, [[6, 1.0]]]]

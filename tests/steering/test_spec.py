@@ -110,6 +110,7 @@ HERE = "steering.interventions[0]"
         # unknown fields
         ({**edit(), "strength": 1}, "unknown_field", "steering.strength"),
         (edit(latent=1), "unknown_field", f"{HERE}.latent"),
+        (edit(**{"x" * 150: 1}), "unknown_field", f"{HERE}.{'x' * 150}"),
         (edit(positions={"from": 1}), "unknown_field", f"{HERE}.positions.from"),
         ({"read": {"k": 1}}, "unknown_field", "steering.read.k"),
         # SAEs
@@ -118,6 +119,11 @@ HERE = "steering.interventions[0]"
         # statistics
         (edit(feature=7, unit="max_act"), "max_act_unknown", f"{HERE}.unit"),
         (edit(feature=5, unit="max_act"), "max_act_unknown", f"{HERE}.unit"),
+        (
+            edit(feature=7, op="ablate", value=..., unit="max_act"),
+            "max_act_unknown",
+            f"{HERE}.unit",
+        ),
         # counts
         (
             {"interventions": [EDIT] * 65},
@@ -202,6 +208,17 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert spec.read is not None
     assert spec.read.top_k == 5
     assert spec.positions == Positions(True, True, False, 0, POSITION_LIMIT)
+
+
+def test_value_that_float32_cannot_hold_is_refused() -> None:
+    class Huge(Facts):
+        def max_activation(self, feature: int) -> float | None:
+            return 1e35
+
+    with pytest.raises(SteeringError, match="exceeds float32") as refused:
+        parse_spec(edit(value=1e6, unit="max_act"), {"a": Huge()})
+    assert (refused.value.code, refused.value.param) == ("invalid_value", f"{HERE}.value")
+    parse_spec(edit(value=1e3, unit="max_act"), {"a": Huge()}).canonical()
 
 
 def test_max_act_multiplies_by_the_recorded_maximum() -> None:
