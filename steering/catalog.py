@@ -12,7 +12,7 @@ from sae.card import SAECard
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
-from steering.config import SteeringConfig
+from steering.config import DEFAULT_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.spec import SteeringSpec, parse_spec
 

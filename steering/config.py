@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sae.source import SAEReference
-from steering.spec import MAX_INTERVENTIONS
+from steering.spec import MAX_INTERVENTIONS, MAX_TOP_K
 
 #: Key of this project's part of ``additional_config``; being there, it enters vLLM's compile hash.
 CONFIG_KEY: Final = "steering"
 DEFAULT_MAX_ROWS: Final = 4096
+DEFAULT_MAX_READ_VALUES: Final = 2**22
 #: Environment variable naming a file for the reason why a worker could not install steering.
 REFUSAL_VARIABLE: Final = "STEERING_REFUSAL_FILE"
 
@@ -27,6 +28,7 @@ class SteeringConfig:
         special_token_ids: tokens that edits leave alone unless ``special_tokens`` is asked for;
             None for those of the model's tokenizer.
         max_rows: how many features may be in use at once over all running requests.
+        max_read_values: how many features one request may have read, over all its tokens.
     """
 
     saes: tuple[SAEReference, ...]
@@ -34,12 +36,18 @@ class SteeringConfig:
     num_layers: int
     special_token_ids: tuple[int, ...] | None = None
     max_rows: int = DEFAULT_MAX_ROWS
+    max_read_values: int = DEFAULT_MAX_READ_VALUES
 
     def __post_init__(self) -> None:
         if self.max_rows < MAX_INTERVENTIONS:
             raise ValueError(
                 f"max_rows {self.max_rows} is less than the {MAX_INTERVENTIONS} features that one "
                 "request may name"
+            )
+        if self.max_read_values < MAX_TOP_K:
+            raise ValueError(
+                f"max_read_values {self.max_read_values} is less than the {MAX_TOP_K} features "
+                "that one token may have read"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,6 +58,7 @@ class SteeringConfig:
             "num_layers": self.num_layers,
             "special_token_ids": self.special_token_ids and list(self.special_token_ids),
             "max_rows": self.max_rows,
+            "max_read_values": self.max_read_values,
         }
 
     @classmethod
@@ -62,6 +71,7 @@ class SteeringConfig:
             num_layers=raw["num_layers"],
             special_token_ids=None if special is None else tuple(special),
             max_rows=raw["max_rows"],
+            max_read_values=raw["max_read_values"],
         )
 
     @classmethod

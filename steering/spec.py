@@ -67,6 +67,15 @@ class Positions:
         same_phase = (self.prompt and other.prompt) or (self.generation and other.generation)
         return same_phase and max(self.start, other.start) < min(self.end, other.end)
 
+    def count(self, prompt_len: int, length: int) -> int:
+        """How many of ``length`` positions phase and window cover, whatever kind of token is there.
+
+        The first ``prompt_len`` of them are the prompt's.
+        """
+        first = self.start if self.prompt else max(self.start, prompt_len)
+        past = min(self.end, length if self.generation else prompt_len)
+        return max(past - first, 0)
+
 
 @dataclass(frozen=True)
 class Edit:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from sae.self_check import Measured
 from steering.catalog import Catalog
+from steering.records import features_read
 from steering.spec import SteeringSpec
 from steering.vllm.admission import FIELD, TICKET, catalog_for, result_key
 from steering.vllm.drain import TAKE
@@ -128,6 +129,8 @@ async def collect(
     spec = catalog.parse(params.extra_args[FIELD])
     limits = _limits(tracker)
     summaries = await _fetch(engine, key, limits)
+    # A long read is a second of work, in which others' tokens go on.
+    await asyncio.to_thread(_unpack_reads, summaries)
     prompts[place] = _choices(spec, catalog, tracker, summaries, engine.get_tokenizer())
 
 
@@ -187,6 +190,7 @@ def results_of(llm: Any, output: Any, params: Any) -> list[ChoiceResult]:
     tracker.see(output, cumulative=True)
     workers = llm.collective_rpc(TAKE, args=(output.request_id, _limits(tracker)))
     summaries = [s for worker in workers for s in worker or ()]
+    _unpack_reads(summaries)
     catalog = catalog_for(engine.vllm_config)
     spec = catalog.parse(params.extra_args[FIELD])
     return _choices(spec, catalog, tracker, summaries, llm.get_tokenizer())
@@ -222,6 +226,12 @@ def _choices(
         )
         for child in sorted(tracker.tokens)
     ]
+
+
+def _unpack_reads(summaries: Iterable[dict[str, Any]]) -> None:
+    for summary in summaries:
+        if summary["read"] is not None:
+            summary["read"] = list(features_read(summary["read"]))
 
 
 def _cached(tracker: _Tracker, summaries: Sequence[dict[str, Any]]) -> int:

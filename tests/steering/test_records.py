@@ -7,7 +7,7 @@ import pytest
 
 from steering import records
 from steering.plan import PlannedEdit, PlannedRead, SteeringPlan
-from steering.records import Aggregate, RecordStore, RequestRecord
+from steering.records import Aggregate, RecordStore, RequestRecord, features_read
 
 EDIT = PlannedEdit(0, 3, 0, 1.0, 3, 0, 100)
 
@@ -114,7 +114,8 @@ def test_a_read_of_a_rejected_token_is_forgotten_when_its_place_is_computed_anew
         np.array([0, 1]), np.array([[5], [6]]), np.array([[1.0], [2.0]], dtype=np.float32)
     )
     record.forget_reads(np.array([1, 2, 999]))
-    assert record.summary(9)["read"] == [[0, [[5, 1.0]]]]
+    assert list(features_read(record.summary(9)["read"])) == [(0, [[5, 1.0]])]
+    assert not list(features_read(record.summary(0)["read"]))
 
 
 def test_tokens_of_the_prompt_that_no_pass_computed_came_from_the_cache() -> None:
@@ -140,4 +141,4 @@ def test_what_is_not_finite_is_left_out_of_what_json_must_hold() -> None:
         None,
     )
     assert second["max_activation"] == 1.0
-    assert summary["read"] == [[0, [[6, 1.0]]]]
+    assert list(features_read(summary["read"])) == [(0, [[6, 1.0]])]
