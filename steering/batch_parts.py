@@ -119,7 +119,7 @@ class BatchParts:
         """The pass's tokens that have work here; nothing is laid out again without need."""
         if self._laid_out is not None:
             of, part = self._laid_out
-            if np.array_equal(of, step.token_slot_np):
+            if of is step.token_slot_np or np.array_equal(of, step.token_slot_np):
                 return () if part is None else (part,)
         present = [int(s) for s in step.slots_np if int(s) in self.work]
         has_work = np.zeros(self.table.count_np.shape[0], dtype=np.bool_)

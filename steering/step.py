@@ -39,9 +39,11 @@ class Step:
         self.token_slot_np: IntArray = np.empty(0, dtype=np.int32)
         # How much of `token_slot` the last pass left written.
         self._dirty = 0
+        # Slots and offsets that it was written for; None where no slot had tokens.
+        self._laid_out: tuple[IntArray, IntArray] | None = None
 
     def begin(self, slot_of_row: Sequence[int] | IntArray, query_start_loc: IntArray) -> None:
-        """Lay out a batch.
+        """Lay out a batch; where it is the last one again, as mostly in decoding, nothing is made.
 
         Args:
             slot_of_row: slot of each request, in the order of the runner's input batch.
@@ -51,8 +53,16 @@ class Step:
         self.num_tokens = int(query_start_loc[-1])
         self.active = bool((slots != NO_SLOT).any())
         if not self.active:
+            self._laid_out = None
             self._wipe(0)
             return
+        if self._laid_out is not None:
+            last_slots, last_start_loc = self._laid_out
+            if np.array_equal(slots, last_slots) and np.array_equal(
+                query_start_loc, last_start_loc
+            ):
+                return
+        self._laid_out = (slots.copy(), query_start_loc.copy())
         self.token_slot_np = np.repeat(slots, np.diff(query_start_loc))
         self.slots_np = np.unique(slots[slots != NO_SLOT])
         copy_to_device(self.token_slot[: self.num_tokens], torch.from_numpy(self.token_slot_np))

@@ -20,7 +20,13 @@ def new_step(size: int = 64) -> Step:
 batches = st.lists(st.tuples(st.integers(-1, 5), st.integers(1, 6)), min_size=1, max_size=8)
 
 
-@given(st.lists(batches, min_size=1, max_size=5))
+#: Few different ones, so that a batch often comes again: at once, or after another.
+passes = st.lists(batches, min_size=1, max_size=3).flatmap(
+    lambda few: st.lists(st.sampled_from(few), min_size=1, max_size=6)
+)
+
+
+@given(passes)
 def test_every_token_has_its_requests_slot_and_padding_has_none(
     passes: list[list[tuple[int, int]]],
 ) -> None:
@@ -34,6 +40,18 @@ def test_every_token_has_its_requests_slot_and_padding_has_none(
         assert step.token_slot.tolist() == expected + [NO_SLOT] * (64 - len(expected))
         step.end()
         assert not step.active
+
+
+def test_a_batch_that_stays_the_same_is_not_laid_out_again() -> None:
+    step = new_step()
+    step.begin([3, 4], np.array([0, 1, 2]))
+    laid_out = step.token_slot_np
+    step.end()
+    step.begin([3, 4], np.array([0, 1, 2]))
+    assert step.active
+    assert step.token_slot_np is laid_out
+    step.begin([4, 3], np.array([0, 1, 2]))
+    assert step.token_slot[:2].tolist() == [4, 3]
 
 
 def test_a_pass_without_steered_requests_leaves_nothing_of_the_last_one() -> None:
