@@ -5,7 +5,8 @@
 prints the figures as JSON and writes ``contexts.txt`` to the work folder: the strongest contexts
 of every feature, for a person to label them from. Losses are taken in ``--loss-windows`` windows,
 since each takes four passes of the whole model. With ``--statistics`` the maximum activations and
-densities over the training text go to ``features.jsonl`` beside the weights.
+densities over the training text go to ``features.jsonl`` beside the weights, and the fraction of
+variance unexplained and L0 into their configuration, for a server to check itself against.
 
 Every figure is over the tokens that `sae.training.activations` records: not a sequence's first,
 no special tokens, no sinks. In float32 on bfloat16 activations.
@@ -241,6 +242,13 @@ def write_statistics(path: Path, found: Statistics) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def state(path: Path, fit: Reconstruction) -> None:
+    """Put what was measured into the metadata of a `cfg.json`."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["metadata"] |= {"fvu": round(fit.fvu, 3), "l0": round(fit.l0, 1)}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, required=True)
@@ -265,8 +273,9 @@ def main() -> None:
         held_out.float().mean(dim=0),
     )
     found = statistics(sae, stored(arguments.work, "corpus", sae.card.d_in))
+    fit = reconstruction(sae, held_out)
     report = {
-        **asdict(reconstruction(sae, held_out)),
+        **asdict(fit),
         "dead": float((found.max_activation == 0).float().mean()),
         **{f"loss_{name}": value for name, value in asdict(figures).items()},
         "loss_recovered_of_zero": figures.recovered(figures.zero),
@@ -283,6 +292,7 @@ def main() -> None:
     )
     if arguments.statistics:
         write_statistics(arguments.sae / "features.jsonl", found)
+        state(arguments.sae / "cfg.json", fit)
 
 
 if __name__ == "__main__":

@@ -440,6 +440,11 @@ def test_a_trained_sae_is_exported_loads_here_and_encodes_as_sae_lens_does(
             sae.decode(sae.encode(x), x), lens.decode(lens.encode(x)), rtol=1e-4, atol=1e-4
         )
 
+    evaluate.state(tmp_path / "sae" / "cfg.json", figures)
+    stated = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert (stated["fvu"], stated["l0"]) == pytest.approx((figures.fvu, figures.l0), abs=0.05)
+    assert stated["hook_name"] == "blocks.1.hook_resid_post"
+
     found = evaluate.statistics(sae, rows)
     evaluate.write_statistics(tmp_path / "sae" / "features.jsonl", found)
     table = FeatureTable.open(tmp_path / "sae", 128)
