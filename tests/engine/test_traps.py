@@ -348,15 +348,17 @@ def test_the_first_token_is_left_alone_unless_special_tokens_are_asked_for(
 
 def test_sinks_are_neither_edited_nor_read_and_are_counted(make_engine: MakeEngine) -> None:
     prompt = tokens(8, 30)
-    field = {**reporting(STRONG), "read": {"top_k": 1}}
+    both = {**reporting(STRONG), "read": {"top_k": 1}}  # a read takes the full path
     skipped = []
     for sink_norm in (1e-3, 1e6):
-        [made] = make_engine(sink_norm=sink_norm).generate([prompt], [field], max_tokens=1)
-        entry = made.steering[0].interventions[0]
-        assert entry["tokens_edited"] + entry["tokens_skipped"] == 29
+        engine = make_engine(sink_norm=sink_norm)
+        for field in (reporting(STRONG), both):
+            [made] = engine.generate([prompt], [field], max_tokens=1)
+            entry = made.steering[0].interventions[0]
+            assert entry["tokens_edited"] + entry["tokens_skipped"] == 29
+            skipped.append(entry["tokens_skipped"])
         assert len(made.steering[0].read["tokens"]) == entry["tokens_edited"]
-        skipped.append(entry["tokens_skipped"])
-    assert skipped == [29, 0]
+    assert skipped == [29, 29, 0, 0]
 
 
 # Requests of other kinds
