@@ -48,6 +48,16 @@ class NotFoundError(SteeringError):
     """A name or an index in the URL's path that does not exist: status 404."""
 
 
+class BodyTooLargeError(SteeringError):
+    """A request of more bytes than are read: status 413."""
+
+
+_STATUS: Final[dict[type[SteeringError], HTTPStatus]] = {
+    NotFoundError: HTTPStatus.NOT_FOUND,
+    BodyTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+}
+
+
 def install(app: FastAPI) -> None:
     """Answer every `SteeringError` that a route raises."""
     app.add_exception_handler(SteeringError, _answer)
@@ -55,7 +65,7 @@ def install(app: FastAPI) -> None:
 
 def refusal(path: str, error: SteeringError) -> Response:
     """The response to a refused request, counted and logged. `path` is the URL's."""
-    status = HTTPStatus.NOT_FOUND if isinstance(error, NotFoundError) else HTTPStatus.BAD_REQUEST
+    status = _STATUS.get(type(error), HTTPStatus.BAD_REQUEST)
     REJECTED.labels(code=error.code).inc()
     logger.info("refused %r: %s", path[:200], error.code)
     details = {

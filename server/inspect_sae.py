@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sae.card import SAECard
 from sae.errors import SAEError
@@ -17,13 +18,22 @@ from sae.source import parse_source
 from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
 from server.saes_at_start import CheckedSAE, check_reference
 from server.self_check import check_offline
-from server.serve import RefusedStartError, engine_for, refuse_flags, steer, worker_refusals
-from steering.config import DEFAULT_MAX_ROWS
+from server.serve import (
+    DEFAULT_MAX_BODY_BYTES,
+    RefusedStartError,
+    engine_for,
+    refuse_flags,
+    steer,
+    worker_refusals,
+)
+from steering.config import DEFAULT_MAX_READ_VALUES, DEFAULT_MAX_ROWS
 
 #: For a text that is read once: more than its blocks take in any model that is known.
 KV_CACHE_BYTES: Final = 2**30
 MAX_MODEL_LEN: Final = 1024
 STOP_SECONDS: Final = 10.0
+#: Columns where nobody looks on: no source is folded, so that all of it can be grepped.
+PIPE_COLUMNS: Final = 2**16
 
 
 def inspect_sae(
@@ -38,7 +48,7 @@ def inspect_sae(
         model: a model on which to check the SAE as well; what is found is printed under the card.
         flags: how to run it, flags of `vllm serve`.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     try:
         checked = check_reference(parse_source(text), scan_limit=None)
         console.print(card_table(checked.card))
@@ -55,13 +65,13 @@ def inspect_sae(
 
 
 def card_table(card: SAECard) -> Table:
-    """The card as a table of two columns."""
-    table = Table(title=f"SAE {card.id}", show_header=False)
+    """The card as a table of two columns; a path may hold what Rich would take for markup."""
+    table = Table(title=Text(f"SAE {card.id}"), show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in card.to_json().items():
         if key not in ("id", "object"):
-            table.add_row(key, "-" if value is None else str(value))
+            table.add_row(key, Text("-" if value is None else str(value)))
     return table
 
 
@@ -77,7 +87,7 @@ def outcome_table(outcome: Outcome) -> Table:
         ("variance explained", measured.variance_explained, stated.variance_explained),
     ):
         table.add_row(name, f"{ours:.3g}", "-" if theirs is None else f"{theirs:.3g}")
-    table.add_row("model", outcome.model, stated.model or "-")
+    table.add_row("model", Text(outcome.model), Text(stated.model or "-"))
     return table
 
 
@@ -120,11 +130,16 @@ def _engine_args(checked: CheckedSAE, model: str, flags: Sequence[str]) -> Any:
         disable_log_stats=True,
         grpc=False,
         steering_max_rows=DEFAULT_MAX_ROWS,
+        steering_max_read_values=DEFAULT_MAX_READ_VALUES,
+        steering_max_body_bytes=DEFAULT_MAX_BODY_BYTES,
     )
     args = parser.parse_args(["--model", model, *flags])
     refuse_flags(args, rust_frontend=False)
     vllm_config = EngineArgs.from_cli_args(args).create_engine_config()
     if args.max_model_len is None:
         args.max_model_len = min(MAX_MODEL_LEN, vllm_config.model_config.max_model_len)
-    steer(args, engine_for([checked], vllm_config, args.steering_max_rows))
+    steer(
+        args,
+        engine_for([checked], vllm_config, args.steering_max_rows, args.steering_max_read_values),
+    )
     return EngineArgs.from_cli_args(args)

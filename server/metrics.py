@@ -22,6 +22,7 @@ READ_OP: Final = "read"
 SCRAPE_TIMEOUT_SECONDS: Final = 1.0
 #: Every code of the error table, so that a series exists before the first refusal.
 ERROR_CODES: Final = (
+    "body_too_large",
     "duplicate_intervention",
     "feature_out_of_range",
     "invalid_type",

@@ -11,10 +11,12 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 
 from server import engine_death, errors, self_check
+from server.body_limit import BodyLimit
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries, start_series
 from server.middleware import ForeignSteering, MetricsRefresh
 from server.routes import generate, saes
+from server.serve import DEFAULT_MAX_BODY_BYTES
 from server.state import SteeringState
 from server.unembedding import open_unembedding
 from steering.catalog import SCAN_LIMIT_BYTES, Catalog
@@ -42,6 +44,7 @@ class SteeringEndpointPlugin:
         generate.attach(app)
         app.include_router(saes.router)
         app.add_middleware(ForeignSteering)
+        app.add_middleware(BodyLimit)  # around the one before, which reads whole bodies
         app.add_middleware(MetricsRefresh)
         errors.install(app)
         SteeringState(Catalog({}), FeatureDetails(lambda: None), None).attach(app.state)
@@ -57,12 +60,15 @@ class SteeringEndpointPlugin:
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
         details = FeatureDetails(partial(open_unembedding, engine_client.model_config, tokenizer))
         series = WorkerSeries(partial(worker_stats, engine_client)) if catalog.names else None
-        SteeringState(catalog, details, series).attach(state)
+        limit = getattr(args, "steering_max_body_bytes", DEFAULT_MAX_BODY_BYTES)
+        SteeringState(catalog, details, series, limit if catalog.names else None).attach(state)
         start_series(catalog.names)
         wanted = getattr(args, "steering_self_check", False)
         if series is not None and wanted is not False:
             # The gauges have their values before a scrape might find the workers busy.
             await series.refresh()
             self_check.start(engine_client, max_bytes=None if wanted else SCAN_LIMIT_BYTES)
+        if responses := getattr(state, "openai_serving_responses", None):
+            generate.refuse_before_streaming(responses, engine_client.vllm_config)
         if messages := getattr(state, "anthropic_serving_messages", None):
             generate.carry_through_messages(messages)

@@ -23,23 +23,30 @@ from server.saes_at_start import (
     check,
     check_fit,
     refuse_equal_names,
-    special_token_ids,
 )
 from steering.catalog import SCAN_LIMIT_BYTES
 from steering.config import (
     CONFIG_KEY,
+    DEFAULT_MAX_READ_VALUES,
     DEFAULT_MAX_ROWS,
     REFUSAL_VARIABLE,
     SteeringConfig,
     engine_arguments,
 )
-from steering.spec import MAX_INTERVENTIONS
+from steering.spec import MAX_INTERVENTIONS, MAX_TOP_K
+from steering.special_tokens import special_token_ids
 from steering.vllm.seams import refuse_missing_seams
 from steering.vllm.support import UnsupportedEngineError
 
 SAE_FLAG: Final = "--sae"
 MAX_ROWS_FLAG: Final = "--steering-max-rows"
+MAX_READ_VALUES_FLAG: Final = "--steering-max-read-values"
+MAX_BODY_BYTES_FLAG: Final = "--steering-max-body-bytes"
 SELF_CHECK_FLAG: Final = "--steering-self-check"
+
+DEFAULT_MAX_BODY_BYTES: Final = 64 * 2**20
+#: Of that flag: below it, hardly a conversation fits.
+LEAST_BODY_BYTES: Final = 2**10
 
 
 class RefusedStartError(Exception):
@@ -126,6 +133,19 @@ def _parse(argv: Sequence[str]) -> Namespace:
         help="How many features running requests may edit at once; more wait their turn.",
     )
     group.add_argument(
+        MAX_READ_VALUES_FLAG,
+        type=int,
+        default=DEFAULT_MAX_READ_VALUES,
+        help="How many features one request may have read: those of each covered token of its "
+        "prompt and max_tokens, in each of its n choices.",
+    )
+    group.add_argument(
+        MAX_BODY_BYTES_FLAG,
+        type=int,
+        default=DEFAULT_MAX_BODY_BYTES,
+        help="How many bytes the body of a request may have, on any route.",
+    )
+    group.add_argument(
         SELF_CHECK_FLAG,
         action=BooleanOptionalAction,
         default=None,
@@ -148,10 +168,15 @@ def _configure(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
     refuse_flags(args, rust_frontend=envs.VLLM_USE_RUST_FRONTEND)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     vllm_config = engine_args.create_engine_config(headless=args.headless)
-    steer(args, engine_for(checked, vllm_config, args.steering_max_rows))
+    steer(
+        args,
+        engine_for(checked, vllm_config, args.steering_max_rows, args.steering_max_read_values),
+    )
 
 
-def engine_for(checked: Sequence[CheckedSAE], vllm_config: Any, max_rows: int) -> dict[str, Any]:
+def engine_for(
+    checked: Sequence[CheckedSAE], vllm_config: Any, max_rows: int, max_read_values: int
+) -> dict[str, Any]:
     """The arguments that make an engine of this configuration steer through these SAEs.
 
     Raises:
@@ -172,6 +197,7 @@ def engine_for(checked: Sequence[CheckedSAE], vllm_config: Any, max_rows: int) -
             num_layers=num_layers,
             special_token_ids=special_token_ids(tokenizer),
             max_rows=max_rows,
+            max_read_values=max_read_values,
         )
         return engine_arguments(config)
     except UnsupportedEngineError as error:
@@ -192,6 +218,16 @@ def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:
             args.steering_max_rows < MAX_INTERVENTIONS,
             f"{MAX_ROWS_FLAG} {args.steering_max_rows}: must be at least {MAX_INTERVENTIONS}, "
             "what one request may edit",
+        ),
+        (
+            args.steering_max_read_values < MAX_TOP_K,
+            f"{MAX_READ_VALUES_FLAG} {args.steering_max_read_values}: must be at least "
+            f"{MAX_TOP_K}, what one token may have read",
+        ),
+        (
+            args.steering_max_body_bytes < LEAST_BODY_BYTES,
+            f"{MAX_BODY_BYTES_FLAG} {args.steering_max_body_bytes}: must be at least "
+            f"{LEAST_BODY_BYTES}",
         ),
     )
     for refused, why in refusals:

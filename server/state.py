@@ -16,12 +16,14 @@ from steering.catalog import Catalog
 class SteeringState:
     """The SAEs, what is computed about their features, and the workers' numbers.
 
-    `worker_series` is None where no SAE is loaded: plain vLLM workers have none.
+    `worker_series` and `max_body_bytes` are None where no SAE is loaded: plain vLLM workers have
+    no numbers, and plain vLLM reads any body.
     """
 
     catalog: Catalog
     details: FeatureDetails
     worker_series: WorkerSeries | None
+    max_body_bytes: int | None = None
 
     def attach(self, state: State) -> None:
         """Make it the state of an app."""

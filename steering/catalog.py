@@ -41,9 +41,16 @@ class LoadedSAE:
 
 
 class Catalog:
-    """The loaded SAEs by name, in the order of their indices. Opening costs headers only."""
+    """The loaded SAEs by name, in the order of their indices. Opening costs headers only.
 
-    def __init__(self, loaded: Mapping[str, LoadedSAE]) -> None:
+    Attributes:
+        max_read_values: how many features one request may have read, over all its tokens.
+    """
+
+    def __init__(
+        self, loaded: Mapping[str, LoadedSAE], max_read_values: int = DEFAULT_MAX_READ_VALUES
+    ) -> None:
+        self.max_read_values = max_read_values
         self._loaded = dict(loaded)
         # Rows already found finite, in SAEs too large to be scanned at start.
         self._checked: dict[str, set[int]] = {
@@ -61,12 +68,14 @@ class Catalog:
         Raises:
             SAEError: if a file does not hold what it should.
         """
+        if config is None:
+            return cls({})
         loaded = {}
-        for ref in config.saes if config is not None else ():
+        for ref in config.saes:
             sae = open_sae(ref)
             assert ref.path is not None, "references are resolved before they are handed down"
             loaded[ref.name] = LoadedSAE(sae, FeatureTable.open(ref.path, sae.card.d_sae))
-        return cls(loaded)
+        return cls(loaded, config.max_read_values)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ VALUE_LIMIT: Final = 1e6
 POSITION_LIMIT: Final = 2**31 - 1
 FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
 #: Of a client's own words in an error's path; its message shows less.
-_LONGEST_NAME: Final = 200
+_LONGEST_NAME: Final = 100
 
 _SPEC_FIELDS: Final = ("interventions", "positions", "error_term", "report", "read")
 _EDIT_FIELDS: Final = ("sae", "feature", "op", "value", "unit", "positions")

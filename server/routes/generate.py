@@ -38,7 +38,7 @@ from server.streaming import (
 )
 from steering.errors import SteeringError
 from steering.vllm import results
-from steering.vllm.admission import TICKET
+from steering.vllm.admission import TICKET, refuse_long_read
 
 VLLMRoute = Callable[[Any, Request], Awaitable[Response | None]]
 
@@ -115,6 +115,28 @@ def attach(app: FastAPI) -> None:
             )
 
 
+def refuse_before_streaming(handler: Any, vllm_config: Any) -> None:
+    """Let the handler of /v1/responses refuse a read that is too long before its stream begins.
+
+    The other handlers call the engine by then, this one only once the stream is on its way.
+    """
+    handler._generate_with_builtin_tools = partial(
+        _generate_if_short, handler._generate_with_builtin_tools, vllm_config
+    )
+
+
+def _generate_if_short(
+    generate: Callable[..., Any],
+    vllm_config: Any,
+    *,
+    engine_input: Any,
+    sampling_params: Any,
+    **options: Any,
+) -> Any:
+    refuse_long_read(engine_input, sampling_params, vllm_config)
+    return generate(engine_input=engine_input, sampling_params=sampling_params, **options)
+
+
 def carry_through_messages(handler: Any) -> None:
     """Let the handler of /v1/messages take a request's steering into the chat request it builds.
 
@@ -148,7 +170,7 @@ async def _serve(
     spec = await admit(request, steering_state(raw_request).catalog)
     if spec is None or not (spec.report or spec.read is not None):
         return await call_vllm(route, request, raw_request)
-    outcome = Outcome(results.open_ticket(), spec.report)
+    outcome = Outcome(results.open_ticket(), spec.report, turns=route is create_responses)
     request.extra_args[TICKET] = outcome.ticket
     try:
         response = await call_vllm(route, request, raw_request)

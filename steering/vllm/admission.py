@@ -14,7 +14,8 @@ from steering.cache_salt import cache_salt, unsteered_salt
 from steering.catalog import Catalog
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
-from steering.plan import Inspection, SteeringPlan, make_plan
+from steering.plan import SELF_CHECK, Inspection, SteeringPlan, make_plan
+from steering.spec import SteeringSpec
 from steering.vllm.tracing import SPAN, span_attributes
 
 #: `SamplingParams.extra_args` key of the public field's JSON value.
@@ -67,8 +68,9 @@ def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
         raise SteeringError(
             "unsupported_combination", "steering does not work with streamed input", FIELD
         )
-    checksums = catalog.prepare_now(spec)
     prompt_len = len(request.prompt_token_ids)
+    _refuse_long_read(spec, extra.get(INSPECT), params, prompt_len, catalog.max_read_values)
+    checksums = catalog.prepare_now(spec)
     request.cache_salt = cache_salt(spec, checksums, prompt_len, request.cache_salt)
     if spec.read is not None:
         params.skip_reading_prefix_cache = True
@@ -83,6 +85,44 @@ def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
     params.extra_args = {**rest, PLAN: plan.to_wire()}
     if traced:
         params.extra_args[SPAN] = span_attributes(spec)
+
+
+def refuse_long_read(prompt: Any, params: Any, vllm_config: Any) -> None:
+    """Refuse a read that `admit` would, before its request is handed to the engine.
+
+    When `admit` sees it, its response may have begun to stream, or others of its batch may run.
+
+    Args:
+        prompt: as vLLM has rendered it; where it has not, `admit` refuses.
+        params: the ``SamplingParams``.
+        vllm_config: the engine's.
+    """
+    extra = getattr(params, "extra_args", None)
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+    if not extra or extra.get(FIELD) is None or ids is None or params.max_tokens is None:
+        return
+    catalog = catalog_for(vllm_config)
+    spec = catalog.parse(extra[FIELD])
+    _refuse_long_read(spec, extra.get(INSPECT), params, len(ids), catalog.max_read_values)
+
+
+def _refuse_long_read(
+    spec: SteeringSpec, inspect: Mapping[str, Any] | None, params: Any, prompt_len: int, limit: int
+) -> None:
+    if spec.read is None or (inspect is not None and inspect["aggregate"] == SELF_CHECK):
+        return
+    tokens = spec.positions.count(prompt_len, prompt_len + params.max_tokens)
+    values = tokens * spec.read.top_k * params.n
+    if values > limit:
+        choices = f" in {params.n} choices" if params.n > 1 else ""
+        remedy = "lower max_tokens, top_k or n, or narrow positions with start and end"
+        raise SteeringError(
+            "invalid_value",
+            f"a read of {spec.read.top_k} features of up to {tokens} tokens{choices} is {values} "
+            f"values, the limit is {limit}: "
+            + (remedy if inspect is None else "lower top_k, or send less text"),
+            "steering.read" if inspect is None else "top_k",
+        )
 
 
 def plan_of(params: Any) -> SteeringPlan | None:

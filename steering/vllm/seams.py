@@ -35,7 +35,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam(
             "entrypoints.common.offline",
             "OfflineInferenceMixin._render_and_add_requests",
-            parameters=("params",),
+            first=("prompts", "params"),
         ),
         Seam("plugins", "", mentions=("vllm.general_plugins",)),
     ),
@@ -52,8 +52,9 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam(
             "sampling_params",
             "SamplingParams",
-            fields=("extra_args", "n", "skip_reading_prefix_cache"),
+            fields=("extra_args", "n", "max_tokens", "skip_reading_prefix_cache"),
         ),
+        Seam("inputs.engine", "TokensInput", fields=("prompt_token_ids",)),
         Seam("v1.core.kv_cache_utils", "", mentions=("cache_salt",)),
         Seam("v1.request", "Request", mentions=("skip_reading_prefix_cache",)),
         Seam("v1.core.sched.scheduler", "Scheduler", mentions=("skip_reading_prefix_cache",)),
@@ -338,6 +339,17 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             )
         ),
         Seam("v1.engine.exceptions", "EngineGenerateError"),
+        Seam(
+            "entrypoints.openai.responses.serving",
+            "OpenAIServingResponses._generate_with_builtin_tools",
+            parameters=("engine_input", "sampling_params"),
+        ),
+        Seam(
+            "entrypoints.openai.responses.serving",
+            "OpenAIServingResponses._create_responses",
+            mentions=("_generate_with_builtin_tools",),
+        ),
+        Seam("entrypoints.openai.responses.api_router", "", mentions=("openai_serving_responses",)),
         Seam("entrypoints.anthropic.api_router", "", mentions=("anthropic_serving_messages",)),
         Seam(
             "entrypoints.anthropic.serving", "AnthropicServingMessages.to_chat_completion_request"

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from sae.source import SAEReference
 from server.plugin import SteeringEndpointPlugin
-from steering.config import SteeringConfig
+from steering.config import DEFAULT_MAX_READ_VALUES, SteeringConfig
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 from tests.server.fakes import FakeEngine, Recorder, make_app
 
@@ -46,19 +46,30 @@ def references(tmp_path: Path) -> Callable[..., tuple[SAEReference, ...]]:
 def start(
     references: Callable[..., tuple[SAEReference, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> StartServer:
-    """Start an app with these SAEs (one, `a`, unless told) and these flags."""
+    """Start an app with these SAEs (one, `a`, unless told), these flags and limits."""
     monkeypatch.setattr(
         vllm.plugins, "load_endpoint_plugins", lambda tasks: [SteeringEndpointPlugin()]
     )
 
     def run(
-        *flags: str, saes: dict[str, Any] | None = None, stats: Any = (), model_config: Any = None
+        *flags: str,
+        saes: dict[str, Any] | None = None,
+        stats: Any = (),
+        model_config: Any = None,
+        max_body_bytes: int | None = None,
+        max_read_values: int = DEFAULT_MAX_READ_VALUES,
     ) -> Server:
         refs = references(**({"a": {}} if saes is None else saes))
-        config = SteeringConfig(refs, D_MODEL, NUM_LAYERS) if refs else None
+        config = (
+            SteeringConfig(refs, D_MODEL, NUM_LAYERS, max_read_values=max_read_values)
+            if refs
+            else None
+        )
         engine = FakeEngine(config, model_config)
         engine.stats = list(stats)
-        app, recorder = asyncio.run(make_app(config, *flags, engine=engine))
+        app, recorder = asyncio.run(
+            make_app(config, *flags, engine=engine, max_body_bytes=max_body_bytes)
+        )
         return Server(TestClient(app, raise_server_exceptions=False), recorder)
 
     return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm.entrypoints.openai.responses.protocol import (
     ResponsesResponse,
 )
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.plugin import SteeringEndpointPlugin
 from steering.config import SteeringConfig
@@ -27,6 +28,8 @@ from steering.vllm import results
 from steering.vllm.admission import TICKET
 from steering.vllm.results import ChoiceResult
 
+#: As vLLM hands every prompt to its engine here.
+PROMPT = {"type": "token", "prompt_token_ids": [7, 8, 9]}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 HEAD = {"id": "chatcmpl-7", "object": "chat.completion.chunk", "created": 11, "model": "tiny"}
 CHOICE = {"index": 0, "delta": {"content": "hi"}, "text": "hi"}
@@ -53,7 +56,8 @@ READ = {
 class Recorder:
     """What the handlers saw, and how they are to answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
         self.sampling_params: list[Any] = []
         self.requests: list[Any] = []
         self.error: BaseException | None = None
@@ -71,11 +75,20 @@ class Recorder:
     def ticket(self) -> str:
         return str(self.extra_args[TICKET])
 
-    def run(self, request: Any) -> None:
-        """Do what the engine would with a request, up to its results."""
+    def run(self, request: Any, generate: Callable[..., Any] | None = None) -> None:
+        """Do what the engine would with a request, up to its results.
+
+        Args:
+            request: one of vLLM's four kinds.
+            generate: what begins it, if not the engine itself; nothing iterates what it returns.
+        """
         self.requests.append(request)
         params = request.to_sampling_params(5, {})
         self.sampling_params.append(params)
+        if generate is None:
+            AsyncLLM.generate(self.engine, PROMPT, params, "1")
+        else:
+            generate(engine_input=PROMPT, sampling_params=params)
         if self.error is not None:
             raise self.error
         if ticket := (params.extra_args or {}).get(TICKET):
@@ -120,10 +133,13 @@ class FakeCompletion(FakeChat):
 
 class FakeResponses(FakeChat):
     async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
-        self.recorder.run(request)
+        self.recorder.run(request, self._generate_with_builtin_tools)
         if request.stream:
             return self._events(request)
         return self._response(request, "completed")
+
+    def _generate_with_builtin_tools(self, *, engine_input: Any, sampling_params: Any) -> None:
+        """vLLM's calls the engine only once it is iterated."""
 
     async def _events(self, request: Any) -> AsyncGenerator[Any, None]:
         for kind, event in (
@@ -176,12 +192,18 @@ def serve_args(*flags: str) -> Namespace:
 
 
 async def make_app(
-    config: SteeringConfig | None, *flags: str, engine: FakeEngine | None = None
+    config: SteeringConfig | None,
+    *flags: str,
+    engine: FakeEngine | None = None,
+    max_body_bytes: int | None = None,
 ) -> tuple[FastAPI, Recorder]:
     """The app that `vllm serve FLAGS` builds, its plugins already restricted to ours."""
     args = serve_args(*flags)
+    if max_body_bytes is not None:
+        args.steering_max_body_bytes = max_body_bytes
     app = build_app(args, ("generate",), None)
-    recorder = Recorder()
+    engine = engine or FakeEngine(config)
+    recorder = Recorder(engine)
     state = app.state
     state.openai_serving_chat = FakeChat(recorder)
     state.openai_serving_completion = FakeCompletion(recorder)
@@ -189,7 +211,7 @@ async def make_app(
     state.anthropic_serving_messages = FakeMessages(recorder)
     (plugin,) = state.endpoint_plugins
     assert isinstance(plugin, SteeringEndpointPlugin)
-    await plugin.init_state(engine or FakeEngine(config), state, args)
+    await plugin.init_state(engine, state, args)
     return app, recorder
 
 

@@ -17,10 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sae.errors import SAEError
 from server import engine_death
 from server import serve as serving
 from server.__main__ import main
 from server.allow_list import PLUGIN_NAME
+from server.saes_at_start import unforeseen_refused
 from server.serve import RefusedStartError, refuse_flags, split_sae_flags
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from steering.special_tokens import special_token_ids
@@ -137,6 +139,56 @@ def test_flag_that_cannot_be_meant_is_refused(
     assert line.startswith("vllm-sae: error: ")
 
 
+@pytest.mark.parametrize(("command", "code"), [("serve", 2), ("inspect-sae", 1)])
+@pytest.mark.parametrize("source", ["~nosuchuser/x", "/tmp/" + "x" * 300])
+def test_path_that_cannot_be_looked_up_is_refused_in_one_line(
+    command: str,
+    code: int,
+    source: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(serving, "allow_ours", lambda *_: None)
+    words = {"serve": ["m", "--sae", f"a={source}"], "inspect-sae": [source]}[command]
+    assert main([command, *words]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vllm-sae: ")
+    assert source in line
+
+
+COMMANDS: dict[str, tuple[list[str], int]] = {
+    "serve": (["m", "--sae", "a=SAE"], 2),
+    "inspect-sae": (["SAE"], 1),
+    "import-labels": (["SAE", "/nowhere"], 1),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_nobody_foresaw_of_a_source_is_one_line(
+    command: str,
+    sae: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("a dtype\nof the future")
+
+    monkeypatch.setattr(serving, "allow_ours", lambda *_: None)
+    monkeypatch.setattr("sae.sae.open_layout", fail)
+    words, code = COMMANDS[command]
+    assert main([command, *(word.replace("SAE", str(sae)) for word in words)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{sae}: NotImplementedError: a dtype of the future")
+
+
+def test_unforeseen_exception_is_kept_as_the_cause_and_an_interrupt_is_none() -> None:
+    with pytest.raises(SAEError) as refused, unforeseen_refused("a"):
+        raise ZeroDivisionError("by zero")
+    assert isinstance(refused.value.__cause__, ZeroDivisionError)
+    with pytest.raises(KeyboardInterrupt), unforeseen_refused("a"):
+        raise KeyboardInterrupt
+
+
 def test_refusal_is_one_line_with_exit_code_2() -> None:
     done = run("serve", "no-model", "--sae", "a=/nonexistent")
     assert_refused(done, "/nonexistent: no such file or folder")
@@ -206,6 +258,8 @@ PLAIN: dict[str, Any] = {
     "grpc": False,
     "runner": "auto",
     "steering_max_rows": 4096,
+    "steering_max_read_values": 64,
+    "steering_max_body_bytes": 1024,
 }
 
 
@@ -219,6 +273,8 @@ PLAIN: dict[str, Any] = {
         ("grpc", True, "--grpc"),
         ("runner", "pooling", "--runner pooling"),
         ("steering_max_rows", 63, "--steering-max-rows 63: must be at least 64"),
+        ("steering_max_read_values", 63, "--steering-max-read-values 63: must be at least 64"),
+        ("steering_max_body_bytes", 1023, "--steering-max-body-bytes 1023: must be at least 1024"),
     ],
 )
 def test_flag_that_leaves_no_place_for_steering_is_refused(
@@ -243,6 +299,7 @@ def test_flags_of_vllm_pass_through_and_the_engine_steers(
     args = start(
         *("--sae", f"a={sae},sink_norm=50", "--max-model-len", "128", "--api-server-count=2"),
         *("--additional-config", '{"mine": 1}', "--steering-max-rows", "100"),
+        *("--steering-max-read-values", "200", "--steering-max-body-bytes", "3000"),
     )
     assert (args.model, args.max_model_len, args.api_server_count) == (str(model), 128, 2)
     assert args.worker_cls == "steering.vllm.worker.SteeringWorker"
@@ -251,6 +308,7 @@ def test_flags_of_vllm_pass_through_and_the_engine_steers(
     config = SteeringConfig.from_additional_config(args.additional_config)
     assert config is not None
     assert (config.d_model, config.num_layers, config.max_rows) == (64, 4, 100)
+    assert (config.max_read_values, args.steering_max_body_bytes) == (200, 3000)
     assert config.special_token_ids == (0, 1, 2, 3)
     assert [(ref.name, ref.sink_norm, ref.path) for ref in config.saes] == [("a", 50.0, str(sae))]
 

@@ -330,6 +330,21 @@ def test_refusal_inside_the_engine_comes_out_the_same_way(
     assert results._tickets == {}
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@routes
+def test_read_of_too_many_values_is_refused_before_a_stream_begins(
+    start: StartServer, path: str, stream: bool
+) -> None:
+    read = {"read": {"top_k": 64}}
+    values = (3 + 5) * 64  # of the prompt's tokens and five more
+    server = start(max_read_values=values - 1)
+    response = ask(server, path, read, stream=stream)
+    assert _refused(response) == ("invalid_value", "steering.read")
+    assert f"is {values} values, the limit is {values - 1}" in response.json()["error"]["message"]
+    assert results._tickets == {}
+    assert ask(start(max_read_values=values), path, read, stream=stream).status_code == 200
+
+
 def test_row_with_weights_that_are_not_finite_is_refused(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

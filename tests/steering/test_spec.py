@@ -110,7 +110,7 @@ HERE = "steering.interventions[0]"
         # unknown fields
         ({**edit(), "strength": 1}, "unknown_field", "steering.strength"),
         (edit(latent=1), "unknown_field", f"{HERE}.latent"),
-        (edit(**{"x" * 150: 1}), "unknown_field", f"{HERE}.{'x' * 150}"),
+        (edit(**{"x" * 90: 1}), "unknown_field", f"{HERE}.{'x' * 90}"),
         (edit(positions={"from": 1}), "unknown_field", f"{HERE}.positions.from"),
         ({"read": {"k": 1}}, "unknown_field", "steering.read.k"),
         # SAEs
@@ -304,3 +304,23 @@ def test_whatever_json_arrives_it_is_a_spec_or_a_readable_refusal(raw: object) -
         assert refused.code
         assert refused.param is not None
         assert refused.param.startswith("steering")
+
+
+@given(
+    prompt=st.booleans(),
+    generation=st.booleans(),
+    start=st.integers(0, 12),
+    end=st.integers(0, 12) | st.just(POSITION_LIMIT),
+    prompt_len=st.integers(0, 10),
+    more=st.integers(0, 10),
+)
+def test_as_many_positions_are_covered_as_counting_them_finds(
+    prompt: bool, generation: bool, start: int, end: int, prompt_len: int, more: int
+) -> None:
+    where = Positions(prompt=prompt, generation=generation, start=start, end=end)
+    covered = [
+        position
+        for position in range(prompt_len + more)
+        if start <= position < end and (prompt if position < prompt_len else generation)
+    ]
+    assert where.count(prompt_len, prompt_len + more) == len(covered)

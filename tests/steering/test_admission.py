@@ -1,0 +1,177 @@
+"""What the door in front of the engine refuses for its size, and that it does so in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sae.source import SAEReference
+from steering.catalog import Catalog
+from steering.config import DEFAULT_MAX_READ_VALUES, SteeringConfig
+from steering.errors import SteeringError
+from steering.plan import SELF_CHECK
+from steering.vllm.admission import INSPECT, TICKET, admit, plan_of
+from steering.vllm.plugin import _collecting, _validating
+from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
+
+PROMPT_LEN = 10
+#: 30 positions with the prompt's, 7 features each.
+READ = {"read": {"top_k": 7}}
+MAX_TOKENS = 20
+VALUES = 210
+
+
+def params(
+    field: Any, extra: Any = None, *, n: int = 1, max_tokens: int | None = MAX_TOKENS
+) -> Any:
+    """A request's parameters, as far as steering looks at them."""
+    extra_args = {"steering": field, **(extra or {})}
+    return SimpleNamespace(extra_args=extra_args, n=n, max_tokens=max_tokens, output_kind=None)
+
+
+def request(sampling_params: Any) -> Any:
+    return SimpleNamespace(
+        request_id="1",
+        sampling_params=sampling_params,
+        prompt_token_ids=[5] * PROMPT_LEN,
+        prompt_embeds=None,
+        resumable=False,
+        cache_salt=None,
+    )
+
+
+Engine = Callable[[int], Any]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Engine:
+    """A `VllmConfig` whose steering has this limit."""
+    path = make_tiny_sae(tmp_path / "a")
+    saes = (SAEReference("a", str(path), path=str(path)),)
+
+    def make(max_read_values: int) -> Any:
+        steering = SteeringConfig(saes, D_MODEL, NUM_LAYERS, max_read_values=max_read_values)
+        return SimpleNamespace(additional_config={"steering": steering.to_dict()})
+
+    return make
+
+
+def catalog(vllm_config: Any) -> Catalog:
+    return Catalog.from_config(SteeringConfig.from_additional_config(vllm_config.additional_config))
+
+
+@pytest.mark.parametrize(
+    ("field", "more", "values"),
+    [
+        (READ, {}, VALUES),
+        (READ, {"n": 3}, 3 * VALUES),
+        ({"read": {}}, {}, 30 * 5),
+        ({**READ, "positions": {"generation": False}}, {}, 10 * 7),
+        ({**READ, "positions": {"prompt": False}}, {}, 20 * 7),
+        ({**READ, "positions": {"start": 4, "end": 25}}, {}, 21 * 7),
+        ({**READ, "positions": {"start": 12}}, {"n": 2}, 18 * 7 * 2),
+    ],
+    ids=["both phases", "n", "top_k left out", "prompt", "generation", "window", "open window"],
+)
+def test_read_of_as_many_values_as_the_limit_is_admitted_and_one_more_is_not(
+    config: Engine, field: Any, more: dict[str, int], values: int
+) -> None:
+    admitted = request(params(field, **more))
+    admit(admitted, catalog(config(values)))
+    assert plan_of(admitted.sampling_params) is not None
+    with pytest.raises(ValueError) as refused:
+        admit(request(params(field, **more)), catalog(config(values - 1)))
+    assert isinstance(refused.value, SteeringError)
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "steering.read")
+
+
+def test_refusal_gives_the_number_the_limit_and_a_remedy(config: Engine) -> None:
+    with pytest.raises(SteeringError) as refused:
+        admit(request(params(READ, n=2)), catalog(config(400)))
+    assert refused.value.message == (
+        "a read of 7 features of up to 30 tokens in 2 choices is 420 values, the limit is 400: "
+        "lower max_tokens, top_k or n, or narrow positions with start and end"
+    )
+
+
+def test_only_what_is_read_counts(config: Engine) -> None:
+    edits = {"interventions": [{"feature": 1, "op": "ablate"}], "report": True}
+    admit(request(params(edits, n=64, max_tokens=10**6)), catalog(config(64)))
+
+
+def test_limit_is_four_million_values_unless_told(config: Engine) -> None:
+    assert Catalog({}).max_read_values == DEFAULT_MAX_READ_VALUES == 4194304
+    wide = {"read": {"top_k": 64}}
+    admit(request(params(wide, max_tokens=2**16 - PROMPT_LEN)), catalog(config(2**22)))
+
+
+def test_inspection_is_counted_and_a_self_check_is_not(config: Engine) -> None:
+    field = {**READ, "positions": {"generation": False}}
+    inspect = {INSPECT: {"aggregate": "max", "special_tokens": True}}
+    admit(request(params(field, inspect)), catalog(config(70)))
+    with pytest.raises(SteeringError, match="lower top_k, or send less text") as refused:
+        admit(request(params(field, inspect)), catalog(config(69)))
+    assert refused.value.param == "top_k"
+    check = {INSPECT: {"aggregate": SELF_CHECK, "special_tokens": False}}
+    admit(request(params(field, check)), catalog(config(64)))
+
+
+# In time
+
+
+class Started(Exception):
+    """The engine was asked to begin."""
+
+
+def begin(*args: Any, **kwargs: Any) -> Any:
+    raise Started
+
+
+def rendered(length: int = PROMPT_LEN) -> dict[str, Any]:
+    return {"type": "token", "prompt_token_ids": [5] * length}
+
+
+def test_engine_that_streams_is_not_called_for_a_read_that_is_too_long(config: Engine) -> None:
+    generate = _collecting(begin)
+    read = params(READ, {TICKET: "t"})
+    with pytest.raises(SteeringError, match="the limit is 209"):
+        generate(SimpleNamespace(vllm_config=config(VALUES - 1)), rendered(), read, "1")
+    with pytest.raises(Started):
+        generate(SimpleNamespace(vllm_config=config(VALUES)), rendered(), read, "1")
+
+
+@pytest.mark.parametrize("prompt", ["text", {"prompt": "text"}])
+def test_prompt_whose_length_is_not_known_yet_is_left_to_the_door(
+    config: Engine, prompt: Any
+) -> None:
+    engine = SimpleNamespace(vllm_config=config(64))
+    with pytest.raises(Started):
+        _collecting(begin)(engine, prompt, params(READ, {TICKET: "t"}), "1")
+    with pytest.raises(Started):
+        unset = params(READ, {TICKET: "t"}, max_tokens=None)
+        _collecting(begin)(engine, rendered(), unset, "1")
+
+
+def test_batch_is_refused_before_its_first_request_runs(config: Engine) -> None:
+    def prompts() -> Iterator[dict[str, Any]]:
+        yield from (rendered(), rendered(), rendered(PROMPT_LEN + 1))
+
+    add = _validating(begin)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config(VALUES)))
+    with pytest.raises(SteeringError, match="up to 31 tokens is 217 values"):
+        add(llm, prompts=prompts(), params=[params(READ)] * 3)
+    with pytest.raises(Started):
+        add(llm, prompts=prompts(), params=[params(READ)] * 2 + [params(None)])
+
+
+def test_batch_without_a_read_is_rendered_as_it_runs(config: Engine) -> None:
+    prompts = iter([rendered()])
+    edits = {"interventions": [{"feature": 1, "op": "ablate"}]}
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config(64)))
+    with pytest.raises(Started):
+        _validating(begin)(llm, prompts=prompts, params=[params(edits)])
+    assert [*prompts] == [rendered()]
