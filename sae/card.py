@@ -30,9 +30,14 @@ class HookPoint:
         """Read a hook point's name; SAEError where it is of another form or an unknown kind."""
         match = _HOOK_POINT.fullmatch(name)
         if match is None or match.group(2) not in HOOK_KINDS:
+            # A real place, but one that is not in the residual stream.
+            what = (
+                f"attention's per-head outputs (hook_z) are not supported: {name!r}, "
+                if name.endswith(".hook_z")
+                else f"unknown hook point {name!r}: "
+            )
             raise SAEError(
-                f"unknown hook point {name!r}: expected blocks.LAYER.KIND with KIND one of "
-                f"{', '.join(HOOK_KINDS)}"
+                f"{what}expected blocks.LAYER.KIND with KIND one of {', '.join(HOOK_KINDS)}"
             )
         return cls(layer=int(match.group(1)), kind=match.group(2))
 

@@ -18,12 +18,25 @@ FEATURES_NAME = "features.jsonl"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = f"{CHECKPOINTS}/final.safetensors"
 
-# SAELens' statistics, in the suffix of weights.
-_NO_WEIGHTS = "sparsity.safetensors"
+# What the published suites call their weights: what else lies beside them is something else.
+_WEIGHT_NAMES = (
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "ae.pt",
+    "params.npz",
+    "params.safetensors",
+)
+# SAELens' statistics and the state of its training, in the suffix of weights.
+_NO_WEIGHTS = (
+    "sparsity.safetensors",
+    "activations_store_state.safetensors",
+    "activation_whitening.safetensors",
+    "trainer_state.pt",
+)
 
 
 def is_weight_file(name: str) -> bool:
-    return name.endswith(WEIGHT_SUFFIXES) and name != _NO_WEIGHTS
+    return name.endswith(WEIGHT_SUFFIXES) and name not in _NO_WEIGHTS
 
 
 def choose_weights(source: str, names: Iterable[str]) -> str:
@@ -40,6 +53,9 @@ def choose_weights(source: str, names: Iterable[str]) -> str:
         raise SAEError(
             f"{source}: no weight file in it ({', '.join(WEIGHT_SUFFIXES)}); it holds {some}"
         )
+    named = [name for name in weights if name in _WEIGHT_NAMES]
+    if len(named) == 1:
+        return named[0]
     if len(weights) > 1:
         raise SAEError(
             f"{source}: {len(weights)} weight files ({', '.join(weights[:4])}, ...); "

@@ -14,3 +14,9 @@ def finite(value: object) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def positive(value: object) -> float | None:
+    """The value as a float; None where it is no finite number above 0."""
+    number = finite(value)
+    return number if number is not None and number > 0 else None

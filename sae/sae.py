@@ -82,15 +82,15 @@ class SAE:
         index = self._index(latents)
         rows = self.rows(latents)
         finite = rows.W_enc.isfinite().all(dim=1) & rows.W_dec.isfinite().all(dim=1)
+        finite &= rows.gain.isfinite()
         for name in VECTORS[self._card.architecture]:
-            finite &= self._vector(name, index).isfinite()
+            finite &= self._vector(name, index).float().isfinite()
         return [latent for latent, good in zip(latents, finite.tolist(), strict=True) if not good]
 
     def decoder_rows(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """W_dec[start:stop] as [stop - start, d_in] float32 on the device."""
         target = _indexed(device)
-        rows = self._matrix("W_dec", target)[start:stop].to(target).float()
-        return rows if self._layout.scale == 1.0 else rows / self._layout.scale
+        return self._in_use("W_dec", self._matrix("W_dec", target)[start:stop].to(target))
 
     def decoder_row_norms(self) -> Tensor:
         """|W_dec_i| of all latents: [d_sae] float32, CPU."""
@@ -119,9 +119,7 @@ class SAE:
         W_enc = self._matrix("W_enc", x.device)
         f = x.new_empty(x.shape[0], self._card.d_sae)
         for start, stop in self.chunks():
-            rows = W_enc[start:stop].to(x.device).float()
-            if self._layout.scale != 1.0:
-                rows = rows * self._layout.scale
+            rows = self._in_use("W_enc", W_enc[start:stop].to(x.device))
             f[:, start:stop] = self._activate(x_in @ rows.T, vectors.part(start, stop))
         if not self._card.exact_from_row:
             assert self._card.k is not None
@@ -173,13 +171,17 @@ class SAE:
     # Checks
 
     def scan_nonfinite(self) -> None:
-        """Read every weight once; SAEError naming the tensor and the first latent that is bad."""
+        """Read every weight once; SAEError naming the tensor and the first latent that is bad.
+
+        What is tested is what is computed with: a float64 that is too large for float32 is bad.
+        """
         for canonical, stored in self._layout.tensors.items():
             bad = self._first_nonfinite(canonical)
             if bad is not None:
                 place = "" if canonical == "b_dec" or stored.scalar else f" of feature {bad}"
                 raise SAEError(
                     f"{self._tensors.path}: {stored.name}{place} has a value that is not finite"
+                    f"{' or whose exponential is not' if canonical == 'r_mag' else ''} in float32"
                 )
 
     def refuse_changed(self) -> None:
@@ -223,10 +225,14 @@ class SAE:
 
     def _rows_of(self, canonical: str, index: Tensor) -> Tensor:
         """Rows of W_enc or W_dec [n, d_in] float32, contiguous, with the SAE's scale folded in."""
-        rows = self._stored(canonical).index_select(0, index).float()
-        if self._layout.scale == 1.0:
-            return rows
-        return rows * self._layout.scale if canonical == "W_enc" else rows / self._layout.scale
+        return self._in_use(canonical, self._stored(canonical).index_select(0, index))
+
+    def _in_use(self, canonical: str, stored: Tensor) -> Tensor:
+        """Part of a matrix as it is computed with: float32, with the SAE's scale folded in."""
+        part, scale = stored.float(), self._layout.scale
+        if scale == 1.0:
+            return part
+        return part * scale if canonical == "W_enc" else part / scale
 
     def _vectors(self, index: Tensor, W_enc: Tensor, W_dec: Tensor) -> LatentVectors:
         """The vectors of these latents in float32, given their rows [n, d_in]."""
@@ -274,14 +280,17 @@ class SAE:
     def _first_nonfinite(self, canonical: str) -> int | None:
         tensor = self._stored(canonical)
         if tensor.dim() == 1:
-            bad = (~tensor.isfinite()).nonzero()
+            finite = tensor.float().isfinite()
+            if canonical == "r_mag":  # used as a gain
+                finite &= tensor.double().exp().float().isfinite()
+            bad = (~finite).nonzero()
             return int(bad[0]) if len(bad) else None
         # In the order of the file: a strided walk would read every page many times.
         by_latent = tensor.is_contiguous()
         stored = tensor if by_latent else tensor.T
         first: int | None = None
         for start in range(0, len(stored), size := _rows_per_chunk(stored)):
-            part = stored[start : start + size]
+            part = self._in_use(canonical, stored[start : start + size])
             if not bool(part.isfinite().all()):
                 bad = (~part.isfinite()).nonzero()
                 if by_latent:

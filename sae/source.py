@@ -11,7 +11,7 @@ from typing import Any
 from sae import hub, registry
 from sae.card import HookPoint
 from sae.errors import SAEError
-from sae.numbers import finite
+from sae.numbers import positive
 
 FORMATS = (
     "sae_lens",
@@ -25,7 +25,10 @@ FORMATS = (
 )
 
 _OPTIONS = ("hook", "format", "sink_norm")
-_NAME = re.compile(r"[^\s/\\,=?#%]{1,128}")
+# A client takes the steps . and .. out of a path before it sends it.
+_NAME = re.compile(r"(?!\.{1,2}\Z)[^\s/\\,=?#%]{1,128}")
+# Python's own reading of numbers is wider: 1_000, spaces around, the digits of every script.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class SAEReference:
         if not _NAME.fullmatch(name):
             raise SAEError(
                 f"--sae {flag!r}: the name {name!r} must be 1 to 128 characters without spaces "
-                "or any of / \\ , = ? # %"
+                "or any of / \\ , = ? # %, and not . or .."
             )
         return _with_options(name, source)
 
@@ -90,15 +93,21 @@ def resolve(ref: SAEReference) -> SAEReference:
         return replace(ref, path=str(hub.fetch(ref.source)))
     if "://" in ref.source:
         raise SAEError(f"{ref.source}: unknown scheme, expected a path, hf:// or sae_lens://")
-    # Symbolic links stay: a hub cache's blobs have no file names.
-    path = Path(os.path.abspath(Path(ref.source).expanduser()))
-    if not path.exists():
+    try:
+        # Symbolic links stay: a hub cache's blobs have no file names.
+        path = Path(os.path.abspath(Path(ref.source).expanduser()))
+        found = path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise SAEError(f"{ref.source}: cannot be read: {error.strerror}") from error
+    except RuntimeError as error:  # the ~ of a user who does not exist
+        raise SAEError(f"{ref.source}: {error}") from error
+    if not found:
         raise SAEError(f"{ref.source}: no such file or folder")
     return replace(ref, path=str(path))
 
 
 def _with_options(name: str, text: str) -> SAEReference:
-    source, *options = re.split(r",(?=\w+=)", text)
+    source, options = _split(text)
     if not source:
         raise SAEError(f"SAE {name!r}: the source is empty")
     values: dict[str, str] = {}
@@ -119,16 +128,26 @@ def _with_options(name: str, text: str) -> SAEReference:
         source=source,
         hook=hook,
         format=format_name,
-        sink_norm=None if sink_norm is None else parse_sink_norm(sink_norm),
+        sink_norm=None if sink_norm is None else _sink_norm(text, sink_norm),
     )
 
 
-def parse_sink_norm(value: object) -> float:
-    """A norm above which a token is a sink; SAEError unless a positive finite number."""
-    try:
-        number = finite(float(value) if isinstance(value, str) else value)
-    except ValueError:
-        number = None
-    if number is None or number <= 0:
-        raise SAEError(f"sink_norm must be a positive finite number, got {value!r:.40}")
+def _split(text: str) -> tuple[str, list[str]]:
+    """The source, and the options after it.
+
+    What looks like an option and has no known name is part of the path where that exists.
+    """
+    parts = re.split(r",(?=\w+=)", text)
+    known = [part.partition("=")[0] in _OPTIONS for part in parts]
+    end = max((i + 1 for i in range(1, len(parts)) if not known[i]), default=1)
+    path = ",".join(parts[:end])
+    if end > 1 and os.path.exists(os.path.expanduser(path)):
+        return path, parts[end:]
+    return parts[0], parts[1:]
+
+
+def _sink_norm(text: str, value: str) -> float:
+    number = positive(float(value)) if _NUMBER.fullmatch(value) else None
+    if number is None:
+        raise SAEError(f"{text!r}: sink_norm must be a positive finite number, got {value!r:.40}")
     return number

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,7 @@ import httpx
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 import sae
 from server.demo_model import DemoModelError, ensure_demo_model
@@ -75,7 +76,7 @@ def demo(flags: Sequence[str]) -> int:
         with console.status("preparing the model (the first time takes a minute)"):
             model = ensure_demo_model()
         with _serving(model, flags, console) as (base_url, process):
-            show(base_url, console)
+            show(base_url, api_key(flags, os.environ), console)
             console.print("\nServing until Ctrl-C.")
             raise DemoError(f"the server ended by itself, exit code {process.wait()}")
     except (DemoModelError, DemoError) as error:
@@ -86,28 +87,40 @@ def demo(flags: Sequence[str]) -> int:
     return 0
 
 
-def show(base_url: str, console: Console) -> None:
-    """Ask the server the same thing in each way and print the answers side by side."""
-    from openai import OpenAI
+def show(base_url: str, key: str | None, console: Console) -> None:
+    """Ask the server the same thing in each way and print the answers side by side.
 
-    client = OpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=START_TIMEOUT)
+    Raises:
+        DemoError: where the server does not answer as it should.
+    """
+    from openai import OpenAI, OpenAIError
+
+    # The client insists on a key; a server without one takes any.
+    client = OpenAI(base_url=f"{base_url}/v1", api_key=key or "none", timeout=START_TIMEOUT)
     panels = []
-    for way, interventions in WAYS.items():
-        with console.status(f"asking: {way}"):
-            panels.append(Panel(ask(client, interventions), title=way, width=_width(console)))
+    try:
+        model = client.models.list().data[0].id  # as the user's flags may have named it
+        for way, interventions in WAYS.items():
+            with console.status(f"asking: {way}"):
+                answer = Text(ask(client, model, interventions))
+                panels.append(Panel(answer, title=way, width=_width(console)))
+    except OpenAIError as error:
+        said = " ".join(str(error).split())
+        raise DemoError(f"cannot ask the server: {type(error).__name__}: {said:.500}") from error
     console.print(f"[bold]{PROMPT}[/bold]")
     console.print(Columns(panels))
     console.print("Try more:\n", end="")
-    console.print(curl(base_url), soft_wrap=True, highlight=False, markup=False)
+    line = curl(base_url, model, with_key=key is not None)
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def ask(client: Any, interventions: list[dict[str, Any]]) -> str:
+def ask(client: Any, model: str, interventions: list[dict[str, Any]]) -> str:
     """One answer of the model, steered by these edits."""
     extra: dict[str, Any] = {"repetition_penalty": REPETITION_PENALTY}
     if interventions:
         extra["steering"] = {"interventions": interventions}
     answer = client.chat.completions.create(
-        model=MODEL_NAME,
+        model=model,
         messages=[{"role": "user", "content": PROMPT}],
         extra_body=extra,
         **SAMPLING,
@@ -115,19 +128,26 @@ def ask(client: Any, interventions: list[dict[str, Any]]) -> str:
     return str(answer.choices[0].message.content).strip()
 
 
-def curl(base_url: str) -> str:
+def curl(base_url: str, model: str, *, with_key: bool) -> str:
     """A command line that sends the amplified request and asks what happened."""
     body = {
-        "model": MODEL_NAME,
+        "model": model,
         "messages": [{"role": "user", "content": PROMPT}],
         **SAMPLING,
         "repetition_penalty": REPETITION_PENALTY,
         "steering": {"interventions": WAYS[AMPLIFIED], "report": True},
     }
+    # The shell puts the key in: a secret is not for the screen.
+    key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if with_key else ""
     return (
-        f"curl {base_url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"curl {base_url}/v1/chat/completions -H 'Content-Type: application/json' {key}"
         f"-d {shlex.quote(json.dumps(body))}"
     )
+
+
+def api_key(flags: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """A key that a server with these flags asks for; None where it asks for none."""
+    return _value(flags, "--api-key") or environment.get("VLLM_API_KEY") or None
 
 
 @contextmanager
@@ -185,14 +205,22 @@ def _refuse_taken(port: int) -> None:
 
 def _port(flags: Sequence[str]) -> int:
     """The value of `--port` among vLLM's flags."""
+    text = _value(flags, "--port")
+    if text is None:
+        return DEFAULT_PORT
+    if not text.isdecimal():
+        raise DemoError(f"--port: expected a number, got {text!r}")
+    return int(text)
+
+
+def _value(flags: Sequence[str], name: str) -> str | None:
+    """The first value of one of vLLM's flags, where it is given last; None where it is not."""
+    found = None
     for i, flag in enumerate(flags):
-        name, _, value = flag.partition("=")
-        if name == "--port":
-            text = value or "".join(flags[i + 1 : i + 2])
-            if not text.isdecimal():
-                raise DemoError(f"--port: expected a number, got {text!r}")
-            return int(text)
-    return DEFAULT_PORT
+        word, equals, value = flag.partition("=")
+        if word.replace("_", "-") == name:
+            found = value if equals else "".join(flags[i + 1 : i + 2])
+    return found
 
 
 def _width(console: Console) -> int:

@@ -12,6 +12,7 @@ from sae.files import FEATURES_NAME, find_weights, is_weight_file
 from sae.neuronpedia import import_neuronpedia
 from sae.sae import open_sae
 from sae.source import parse_source, resolve
+from server.saes_at_start import unforeseen_refused
 
 
 def import_labels(source: str, exports: Sequence[str]) -> int:
@@ -21,11 +22,13 @@ def import_labels(source: str, exports: Sequence[str]) -> int:
         exports: folders of one Neuronpedia source, and files of it.
     """
     try:
-        resolved = resolve(parse_source(source))
-        assert resolved.path is not None
-        sae = open_sae(resolved)
-        # Units are converted by the weights: one that is not finite would damage what is written.
-        sae.scan_nonfinite()
+        with unforeseen_refused(source):
+            resolved = resolve(parse_source(source))
+            assert resolved.path is not None
+            sae = open_sae(resolved)
+            # Units are converted by the weights: one that is not finite would damage what is
+            # written.
+            sae.scan_nonfinite()
         out = features_path(Path(resolved.path))
         parts = [Path(export) for export in exports]
         summary = import_neuronpedia(parts, out, sae.card, sae.decoder_row_norms().tolist())

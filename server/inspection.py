@@ -74,6 +74,9 @@ class Inspection:
                 "give either messages or prompt",
                 "messages" if messages is None else "prompt",
             )
+        for key, value in (("messages", messages), ("prompt", prompt)):
+            if value is not None and not value:
+                raise SteeringError("invalid_value", f"{key} is empty: nothing to read", key)
         top_k = _typed(body, "top_k", int, "an integer", DEFAULT_TOP_K)
         if not 1 <= top_k <= MAX_TOP_K:
             raise SteeringError("invalid_value", f"top_k not in [1, {MAX_TOP_K}]", "top_k")

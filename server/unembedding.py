@@ -80,8 +80,10 @@ class Unembedding:
     def strongest(self, direction: Tensor, count: int) -> tuple[list[list[Any]], list[list[Any]]]:
         """The tokens that a direction [d_model] promotes and suppresses most: [[text, score]].
 
-        The score is (W_U (gamma * d/|d|))_token.
+        The score is (W_U (gamma * d/|d|))_token. A zero direction promotes and suppresses nothing.
         """
+        if not direction.any():
+            return [], []
         logits = self.logits(torch.nn.functional.normalize(direction, dim=0))
         up, down = logits.topk(count), (-logits).topk(count)
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -50,7 +51,7 @@ def open_layout(ref: SAEReference) -> tuple[SAEFiles, SAELayout]:
     assert ref.path is not None
     weights = find_weights(Path(ref.path))
     files = SAEFiles(open_tensors(weights), _configs(weights))
-    layout = _detect(files, ref).read(files, ref)
+    layout = replace(_detect(files, ref).read(files, ref), sink_norm=files.sink_norm())
     layout.check(files.tensors)
     return files, layout
 

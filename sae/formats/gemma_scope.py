@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 
 from sae.errors import SAEError
-from sae.formats.layout import SAEFiles, SAELayout, Stored, choose_hook, refuse_transcoder
+from sae.formats.layout import (
+    SAEFiles,
+    SAELayout,
+    Stored,
+    check_scaling_factor,
+    choose_hook,
+    refuse_transcoder,
+)
 from sae.source import SAEReference
 
 NAME = "gemma_scope"
@@ -33,6 +40,7 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
         d_sae=d_sae,
         tensors=jumprelu_tensors(names),
         apply_b_dec_to_input=False,
+        ignored=check_scaling_factor(files, names.get("scaling_factor", "scaling_factor"), d_sae),
     )
 
 

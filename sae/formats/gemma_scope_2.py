@@ -1,10 +1,11 @@
 """Gemma Scope 2: `resid_post/layer_L_width_W_l0_S/params.safetensors`, JumpReLU, w_enc
 [d_in, d_sae], b_dec not subtracted. `config.json` names the module; where it is absent, the
-folders do."""
+folders do. The case of the keys varies."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from sae.errors import SAEError
 from sae.formats.gemma_scope import by_lower_case, jumprelu_tensors
@@ -26,21 +27,33 @@ _FOLDERS = {
 }
 _MODULE = re.compile(r"(?:\w+\.)*layers\.(\d+)\.(.+)")
 _FOLDER = re.compile(r"(resid_post|attn_out|mlp_out|transcoder|clt)")
+_SAE_FOLDER = re.compile(r"layer_\d+_width_\w+_l0_\w+")
 
 
 def matches(files: SAEFiles) -> bool:
-    return files.tensors.container == "safetensors" and bool({"w_enc", "w_dec"} & files.names)
+    matrices = {name for name in files.names if name.lower() in ("w_enc", "w_dec")}
+    if files.tensors.container != "safetensors" or not matrices:
+        return False
+    if matrices <= {"W_enc", "W_dec"}:
+        # Spelled as SAELens spells them: what lies around them tells the two apart.
+        config = files.configs.get("config.json")
+        described = config is not None and "hf_hook_point_in" in config
+        placed = _SAE_FOLDER.fullmatch(files.path.parent.name) is not None
+        jumprelu = "threshold" in map(str.lower, files.names)
+        return "cfg.json" not in files.configs and jumprelu and (described or placed)
+    return True
 
 
 def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
     config = files.configs.get("config.json")
-    _refuse_transcoders(files, ref, config)
+    names = by_lower_case(files)
+    _refuse_transcoders(files, ref, config, names)
     if config is not None and config.get("architecture", "jump_relu") != "jump_relu":
         raise SAEError(
             f"{config.path}: unknown architecture {config.get('architecture')!r:.60}, "
             "expected jump_relu"
         )
-    d_in, d_sae = files.shape("w_enc", rank=2)
+    d_in, d_sae = files.shape(names.get("w_enc", "w_enc"), rank=2)
     stated = None if config is None else _stated_hook(config)
     return SAELayout(
         format=NAME,
@@ -48,13 +61,15 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
         hook=choose_hook(files.path, ref, stated, guessed=_guess_hook(files, ref)),
         d_in=d_in,
         d_sae=d_sae,
-        tensors=jumprelu_tensors(by_lower_case(files)),
+        tensors=jumprelu_tensors(names),
         apply_b_dec_to_input=False,
     )
 
 
-def _refuse_transcoders(files: SAEFiles, ref: SAEReference, config: Config | None) -> None:
-    if "affine_skip_connection" in files.names:
+def _refuse_transcoders(
+    files: SAEFiles, ref: SAEReference, config: Config | None, names: Mapping[str, str]
+) -> None:
+    if "affine_skip_connection" in names:
         refuse_transcoder(files.path, "tensor affine_skip_connection")
     if config is not None and "hf_hook_point_out" in config:
         where = config.text("hf_hook_point_out")

@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae.card import HookPoint
 from sae.errors import SAEError
-from sae.numbers import finite
+from sae.numbers import finite, positive
 from sae.source import SAEReference
 from sae.tensors import FLOAT_DTYPES, TensorFile
 
 MAX_CONFIG_BYTES = 16 * 2**20
 #: Of rows or columns; what is larger is no shape of a tensor.
 MAX_COUNT = 2**31 - 1
+#: Objects of a configuration that may hold a sink_norm; "trainer" is dictionary_learning's.
+_SINK_NORM_SECTIONS = ("metadata", "trainer")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,20 @@ class Config:
             raise SAEError(f"{self.path}: {key} must be a finite number, got {self.get(key)!r:.60}")
         return number
 
+    def sink_norm(self) -> float | None:
+        """The norm above which a token is a sink, as stated at the top or in a section."""
+        sections = (self.values.get(key) for key in _SINK_NORM_SECTIONS)
+        for values in (self.values, *(part for part in sections if isinstance(part, dict))):
+            value = values.get("sink_norm")
+            if value is None:
+                continue
+            if (number := positive(value)) is None:
+                raise SAEError(
+                    f"{self.path}: sink_norm must be a positive finite number, got {value!r:.40}"
+                )
+            return number
+        return None
+
 
 @dataclass(frozen=True)
 class SAEFiles:
@@ -92,6 +110,11 @@ class SAEFiles:
             if name in self.configs:
                 return self.configs[name]
         raise SAEError(f"{self.path}: missing configuration: no {' or '.join(names)} beside it")
+
+    def sink_norm(self) -> float | None:
+        """What the first configuration that states a sink_norm says."""
+        stated = (config.sink_norm() for config in self.configs.values())
+        return next((norm for norm in stated if norm is not None), None)
 
     def search(self, ref: SAEReference, pattern: re.Pattern[str]) -> str | None:
         """The pattern's first group in the nearest folder's name, or in the source's."""
@@ -149,6 +172,11 @@ class SAELayout:
 
     def check(self, tensors: TensorFile) -> None:
         """SAEError for a missing, misshaped, integer or unexpected tensor; reads headers only."""
+        if self.d_in < 1 or self.d_sae < 1:
+            raise SAEError(
+                f"{tensors.path}: d_in is {self.d_in} and d_sae {self.d_sae}, both must be "
+                "at least 1"
+            )
         for canonical, stored in self.tensors.items():
             header = tensors.headers.get(stored.name)
             if header is None:
@@ -203,6 +231,27 @@ def choose_hook(
             f"{ref.source},hook=blocks.LAYER.hook_resid_post"
         )
     return HookPoint.parse(name)
+
+
+def check_scaling_factor(files: SAEFiles, name: str, d_sae: int) -> tuple[str, ...]:
+    """The name of an old file's finetuning factor per latent, to be ignored, if it is there.
+
+    As in SAELens 6, only the trivial factor is taken: SAEError for one that is not 1 everywhere.
+    """
+    header = files.tensors.headers.get(name)
+    if header is None:
+        return ()
+    if header.dtype not in FLOAT_DTYPES or header.shape != (d_sae,):
+        raise SAEError(
+            f"{files.path}: {name} is {header.dtype} {list(header.shape)}, "
+            f"expected floats [{d_sae}]"
+        )
+    factor = files.tensors.tensor(name)
+    if not torch.allclose(factor, torch.ones_like(factor)):
+        raise SAEError(
+            f"{files.path}: {name} is not 1 everywhere; finetuned scaling is not supported"
+        )
+    return (name,)
 
 
 def refuse_transcoder(path: Path, what: str) -> None:

@@ -8,8 +8,6 @@ in, or the registry states the factor to fold.
 
 from __future__ import annotations
 
-import torch
-
 from sae.card import HookPoint
 from sae.errors import SAEError
 from sae.formats.layout import (
@@ -17,10 +15,11 @@ from sae.formats.layout import (
     SAEFiles,
     SAELayout,
     Stored,
+    check_scaling_factor,
     choose_hook,
     refuse_transcoder,
 )
-from sae.source import SAEReference, parse_sink_norm
+from sae.source import SAEReference
 
 NAME = "sae_lens"
 
@@ -62,18 +61,17 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
     metadata = config.section("metadata")
     architecture, k = _architecture(config)
     normalize, scale = _normalization(config, ref)
-    ignored = _check_scaling_factor(files)
     stated = _hook_name(config, metadata)
     hook = choose_hook(config.path, ref, stated, guessed=None)
     _check_layer(config, hook)
     vectors = {name: Stored(name) for name in _VECTORS[architecture]}
-    sink_norm = config.get("sink_norm", metadata.get("sink_norm"))
+    d_sae = config.count("d_sae")
     return SAELayout(
         format=NAME,
         architecture=architecture,
         hook=hook,
         d_in=config.count("d_in"),
-        d_sae=config.count("d_sae"),
+        d_sae=d_sae,
         tensors={
             "W_enc": Stored("W_enc", transposed=True),
             "W_dec": Stored("W_dec"),
@@ -87,8 +85,7 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
         rescale_acts_by_decoder_norm=k is not None
         and config.flag("rescale_acts_by_decoder_norm", False),
         scale=scale,
-        sink_norm=None if sink_norm is None else parse_sink_norm(sink_norm),
-        ignored=ignored,
+        ignored=check_scaling_factor(files, "scaling_factor", d_sae),
     )
 
 
@@ -129,18 +126,6 @@ def _normalization(config: Config, ref: SAEReference) -> tuple[str, float]:
     unfolded = stated == "expected_average_only_in" and ref.norm_scaling_factor is not None
     scale = ref.norm_scaling_factor if unfolded else None
     return _NORMALIZE[stated], 1.0 if scale is None else scale
-
-
-def _check_scaling_factor(files: SAEFiles) -> tuple[str, ...]:
-    """Old files carry a finetuning factor per latent; SAELens 6 takes only the trivial one."""
-    if "scaling_factor" not in files.names:
-        return ()
-    factor = files.tensors.tensor("scaling_factor")  # [d_sae]
-    if not torch.allclose(factor, torch.ones_like(factor)):
-        raise SAEError(
-            f"{files.path}: scaling_factor is not 1 everywhere; finetuned scaling is not supported"
-        )
-    return ("scaling_factor",)
 
 
 def _hook_name(config: Config, metadata: Config) -> str | None:

@@ -23,11 +23,19 @@ _SUBMODULES = {
 
 def matches(files: SAEFiles) -> bool:
     config = files.configs.get("cfg.json")
-    described = config is not None and (
-        "k" in config and ("expansion_factor" in config or "num_latents" in config)
+    described = (
+        config is not None
+        and "k" in config
+        and ("expansion_factor" in config or "num_latents" in config)
+        # SAELens' own name of the width, and of the encoder below: its files may state these too.
+        and "d_sae" not in config
     )
     named = {"encoder.weight", "W_dec"} <= files.names
-    return files.tensors.container == "safetensors" and (described or named)
+    return (
+        files.tensors.container == "safetensors"
+        and "W_enc" not in files.names
+        and (described or named)
+    )
 
 
 def read(files: SAEFiles, ref: SAEReference) -> SAELayout:

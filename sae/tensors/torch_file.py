@@ -24,11 +24,17 @@ class TorchFile(TensorFile):
     def __init__(self, path: Path) -> None:
         _check_archive(path)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), path.open("rb") as file:
                 # About pickles of unusual versions; they are read, or refused below.
                 warnings.simplefilter("ignore")
                 # weights_only: a restricted unpickler that builds tensors and containers alone.
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                # Under a name without a suffix: torch.load would go by it, not by the content.
+                content = torch.load(
+                    f"/proc/self/fd/{file.fileno()}",
+                    map_location="cpu",
+                    weights_only=True,
+                    mmap=True,
+                )
         # A damaged pickle can fail in any way that Python knows.
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError, WithJsonSchema
+from starlette.convertors import PathConvertor, register_url_convertor
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.completion.api_router import create_completion
@@ -41,6 +43,15 @@ _Limit = Annotated[
 ]
 _Offset = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0, "default": 0})]
 _Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0})]
+
+
+class _AnyName(PathConvertor):
+    """Slashes too, but not the last one: a path that ends so is redirected as everywhere else."""
+
+    regex = ".*[^/]"
+
+
+register_url_convertor("any_name", _AnyName())
 
 
 @router.get("/v1/saes")
@@ -81,6 +92,7 @@ async def get_feature(raw_request: Request, sae: str, feature: _Index) -> Respon
     index = _feature(feature, opened.card.d_sae)
     known = await asyncio.to_thread(state.catalog.features(sae).get, index)
     state.catalog.refuse_changed(sae)
+    await asyncio.to_thread(state.catalog.check_row, sae, index, "feature")
     details = await state.details.get(opened, index)
     examples = [{"text": e.text, "activation": e.activation} for e in known.examples]
     return TolerantJSONResponse({**known.to_json(), **details, "examples": examples})
@@ -125,8 +137,15 @@ async def inspect(raw_request: Request, sae: str) -> Response | None:
     return TolerantJSONResponse({"sae": sae, "tokens": tokens, "features": features})
 
 
+# Without it, /v1/saes/{sae} below would take the last word for part of a name.
+@router.get("/v1/saes/{sae:path}/inspect", include_in_schema=False)
+async def refuse_to_get_inspect(raw_request: Request, sae: str) -> Response:
+    _known(steering_state(raw_request), sae)
+    raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "POST"})
+
+
 # Last: a name that contains a slash is unknown too.
-@router.get("/v1/saes/{sae:path}")
+@router.get("/v1/saes/{sae:any_name}")
 async def get_sae(raw_request: Request, sae: str) -> Response:
     return TolerantJSONResponse(_known(steering_state(raw_request), sae).card.to_json())
 

@@ -42,7 +42,6 @@ def test_hook_point_reads_back_as_it_is_written(kind: str) -> None:
         "blocks.-1.hook_resid_post",
         "blocks.x.hook_resid_post",
         "blocks.14.hook_resid_mid",
-        "blocks.14.attn.hook_z",
         "blocks.14.hook_resid_post ",
         "model.layers.14",
         "blocks.٣.hook_resid_post",
@@ -53,6 +52,11 @@ def test_unknown_hook_point_is_refused_by_name(name: str) -> None:
     with pytest.raises(SAEError, match=r"unknown hook point .*hook_resid_post") as caught:
         HookPoint.parse(name)
     assert repr(name) in str(caught.value)
+
+
+def test_output_of_each_head_is_refused_as_such() -> None:
+    with pytest.raises(SAEError, match=r"hook_z\) are not supported: 'blocks.3.attn.hook_z'"):
+        HookPoint.parse("blocks.3.attn.hook_z")
 
 
 def test_card_shows_the_fields_of_the_contract_in_its_order() -> None:

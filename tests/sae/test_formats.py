@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae.errors import SAEError
@@ -24,6 +26,7 @@ from tests.sae.suites import (
     HOOK,
     dictionary_tensors,
     gemma_scope_2_config,
+    sae_lens_config,
     weights,
     write_dictionary_learning,
     write_gemma_scope,
@@ -36,6 +39,7 @@ from tests.sae.suites import (
 )
 
 Load = Callable[..., SAE]
+SAVEZ: Any = np.savez  # untyped in NumPy
 
 
 def topk(h: Tensor, k: int) -> Tensor:
@@ -73,7 +77,7 @@ def test_gemma_scope(tmp_path: Path, load: Load, upper: bool, compressed: bool) 
 
 def test_gemma_scope_site_is_the_repository_s(tmp_path: Path, load: Load) -> None:
     assert load(write_gemma_scope(tmp_path, site="mlp")).card.hook == "blocks.3.hook_mlp_out"
-    with pytest.raises(SAEError, match=r"unknown hook point 'blocks.3.attn.hook_z'"):
+    with pytest.raises(SAEError, match=r"hook_z\) are not supported: 'blocks.3.attn.hook_z'"):
         load(write_gemma_scope(tmp_path, site="att"))
     with pytest.raises(SAEError, match="this is a transcoder"):
         load(write_gemma_scope(tmp_path, site="transcoders"))
@@ -84,6 +88,39 @@ def test_gemma_scope_file_alone_needs_its_hook_stated(tmp_path: Path, load: Load
     with pytest.raises(SAEError, match=r"stated nowhere; state it as .*,hook=blocks.LAYER"):
         load(lone)
     assert load(lone, hook="blocks.9.hook_resid_post").card.layer == 9
+
+
+@pytest.mark.parametrize("key", ["scaling_factor", "Scaling_Factor"])
+def test_gemma_scope_factor_is_taken_where_it_is_1_everywhere(
+    tmp_path: Path, load: Load, key: str
+) -> None:
+    path = write_gemma_scope(tmp_path) / "params.npz"
+    arrays = dict(np.load(path))
+    SAVEZ(path, **arrays, **{key: np.ones(D_SAE, dtype=np.float32)})
+    assert_formula(load(path), jumprelu)
+    SAVEZ(path, **arrays, **{key: np.full(D_SAE, 1.1, dtype=np.float32)})
+    with pytest.raises(SAEError, match=f"{key} is not 1 everywhere"):
+        load(path)
+    SAVEZ(path, **arrays, **{key: np.ones(D_SAE, dtype=np.int32)})
+    with pytest.raises(SAEError, match=rf"{key} is int32 \[40\], expected floats \[40\]"):
+        load(path)
+
+
+@pytest.mark.parametrize("config", [None, gemma_scope_2_config()])
+@pytest.mark.parametrize("spell", [str.upper, str.title, lambda name: name.replace("w_", "W_")])
+def test_gemma_scope_2_keys_may_have_any_case(
+    tmp_path: Path, load: Load, spell: Callable[[str], str], config: dict[str, Any] | None
+) -> None:
+    folder = write_gemma_scope_2(tmp_path, config=config)
+    stored = load_file(folder / "params.safetensors")
+    save_file({spell(name): stored[name] for name in stored}, folder / "params.safetensors")
+    sae = load(folder)
+    assert (sae.card.format, sae.card.hook) == ("gemma_scope_2", HOOK)
+    assert_formula(sae, jumprelu)
+    skip = {spell("affine_skip_connection"): torch.zeros(D_IN, D_IN)}
+    save_file({spell(name): stored[name] for name in stored} | skip, folder / "params.safetensors")
+    with pytest.raises(SAEError, match="a transcoder"):
+        load(folder)
 
 
 @pytest.mark.parametrize("config", [None, gemma_scope_2_config()])
@@ -114,13 +151,13 @@ def test_gemma_scope_2_configuration_names_the_module(
     ("config", "site", "message"),
     [
         (gemma_scope_2_config(hf_hook_point_in="model.layers.3.self_attn.o_proj.input"),
-         "attn_out", "unknown hook point"),
+         "attn_out", r"\(hook_z\) are not supported"),
         (gemma_scope_2_config(hf_hook_point_in="model.layers.3.input"), "x", "unknown hook point"),
         (gemma_scope_2_config(hf_hook_point_out="model.layers.3.mlp"), "x", "a transcoder"),
         (gemma_scope_2_config(architecture="relu"), "x", "unknown architecture 'relu'"),
         (None, "transcoder_all", "a transcoder"),
         (None, "clt", "a transcoder"),
-        (None, "attn_out", "unknown hook point"),
+        (None, "attn_out", r"\(hook_z\) are not supported"),
         (None, "somewhere", "stated nowhere"),
     ],
 )  # fmt: skip
@@ -394,6 +431,38 @@ def test_configuration_survives_its_suite_s_other_keys(tmp_path: Path, load: Loa
     assert load(folder).card.d_sae == D_SAE
 
 
+@pytest.mark.parametrize("stated", [{"expansion_factor": 4}, {"num_latents": D_SAE}])
+def test_sae_lens_configuration_may_state_what_sparsify_does(
+    tmp_path: Path, load: Load, stated: dict[str, int]
+) -> None:
+    folder = write_sae_lens(tmp_path, "topk", config=sae_lens_config("topk", **stated))
+    assert (load(folder).card.format, load(folder).card.k) == ("sae_lens", 5)
+
+
+def test_sparsify_that_misses_a_tensor_is_still_sparsify(tmp_path: Path, load: Load) -> None:
+    path = write_sparsify(tmp_path) / "sae.safetensors"
+    stored = load_file(path)
+    save_file({name: stored[name] for name in stored if name != "W_dec"}, path)
+    with pytest.raises(SAEError, match="missing tensor W_dec"):
+        load(path)
+
+
+@pytest.mark.parametrize(("d_sae", "d_in"), [(0, 12), (5, 0)])
+def test_sae_without_latents_or_without_width_is_refused(
+    tmp_path: Path, load: Load, d_sae: int, d_in: int
+) -> None:
+    path = write_goodfire(tmp_path)
+    tensors = {
+        "encoder_linear.weight": torch.zeros(d_sae, d_in),
+        "encoder_linear.bias": torch.zeros(d_sae),
+        "decoder_linear.weight": torch.zeros(d_in, d_sae),
+        "decoder_linear.bias": torch.zeros(d_in),
+    }
+    torch.save(tensors, path)
+    with pytest.raises(SAEError, match=f"d_in is {d_in} and d_sae {d_sae}, both must be at least"):
+        load(path)
+
+
 CONFIGURED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "gemma_scope_2": (
         lambda root: write_gemma_scope_2(root, config=gemma_scope_2_config()),
@@ -406,6 +475,44 @@ CONFIGURED: dict[str, tuple[Callable[[Path], Path], str]] = {
         "config.json",
     ),
 }
+
+SINK_NORMS: dict[str, tuple[str, str | None]] = {
+    "gemma_scope_2": ("config.json", "metadata"),
+    "gemma_scope": ("config.json", None),
+    "llama_scope": ("hyperparams.json", None),
+    "qwen_scope": ("config.json", "metadata"),
+    "goodfire": ("config.json", None),
+    "sparsify": ("cfg.json", None),
+    "dictionary_learning": ("config.json", "trainer"),
+    "sae_lens": ("cfg.json", "metadata"),
+}
+
+
+@pytest.mark.parametrize("name", SINK_NORMS)
+def test_sink_norm_is_read_and_checked_in_every_format(
+    tmp_path: Path, load: Load, name: str
+) -> None:
+    path = WRITERS[name](tmp_path)
+    file_name, section = SINK_NORMS[name]
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    file = folder / file_name
+    config = json.loads(file.read_text()) if file.exists() else {}
+
+    def state(sink_norm: object) -> None:
+        inside = config if section is None else config.setdefault(section, {})
+        inside["sink_norm"] = sink_norm
+        file.write_text(json.dumps(config))
+
+    state(800)
+    assert load(path).card.sink_norm == 800.0
+    assert load(path, sink_norm="2000").card.sink_norm == 2000.0
+    state(None)
+    assert load(path).card.sink_norm is None
+    for wrong in (0, "800", True, float("inf"), [800]):
+        state(wrong)
+        with pytest.raises(SAEError, match=f"{file_name}: sink_norm must be a positive finite"):
+            load(path)
+
 
 JSON = st.recursive(
     st.none()

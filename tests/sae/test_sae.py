@@ -221,10 +221,11 @@ def test_configuration_that_is_no_object_is_refused(tmp_path: Path, content: str
         ({"normalize_activations": "zscore"}, "unknown normalize_activations 'zscore'"),
         ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input must be true or false"),
         ({"activation_fn": "tanh-relu"}, "unknown activation_fn 'tanh-relu'"),
-        ({"metadata": {"hook_name": "blocks.3.attn.hook_z"}}, "unknown hook point"),
+        ({"metadata": {"hook_name": "blocks.3.attn.hook_z"}}, "(hook_z) are not supported"),
         ({"metadata": []}, "metadata must be an object"),
         ({"hook_layer": 4}, "hook_layer is 4, the hook is blocks.3.hook_resid_post"),
         ({"sink_norm": -1}, "sink_norm must be a positive finite number"),
+        ({"sink_norm": "2000"}, "cfg.json: sink_norm must be a positive finite number, got '2000'"),
     ],
 )
 def test_configuration_that_does_not_fit_is_refused(
@@ -258,9 +259,29 @@ def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_folder_with_two_weight_files_asks_for_one(tmp_path: Path) -> None:
+    for name in ("one.safetensors", "other.safetensors"):
+        save_file(sae_lens_tensors(), tmp_path / name)
+    assert "2 weight files (one.safetensors, other.safetensors, ...)" in refusal(tmp_path)
+    for name in ("ae.pt", "sae_weights.safetensors"):
+        save_file(sae_lens_tensors(), tmp_path / name)
+    assert "4 weight files (ae.pt, one.safetensors, " in refusal(tmp_path)
+
+
+def test_weight_file_under_a_published_name_is_taken_before_others(
+    tmp_path: Path, load: Callable[..., SAE]
+) -> None:
     folder = write_sae_lens(tmp_path)
-    save_file(sae_lens_tensors(), folder / "other.safetensors")
-    assert "2 weight files (other.safetensors, sae_weights.safetensors, ...)" in refusal(folder)
+    save_file({"probe": torch.zeros(3)}, folder / "another.safetensors")
+    assert load(folder).card.d_sae == D_SAE
+
+
+def test_checkpoint_of_sae_lens_is_its_weights(tmp_path: Path, load: Callable[..., SAE]) -> None:
+    folder = write_sae_lens(tmp_path)
+    (folder / "sae_weights.safetensors").rename(folder / "renamed.safetensors")
+    for name in ("activations_store_state", "activation_whitening", "sparsity"):
+        save_file({"state": torch.zeros(3)}, folder / f"{name}.safetensors")
+    torch.save({"optimizer": {}}, folder / "trainer_state.pt")
+    assert load(folder).card.d_sae == D_SAE
 
 
 def test_sparsity_statistics_are_no_second_weight_file(
@@ -313,6 +334,32 @@ def test_bad_decoder_bias_is_refused_at_once(tmp_path: Path) -> None:
     assert "b_dec has a value that is not finite" in refusal(
         write_sae_lens(tmp_path, tensors=tensors)
     )
+
+
+@pytest.mark.parametrize("tensor", ["W_enc", "W_dec", "b_enc", "threshold"])
+def test_float64_too_large_for_float32_is_not_finite(
+    tmp_path: Path, load: Callable[..., SAE], tensor: str
+) -> None:
+    tensors = {name: stored.double() for name, stored in sae_lens_tensors().items()}
+    rows = tensors[tensor].T if tensor == "W_enc" else tensors[tensor]
+    rows[17] = -1e300
+    sae = load(write_sae_lens(tmp_path, tensors=tensors))
+    with pytest.raises(SAEError, match=rf"{tensor} of feature 17 has a value that is not finite"):
+        sae.scan_nonfinite()
+    assert sae.nonfinite_latents([5, 17]) == [17]
+
+
+@pytest.mark.parametrize("bad", [89.0, float("-inf"), float("nan")])
+def test_gain_too_large_for_float32_is_not_finite(
+    tmp_path: Path, load: Callable[..., SAE], bad: float
+) -> None:
+    tensors = sae_lens_tensors("gated")
+    tensors["r_mag"][3] = 88.0  # exp(88) = 1.7e38, exp(89) = 4.5e38
+    tensors["r_mag"][17] = bad
+    sae = load(write_sae_lens(tmp_path, "gated", tensors=tensors))
+    with pytest.raises(SAEError, match=r"r_mag of feature 17 .* whose exponential is not in float"):
+        sae.scan_nonfinite()
+    assert sae.nonfinite_latents([3, 17]) == [17]
 
 
 def test_good_weights_pass_the_scan(any_sae: SAE) -> None:

@@ -157,6 +157,25 @@ def test_other_finetuning_factor_is_refused(tmp_path: Path, load: Callable[..., 
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (torch.ones(D_SAE, dtype=torch.bool), r"bool \[40\]"),
+        (torch.ones(D_SAE, dtype=torch.int32), r"i32 \[40\]"),
+        (torch.ones(D_SAE).to(torch.float8_e4m3fn), r"f8_e4m3 \[40\]"),
+        (torch.ones(3), r"float32 \[3\]"),
+        (torch.ones(()), r"float32 \[\]"),
+    ],
+)
+def test_finetuning_factor_of_another_dtype_or_shape_is_refused(
+    tmp_path: Path, load: Callable[..., SAE], factor: torch.Tensor, said: str
+) -> None:
+    tensors = sae_lens_tensors("standard") | {"scaling_factor": factor}
+    folder = write_sae_lens(tmp_path, config=OLD_CONFIG, tensors=tensors)
+    with pytest.raises(ValueError, match=rf"scaling_factor is {said}, expected floats \[40\]"):
+        load(folder)
+
+
 def test_registry_factor_is_folded_as_sae_lens_folds_it(tmp_path: Path) -> None:
     config = sae_lens_config("standard", normalize_activations="expected_average_only_in")
     folder = write_sae_lens(tmp_path, "standard", config=config)

@@ -34,6 +34,8 @@ def test_a_path_may_hold_commas_and_equals_signs() -> None:
         ("/just/a/path", "expected NAME=SOURCE"),
         ("=/path", "the name ''"),
         ("a b=/path", "the name 'a b'"),
+        (".=/path", "the name '.'"),
+        ("..=/path", "the name '..'"),
         ("a/b=/path", "the name 'a/b'"),
         ("a=", "the source is empty"),
         ("a=/path,device=cpu", "unknown option 'device', expected hook, format, sink_norm"),
@@ -46,11 +48,33 @@ def test_a_path_may_hold_commas_and_equals_signs() -> None:
         ("a=/path,sink_norm=inf", "positive finite number"),
         ("a=/path,sink_norm=loud", "positive finite number, got 'loud'"),
         ("a=/path,sink_norm=", "positive finite number"),
+        ("a=/path,sink_norm=1_000", "'/path,sink_norm=1_000': sink_norm must be a positive"),
+        ("a=/path,sink_norm= 5 ", "positive finite number, got ' 5 '"),
+        ("a=/path,sink_norm=٣", "positive finite number, got '٣'"),
+        ("a=/path,sink_norm=1e999", "positive finite number, got '1e999'"),
     ],
 )
 def test_flag_that_says_something_wrong_is_refused(flag: str, message: str) -> None:
     with pytest.raises(SAEError, match=message):
         SAEReference.parse(flag)
+
+
+@pytest.mark.parametrize("text", ["2000", "2e3", "2.0E+3", "+2000.", "2000.000"])
+def test_sink_norm_is_a_decimal_number(text: str) -> None:
+    assert SAEReference.parse(f"a=/path,sink_norm={text}").sink_norm == 2000.0
+
+
+def test_what_reads_like_an_option_is_part_of_a_path_that_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a,lr=1,hook=x,k=5").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (str(tmp_path), "~"):
+        ref = SAEReference.parse(f"l3={folder}/a,lr=1,hook=x,k=5,sink_norm=7")
+        assert (ref.source, ref.hook) == (f"{folder}/a,lr=1,hook=x,k=5", None)
+        assert ref.sink_norm == 7.0
+    with pytest.raises(SAEError, match="unknown option 'lr'"):
+        SAEReference.parse(f"l3={tmp_path}/a,lr=1,k=5")
 
 
 @given(
@@ -101,6 +125,15 @@ def test_local_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     assert resolve(SAEReference.parse("a=mine")).path == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("~nosuchuser/x", "home directory"), ("/tmp/" + "x" * 300, "File name too long")],
+)
+def test_path_that_cannot_be_looked_up_is_refused(source: str, message: str) -> None:
+    with pytest.raises(SAEError, match=rf"^{source}: .*{message}"):
+        resolve(SAEReference.parse(f"a={source}"))
 
 
 def test_missing_local_path_is_refused() -> None:

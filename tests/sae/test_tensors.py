@@ -126,6 +126,15 @@ def test_sparse_tensor_is_refused(tmp_path: Path) -> None:
     refusal(path)
 
 
+def test_torch_file_is_told_by_content_under_the_suffix_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    torch.save({"a": torch.arange(3.0)}, path)
+    file = open_tensors(path)
+    assert file.container == "torch"
+    path.unlink()
+    assert torch.equal(file.tensor("a"), torch.arange(3.0))
+
+
 def test_compressed_torch_archive_is_refused(tmp_path: Path) -> None:
     path = write_goodfire(tmp_path)
     with zipfile.ZipFile(path) as archive:

@@ -105,6 +105,15 @@ def test_promoted_and_suppressed_are_the_ends_of_the_logits(
     assert promoted[0][0] == tokenizer.decode([int(logits.argmax())])
 
 
+def test_feature_that_writes_nothing_promotes_and_suppresses_nothing(
+    checkpoint: Callable[..., tuple[Path, Any, Any]],
+) -> None:
+    _, config, tokenizer = checkpoint("llama")
+    unembedding = open_unembedding(config, tokenizer)
+    assert unembedding is not None
+    assert unembedding.strongest(torch.zeros(D_MODEL), 10) == ([], [])
+
+
 def test_sharded_checkpoint_is_read_where_its_index_says(
     checkpoint: Callable[..., tuple[Path, Any, Any]],
 ) -> None:

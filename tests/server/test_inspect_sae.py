@@ -103,6 +103,17 @@ def printed(
     return inspect_sae(str(sae), "m", console=Console(file=out, width=60)), out.getvalue()
 
 
+@pytest.mark.parametrize("name", ["[v2]", "[/v2]", "x[bold]y", "x" * 200])
+def test_source_is_printed_as_it_is_and_in_one_piece_where_nobody_looks_on(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_tiny_sae(tmp_path / name)
+    assert main(["inspect-sae", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert str(folder) in out
+    assert "[v2]" not in name or "SAE [v2]" in out
+
+
 def outcome_of(sae: Path, **stated: Any) -> Outcome:
     card = check_reference(SAEReference("a", str(sae), path=str(sae)), scan_limit=None).card
     return Outcome(card, Measured(400, 1, 7.5, 0.75), Stated(**stated), "some/model-it")

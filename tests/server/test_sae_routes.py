@@ -57,6 +57,32 @@ def test_name_may_be_any_that_a_url_can_hold(start: StartServer) -> None:
     assert server.client.get("/v1/saes/mes%20traits%3A%C3%A9%401+%C3%A9~'()*").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "path", ["", "/a", "/a/features", "/a/features?limit=2", "/a/features/3", "/mes%20%C3%A9", "/b"]
+)
+def test_a_last_slash_makes_no_difference(start: StartServer, path: str) -> None:
+    client = start(saes={"a": {"features": FEATURES}, "mes é": {}}).client
+    bare, question, query = path.partition("?")
+    slashed = client.get(f"/v1/saes{bare}/{question}{query}")
+    expected = client.get(f"/v1/saes{path}")
+    assert [response.status_code for response in slashed.history] == [307]
+    assert (slashed.status_code, slashed.json()) == (expected.status_code, expected.json())
+
+
+def test_inspect_takes_post_with_a_last_slash_too(labelled: Server) -> None:
+    assert labelled.client.post("/v1/saes/a/inspect/", json={"prompt": "x"}).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE"])
+def test_inspect_takes_post_alone(labelled: Server, method: str) -> None:
+    response = labelled.client.request(method, "/v1/saes/a/inspect")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
+def test_inspect_of_an_unknown_sae_is_not_found_by_get_either(labelled: Server) -> None:
+    assert refused(labelled.client.get("/v1/saes/b/inspect"), 404) == ("unknown_sae", "sae")
+
+
 def test_features_come_in_pages(labelled: Server) -> None:
     body = labelled.client.get("/v1/saes/a/features?limit=1&offset=0").json()
     assert body == {
@@ -186,6 +212,8 @@ def test_null_is_left_out(labelled: Server) -> None:
         ({"prompt": ["x"]}, "invalid_type", "prompt"),
         ({"messages": "x"}, "invalid_type", "messages"),
         ({"messages": [{"role": 5}]}, "invalid_value", "messages"),
+        ({"prompt": ""}, "invalid_value", "prompt"),
+        ({"messages": []}, "invalid_value", "messages"),
         ({"prompt": "x", "top_k": 0}, "invalid_value", "top_k"),
         ({"prompt": "x", "top_k": 65}, "invalid_value", "top_k"),
         ({"prompt": "x", "top_k": 5.0}, "invalid_type", "top_k"),
@@ -206,6 +234,19 @@ def test_bad_body_is_refused(labelled: Server, body: Any, code: str, param: str 
 def test_body_that_is_not_json_is_refused(labelled: Server, body: str) -> None:
     response = labelled.client.post("/v1/saes/a/inspect", content=body)
     assert refused(response) == ("invalid_value", None)
+
+
+def test_text_of_too_many_values_is_refused_by_the_fields_that_inspect_has(
+    start: StartServer,
+) -> None:
+    response = start(max_read_values=3 * 32).client.post(
+        "/v1/saes/a/inspect", json={"prompt": "x", "top_k": 33}
+    )
+    assert refused(response) == ("invalid_value", "top_k")
+    assert response.json()["error"]["message"].endswith(
+        "is 99 values, the limit is 96: lower top_k, or send less text"
+    )
+    assert results._tickets == {}
 
 
 def test_unknown_sae_is_not_found_before_the_body_is_read(labelled: Server) -> None:
