@@ -462,7 +462,6 @@ def test_special_tokens_are_the_tokenizers_unless_they_are_named(
 ) -> None:
     from vllm import LLM
 
-
     model, sae = tiny_model("llama"), make_tiny_sae(tmp_path / "sae")
     reference = SAEReference("a", str(sae), path=str(sae))
     config = SteeringConfig((reference,), D_MODEL, NUM_LAYERS)
