@@ -203,10 +203,15 @@ class SteeringState:
             if (record := self.records.take(key, child)) is not None
         ]
 
+    def touched_tokens(self) -> tuple[int, int]:
+        """Tokens edited and tokens kept off by a sink since the last `take_stats`, on either path."""
+        edited, skipped = self._touched.tolist()
+        return self.counters.edited_tokens + edited, self.counters.skipped_tokens + skipped
+
     def take_stats(self) -> dict[str, float]:
         """Gauges now, and counters since the last call."""
         counters = self.counters
-        edited, skipped = self._touched.tolist()
+        edited, skipped = self.touched_tokens()
         self._touched.zero_()
         stats = {
             "slots_in_use": self.slots.in_use - self._self_checks,
@@ -214,8 +219,8 @@ class SteeringState:
             "rows_in_use": self.rows.rows_in_use,
             "rows_capacity": self.rows.capacity,
             "results_held": len(self.records) - self._self_checks,
-            "edited_tokens": counters.edited_tokens + edited,
-            "skipped_tokens": counters.skipped_tokens + skipped,
+            "edited_tokens": edited,
+            "skipped_tokens": skipped,
             "op_seconds": counters.op_seconds,
             "steps": counters.steps,
         }
