@@ -204,7 +204,7 @@ class SteeringState:
         ]
 
     def touched_tokens(self) -> tuple[int, int]:
-        """Tokens edited and tokens kept off by a sink since the last `take_stats`, on either path."""
+        """Tokens edited, and kept off by a sink, since the last `take_stats`, on either path."""
         edited, skipped = self._touched.tolist()
         return self.counters.edited_tokens + edited, self.counters.skipped_tokens + skipped
 
