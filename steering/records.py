@@ -282,6 +282,13 @@ class RecordStore:
                 return record
         return self._pop_finished((key, child))
 
+    @property
+    def clients(self) -> int:
+        """Records that some client may fetch: all but those of self-checks."""
+        finished = (item.record for item in self._finished.values())
+        records = (*self._running.values(), *finished)
+        return sum(not record.plan.is_self_check for record in records)
+
     def __len__(self) -> int:
         return len(self._running) + len(self._finished)
 

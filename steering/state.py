@@ -218,7 +218,7 @@ class SteeringState:
             "slots_capacity": self.slots.num_slots,
             "rows_in_use": self.rows.rows_in_use,
             "rows_capacity": self.rows.capacity,
-            "results_held": len(self.records) - self._self_checks,
+            "results_held": self.records.clients,
             "edited_tokens": edited,
             "skipped_tokens": skipped,
             "op_seconds": counters.op_seconds,
