@@ -95,7 +95,7 @@ def test_the_op_alone_edits_every_token_of_every_pass(tokens: int, configuration
     case.seconds(evict=torch.zeros(8))
     assert torch.equal(case.hidden, first)
     assert not torch.equal(case.hidden, case.stream)
-    assert case.hook.counters.edited_tokens == 2 * tokens
+    assert case.touched.tolist() == [2 * tokens, 0]
 
 
 def test_a_hook_for_rows_sets_what_hooks_for_one_configuration_set() -> None:

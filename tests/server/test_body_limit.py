@@ -152,7 +152,7 @@ def test_refusal_is_counted_once_and_logged_without_text(
 ) -> None:
     before = value("steering_rejected_total", code="body_too_large")
     body = json.dumps({"prompt": SECRET * LIMIT}).encode()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="vllm.sae.server"):
         post(server, "/v1/completions", body, chunked)
     assert value("steering_rejected_total", code="body_too_large") == before + 1
     ours = [record for record in caplog.records if record.name == "vllm.sae.server"]
