@@ -8,11 +8,16 @@ mean what they mean to huggingface_hub.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sae.errors import SAEError
 from sae.files import CHECKPOINT, CHECKPOINTS, choose_weights, companions, is_weight_file
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 SCHEME = "hf://"
 
@@ -40,41 +45,65 @@ class HubAddress:
         return cls(match["repo"], path, match["revision"] or "")
 
     @property
-    def names_a_file(self) -> bool:
-        return is_weight_file(PurePosixPath(self.path).name)
+    def may_name_a_file(self) -> bool:
+        """Only a listing tells: published folders too are called `v5_32k_layer_0.pt`."""
+        return is_weight_file(self.name)
 
     @property
-    def folder(self) -> str:
-        """The folder of the weights: the path itself, or the one a weight file lies in."""
-        if not self.names_a_file:
-            return self.path
-        parent = str(PurePosixPath(self.path).parent)
-        return "" if parent == "." else parent
+    def parent(self) -> str:
+        return self.path.rpartition("/")[0]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder's path in the repository, and what it holds, relative to it.
+
+    The name of a folder in it ends in a slash, which keeps it from being taken for a weight file;
+    what lies in such a folder may be there too. `asked_for` is the file that the address names,
+    None where it names the folder.
+    """
+
+    path: str
+    names: frozenset[str]
+    asked_for: str | None = None
+
+    def choose(self, source: str) -> str:
+        """The name of the weight file. Raises SAEError where it is none or several."""
+        if self.asked_for is None:
+            return choose_weights(source, self.names)
+        if self.asked_for not in self.names:
+            raise SAEError(
+                f"{source}: no file {_join(self.path, self.asked_for)!r} in the repository"
+            )
+        return self.asked_for
 
 
 def fetch(source: str) -> Path:
     """Fetch one SAE's files and return the path of its weight file in the hub's cache."""
     address = HubAddress.parse(source)
     try:
-        commit, names = _list(address)
+        commit, folder = _look(address)
     except SAEError:
         raise
     # What a hub that cannot be reached raises depends on the version of its client.
     except Exception as error:
         return _cached(source, address, error)
-    weights = _choose(source, address, names)
-    wanted = {weights, *(name for name in companions(weights) if name in names)}
-    paths = {name: _download(source, address, name) for name in sorted(wanted)}
+    weights = folder.choose(source)
+    wanted = {weights, *folder.names.intersection(companions(weights))}
+    paths = {name: _download(source, address, _join(folder.path, name)) for name in sorted(wanted)}
     if any(commit not in path.parts for path in paths.values()):
         raise SAEError(f"{source}: the repository changed while it was fetched; try again")
     return paths[weights]
 
 
-def _list(address: HubAddress) -> tuple[str, set[str]]:
-    """The commit, and the names in the folder and in its checkpoints folder, relative to it."""
+def _look(address: HubAddress) -> tuple[str, _Folder]:
+    """The commit, and the folder that the address names or that its file lies in."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         HFValidationError,
         RepositoryNotFoundError,
@@ -86,10 +115,7 @@ def _list(address: HubAddress) -> tuple[str, set[str]]:
     try:
         commit = api.repo_info(address.repo, revision=address.revision or None).sha
         assert commit is not None
-        paths = _paths(api, address.repo, commit, address.folder)
-        checkpoints = f"{address.folder}/{CHECKPOINTS}".lstrip("/")
-        if checkpoints in paths:
-            paths |= _paths(api, address.repo, commit, checkpoints)
+        return commit, _list(api, address, commit)
     except GatedRepoError as error:
         raise SAEError(
             f"{where}: access is gated; accept its terms on the hub and set HF_TOKEN"
@@ -100,34 +126,38 @@ def _list(address: HubAddress) -> tuple[str, set[str]]:
         ) from error
     except RevisionNotFoundError as error:
         raise SAEError(f"{where}: no revision {address.revision!r}") from error
-    except EntryNotFoundError as error:
-        raise SAEError(f"{where}: no folder {address.folder!r}") from error
     except HFValidationError as error:
         raise SAEError(f"{where}: {error}") from error
-    return commit, {path.removeprefix(address.folder).lstrip("/") for path in paths}
 
 
-def _paths(api: object, repo: str, commit: str, folder: str) -> set[str]:
-    from huggingface_hub import HfApi
-
-    assert isinstance(api, HfApi)
-    tree = api.list_repo_tree(repo, path_in_repo=folder or None, revision=commit)
-    return {entry.path for entry in tree}
-
-
-def _choose(source: str, address: HubAddress, names: set[str]) -> str:
-    if not address.names_a_file:
-        return choose_weights(source, names)
-    name = PurePosixPath(address.path).name
-    if name not in names:
-        raise SAEError(f"{source}: no file {address.path!r} in the repository")
-    return name
+def _list(api: HfApi, address: HubAddress, commit: str) -> _Folder:
+    if address.may_name_a_file:
+        names = _names(api, address.repo, commit, address.parent)
+        if f"{address.name}/" not in names:
+            return _Folder(address.parent, names, asked_for=address.name)
+    names = _names(api, address.repo, commit, address.path)
+    if f"{CHECKPOINTS}/" in names:
+        inside = _names(api, address.repo, commit, _join(address.path, CHECKPOINTS))
+        names |= {_join(CHECKPOINTS, name) for name in inside}
+    return _Folder(address.path, names)
 
 
-def _download(source: str, address: HubAddress, name: str) -> Path:
+def _names(api: HfApi, repo: str, commit: str, folder: str) -> frozenset[str]:
+    from huggingface_hub import RepoFolder
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        entries = list(api.list_repo_tree(repo, path_in_repo=folder or None, revision=commit))
+    except EntryNotFoundError as error:
+        raise SAEError(f"{SCHEME}{repo}: no folder {folder!r}") from error
+    return frozenset(
+        entry.path.rpartition("/")[2] + "/" * isinstance(entry, RepoFolder) for entry in entries
+    )
+
+
+def _download(source: str, address: HubAddress, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    file = f"{address.folder}/{name}".lstrip("/")
     try:
         # By its name, the revision is recorded in the cache and found there when offline.
         return Path(hf_hub_download(address.repo, file, revision=address.revision or None))
@@ -155,10 +185,25 @@ def _cached(source: str, address: HubAddress, reason: Exception) -> Path:
                 file.file_path.relative_to(revision.snapshot_path).as_posix()
                 for file in revision.files
             }
-            prefix = f"{address.folder}/" if address.folder else ""
-            inside = {file.removeprefix(prefix) for file in files if file.startswith(prefix)}
-            weights = _choose(source, address, inside)
-            return Path(revision.snapshot_path, address.folder, weights)
+            folder = _look_among(address, files)
+            return Path(revision.snapshot_path, folder.path, folder.choose(source))
     raise SAEError(
         f"{source}: the hub cannot be reached and the files are not in the cache: {reason}"
     ) from reason
+
+
+def _look_among(address: HubAddress, files: Collection[str]) -> _Folder:
+    """The same folder as `_list` finds, among all the files that the cache holds of a commit."""
+
+    def inside(folder: str) -> frozenset[str]:
+        prefix = _join(folder, "")
+        return frozenset(file.removeprefix(prefix) for file in files if file.startswith(prefix))
+
+    names = inside(address.path)
+    if address.may_name_a_file and not names:
+        return _Folder(address.parent, inside(address.parent), asked_for=address.name)
+    return _Folder(address.path, names)
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

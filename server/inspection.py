@@ -21,7 +21,11 @@ INSPECT_SCHEMA: Final[dict[str, Any]] = {
             "items": {"type": "object"},
             "description": "A conversation, as for chat completions. Either this or `prompt`.",
         },
-        "prompt": {"type": ["string", "null"], "description": "A text. Either this or `messages`."},
+        "prompt": {
+            "type": ["string", "array", "null"],
+            "items": {"type": "integer", "minimum": 0},
+            "description": "A text, or its token ids. Either this or `messages`.",
+        },
         "model": {"type": ["string", "null"], "description": "As for completions, a LoRA's name."},
         "top_k": {
             "type": ["integer", "null"],
@@ -49,7 +53,7 @@ class Inspection:
 
     sae: str
     messages: list[Any] | None
-    prompt: str | None
+    prompt: str | list[int] | None
     model: str | None
     top_k: int
     aggregate: str
@@ -67,7 +71,7 @@ class Inspection:
                     "unknown_field", f"unknown field {key[:40]!r}; known here: {known}", key[:40]
                 )
         messages = _typed(body, "messages", list, "a list")
-        prompt = _typed(body, "prompt", str, "a string")
+        prompt = _prompt(body)
         if (messages is None) == (prompt is None):
             raise SteeringError(
                 "invalid_value",
@@ -120,6 +124,20 @@ class Inspection:
         return SteerableChatCompletionRequest(
             messages=self.messages, add_generation_prompt=False, **common
         )
+
+
+def _prompt(body: Mapping[str, Any]) -> str | list[int] | None:
+    """One text, or the ids of one. Those past the vocabulary, which vLLM knows, it refuses."""
+    value = body.get("prompt")
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        raise SteeringError("invalid_type", "expected a string or a list of token ids", "prompt")
+    if value and min(value) < 0:
+        raise SteeringError(
+            "invalid_value", f"token id {str(min(value))[:40]} is negative", "prompt"
+        )
+    return value
 
 
 def _typed(body: Mapping[str, Any], key: str, kind: type, name: str, default: Any = None) -> Any:

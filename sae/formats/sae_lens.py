@@ -1,13 +1,15 @@
 """SAELens: `cfg.json` and `sae_weights.safetensors`, with W_enc [d_in, d_sae].
 
 Configurations of SAELens 6 keep the hook in `metadata.hook_name`; older ones at the top, as
-`hook_name` or `hook_point`, with top-k hidden in `activation_fn`. At inference SAELens applies
-neither `expected_average_only_in` nor `covariance_whitening`: published weights have them folded
-in, or the registry states the factor to fold.
+`hook_name` or `hook_point`, with k in `activation_fn_kwargs` and top-k often hidden in
+`activation_fn`. At inference SAELens applies neither `expected_average_only_in` nor
+`covariance_whitening`: published weights have them folded in, or the registry states the factor to
+fold.
 """
 
 from __future__ import annotations
 
+from sae.architectures import VECTORS
 from sae.card import HookPoint
 from sae.errors import SAEError
 from sae.formats.layout import (
@@ -23,13 +25,6 @@ from sae.source import SAEReference
 
 NAME = "sae_lens"
 
-_VECTORS = {
-    "standard": ("b_enc",),
-    "jumprelu": ("b_enc", "threshold"),
-    "gated": ("b_gate", "b_mag", "r_mag"),
-    "topk": ("b_enc",),
-    "abstopk": ("b_enc",),
-}
 _NORMALIZE = {
     "none": "none",
     "expected_average_only_in": "none",
@@ -64,7 +59,7 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
     stated = _hook_name(config, metadata)
     hook = choose_hook(config.path, ref, stated, guessed=None)
     _check_layer(config, hook)
-    vectors = {name: Stored(name) for name in _VECTORS[architecture]}
+    vectors = {name: Stored(name) for name in VECTORS[architecture]}
     d_sae = config.count("d_sae")
     return SAELayout(
         format=NAME,
@@ -103,12 +98,12 @@ def _architecture(config: Config) -> tuple[str, int | None]:
             f"{config.path}: unknown activation_fn {activation!r:.60}, expected relu or topk"
         )
     arguments = config.section("activation_fn_kwargs")
-    if activation == "topk" and "k" in arguments:
+    if "topk" in (activation, architecture) and "k" in arguments:
         return "topk", arguments.count("k")
-    if architecture not in _VECTORS:
+    if architecture not in VECTORS:
         raise SAEError(
             f"{config.path}: unknown architecture {architecture!r:.60}, expected one of "
-            f"{', '.join(_VECTORS)}"
+            f"{', '.join(VECTORS)}"
         )
     return architecture, config.count("k") if architecture in ("topk", "abstopk") else None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 
@@ -25,7 +27,7 @@ from server.routes.generate import call_vllm
 from server.state import SteeringState, steering_state
 from steering.errors import SteeringError
 from steering.vllm import results
-from steering.vllm.admission import TICKET
+from steering.vllm.admission import FIELD, TICKET
 
 router = APIRouter(tags=["saes"], responses=REFUSALS)
 
@@ -118,11 +120,12 @@ async def inspect(raw_request: Request, sae: str) -> Response | None:
         first = error.errors(include_url=False, include_input=False)[0]
         where = next((str(part) for part in first["loc"]), None)
         raise SteeringError("invalid_value", f"{where}: {first['msg']}"[:500], where) from None
-    await admit(request, state.catalog, inspection.engine_field())
     ticket = request.extra_args[TICKET] = results.open_ticket()
     route: Any = create_completion if inspection.messages is None else create_chat_completion
     try:
-        response = await call_vllm(route, request, raw_request)
+        with _naming_no_steering():
+            await admit(request, state.catalog, inspection.engine_field())
+            response = await call_vllm(route, request, raw_request)
         if response is None or response.status_code != HTTPStatus.OK:
             return response
         (result,) = results.take(ticket)
@@ -148,6 +151,17 @@ async def refuse_to_get_inspect(raw_request: Request, sae: str) -> Response:
 @router.get("/v1/saes/{sae:any_name}")
 async def get_sae(raw_request: Request, sae: str) -> Response:
     return TolerantJSONResponse(_known(steering_state(raw_request), sae).card.to_json())
+
+
+@contextmanager
+def _naming_no_steering() -> Iterator[None]:
+    """Refuse without a path into the `steering` that a body stands for but does not have."""
+    try:
+        yield
+    except SteeringError as error:
+        if error.param is None or not error.param.startswith(FIELD):
+            raise
+        raise SteeringError(error.code, error.message) from None
 
 
 def _known(state: SteeringState, name: str) -> SAE:

@@ -32,6 +32,8 @@ class FakeHub:
     moved_to: str = COMMIT
     # (method, repository, path) of files whose content or metadata was asked for
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    # Folders whose listing was asked for, in this order
+    listed: list[str] = field(default_factory=list)
 
     @property
     def downloaded(self) -> set[str]:
@@ -86,6 +88,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 siblings = [{"rfilename": p.relative_to(root).as_posix()} for p in files]
                 self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings})
                 return
+            hub.listed.append(path or "")
             folder = root / (path or "")
             if not folder.is_dir():
                 self._refuse(404, "EntryNotFound")

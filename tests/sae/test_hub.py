@@ -192,6 +192,53 @@ def test_weights_in_a_checkpoints_folder_come_with_their_configuration(
         assert (card.format, card.hook, card.has_labels) == ("llama_scope", HOOK, True)
 
 
+@pytest.fixture
+def folders_like_files(hub: FakeHub, tmp_path: Path) -> Path:
+    """A repository whose folders are called as weight files are, beside a weight file."""
+    root = tmp_path / "owner" / "v5"
+    for path in ("layer_3.pt", "ae.pt", "deeper/layer_3.pt"):
+        write_sae_lens(root / path)
+    shutil.copy(root / "ae.pt" / "sae_weights.safetensors", root / "lone.safetensors")
+    hub.repos["owner/v5"] = root
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "listed"),
+    [("layer_3.pt", ["", "layer_3.pt"]), ("deeper/layer_3.pt", ["deeper", "deeper/layer_3.pt"])],
+)
+def test_folder_called_like_a_weight_file_is_a_folder_here_and_in_the_cache(
+    hub: FakeHub, folders_like_files: Path, resolve: Resolve, path: str, listed: list[str]
+) -> None:
+    source = f"hf://owner/v5/{path}"
+    ref = resolve(source)
+    assert str(ref.path).endswith(f"/snapshots/{COMMIT}/{path}/sae_weights.safetensors")
+    assert open_sae(ref).card.hook == HOOK
+    assert hub.listed == listed
+    assert hub.downloaded == {f"{path}/cfg.json", f"{path}/sae_weights.safetensors"}
+    assert resolve(source, HF_HUB_OFFLINE="1").path == ref.path
+    for online in ({}, {"HF_HUB_OFFLINE": "1"}):
+        assert resolve(f"{source}/sae_weights.safetensors", **online).path == ref.path
+
+
+def test_folder_is_no_weight_file_of_the_folder_around_it(
+    hub: FakeHub, folders_like_files: Path, resolve: Resolve
+) -> None:
+    for source in ("hf://owner/v5", "hf://owner/v5/lone.safetensors"):
+        assert str(resolve(source).path).endswith(f"/snapshots/{COMMIT}/lone.safetensors")
+    assert hub.downloaded == {"lone.safetensors"}
+    (folders_like_files / "lone.safetensors").unlink()
+    with pytest.raises(SAEError, match=r"no weight file in it .*; it holds ae\.pt/, deeper/, "):
+        resolve("hf://owner/v5")
+
+
+def test_plain_names_are_decided_by_one_listing(
+    hub: FakeHub, suite: Path, answers: Callable[..., list[dict[str, Any]]]
+) -> None:
+    answers("hf://owner/suite/blocks.4", "hf://owner/suite/blocks.5/sae_weights.safetensors")
+    assert hub.listed == ["blocks.4", "blocks.5"]
+
+
 def test_folder_name_survives_the_cache(hub: FakeHub, tmp_path: Path, resolve: Resolve) -> None:
     hub.repos["eleuther/sae"] = write_sparsify(tmp_path / "repo", module="layers.23.mlp").parent
     card = open_sae(resolve("hf://eleuther/sae/layers.23.mlp")).card
@@ -245,6 +292,11 @@ suite-res:
   saes:
   - {id: layer/4, path: blocks.4, norm_scaling_factor: 0.5}
   - {id: layer/5, path: blocks.5}
+suite-v5:
+  repo_id: owner/v5
+  model: tiny
+  conversion_func: null
+  saes: [{id: blocks.3.hook_resid_post, path: layer_3.pt}]
 suite-transcoders:
   repo_id: owner/suite
   model: tiny
@@ -287,6 +339,13 @@ def test_registry_without_a_factor_folds_nothing(
     ref = resolve("sae_lens://suite-res/layer/5", **registry)
     assert (open_sae(ref).rows([3]).W_enc == open_sae(
         resolve("hf://owner/suite/blocks.5")).rows([3]).W_enc).all()  # fmt: skip
+
+
+def test_registry_may_name_a_folder_that_is_called_like_a_weight_file(
+    folders_like_files: Path, resolve: Resolve, registry: dict[str, str]
+) -> None:
+    ref = resolve("sae_lens://suite-v5/blocks.3.hook_resid_post", **registry)
+    assert open_sae(ref).card.hook == HOOK
 
 
 def test_unknown_registry_name_is_refused_with_the_nearest(

@@ -117,6 +117,9 @@ OLD_CONFIG: dict[str, Any] = {
         ("topk", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}),
         ("topk", {"architecture": "standard", "activation_fn": "topk",
                   "activation_fn_kwargs": {"k": 4}}),
+        ("topk", {"architecture": "topk", "activation_fn_kwargs": {"k": 4}}),
+        ("topk", {"architecture": "topk", "activation_fn": "relu", "k": 5,
+                  "activation_fn_kwargs": {"k": 4}}),
     ],
 )  # fmt: skip
 def test_configurations_older_than_v6_agree(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMValidationError
 
+from steering import catalog
 from steering.vllm import results
 from tests.server.conftest import Server, StartServer
 
@@ -198,6 +201,24 @@ def test_messages_are_rendered_without_a_generation_prompt(labelled: Server) -> 
     assert extra["steering"]["positions"]["special_tokens"] is True
 
 
+def test_prompt_may_be_token_ids(labelled: Server) -> None:
+    body = {"prompt": [7, 0, 9]}
+    assert labelled.client.post("/v1/saes/a/inspect", json=body).status_code == 200
+    (request,) = labelled.recorder.requests
+    assert request.prompt == [7, 0, 9]
+
+
+def test_token_id_outside_the_vocabulary_is_refused_as_completions_refuse_it(
+    labelled: Server,
+) -> None:
+    labelled.recorder.error = VLLMValidationError("Token id 2**70 is out of vocabulary")
+    inspected = labelled.client.post("/v1/saes/a/inspect", json={"prompt": [7, 2**70]})
+    completed = labelled.client.post("/v1/completions", json={"prompt": [7, 2**70]})
+    assert inspected.status_code == completed.status_code == 400
+    assert inspected.json() == completed.json()
+    assert results._tickets == {}
+
+
 def test_null_is_left_out(labelled: Server) -> None:
     body = {"prompt": "x", "messages": None, "top_k": None, "aggregate": None, "model": None}
     assert labelled.client.post("/v1/saes/a/inspect", json=body).status_code == 200
@@ -210,6 +231,14 @@ def test_null_is_left_out(labelled: Server) -> None:
         ({}, "invalid_value", "messages"),
         ({"prompt": "x", "messages": []}, "invalid_value", "prompt"),
         ({"prompt": ["x"]}, "invalid_type", "prompt"),
+        ({"prompt": [7, "x"]}, "invalid_type", "prompt"),
+        ({"prompt": [[7, 8]]}, "invalid_type", "prompt"),
+        ({"prompt": [7, True]}, "invalid_type", "prompt"),
+        ({"prompt": [7.0]}, "invalid_type", "prompt"),
+        ({"prompt": [None]}, "invalid_type", "prompt"),
+        ({"prompt": {"7": 8}}, "invalid_type", "prompt"),
+        ({"prompt": [7, -1]}, "invalid_value", "prompt"),
+        ({"prompt": []}, "invalid_value", "prompt"),
         ({"messages": "x"}, "invalid_type", "messages"),
         ({"messages": [{"role": 5}]}, "invalid_value", "messages"),
         ({"prompt": ""}, "invalid_value", "prompt"),
@@ -222,6 +251,7 @@ def test_null_is_left_out(labelled: Server) -> None:
         ({"prompt": "x", "aggregate": 1}, "invalid_type", "aggregate"),
         ({"prompt": "x", "special_tokens": 1}, "invalid_type", "special_tokens"),
         ({"prompt": "x", "layer": 3}, "unknown_field", "layer"),
+        ({"prompt": "x", "steering_x": 1}, "unknown_field", "steering_x"),
         ([], "invalid_type", None),
     ],
 )
@@ -246,6 +276,21 @@ def test_text_of_too_many_values_is_refused_by_the_fields_that_inspect_has(
     assert response.json()["error"]["message"].endswith(
         "is 99 values, the limit is 96: lower top_k, or send less text"
     )
+    assert results._tickets == {}
+
+
+def test_weights_that_cannot_be_used_are_refused_without_a_path_into_a_steering_field(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an SAE is too large to be scanned at start."""
+    monkeypatch.setattr(catalog, "SCAN_LIMIT_BYTES", 0)
+    client = start(saes={"a": {"threshold": math.nan}}).client
+    read = client.post("/v1/completions", json={"prompt": "x", "steering": {"read": {}}})
+    assert refused(read) == ("invalid_weights", "steering.read")
+    for body in ({"prompt": "x"}, {"messages": [{"role": "user", "content": "x"}]}):
+        inspected = client.post("/v1/saes/a/inspect", json=body)
+        assert refused(inspected) == ("invalid_weights", None)
+        assert inspected.json()["error"]["message"] == read.json()["error"]["message"]
     assert results._tickets == {}
 
 
