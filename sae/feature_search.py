@@ -9,7 +9,7 @@ them, those with most words first; where there are none either, labels that cont
 
 (Robertson and Zaragoza 2009, eq. 3.15), a token equal to its word counted WHOLE_WORD times.
 
-SQLite's FTS5 was tried first: over 65k labels a word that a third of them have took it 100 ms, the
+Why not SQLite's FTS5: over 65k labels a word that a third of them have takes it 100 ms, the
 beginning of many words 600 ms; this takes 1 to 3 ms.
 """
 

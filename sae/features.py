@@ -8,7 +8,6 @@ One JSON object a line; every part but the index may be missing or null, unknown
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 import threading
@@ -17,12 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sae import json_lines
 from sae.errors import SAEError
 from sae.feature_search import LabelIndex
 from sae.files import CHECKPOINTS, FEATURES_NAME, find_weights
-from sae.numbers import finite
-
-MAX_LINE_BYTES = 16 * 2**20
 
 # A key of a JSON object: inside a string the quotes would be escaped.
 _HAS_LABEL = re.compile(rb'(?<!\\)"label"\s*:\s*"[^"]')
@@ -107,7 +104,7 @@ class FeatureTable:
         try:
             with self.path.open("rb") as file:
                 file.seek(offset)
-                found = _parse(self.path, 0, file.readline(), self.d_sae)
+                found = _parse(str(self.path), file.readline(), self.d_sae)
         except (OSError, SAEError):
             return feature
         return replace(feature, examples=found.examples) if found.index == index else feature
@@ -162,11 +159,10 @@ def _contains(path: Path | None, pattern: re.Pattern[bytes]) -> bool:
 def _read(path: Path | None, d_sae: int) -> _Table:
     features: dict[int, Feature] = {}
     offsets: dict[int, int] = {}
-    for number, offset, line in _lines(path):
-        assert path is not None
-        feature = _parse(path, number, line, d_sae)
+    for where, offset, line in _lines(path):
+        feature = _parse(where, line, d_sae)
         if feature.index in features:
-            raise SAEError(f"{path} line {number}: feature {feature.index} a second time")
+            raise SAEError(f"{where}: feature {feature.index} a second time")
         offsets[feature.index] = offset
         features[feature.index] = Feature(
             feature.index, feature.label, feature.max_activation, feature.density
@@ -175,59 +171,38 @@ def _read(path: Path | None, d_sae: int) -> _Table:
     return _Table(features, offsets, LabelIndex(labels))
 
 
-def _lines(path: Path | None) -> Iterator[tuple[int, int, bytes]]:
-    """(line number, offset, line) of every line that is not blank."""
+def _lines(path: Path | None) -> Iterator[tuple[str, int, bytes]]:
+    """(place, offset, line) of every line that is not blank."""
     if path is None:
         return
-    offset = 0
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
-            if len(line) == MAX_LINE_BYTES:
-                raise SAEError(f"{path} line {number}: longer than {MAX_LINE_BYTES} bytes")
-            if line.strip():
-                yield number, offset, line
-            offset += len(line)
+        for number, offset, line in json_lines.lines(file, path):
+            yield json_lines.place(path, number), offset, line
 
 
-def _parse(path: Path, number: int, line: bytes, d_sae: int) -> Feature:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SAEError(f"{path} line {number}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise SAEError(f"{path} line {number}: expected an object")
+def _parse(where: str, line: bytes, d_sae: int) -> Feature:
+    values = json_lines.parsed(where, line)
     index = values.get("index")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < d_sae:
-        raise SAEError(f"{path} line {number}: index {index!r:.40} not in [0, {d_sae})")
+        raise SAEError(f"{where}: index {index!r:.40} not in [0, {d_sae})")
     label = values.get("label")
     if label is not None and not isinstance(label, str):
-        raise SAEError(f"{path} line {number}: label must be a string or null")
+        raise SAEError(f"{where}: label must be a string or null")
     return Feature(
         index=index,
         label=label or None,
-        max_activation=_number(path, number, values, "max_activation"),
-        density=_number(path, number, values, "density"),
-        examples=tuple(_examples(path, number, values.get("examples"))),
+        max_activation=json_lines.number_of(where, values, "max_activation"),
+        density=json_lines.number_of(where, values, "density"),
+        examples=tuple(_examples(where, values.get("examples"))),
     )
 
 
-def _number(path: Path, number: int, values: dict[str, Any], key: str) -> float | None:
-    value = values.get(key)
-    if value is None:
-        return None
-    if (known := finite(value)) is None:
-        raise SAEError(f"{path} line {number}: {key} must be a finite number, got {value!r:.40}")
-    return known
-
-
-def _examples(path: Path, number: int, values: object) -> Iterator[Example]:
+def _examples(where: str, values: object) -> Iterator[Example]:
     if values is None:
         return
     if not isinstance(values, list):
-        raise SAEError(f"{path} line {number}: examples must be a list")
+        raise SAEError(f"{where}: examples must be a list")
     for value in values:
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise SAEError(f"{path} line {number}: an example must be an object with a text")
-        yield Example(value["text"], _number(path, number, value, "activation"))
+            raise SAEError(f"{where}: an example must be an object with a text")
+        yield Example(value["text"], json_lines.number_of(where, value, "activation"))

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sae import json_lines
 from sae.card import UNIT_TIMES_DECODER_NORM, SAECard
 from sae.errors import SAEError
+from sae.json_lines import number_of
 from sae.numbers import finite
 
 KINDS = ("features", "explanations", "activations")
@@ -27,8 +29,6 @@ NUM_EXAMPLES = 10
 # What is shown of an example around its strongest token.
 TOKENS_BEFORE = 24
 TOKENS_AFTER = 8
-
-MAX_LINE_BYTES = 16 * 2**20
 
 # How Neuronpedia writes a space of SentencePiece, and a line break.
 _SPELLING = str.maketrans({"\u2581": " ", "\u21b5": "\n"})
@@ -88,8 +88,10 @@ def import_neuronpedia(
     for path in batches["features"]:
         for where, index, values in _rows(path, card.d_sae):
             feature = known.setdefault(index, _Known())
-            feature.max_activation = _in_unit(_number(where, values, "maxActApprox"), units[index])
-            feature.density = _number(where, values, "frac_nonzero")
+            feature.max_activation = _in_unit(
+                number_of(where, values, "maxActApprox"), units[index]
+            )
+            feature.density = number_of(where, values, "frac_nonzero")
     for path in batches["explanations"]:
         for where, index, values in _rows(path, card.d_sae):
             feature = known.setdefault(index, _Known())
@@ -134,26 +136,12 @@ def _rows(path: Path, d_sae: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
     number = 0
     try:
         with gzip.open(path, "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES):
-                number += 1
-                where = f"{path} line {number}"
-                if len(line) == MAX_LINE_BYTES:
-                    raise SAEError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
-                if line.strip():
-                    values = _object(where, line)
-                    yield where, _feature(where, values, d_sae), values
+            for number, _, line in json_lines.lines(file, path):
+                where = json_lines.place(path, number)
+                values = json_lines.parsed(where, line)
+                yield where, _feature(where, values, d_sae), values
     except (OSError, EOFError, zlib.error) as error:
         raise SAEError(f"{path}: truncated or damaged after line {number}: {error}") from error
-
-
-def _object(where: str, line: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SAEError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise SAEError(f"{where}: expected an object")
-    return values
 
 
 def _feature(where: str, values: dict[str, Any], d_sae: int) -> int:
@@ -162,15 +150,6 @@ def _feature(where: str, values: dict[str, Any], d_sae: int) -> int:
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) >= d_sae:
         raise SAEError(f"{where}: index {index!r:.40} not in [0, {d_sae}): not of this SAE")
     return int(text)
-
-
-def _number(where: str, values: dict[str, Any], key: str) -> float | None:
-    value = values.get(key)
-    if value is None:
-        return None
-    if (number := finite(value)) is None:
-        raise SAEError(f"{where}: {key} must be a finite number, got {value!r:.40}")
-    return number
 
 
 def _text(where: str, values: dict[str, Any], key: str) -> str | None:

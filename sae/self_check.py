@@ -40,9 +40,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from sae import registry
+from sae.arrays import FloatArray, IntArray
 from sae.card import SAECard
 from sae.formats import open_layout
 from sae.numbers import finite
@@ -105,9 +105,6 @@ _MODEL_NAME = re.compile(r"[\w./:@+ -]{1,200}")
 _INSTRUCT = frozenset({"it", "instruct", "chat"})
 _BASE = frozenset({"base"})
 _PRETRAINED = frozenset({"pt"})
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.arrays import IntArray
 from sae.sae import SAE
 from steering.ops import batched
 from steering.ops.batched import CompiledEdits
 from steering.plan import PlannedEdit, SteeringPlan
-from steering.records import IntArray, RequestRecord
+from steering.records import RequestRecord
 from steering.rows import RowPool
 from steering.slots import EditTable
 from steering.step import Step

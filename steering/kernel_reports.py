@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steering.records import IntArray, RequestRecord
+from sae.arrays import IntArray
+from steering.records import RequestRecord
 
 
 @dataclass(frozen=True)

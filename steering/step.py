@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sae.arrays import IntArray
 from steering.slots import NO_SLOT, copy_to_device
-
-IntArray = npt.NDArray[np.integer]
 
 
 class Step:
@@ -71,6 +69,7 @@ class Step:
     def end(self) -> None:
         """The pass is over: nothing may be steered until the next one is laid out."""
         self.active = False
+        self.num_tokens = 0
 
     def _wipe(self, start: int) -> None:
         if self._dirty > start:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steering.ops.reference import _LAYER_NORM_EPS
+from sae.arrays import IntArray
+from sae.normalization import LAYER_NORM_EPS
 from steering.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
@@ -26,7 +27,6 @@ from steering.plan import (
     OP_FLOOR,
     OP_SCALE,
 )
-from steering.records import IntArray
 from steering.rows import (
     NORM_CONSTANT,
     NORM_LAYER,
@@ -303,7 +303,7 @@ def activations(
         mean = stream.x.mean(dim=1)[:, None]
         std = stream.x.std(dim=1)[:, None]
         scale = stream.norm[:, None] / stream.x.shape[1] ** 0.5
-        z = torch.where(norms.layer, (z - mean * norms.enc_sum) / (std + _LAYER_NORM_EPS), z)
+        z = torch.where(norms.layer, (z - mean * norms.enc_sum) / (std + LAYER_NORM_EPS), z)
         z = torch.where(norms.constant, z / scale, z)
         g = torch.where(norms.layer, std, torch.where(norms.constant, scale, 1.0))
     gate = edits.gate

@@ -15,7 +15,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from steering.ops.reference import _LAYER_NORM_EPS, NOT_COVERED, SKIPPED_SINK
+from sae.normalization import LAYER_NORM_EPS
+from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
 from steering.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
@@ -64,7 +65,7 @@ _answer_no_dunder(llvmlite.binding.ffi._lib_wrapper)
 # Sums may be taken in vector lanes. Infinities and NaN keep their meaning: thresholds use them.
 _compiled: Final[Any] = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
-_EPS = np.float32(_LAYER_NORM_EPS)
+_EPS = np.float32(LAYER_NORM_EPS)
 _NOT_COVERED, _SKIPPED_SINK = np.float32(NOT_COVERED), np.float32(SKIPPED_SINK)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _HALF, _SIXTEEN = np.uint32(0x7FFF), np.uint32(16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae.normalization import LAYER_NORM_EPS
 from steering.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
@@ -33,7 +34,6 @@ from steering.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NO_SLOT, Edi
 
 #: In `report_f`: an edit that does not cover the token, and one kept off by a sink.
 NOT_COVERED, SKIPPED_SINK = float("nan"), float("-inf")
-_LAYER_NORM_EPS = 1e-5  # SAELens: (x - mean) / (std + eps), unbiased std
 
 
 def steer_tokens(
@@ -117,7 +117,7 @@ def activation(x: Tensor, w_enc: Tensor, params: Tensor) -> tuple[Tensor, Tensor
     g = x.new_ones(())
     if int(params[P_NORM]) == NORM_LAYER:
         g = x.std()
-        z = (z - x.mean() * params[P_ENC_SUM]) / (g + _LAYER_NORM_EPS)
+        z = (z - x.mean() * params[P_ENC_SUM]) / (g + LAYER_NORM_EPS)
     elif int(params[P_NORM]) == NORM_CONSTANT:
         g = x.norm() / x.numel() ** 0.5
         z = z / g

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from steering.ops.reference import _LAYER_NORM_EPS, NOT_COVERED, SKIPPED_SINK
+from sae.normalization import LAYER_NORM_EPS
+from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
 from steering.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
@@ -45,7 +46,7 @@ _SPECIAL, _SINKS = tl.constexpr(COVERS_SPECIAL), tl.constexpr(COVERS_SINKS)
 _CLAMP, _SCALE, _ADD = tl.constexpr(OP_CLAMP), tl.constexpr(OP_SCALE), tl.constexpr(OP_ADD)
 _FLOOR = tl.constexpr(OP_FLOOR)
 _LAYER, _CONSTANT = tl.constexpr(float(NORM_LAYER)), tl.constexpr(float(NORM_CONSTANT))
-_EPS = tl.constexpr(_LAYER_NORM_EPS)
+_EPS = tl.constexpr(LAYER_NORM_EPS)
 _ROW, _OP, _COVERAGE = tl.constexpr(E_ROW), tl.constexpr(E_OP), tl.constexpr(E_COVERAGE)
 _START, _END, _NUM_INTS = tl.constexpr(E_START), tl.constexpr(E_END), tl.constexpr(NUM_INTS)
 _BIAS, _GAIN = tl.constexpr(P_BIAS), tl.constexpr(P_GAIN)
