@@ -57,7 +57,7 @@ check: $(TOOLS)
 	$(BIN)/mypy sae steering server tests
 
 test: $(TOOLS)
-	$(BIN)/python -m pytest -q -m "not network" --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
 
 bench: $(TOOLS)
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -152,12 +152,12 @@ class SAE:
 
     # Where weights live
 
-    def to(self, device: torch.device | str) -> SAE:
-        """Put the per-latent vectors on a device now; the matrices stay memory-mapped."""
-        self._vectors_of_all(_indexed(device))
-        return self
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of W_enc and W_dec as they are stored."""
+        return sum(self._stored(name).nbytes for name in ("W_enc", "W_dec"))
 
-    def resident(self, device: torch.device | str) -> SAE:
+    def resident(self, device: torch.device | str) -> None:
         """Put W_enc and W_dec on a device in their stored dtype, for full passes there."""
         target = _indexed(device)
         if target not in self._resident:
@@ -166,7 +166,6 @@ class SAE:
                 W_enc.to(target, copy=True).contiguous(),
                 W_dec.to(target, copy=True).contiguous(),
             )
-        return self.to(target)
 
     # Checks
 

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect-sae",
         help="print the card of an SAE and check its files",
-        usage="vllm-sae inspect-sae SOURCE[,hook=HOOK][,format=FORMAT] "
+        usage="vllm-sae inspect-sae SOURCE[,hook=HOOK][,format=FORMAT][,sink_norm=N] "
         "[--model MODEL [any vllm engine flag]]",
     )
     inspect.add_argument(
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (inspect, labels):
         command.add_argument(
             "source",
-            metavar="SOURCE[,hook=HOOK][,format=FORMAT]",
+            metavar="SOURCE[,hook=HOOK][,format=FORMAT][,sink_norm=N]",
             help="a path, hf://OWNER/REPO[/SUBFOLDER][@REVISION] or sae_lens://RELEASE/SAE_ID",
         )
     labels.add_argument(

@@ -9,17 +9,19 @@ from server.metrics import count_accepted
 from server.protocol import Steerable
 from steering.catalog import Catalog
 from steering.errors import SteeringError
-from steering.spec import SteeringSpec
+from steering.spec import SteeringSpec, nothing_loaded
 from steering.vllm.admission import FIELD, INSPECT, RESERVED
 
 UNSUPPORTED: Final = "unsupported_combination"
 
 
-def refuse_smuggled(extra_args: object, param: str) -> None:
+def refuse_smuggled(extra_args: object, param: str, catalog: Catalog) -> None:
     """SteeringError where a client fills the engine's extra arguments with steering itself."""
     if not isinstance(extra_args, Mapping):
         return
     for key in RESERVED.intersection(extra_args):
+        if not catalog.names:
+            raise nothing_loaded()
         raise SteeringError(
             UNSUPPORTED,
             f"send `steering` as a field of the request, not in {param}",
@@ -35,7 +37,7 @@ async def admit(
     Raises:
         SteeringError: with the code and path of the error table.
     """
-    refuse_smuggled(getattr(request, "vllm_xargs", None), "vllm_xargs")
+    refuse_smuggled(getattr(request, "vllm_xargs", None), "vllm_xargs", catalog)
     if request.steering is None:
         return None
     spec = catalog.parse(request.steering)

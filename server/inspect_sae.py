@@ -26,7 +26,7 @@ from server.serve import (
     steer,
     worker_refusals,
 )
-from steering.config import DEFAULT_MAX_READ_VALUES, DEFAULT_MAX_ROWS
+from steering.config import DEFAULT_MAX_ROWS
 
 #: For a text that is read once: more than its blocks take in any model that is known.
 KV_CACHE_BYTES: Final = 2**30
@@ -130,7 +130,7 @@ def _engine_args(checked: CheckedSAE, model: str, flags: Sequence[str]) -> Any:
         disable_log_stats=True,
         grpc=False,
         steering_max_rows=DEFAULT_MAX_ROWS,
-        steering_max_read_values=DEFAULT_MAX_READ_VALUES,
+        steering_max_read_values=None,
         steering_max_body_bytes=DEFAULT_MAX_BODY_BYTES,
     )
     args = parser.parse_args(["--model", model, *flags])

@@ -53,7 +53,9 @@ SKIPPED_TOKENS: Final = Counter(
     "steering_skipped_tokens", "Tokens that edits left alone at a hook point as attention sinks."
 )
 OP_SECONDS: Final = Counter(
-    "steering_op_seconds", "Time that the workers spent preparing and running edits and reads."
+    "steering_op_seconds",
+    "Time that the workers' processors spent in edits and reads at hook points; on a GPU this is "
+    "the time of launching them, and a replayed CUDA graph adds none.",
 )
 SLOTS_IN_USE: Final = Gauge(
     "steering_slots_in_use", "Requests being steered.", multiprocess_mode="mostrecent"

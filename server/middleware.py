@@ -17,7 +17,9 @@ from server.door import UNSUPPORTED, refuse_smuggled
 from server.errors import refusal
 from server.routes.generate import ROUTES
 from server.state import SteeringState
+from steering.catalog import Catalog
 from steering.errors import SteeringError
+from steering.spec import nothing_loaded
 from steering.vllm.admission import FIELD
 
 
@@ -54,21 +56,22 @@ class ForeignSteering:
             body = await Request(scope, receive).body()
         except ClientDisconnect:
             return
+        state: SteeringState = scope["app"].state.steering
         try:
-            refuse_foreign(body)
+            refuse_foreign(body, state.catalog)
         except SteeringError as error:
             await refusal(_path(scope), error)(scope, receive, send)
             return
         await self.app(scope, _replay(body, receive), send)
 
 
-def refuse_foreign(body: bytes) -> None:
+def refuse_foreign(body: bytes, catalog: Catalog) -> None:
     """SteeringError where a body asks for steering, in its own field or in the engine's."""
     # A zero byte so early is UTF-16 or UTF-32, which JSON parsers take as well.
     if not _MENTIONS_STEERING.search(body) and b"\0" not in body[:4]:
         return
     if _FORM_FIELD.search(body):
-        raise _cannot_carry()
+        raise _cannot_carry(catalog)
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -76,14 +79,16 @@ def refuse_foreign(body: bytes) -> None:
     if not isinstance(content, Mapping):
         return
     if content.get(FIELD) is not None:
-        raise _cannot_carry()
-    refuse_smuggled(content.get("vllm_xargs"), "vllm_xargs")
+        raise _cannot_carry(catalog)
+    refuse_smuggled(content.get("vllm_xargs"), "vllm_xargs", catalog)
     sampling_params = content.get("sampling_params")
     if isinstance(sampling_params, Mapping):
-        refuse_smuggled(sampling_params.get("extra_args"), "sampling_params.extra_args")
+        refuse_smuggled(sampling_params.get("extra_args"), "sampling_params.extra_args", catalog)
 
 
-def _cannot_carry() -> SteeringError:
+def _cannot_carry(catalog: Catalog) -> SteeringError:
+    if not catalog.names:
+        return nothing_loaded()
     return SteeringError(
         UNSUPPORTED, f"this route cannot steer; the ones that can are {', '.join(ROUTES)}", FIELD
     )

@@ -27,8 +27,8 @@ from server.saes_at_start import (
 from steering.catalog import SCAN_LIMIT_BYTES
 from steering.config import (
     CONFIG_KEY,
-    DEFAULT_MAX_READ_VALUES,
     DEFAULT_MAX_ROWS,
+    LEAST_MAX_READ_VALUES,
     REFUSAL_VARIABLE,
     SteeringConfig,
     engine_arguments,
@@ -135,9 +135,9 @@ def _parse(argv: Sequence[str]) -> Namespace:
     group.add_argument(
         MAX_READ_VALUES_FLAG,
         type=int,
-        default=DEFAULT_MAX_READ_VALUES,
         help="How many features one request may have read: those of each covered token of its "
-        "prompt and max_tokens, in each of its n choices.",
+        "prompt and max_tokens, in each of its n choices. Default: as many as one choice may ask "
+        f"for, at least {LEAST_MAX_READ_VALUES}.",
     )
     group.add_argument(
         MAX_BODY_BYTES_FLAG,
@@ -175,7 +175,7 @@ def _configure(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
 
 
 def engine_for(
-    checked: Sequence[CheckedSAE], vllm_config: Any, max_rows: int, max_read_values: int
+    checked: Sequence[CheckedSAE], vllm_config: Any, max_rows: int, max_read_values: int | None
 ) -> dict[str, Any]:
     """The arguments that make an engine of this configuration steer through these SAEs.
 
@@ -220,7 +220,7 @@ def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:
             "what one request may edit",
         ),
         (
-            args.steering_max_read_values < MAX_TOP_K,
+            args.steering_max_read_values is not None and args.steering_max_read_values < MAX_TOP_K,
             f"{MAX_READ_VALUES_FLAG} {args.steering_max_read_values}: must be at least "
             f"{MAX_TOP_K}, what one token may have read",
         ),

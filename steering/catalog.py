@@ -12,7 +12,7 @@ from sae.card import SAECard
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
-from steering.config import DEFAULT_MAX_READ_VALUES, SteeringConfig
+from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.spec import SteeringSpec, parse_spec
 
@@ -48,7 +48,7 @@ class Catalog:
     """
 
     def __init__(
-        self, loaded: Mapping[str, LoadedSAE], max_read_values: int = DEFAULT_MAX_READ_VALUES
+        self, loaded: Mapping[str, LoadedSAE], max_read_values: int = LEAST_MAX_READ_VALUES
     ) -> None:
         self.max_read_values = max_read_values
         self._loaded = dict(loaded)
@@ -62,8 +62,12 @@ class Catalog:
         self._scanned: dict[str, str | None] = {}
 
     @classmethod
-    def from_config(cls, config: SteeringConfig | None) -> Catalog:
+    def from_config(cls, config: SteeringConfig | None, max_model_len: int = 0) -> Catalog:
         """Open every SAE of ``config``; an empty catalog for None.
+
+        Args:
+            config: what to serve.
+            max_model_len: tokens of a context, where known; see `SteeringConfig.read_limit`.
 
         Raises:
             SAEError: if a file does not hold what it should.
@@ -75,7 +79,7 @@ class Catalog:
             sae = open_sae(ref)
             assert ref.path is not None, "references are resolved before they are handed down"
             loaded[ref.name] = LoadedSAE(sae, FeatureTable.open(ref.path, sae.card.d_sae))
-        return cls(loaded, config.max_read_values)
+        return cls(loaded, config.read_limit(max_model_len))
 
     @property
     def names(self) -> tuple[str, ...]:

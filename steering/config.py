@@ -12,7 +12,8 @@ from steering.spec import MAX_INTERVENTIONS, MAX_TOP_K
 #: Key of this project's part of ``additional_config``; being there, it enters vLLM's compile hash.
 CONFIG_KEY: Final = "steering"
 DEFAULT_MAX_ROWS: Final = 4096
-DEFAULT_MAX_READ_VALUES: Final = 2**22
+#: At least as many features as this may be read by one request; and `MAX_TOP_K` over one context.
+LEAST_MAX_READ_VALUES: Final = 2**22
 #: Environment variable naming a file for the reason why a worker could not install steering.
 REFUSAL_VARIABLE: Final = "STEERING_REFUSAL_FILE"
 
@@ -28,7 +29,8 @@ class SteeringConfig:
         special_token_ids: tokens that edits leave alone unless ``special_tokens`` is asked for;
             None for those of the model's tokenizer.
         max_rows: how many features may be in use at once over all running requests.
-        max_read_values: how many features one request may have read, over all its tokens.
+        max_read_values: how many features one request may have read, over all its tokens; None for
+            `LEAST_MAX_READ_VALUES` or, where that is more, whatever one choice may ask for.
     """
 
     saes: tuple[SAEReference, ...]
@@ -36,7 +38,7 @@ class SteeringConfig:
     num_layers: int
     special_token_ids: tuple[int, ...] | None = None
     max_rows: int = DEFAULT_MAX_ROWS
-    max_read_values: int = DEFAULT_MAX_READ_VALUES
+    max_read_values: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_rows < MAX_INTERVENTIONS:
@@ -44,11 +46,17 @@ class SteeringConfig:
                 f"max_rows {self.max_rows} is less than the {MAX_INTERVENTIONS} features that one "
                 "request may name"
             )
-        if self.max_read_values < MAX_TOP_K:
+        if self.max_read_values is not None and self.max_read_values < MAX_TOP_K:
             raise ValueError(
                 f"max_read_values {self.max_read_values} is less than the {MAX_TOP_K} features "
                 "that one token may have read"
             )
+
+    def read_limit(self, max_model_len: int) -> int:
+        """How many features one request may have read, where a context has so many tokens."""
+        if self.max_read_values is not None:
+            return self.max_read_values
+        return max(LEAST_MAX_READ_VALUES, MAX_TOP_K * max_model_len)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as ``additional_config`` wants them."""

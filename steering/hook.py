@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.arrays import FloatArray, IntArray
 from sae.sae import SAE
 from steering.batch_parts import BatchPart, BatchParts, FullPart, SlotWork
 from steering.kernel_reports import KernelReports, ReportPart
 from steering.ops import batched
 from steering.ops.batched import Coverage, Stream
 from steering.plan import COVERS_SINKS, COVERS_SPECIAL, OP_ADD, SELF_CHECK, SteeringPlan
-from steering.records import FloatArray, IntArray, RequestRecord
+from steering.records import RequestRecord
+from steering.residency import Residency
 from steering.rows import RowPool
 from steering.slots import EditTable
 from steering.step import Step
@@ -28,7 +30,6 @@ class Counters:
     edited_tokens: int = 0
     skipped_tokens: int = 0
     op_seconds: float = 0.0
-    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class HookRuntime:
     is_special: Tensor  # [vocab_size] bool
     prompt_len: Tensor  # [num_slots] int32
     counters: Counters
+    residency: Residency
     kernel: KernelPath | None = None
     work: dict[int, SlotWork] = field(default_factory=dict)
     _full_slots: set[int] = field(default_factory=set)
@@ -98,6 +100,8 @@ class HookRuntime:
         reads = plan.read is not None and plan.read.sae in self.saes
         if plan.read is not None and reads:
             full.add(plan.read.sae)
+        for sae in full:
+            self.residency.bring(sae)
         self.work.pop(slot, None)
         self._full_slots.discard(slot)
         if edits or reads:

@@ -64,6 +64,7 @@ class SteeringPlan:
 
     Attributes:
         key: names the request in results; the children of ``n > 1`` share it.
+        awaited: whether what is recorded will be fetched, or forgotten by name, in any case.
         children: the request's ``n``.
         prompt_len: tokens in the original prompt; a token's phase is its position against it.
     """
@@ -75,6 +76,7 @@ class SteeringPlan:
     error_term: bool
     report: bool
     read: PlannedRead | None
+    awaited: bool = False
 
     @property
     def latents(self) -> frozenset[tuple[int, int]]:
@@ -103,6 +105,7 @@ class SteeringPlan:
             "report": self.report,
             "read": None if (r := self.read) is None
             else [r.sae, r.top_k, r.coverage, r.start, r.end, r.aggregate],
+            "awaited": self.awaited,
         }  # fmt: skip
 
     @classmethod
@@ -116,6 +119,7 @@ class SteeringPlan:
             error_term=wire["error_term"],
             report=wire["report"],
             read=None if wire["read"] is None else PlannedRead(*wire["read"]),
+            awaited=wire["awaited"],
         )
 
 
@@ -134,6 +138,8 @@ def make_plan(
     children: int,
     prompt_len: int,
     inspection: Inspection | None = None,
+    *,
+    awaited: bool = False,
 ) -> SteeringPlan:
     """Compile a validated spec: names become indices, values float32, positions bits."""
     edits = tuple(
@@ -161,7 +167,9 @@ def make_plan(
             end=spec.positions.end,
             aggregate=inspection.aggregate if inspection is not None else None,
         )
-    return SteeringPlan(key, children, prompt_len, edits, spec.error_term, spec.report, read)
+    return SteeringPlan(
+        key, children, prompt_len, edits, spec.error_term, spec.report, read, awaited
+    )
 
 
 def _coverage(where: Positions) -> int:

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from sae.arrays import FloatArray, IntArray
 from sae.self_check import Observed
 from steering.plan import SteeringPlan
 
-#: Finished records that nobody fetched are forgotten, oldest first, beyond these bounds.
+#: Records of ended requests that nobody need fetch are forgotten beyond these bounds.
 MAX_FINISHED_RECORDS: Final = 4096
 MAX_FINISHED_BYTES: Final = 256 * 2**20
 
 _NOT_SEEN, _NOT_COVERED, _COVERED, _SKIPPED = range(4)
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.integer]
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -42,6 +41,7 @@ class RequestRecord:
         self._was_read = np.zeros(0, dtype=np.bool_)
         self._top_latents = np.zeros((0, top_k), dtype=np.int32)
         self._top_values = np.zeros((0, top_k), dtype=np.float32)
+        self._end = 0  # one past the last position
         self._totals: Aggregate | None = None
         self._observed: Observed | None = None
 
@@ -154,7 +154,16 @@ class RequestRecord:
             "measured": measured,
         }
 
+    def trim(self) -> None:
+        """Give back the room for positions that never came."""
+        end = self._end
+        self._status, self._f = self._status[:end].copy(), self._f[:end].copy()
+        self._was_read = self._was_read[:end].copy()
+        self._top_latents = self._top_latents[:end].copy()
+        self._top_values = self._top_values[:end].copy()
+
     def _grow(self, length: int) -> None:
+        self._end = max(self._end, length)
         have = self._status.shape[0]
         if length <= have:
             return
@@ -194,7 +203,7 @@ def _finite(value: np.floating[Any]) -> float | None:
 
 
 class Aggregate:
-    """Maximum, sum and count of every latent over a text.
+    """Maximum, sum and count of every latent over a text, but for activations that are not finite.
 
     Attributes:
         maximum: ``[d_sae]`` largest activation.
@@ -218,6 +227,8 @@ class Aggregate:
 
     def add(self, f: FloatArray) -> None:
         """Add tokens' activations ``[n, d_sae]``."""
+        # JSON has no infinity, and a single one would stay in the sum of the whole text.
+        f = np.where(np.isfinite(f), f, np.float32(0))
         np.maximum(self.maximum, f.max(axis=0), out=self.maximum)
         self.total += f.sum(axis=0, dtype=np.float64)
         self.count += (f > 0).sum(axis=0)
@@ -236,39 +247,44 @@ class Aggregate:
         return [[int(i), float(score[i])] for i in best if score[i] > 0]
 
 
-@dataclass
-class _Finished:
-    record: RequestRecord
-    nbytes: int
-
-
 class RecordStore:
-    """Records of running requests, and of finished ones until they are fetched or too many."""
+    """Records of requests that run or are preempted, and of ended ones until they are fetched.
+
+    Those of ended requests that nobody need fetch are forgotten, oldest first, beyond
+    `MAX_FINISHED_RECORDS` or `MAX_FINISHED_BYTES`.
+    """
 
     def __init__(self) -> None:
         self._running: dict[str, RequestRecord] = {}
-        self._finished: OrderedDict[tuple[str, int], _Finished] = OrderedDict()
+        self._paused: dict[str, RequestRecord] = {}
+        self._awaited: dict[tuple[str, int], RequestRecord] = {}
+        self._finished: OrderedDict[tuple[str, int], RequestRecord] = OrderedDict()
         self._finished_bytes = 0
 
     def open(self, req_id: str, plan: SteeringPlan, child: int) -> RequestRecord:
         """The record of a request that starts, or of one that resumes after preemption."""
-        earlier = self._pop_finished((plan.key, child))
-        record = earlier if earlier is not None else RequestRecord(plan, child)
+        record = self._paused.pop(req_id, None) or RequestRecord(plan, child)
         self._running[req_id] = record
         return record
 
-    def get(self, req_id: str) -> RequestRecord | None:
-        """The record of a running request, None if it asked for nothing."""
-        return self._running.get(req_id)
+    def pause(self, req_id: str) -> None:
+        """The request was preempted; what was recorded waits for it."""
+        if (record := self._running.pop(req_id, None)) is not None:
+            self._paused[req_id] = record
 
     def close(self, req_id: str) -> None:
-        """The request left the batch; what was recorded waits to be fetched."""
-        record = self._running.pop(req_id, None)
+        """The request ended; what was recorded waits to be fetched."""
+        record = self._running.pop(req_id, None) or self._paused.pop(req_id, None)
         if record is None:
             return
-        item = _Finished(record, record.nbytes)
-        self._finished[record.plan.key, record.child] = item
-        self._finished_bytes += item.nbytes
+        record.trim()
+        key = record.plan.key, record.child
+        if record.plan.awaited:
+            self._awaited[key] = record
+            return
+        self._pop_finished(key)
+        self._finished[key] = record
+        self._finished_bytes += record.nbytes
         while (
             len(self._finished) > MAX_FINISHED_RECORDS or self._finished_bytes > MAX_FINISHED_BYTES
         ):
@@ -276,25 +292,27 @@ class RecordStore:
 
     def take(self, key: str, child: int) -> RequestRecord | None:
         """Fetch and forget one record, whether its request has left the batch yet or not."""
-        for req_id, record in self._running.items():
-            if (record.plan.key, record.child) == (key, child):
-                del self._running[req_id]
-                return record
-        return self._pop_finished((key, child))
+        for records in (self._running, self._paused):
+            for req_id, record in records.items():
+                if (record.plan.key, record.child) == (key, child):
+                    del records[req_id]
+                    return record
+        return self._awaited.pop((key, child), None) or self._pop_finished((key, child))
 
     @property
     def clients(self) -> int:
         """Records that some client may fetch: all but those of self-checks."""
-        finished = (item.record for item in self._finished.values())
-        records = (*self._running.values(), *finished)
-        return sum(not record.plan.is_self_check for record in records)
+        return sum(not record.plan.is_self_check for record in self._all())
 
     def __len__(self) -> int:
-        return len(self._running) + len(self._finished)
+        return sum(1 for _ in self._all())
+
+    def _all(self) -> Iterator[RequestRecord]:
+        for records in (self._running, self._paused, self._awaited, self._finished):
+            yield from records.values()
 
     def _pop_finished(self, key: tuple[str, int]) -> RequestRecord | None:
-        item = self._finished.pop(key, None)
-        if item is None:
-            return None
-        self._finished_bytes -= item.nbytes
-        return item.record
+        record = self._finished.pop(key, None)
+        if record is not None:
+            self._finished_bytes -= record.nbytes
+        return record

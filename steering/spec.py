@@ -155,6 +155,15 @@ def float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
+def nothing_loaded() -> SteeringError:
+    """The answer of a server without SAEs to whoever asks it to steer."""
+    return SteeringError(
+        "steering_unavailable",
+        "this server has no SAE loaded, so it cannot steer; start it with --sae NAME=SOURCE",
+        "steering",
+    )
+
+
 def parse_spec(raw: object, saes: Mapping[str, SAEFacts]) -> SteeringSpec:
     """Validate the JSON value of a ``steering`` field.
 
@@ -166,11 +175,7 @@ def parse_spec(raw: object, saes: Mapping[str, SAEFacts]) -> SteeringSpec:
         SteeringError: with the code and path that the contract's error table names.
     """
     if not saes:
-        raise SteeringError(
-            "steering_unavailable",
-            "this server has no SAE loaded, so it cannot steer; start it with --sae NAME=SOURCE",
-            "steering",
-        )
+        raise nothing_loaded()
     spec = _object(raw, "steering", _SPEC_FIELDS)
     positions = _positions(spec.get("positions"), "steering.positions", Positions())
     error_term = _boolean(spec.get("error_term"), "steering.error_term", default=True)

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.arrays import IntArray
 from sae.card import HookPoint
 from sae.sae import SAE
 from steering.hook import Counters, HookRuntime, KernelPath
 from steering.kernel_reports import KernelReports
 from steering.plan import SteeringPlan
 from steering.records import RecordStore
+from steering.residency import Residency
 from steering.rows import RowPool
 from steering.slots import NO_SLOT, EditTable, SlotAllocator
 from steering.spec import MAX_INTERVENTIONS
-from steering.step import IntArray, Step
+from steering.step import Step
 
 
 @dataclass
@@ -50,6 +52,7 @@ class SteeringState:
         kernel: ``steer_tokens`` of `steering.ops`, for passes in which rows alone are enough; None
             where no kernel runs.
         graphs: CUDA graphs hold the op, so it is launched in idle passes too.
+        free_bytes: see `Residency`.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SteeringState:
         device: torch.device,
         kernel: Callable[..., None] | None,
         graphs: bool,
+        free_bytes: Callable[[], int] | None = None,
     ) -> None:
         self.step = step
         self._always_launch = kernel is not None and graphs
@@ -82,14 +86,17 @@ class SteeringState:
         is_special = torch.zeros(vocab_size, dtype=torch.bool)
         is_special[[t for t in special_token_ids if t < vocab_size]] = True
         is_special = is_special.to(device)
+        by_index = dict(enumerate(saes))
+        residency = Residency(by_index, device, free_bytes)
         self.hooks = {
             str(point): HookRuntime(
-                saes={i: sae for i, sae in enumerate(saes) if sae.card.hook == str(point)},
+                saes={i: sae for i, sae in by_index.items() if sae.card.hook == str(point)},
                 rows=self.rows,
                 table=EditTable(num_slots, device),
                 is_special=is_special,
                 prompt_len=self.prompt_len,
                 counters=self.counters,
+                residency=residency,
                 kernel=None if kernel is None else self._kernel_path(kernel, num_slots, device),
             )
             for point in owned
@@ -125,7 +132,16 @@ class SteeringState:
         self._self_checks += plan.is_self_check
 
     def remove_request(self, req_id: str) -> None:
-        """A request left the batch (finished, aborted or preempted); unsteered ones are ignored."""
+        """A request ended, in the batch or while it was preempted; unsteered ones are ignored."""
+        self._leave(req_id)
+        self.records.close(req_id)
+
+    def pause_request(self, req_id: str) -> None:
+        """A request was preempted: it leaves the batch and comes back as one that is added."""
+        self._leave(req_id)
+        self.records.pause(req_id)
+
+    def _leave(self, req_id: str) -> None:
         request = self._running.pop(req_id, None)
         if request is None:
             return
@@ -134,17 +150,11 @@ class SteeringState:
             hook.clear_slot(request.slot)
         self.rows.release(self._latents(request.plan))
         self.slots.give_back(request.slot)
-        self.records.close(req_id)
 
     def slot_of(self, req_id: str) -> int:
         """The request's slot, NO_SLOT for unsteered ones."""
         request = self._running.get(req_id)
         return NO_SLOT if request is None else request.slot
-
-    @property
-    def any_running(self) -> bool:
-        """Whether any steered request is in the batch: the one branch that idle passes pay."""
-        return bool(self._running)
 
     def begin_step(self, req_ids: Sequence[str], query_start_loc: IntArray) -> None:
         """Lay out a forward pass.
@@ -158,7 +168,6 @@ class SteeringState:
             return
         self._kernel_reports.drain(wait=False)
         self.step.begin([self.slot_of(req_id) for req_id in req_ids], query_start_loc)
-        self.counters.steps += self.step.active
 
     def end_step(self) -> None:
         """The forward pass is over."""
@@ -179,7 +188,10 @@ class SteeringState:
         if not (self.step.active or self._always_launch):
             return
         started = time.perf_counter()
-        d_in = hidden_states.shape[-1]
+        d_in = self.rows.W_enc.shape[1]
+        # A stream that is not whole here (sharded by tokens, say) would be edited in wrong rows.
+        assert hidden_states.numel() >= d_in * self.step.num_tokens, tuple(hidden_states.shape)
+        assert hidden_states.shape[-1] == d_in, tuple(hidden_states.shape)
         self.hooks[hook].apply(
             hidden_states.view(-1, d_in),  # some layers carry a batch axis of one
             None if residual is None else residual.view(-1, d_in),
@@ -222,9 +234,8 @@ class SteeringState:
             "edited_tokens": edited,
             "skipped_tokens": skipped,
             "op_seconds": counters.op_seconds,
-            "steps": counters.steps,
         }
-        counters.edited_tokens = counters.skipped_tokens = counters.steps = 0
+        counters.edited_tokens = counters.skipped_tokens = 0
         counters.op_seconds = 0.0
         return stats
 

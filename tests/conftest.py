@@ -1,5 +1,5 @@
-"""What every test gets: an offline process with one thread, the demo's files, and GPU tests skipped
-where there is no GPU."""
+"""What every test gets: an offline process with one thread, the demo's files, and skips of tests
+that need a GPU or a hub."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ settings.register_profile("ci", settings.get_profile("vllm-sae"), derandomize=Tr
 settings.load_profile("ci" if os.environ.get("CI") else "vllm-sae")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device."""
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where torch sees no CUDA device, and `network` unless asked for."""
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA device"
+    if "network" not in config.option.markexpr:
+        reasons["network"] = "run with: HF_HUB_OFFLINE=0 pytest -m network"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from server.streaming import (
 )
 from steering.errors import SteeringError
 from steering.vllm import results
-from steering.vllm.admission import TICKET, refuse_long_read
+from steering.vllm.admission import TICKET, refuse_long_results
 
 VLLMRoute = Callable[[Any, Request], Awaitable[Response | None]]
 
@@ -133,7 +133,7 @@ def _generate_if_short(
     sampling_params: Any,
     **options: Any,
 ) -> Any:
-    refuse_long_read(engine_input, sampling_params, vllm_config)
+    refuse_long_results(engine_input, sampling_params, vllm_config)
     return generate(engine_input=engine_input, sampling_params=sampling_params, **options)
 
 

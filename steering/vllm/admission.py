@@ -27,18 +27,22 @@ INSPECT: Final = "steering_inspect"
 #: Key under which the workers and the scheduler find the plan.
 PLAN: Final = "steering_plan"
 
+#: Activations, 5 bytes each, that a report of several choices may be of.
+MAX_REPORT_VALUES: Final = 2**25
+
 #: Keys that no client may fill; offline, `FIELD` is the caller's.
 RESERVED: Final = frozenset({FIELD, TICKET, INSPECT, PLAN, SPAN})
 
 
 @functools.lru_cache(maxsize=8)
-def _catalog(config: SteeringConfig | None) -> Catalog:
-    return Catalog.from_config(config)
+def _catalog(config: SteeringConfig | None, max_model_len: int) -> Catalog:
+    return Catalog.from_config(config, max_model_len)
 
 
 def catalog_for(vllm_config: Any) -> Catalog:
     """The catalog of an engine, opened once in each process."""
-    return _catalog(SteeringConfig.from_additional_config(vllm_config.additional_config))
+    config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+    return _catalog(config, vllm_config.model_config.max_model_len)
 
 
 def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
@@ -70,6 +74,7 @@ def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
         )
     prompt_len = len(request.prompt_token_ids)
     _refuse_long_read(spec, extra.get(INSPECT), params, prompt_len, catalog.max_read_values)
+    _refuse_long_report(spec, params, prompt_len)
     checksums = catalog.prepare_now(spec)
     request.cache_salt = cache_salt(spec, checksums, prompt_len, request.cache_salt)
     if spec.read is not None:
@@ -81,14 +86,15 @@ def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
         children=params.n,
         prompt_len=prompt_len,
         inspection=_inspection(extra.get(INSPECT)),
+        awaited=TICKET in extra,
     )
     params.extra_args = {**rest, PLAN: plan.to_wire()}
     if traced:
         params.extra_args[SPAN] = span_attributes(spec)
 
 
-def refuse_long_read(prompt: Any, params: Any, vllm_config: Any) -> None:
-    """Refuse a read that `admit` would, before its request is handed to the engine.
+def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
+    """Refuse a read or a report that `admit` would, before its request is handed to the engine.
 
     When `admit` sees it, its response may have begun to stream, or others of its batch may run.
 
@@ -104,6 +110,22 @@ def refuse_long_read(prompt: Any, params: Any, vllm_config: Any) -> None:
     catalog = catalog_for(vllm_config)
     spec = catalog.parse(extra[FIELD])
     _refuse_long_read(spec, extra.get(INSPECT), params, len(ids), catalog.max_read_values)
+    _refuse_long_report(spec, params, len(ids))
+
+
+def _refuse_long_report(spec: SteeringSpec, params: Any, prompt_len: int) -> None:
+    if not spec.report:
+        return
+    # Activations are kept until the last choice ends: where a choice will end is not known.
+    tokens = prompt_len + params.max_tokens
+    values = tokens * len(spec.edits) * params.n
+    if params.n > 1 and values > MAX_REPORT_VALUES:
+        raise SteeringError(
+            "invalid_value",
+            f"a report of {len(spec.edits)} edits of up to {tokens} tokens in {params.n} choices "
+            f"is of {values} activations, the limit is {MAX_REPORT_VALUES}: lower max_tokens or n",
+            "steering.report",
+        )
 
 
 def _refuse_long_read(

@@ -48,30 +48,30 @@ def _admitting(process_inputs: Any) -> Any:
 
 def _validating(add_requests: Any) -> Any:
     """Refuse a batch of ``LLM``'s before its first request runs, whichever of them is invalid."""
-    from steering.vllm.admission import FIELD, catalog_for, refuse_long_read
+    from steering.vllm.admission import FIELD, catalog_for, refuse_long_results
 
     @functools.wraps(add_requests)
     def wrapper(self: Any, prompts: Any, params: Any, **kwargs: Any) -> Any:
         vllm_config = self.llm_engine.vllm_config
-        reads = False
+        long = False
         for one in {id(one): one for one in params}.values():
             extra = getattr(one, "extra_args", None)
             if extra and extra.get(FIELD) is not None:
                 catalog = catalog_for(vllm_config)
                 spec = catalog.parse(extra[FIELD])
                 catalog.prepare_now(spec)
-                reads = reads or spec.read is not None
-        if reads:
+                long = long or spec.report or spec.read is not None
+        if long:
             prompts = list(prompts)
             for prompt, one in zip(prompts, params, strict=False):
-                refuse_long_read(prompt, one, vllm_config)
+                refuse_long_results(prompt, one, vllm_config)
         return add_requests(self, prompts, params, **kwargs)
 
     return wrapper
 
 
 def _collecting(generate: Any) -> Any:
-    from steering.vllm.admission import refuse_long_read
+    from steering.vllm.admission import FIELD, catalog_for, refuse_long_results
     from steering.vllm.results import collect, wants_collection
 
     @functools.wraps(generate)
@@ -79,8 +79,13 @@ def _collecting(generate: Any) -> Any:
         self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         collects = wants_collection(sampling_params)
+        extra = getattr(sampling_params, "extra_args", None) or {}
         if collects:
-            refuse_long_read(prompt, sampling_params, self.vllm_config)
+            refuse_long_results(prompt, sampling_params, self.vllm_config)
+        elif extra.get(FIELD) is not None:
+            # No server stands before this call, and vLLM wraps what its generator raises.
+            catalog = catalog_for(self.vllm_config)
+            catalog.prepare_now(catalog.parse(extra[FIELD]))
         outputs: AsyncGenerator[Any, None] = generate(
             self, prompt, sampling_params, request_id, **kwargs
         )

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sae.self_check import Measured
-from steering.catalog import Catalog
-from steering.records import features_read
+from steering.records import MAX_FINISHED_RECORDS, features_read
 from steering.spec import SteeringSpec
 from steering.vllm.admission import FIELD, TICKET, catalog_for, result_key
 from steering.vllm.drain import TAKE
@@ -131,7 +130,7 @@ async def collect(
     summaries = await _fetch(engine, key, limits)
     # A long read is a second of work, in which others' tokens go on.
     await asyncio.to_thread(_unpack_reads, summaries)
-    prompts[place] = _choices(spec, catalog, tracker, summaries, engine.get_tokenizer())
+    prompts[place] = _choices(spec, tracker, summaries, engine.get_tokenizer())
 
 
 # Kept here, since the event loop alone lets a task be collected.
@@ -184,6 +183,10 @@ def results_of(llm: Any, output: Any, params: Any) -> list[ChoiceResult]:
 
     Returns:
         One result for each of the output's choices; fetching forgets them.
+
+    Raises:
+        LookupError: there is none (any more). Results that nobody fetches are forgotten, the oldest
+            first, once there are 4,096 of them or 256 MiB.
     """
     engine = llm.llm_engine
     tracker = _Tracker()
@@ -193,7 +196,7 @@ def results_of(llm: Any, output: Any, params: Any) -> list[ChoiceResult]:
     _unpack_reads(summaries)
     catalog = catalog_for(engine.vllm_config)
     spec = catalog.parse(params.extra_args[FIELD])
-    return _choices(spec, catalog, tracker, summaries, llm.get_tokenizer())
+    return _choices(spec, tracker, summaries, llm.get_tokenizer())
 
 
 def _limits(tracker: _Tracker) -> dict[int, int]:
@@ -206,7 +209,6 @@ def _limits(tracker: _Tracker) -> dict[int, int]:
 
 def _choices(
     spec: SteeringSpec,
-    catalog: Catalog,
     tracker: _Tracker,
     summaries: Iterable[dict[str, Any]],
     tokenizer: Any,
@@ -214,18 +216,24 @@ def _choices(
     by_child: dict[int, list[dict[str, Any]]] = {}
     for summary in summaries:
         by_child.setdefault(summary["child"], []).append(summary)
-    return [
-        ChoiceResult(
-            interventions=_interventions(spec, by_child.get(child, [])),
-            read=_read(
-                spec, tracker.prompt, tracker.tokens[child], by_child.get(child, []), tokenizer
-            ),
-            tokens_cached=_cached(tracker, by_child.get(child, [])),
-            aggregate=_first(by_child.get(child, []), "aggregate"),
-            measured=_measured(by_child.get(child, [])),
+    results = []
+    for child in sorted(tracker.tokens):
+        its = by_child.get(child, [])
+        if tracker.tokens[child] and not its:
+            raise LookupError(
+                f"nothing is recorded of choice {child}: it asked for neither report nor read, was "
+                f"fetched before, or {MAX_FINISHED_RECORDS} other requests have ended since"
+            )
+        results.append(
+            ChoiceResult(
+                interventions=_interventions(spec, its),
+                read=_read(spec, tracker.prompt, tracker.tokens[child], its, tokenizer),
+                tokens_cached=_cached(tracker, its),
+                aggregate=_first(its, "aggregate"),
+                measured=_measured(its),
+            )
         )
-        for child in sorted(tracker.tokens)
-    ]
+    return results
 
 
 def _unpack_reads(summaries: Iterable[dict[str, Any]]) -> None:
@@ -314,7 +322,6 @@ class WorkerStats:
     edited_tokens: int = 0
     skipped_tokens: int = 0
     op_seconds: float = 0.0
-    steps: int = 0
 
 
 async def worker_stats(engine: Any) -> WorkerStats:

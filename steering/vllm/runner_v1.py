@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -10,6 +10,9 @@ from steering.ops import registered
 from steering.plan import SteeringPlan
 from steering.state import SteeringState
 from steering.vllm.admission import child_index, plan_of
+
+#: The class that `attach` knows its way around in.
+RUNNER: Final = ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
 
 
 def token_buffers(runner: Any) -> tuple[Tensor, Tensor]:
@@ -56,11 +59,11 @@ def _follow(scheduler_output: Any, state: SteeringState, plans: dict[str, Steeri
         state.remove_request(req_id)
         plans.pop(req_id, None)
     for req_id in scheduler_output.preempted_req_ids or ():
-        state.remove_request(req_id)
+        state.pause_request(req_id)
     resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
     for req_id in resumed:
         if req_id in plans:
-            state.remove_request(req_id)
+            state.pause_request(req_id)
     for new in scheduler_output.scheduled_new_reqs:
         plan = plan_of(new.sampling_params)
         if plan is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from steering.ops import registered
 from steering.state import SteeringState
 from steering.vllm.admission import child_index, plan_of
+
+#: The class that `attach` knows its way around in.
+RUNNER: Final = ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner")
 
 
 def token_buffers(runner: Any) -> tuple[Tensor, Tensor]:
@@ -21,14 +24,14 @@ def token_buffers(runner: Any) -> tuple[Tensor, Tensor]:
 def attach(runner: Any, state: SteeringState) -> None:
     """Follow the runner's requests through its ``ModelState`` and bracket its passes.
 
-    A preempted request is removed and comes back as a new one with its original prompt's length,
-    so preemption needs no code here.
+    A preempted request is removed and comes back as a new one with its original prompt's length.
     """
     model_state = runner.model_state
     add_request = model_state.add_request
     remove_request = model_state.remove_request
     preprocess_state = model_state.preprocess_state
     execute_model = runner.execute_model
+    preempted: set[str] = set()
 
     def _add_request(req_index: int, new_req_data: Any) -> None:
         add_request(req_index, new_req_data)
@@ -38,7 +41,9 @@ def attach(runner: Any, state: SteeringState) -> None:
             state.add_request(req_id, plan, child_index(plan, req_id))
 
     def _remove_request(req_id: str) -> None:
-        state.remove_request(req_id)
+        # Removed for good or for a while: the runner makes no difference.
+        if req_id not in preempted:
+            state.remove_request(req_id)
         remove_request(req_id)
 
     def _preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -49,6 +54,12 @@ def attach(runner: Any, state: SteeringState) -> None:
 
     def _execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         registered.make_current(state)
+        preempted.clear()
+        preempted.update(scheduler_output.preempted_req_ids or ())
+        for req_id in preempted:
+            state.pause_request(req_id)
+        for req_id in scheduler_output.finished_req_ids:  # some of them while preempted
+            state.remove_request(req_id)
         _eager.needed = lambda: state.needs_full(scheduler_output.num_scheduled_tokens)
         try:
             return execute_model(scheduler_output, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _RowLimits:
-    """Scheduler mixin: requests whose features do not fit wait, first come first served.
+    """Scheduler mixin: requests whose features do not fit wait, in the order of vLLM's policy.
 
     Rows are counted from the moment a request enters vLLM's own queue, so whatever vLLM decides to
     run fits. Unsteered requests never wait here.
@@ -30,7 +30,8 @@ class _RowLimits:
         self._max_rows = DEFAULT_MAX_ROWS if config is None else config.max_rows
         self._row_users: Counter[tuple[int, int]] = Counter()
         self._rows_of: dict[str, frozenset[tuple[int, int]]] = {}
-        self._held: OrderedDict[str, Request] = OrderedDict()
+        self._held: dict[str, Request] = {}  # in the order of their arrival
+        self._by_priority = vllm_config.scheduler_config.policy == "priority"
         self.unfetched = Unfetched()
 
     def add_request(self, request: Request) -> None:
@@ -80,7 +81,8 @@ class _RowLimits:
 
     def _let_in(self) -> None:
         while self._held:
-            req_id, request = next(iter(self._held.items()))
+            request = self._next_held()
+            req_id = request.request_id
             plan = plan_of(request.sampling_params)
             assert plan is not None
             more = sum(latent not in self._row_users for latent in plan.latents)
@@ -90,6 +92,12 @@ class _RowLimits:
             self._row_users.update(plan.latents)
             self._rows_of[req_id] = plan.latents
             super().add_request(request)  # type: ignore[misc]
+
+    def _next_held(self) -> Request:
+        held = self._held.values()
+        if self._by_priority:
+            return min(held)
+        return next(iter(held))
 
 
 class _SteeringScheduler(_RowLimits, Scheduler):

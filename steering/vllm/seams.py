@@ -40,7 +40,8 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("plugins", "", mentions=("vllm.general_plugins",)),
     ),
     "steering/vllm/admission.py": (
-        Seam("config.vllm", "VllmConfig", fields=("additional_config",)),
+        Seam("config.vllm", "VllmConfig", fields=("additional_config", "model_config")),
+        Seam("config.model", "ModelConfig", fields=("max_model_len",)),
         Seam(
             "v1.engine",
             "EngineCoreRequest",
@@ -144,10 +145,15 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.core.sched.scheduler", "Scheduler.get_request_counts"),
         Seam("v1.core.sched.scheduler", "Scheduler._free_request", first=("request",)),
         Seam("v1.request", "Request", fields=("request_id", "sampling_params", "status")),
+        Seam("v1.request", "Request.__lt__", mentions=("priority", "arrival_time")),
         Seam("v1.request", "RequestStatus"),
         Seam("v1.engine.core", "EngineCore", mentions=("get_scheduler_cls", "finish_requests")),
         Seam("config.vllm", "VllmConfig", fields=("additional_config", "scheduler_config")),
-        Seam("config.scheduler", "SchedulerConfig", fields=("scheduler_cls", "async_scheduling")),
+        Seam(
+            "config.scheduler",
+            "SchedulerConfig",
+            fields=("scheduler_cls", "async_scheduling", "policy"),
+        ),
     ),
     "steering/vllm/worker.py": (
         Seam("tokenizers", "cached_tokenizer_from_config"),
@@ -190,7 +196,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "ParallelConfig",
             fields=(
                 *("enable_hc_sp", "tensor_parallel_size"),
-                *("prefill_context_parallel_size", "use_ubatching"),
+                *("prefill_context_parallel_size", "use_ubatching", "use_sequence_parallel_moe"),
             ),
         ),
         Seam("config.cache", "CacheConfig", fields=("kv_sharing_fast_prefill",)),
@@ -255,6 +261,11 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "GPUModelRunner.execute_model",
             first=("scheduler_output",),
             mentions=("dispatch_cg_and_sync_dp", "preprocess_state"),
+        ),
+        Seam(
+            "v1.core.sched.output",
+            "SchedulerOutput",
+            fields=("finished_req_ids", "preempted_req_ids", "num_scheduled_tokens"),
         ),
         Seam("v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", parameters=("need_eager",)),
         Seam(

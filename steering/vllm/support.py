@@ -9,6 +9,22 @@ class UnsupportedEngineError(ValueError):
     """An engine setting would make edits wrong or drop them."""
 
 
+def refuse_unknown_runner(runner: Any, known: tuple[str, str]) -> None:
+    """Check that a model runner is, or descends from, the one that an adapter knows.
+
+    Args:
+        runner: the worker's model runner.
+        known: module and name of its class.
+
+    Raises:
+        UnsupportedEngineError: it does not.
+    """
+    if known not in {(base.__module__, base.__qualname__) for base in type(runner).__mro__}:
+        raise UnsupportedEngineError(
+            f"SAE steering does not know the model runner {type(runner).__qualname__}"
+        )
+
+
 def refuse_unsupported(vllm_config: Any) -> None:
     """Check a ``VllmConfig`` whose ``additional_config`` asks for steering.
 
@@ -23,6 +39,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
         (
             parallel.enable_hc_sp and parallel.tensor_parallel_size > 1,
             "sequence parallelism (--enable-hc-sp), which shards the stream",
+        ),
+        (
+            parallel.use_sequence_parallel_moe,
+            "sequence-parallel experts (--enable-expert-parallel with both tensor and data "
+            "parallelism), which shard the stream",
         ),
         (
             parallel.prefill_context_parallel_size > 1,

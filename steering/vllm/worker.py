@@ -23,7 +23,11 @@ from steering.special_tokens import special_token_ids
 from steering.state import SteeringState
 from steering.step import Step
 from steering.vllm import hook_points, runner_v1, runner_v2
-from steering.vllm.support import UnsupportedEngineError, refuse_unsupported
+from steering.vllm.support import (
+    UnsupportedEngineError,
+    refuse_unknown_runner,
+    refuse_unsupported,
+)
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -83,6 +87,7 @@ class SteeringWorker(PlatformWorker):
         points = sorted({HookPoint.parse(sae.card.hook) for sae in saes}, key=str)
         owned = hook_points.owned_hook_points(model, points, config.num_layers)
         adapter = runner_v2 if self.use_v2_model_runner else runner_v1
+        refuse_unknown_runner(runner, adapter.RUNNER)
         positions, input_ids = adapter.token_buffers(runner)
         state = SteeringState(
             saes,
@@ -98,6 +103,7 @@ class SteeringWorker(PlatformWorker):
             kernel=_kernel(runner.device, self.vllm_config.model_config.dtype),
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
+            free_bytes=_free_bytes(runner.device),
         )
         for point in owned:
             hook_points.install(
@@ -114,6 +120,12 @@ def _leave_word(error: Exception) -> None:
     file = os.environ.get(REFUSAL_VARIABLE)
     if file is not None:
         Path(file).write_text(str(error), encoding="utf-8")
+
+
+def _free_bytes(device: torch.device) -> Callable[[], int] | None:
+    if device.type != "cuda":
+        return None
+    return lambda: torch.cuda.mem_get_info(device)[0]
 
 
 def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:

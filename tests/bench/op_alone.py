@@ -24,6 +24,7 @@ from steering.batch_parts import SlotWork
 from steering.hook import Counters, HookRuntime, KernelPath
 from steering.ops import cpu_kernel
 from steering.plan import COVERS_GENERATION, COVERS_PROMPT, OP_CLAMP, PlannedEdit, SteeringPlan
+from steering.residency import Residency
 from steering.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, P_THRESHOLD, RowPool
 from steering.slots import EditTable
 from steering.spec import MAX_INTERVENTIONS, POSITION_LIMIT
@@ -64,7 +65,10 @@ class Case:
             torch.zeros(requests, dtype=torch.int32),
             self.touched,
         )
-        self.hook = HookRuntime({}, rows, table, is_special, prompt_len, Counters(), kernel)
+        nowhere = Residency({}, rows.W_enc.device, None)
+        self.hook = HookRuntime(
+            {}, rows, table, is_special, prompt_len, Counters(), nowhere, kernel
+        )
         for slot in range(requests):
             first = slot % configurations * edits
             planned = [

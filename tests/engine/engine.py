@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from sae.source import SAEReference
 from steering.config import SteeringConfig, engine_arguments
@@ -42,6 +39,7 @@ class Engine:
         fields: Sequence[Mapping[str, Any] | None],
         max_tokens: int = 8,
         salts: Sequence[str | None] | None = None,
+        lora: Sequence[Any] | None = None,
         **sampling: Any,
     ) -> list[Generated]:
         """Greedy generations of one batch, each with its own ``steering`` field."""
@@ -65,7 +63,7 @@ class Engine:
         for request, salt in zip(requests, salts or [None] * len(requests), strict=True):
             if salt is not None:
                 request["cache_salt"] = salt
-        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        outputs = self.llm.generate(requests, params, use_tqdm=False, lora_request=lora)
         made = []
         for prompt, steering, output, its_params in zip(
             prompts, fields, outputs, params, strict=True
@@ -166,19 +164,3 @@ def start(
         "kv_cache_memory_bytes": 64 * 2**20,
     }
     return Engine(LLM(str(model), **{**defaults, **steering, **arguments}), model, dict(saes))
-
-
-def card_of(folder: Path) -> dict[str, Any]:
-    """An SAE's ``cfg.json``."""
-    card: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
-    return card
-
-
-def needs_v1() -> pytest.MarkDecorator:
-    """For tests that look into runner V1 or need its speed."""
-    import os
-
-    return pytest.mark.skipif(
-        os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
-        reason="this test needs model runner V1",
-    )

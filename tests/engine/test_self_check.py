@@ -112,7 +112,7 @@ def test_check_shares_no_cached_block_and_leaves_no_trace(smollm2: Engine) -> No
     check(smollm2, "right")
     stats = smollm2.state.take_stats()
     moved = {k for k, value in stats.items() if value and not k.endswith("_capacity")}
-    assert moved <= {"steps"}
+    assert not moved
     clean, again = (smollm2.generate([prompt], [None], max_tokens=1)[0] for _ in range(2))
     assert clean.cached == 0
     assert again.cached > 0
@@ -120,7 +120,14 @@ def test_check_shares_no_cached_block_and_leaves_no_trace(smollm2: Engine) -> No
 
 def test_check_beside_steered_requests_is_not_counted_among_them(smollm2: Engine) -> None:
     state = smollm2.state
-    plan = {"edits": [], "error_term": True, "report": False, "children": 1, "prompt_len": 4}
+    plan = {
+        "edits": [],
+        "error_term": True,
+        "report": False,
+        "children": 1,
+        "prompt_len": 4,
+        "awaited": True,
+    }
     own = SteeringPlan.from_wire(
         {**plan, "key": "check", "read": [0, 1, COVERS_PROMPT, 0, 4, SELF_CHECK]}
     )
@@ -201,9 +208,15 @@ def test_server_checks_in_the_background_and_no_client_notices(
     again = fresh_server.choice("The capital of France is")
     assert again["token_ids"] == first["token_ids"]
     assert again["logprobs"] == first["logprobs"]
+    assert "Traceback" not in fresh_server.log.read_text()
     fresh_server.process.send_signal(signal.SIGTERM)
     fresh_server.process.wait(servers.STOP_TIMEOUT)
-    assert "Traceback" not in fresh_server.log.read_text()
+    # vLLM stops the engine and then the task that reads from it: a task that is quick enough in
+    # between logs EngineDeadError. Nothing of ours may end that way.
+    repository = Path(__file__).parents[2]
+    log = fresh_server.log.read_text()
+    for ours in ("server", "steering", "sae"):
+        assert f'File "{repository / ours}/' not in log
 
 
 def checks(server: servers.LiveServer, expected: int) -> list[str]:

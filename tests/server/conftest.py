@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from sae.source import SAEReference
 from server.plugin import SteeringEndpointPlugin
-from steering.config import DEFAULT_MAX_READ_VALUES, SteeringConfig
+from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 from tests.server.fakes import FakeEngine, Recorder, make_app
 
@@ -57,7 +57,7 @@ def start(
         stats: Any = (),
         model_config: Any = None,
         max_body_bytes: int | None = None,
-        max_read_values: int = DEFAULT_MAX_READ_VALUES,
+        max_read_values: int = LEAST_MAX_READ_VALUES,
     ) -> Server:
         refs = references(**({"a": {}} if saes is None else saes))
         config = (

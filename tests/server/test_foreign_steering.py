@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from server.middleware import refuse_foreign
 from steering.errors import SteeringError
 from tests.server.conftest import Server, StartServer
 
+#: Any catalog that is not empty: what it holds makes no difference to a route that cannot steer.
+CATALOG: Any = SimpleNamespace(names=("a",))
 STEERING = {"interventions": [{"feature": 5, "op": "ablate"}]}
 
 json_values = st.recursive(
@@ -41,28 +44,28 @@ def test_steering_is_found_however_it_is_spelled(
 ) -> None:
     text = json.dumps({**body, "MARK": STEERING}).replace("MARK", spelled(escaped))
     with pytest.raises(SteeringError) as refused:
-        refuse_foreign(text.encode(encoding))
+        refuse_foreign(text.encode(encoding), CATALOG)
     assert (refused.value.code, refused.value.param) == ("unsupported_combination", "steering")
 
 
 @given(body=bodies)
 def test_body_without_steering_passes(body: dict[str, Any]) -> None:
-    refuse_foreign(json.dumps({**body, "steering": None}).encode())
+    refuse_foreign(json.dumps({**body, "steering": None}).encode(), CATALOG)
 
 
 @given(body=st.binary())
 def test_any_bytes_pass_or_are_refused(body: bytes) -> None:
-    refuse_foreign(b'{"steering' + body)
+    refuse_foreign(b'{"steering' + body, CATALOG)
 
 
 def test_key_deep_in_a_body_is_somebody_elses() -> None:
-    refuse_foreign(json.dumps({"input": {"steering": 1}, "text": '"steering"'}).encode())
+    refuse_foreign(json.dumps({"input": {"steering": 1}, "text": '"steering"'}).encode(), CATALOG)
 
 
 def test_form_field_is_found() -> None:
     form = b'--x\r\nContent-Disposition: form-data; name="steering"\r\n\r\n{}\r\n--x--\r\n'
     with pytest.raises(SteeringError):
-        refuse_foreign(form)
+        refuse_foreign(form, CATALOG)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +90,21 @@ def test_route_that_cannot_steer_refuses(server: Server, path: str) -> None:
     assert response.json()["error"]["param"] == "steering"
 
 
-def test_refusal_needs_no_sae(start: StartServer) -> None:
-    response = start(saes={}).client.post("/tokenize", json={"steering": STEERING})
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"steering": STEERING}),
+        ("/v1/chat/completions/batch", {"steering": STEERING}),
+        ("/inference/v1/generate", {"vllm_xargs": {"steering": "x"}}),
+        ("/v1/completions", {"model": "tiny", "prompt": "x", "vllm_xargs": {"steering": "x"}}),
+    ],
+)
+def test_without_an_sae_it_is_the_server_that_cannot_steer(
+    start: StartServer, path: str, body: dict[str, Any]
+) -> None:
+    response = start(saes={}).client.post(path, json=body)
     assert response.status_code == 400
+    assert response.json()["error"]["code"] == "steering_unavailable"
 
 
 @pytest.mark.parametrize("key", ["steering", "steering_ticket", "steering_inspect"])

@@ -15,7 +15,6 @@ from prometheus_client import REGISTRY
 from server.metrics import SLOTS_IN_USE, WorkerSeries
 from tests.server.conftest import Server, StartServer
 
-ONE_EDIT = {"interventions": [{"feature": 5, "op": "clamp", "value": 1}]}
 STATS: dict[str, Any] = {
     "slots_in_use": 2,
     "slots_capacity": 8,

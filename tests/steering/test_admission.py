@@ -11,10 +11,17 @@ import pytest
 
 from sae.source import SAEReference
 from steering.catalog import Catalog
-from steering.config import DEFAULT_MAX_READ_VALUES, SteeringConfig
+from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.plan import SELF_CHECK
-from steering.vllm.admission import INSPECT, TICKET, admit, plan_of
+from steering.vllm.admission import (
+    INSPECT,
+    MAX_REPORT_VALUES,
+    TICKET,
+    admit,
+    catalog_for,
+    plan_of,
+)
 from steering.vllm.plugin import _collecting, _validating
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
@@ -22,7 +29,9 @@ PROMPT_LEN = 10
 #: 30 positions with the prompt's, 7 features each.
 READ = {"read": {"top_k": 7}}
 MAX_TOKENS = 20
+CONTEXT = 100_000
 VALUES = 210
+REPORT = {"interventions": [{"feature": 1, "op": "ablate"}], "report": True}
 
 
 def params(
@@ -44,7 +53,7 @@ def request(sampling_params: Any) -> Any:
     )
 
 
-Engine = Callable[[int], Any]
+Engine = Callable[[int | None], Any]
 
 
 @pytest.fixture
@@ -53,9 +62,12 @@ def config(tmp_path: Path) -> Engine:
     path = make_tiny_sae(tmp_path / "a")
     saes = (SAEReference("a", str(path), path=str(path)),)
 
-    def make(max_read_values: int) -> Any:
+    def make(max_read_values: int | None) -> Any:
         steering = SteeringConfig(saes, D_MODEL, NUM_LAYERS, max_read_values=max_read_values)
-        return SimpleNamespace(additional_config={"steering": steering.to_dict()})
+        return SimpleNamespace(
+            additional_config={"steering": steering.to_dict()},
+            model_config=SimpleNamespace(max_model_len=CONTEXT),
+        )
 
     return make
 
@@ -99,14 +111,36 @@ def test_refusal_gives_the_number_the_limit_and_a_remedy(config: Engine) -> None
 
 
 def test_only_what_is_read_counts(config: Engine) -> None:
-    edits = {"interventions": [{"feature": 1, "op": "ablate"}], "report": True}
-    admit(request(params(edits, n=64, max_tokens=10**6)), catalog(config(64)))
+    admit(request(params(REPORT, n=8, max_tokens=CONTEXT)), catalog(config(64)))
 
 
-def test_limit_is_four_million_values_unless_told(config: Engine) -> None:
-    assert Catalog({}).max_read_values == DEFAULT_MAX_READ_VALUES == 4194304
+def test_one_choice_may_read_all_that_a_context_has_unless_told(config: Engine) -> None:
+    assert Catalog({}).max_read_values == LEAST_MAX_READ_VALUES == 4194304
+    assert catalog_for(config(None)).max_read_values == 64 * CONTEXT
+    assert catalog_for(config(2**22)).max_read_values == 2**22
     wide = {"read": {"top_k": 64}}
-    admit(request(params(wide, max_tokens=2**16 - PROMPT_LEN)), catalog(config(2**22)))
+    admit(request(params(wide, max_tokens=CONTEXT - PROMPT_LEN)), catalog_for(config(None)))
+    with pytest.raises(SteeringError):
+        admit(request(params(wide, max_tokens=CONTEXT)), catalog_for(config(None)))
+
+
+def test_report_of_more_activations_than_are_kept_is_refused(config: Engine) -> None:
+    fits = MAX_REPORT_VALUES // 2 - PROMPT_LEN
+    admit(request(params(REPORT, n=2, max_tokens=fits)), catalog(config(64)))
+    with pytest.raises(SteeringError, match="lower max_tokens or n") as refused:
+        admit(request(params(REPORT, n=2, max_tokens=fits + 1)), catalog(config(64)))
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "steering.report")
+    # The only choice of a request is never refused for its length.
+    admit(request(params(REPORT, max_tokens=2 * fits)), catalog(config(64)))
+
+
+def test_what_has_a_ticket_is_awaited(config: Engine) -> None:
+    for extra, awaited in (({}, False), ({TICKET: "t"}, True)):
+        admitted = request(params(REPORT, extra))
+        admit(admitted, catalog(config(64)))
+        plan = plan_of(admitted.sampling_params)
+        assert plan is not None
+        assert plan.awaited is awaited
 
 
 def test_inspection_is_counted_and_a_self_check_is_not(config: Engine) -> None:
@@ -142,6 +176,14 @@ def test_engine_that_streams_is_not_called_for_a_read_that_is_too_long(config: E
         generate(SimpleNamespace(vllm_config=config(VALUES - 1)), rendered(), read, "1")
     with pytest.raises(Started):
         generate(SimpleNamespace(vllm_config=config(VALUES)), rendered(), read, "1")
+
+
+def test_engine_that_streams_refuses_an_invalid_field_as_a_value_error(config: Engine) -> None:
+    engine = SimpleNamespace(vllm_config=config(64))
+    with pytest.raises(ValueError, match="interventions"):
+        _collecting(begin)(engine, "text", params({"interventions": []}), "1")
+    with pytest.raises(Started):
+        _collecting(begin)(engine, "text", params(REPORT), "1")
 
 
 @pytest.mark.parametrize("prompt", ["text", {"prompt": "text"}])

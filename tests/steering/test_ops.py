@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sae.arrays import FloatArray, IntArray
 from steering.batch_parts import SlotWork
 from steering.hook import Counters, HookRuntime
 from steering.ops import cpu_kernel, reference
@@ -33,7 +34,8 @@ from steering.plan import (
     OP_SCALE,
     SteeringPlan,
 )
-from steering.records import BoolArray, FloatArray, IntArray, RequestRecord
+from steering.records import BoolArray, RequestRecord
+from steering.residency import Residency
 from steering.rows import (
     NORM_CONSTANT,
     NORM_LAYER,
@@ -95,7 +97,10 @@ def by_hook(batch: Batch) -> Edited:
     hidden = copied(batch.hidden_states)
     report_f = torch.full((batch.num_tokens, MAX_INTERVENTIONS), UNWRITTEN)
     table = batch.table()
-    runtime = HookRuntime({}, batch.rows, table, batch.is_special, batch.prompt_len, Counters())
+    nowhere = Residency({}, torch.device("cpu"), None)
+    runtime = HookRuntime(
+        {}, batch.rows, table, batch.is_special, batch.prompt_len, Counters(), nowhere
+    )
     for slot, edits in batch.edits.items():
         reports = bool(batch.reports[slot])
         plan = SteeringPlan("k", 1, int(batch.prompt_len[slot]), tuple(edits), True, reports, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -69,7 +71,7 @@ def test_an_edit_of_another_pipeline_stage_is_unknown_here() -> None:
 def test_a_record_survives_preemption_and_is_fetched_once() -> None:
     store = RecordStore()
     put(store.open("r", plan(), 0), [0], [[1, 1]])
-    store.close("r")
+    store.pause("r")
     put(store.open("r", plan(), 0), [1], [[3, 3]])
     store.close("r")
     record = store.take("k", 0)
@@ -90,6 +92,51 @@ def test_records_that_nobody_fetches_are_forgotten_oldest_first(
     assert [store.take(f"k{i}", 0) is None for i in range(5)] == [True, True, False, False, False]
 
 
+def test_records_that_somebody_awaits_or_resumes_outlive_any_number_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(records, "MAX_FINISHED_RECORDS", 3)
+    store = RecordStore()
+    awaited = replace(plan("t/a"), awaited=True)
+    put(store.open("a", awaited, 0), [0], [[1, 1]])
+    store.close("a")
+    put(store.open("b", plan("b"), 0), [0], [[1, 1]])
+    store.pause("b")
+    for i in range(9):
+        store.open(f"r{i}", plan(f"k{i}"), 0)
+        store.close(f"r{i}")
+    assert store.take("t/a", 0) is not None
+    put(store.open("b", plan("b"), 0), [1], [[1, 1]])
+    store.close("b")
+    resumed = store.take("b", 0)
+    assert resumed is not None
+    assert resumed.summary(2)["edits"][0]["tokens_edited"] == 2
+    assert len(store) == 2
+
+
+def test_a_request_that_ends_while_it_is_preempted_is_fetched_or_forgotten() -> None:
+    store = RecordStore()
+    for key in ("a", "b"):
+        put(store.open(key, plan(key), 0), [0], [[1, 1]])
+        store.pause(key)
+    store.close("a")
+    assert store.take("a", 0) is not None
+    assert store.take("b", 0) is not None
+    assert len(store) == 0
+    store.close("b")
+    assert len(store) == 0
+
+
+def test_a_closed_record_keeps_no_room_for_positions_that_never_came() -> None:
+    store = RecordStore()
+    record = store.open("r", plan(), 0)
+    put(record, [0, 1, 2], [[1, 2], [3, 4], [5, 6]])
+    before, roomy = record.summary(3), record.nbytes
+    store.close("r")
+    assert record.nbytes < roomy / 1.5
+    assert record.summary(3) == before
+
+
 def test_the_bytes_of_unfetched_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MAX_FINISHED_BYTES", 10_000)
     store = RecordStore()
@@ -106,6 +153,16 @@ def test_aggregates_rank_best_first_and_break_ties_by_lower_index() -> None:
     assert totals.strongest("max", 2) == [[2, 4.0], [3, 3.0]]
     assert totals.strongest("mean", 4) == [[2, 2.0], [3, 2.0], [0, 1.0]]
     assert totals.strongest("frequency", 2) == [[0, 1.0], [3, 1.0]]
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_aggregates_leave_out_activations_that_are_not_finite(bad: float) -> None:
+    totals = Aggregate(3)
+    totals.add(np.array([[bad, 1, 0], [2, 3, bad]], dtype=np.float32))
+    totals.add(np.array([[2, 0, 0], [bad, 0, 0]], dtype=np.float32))
+    assert totals.strongest("max", 3) == [[1, 3.0], [0, 2.0]]
+    assert totals.strongest("mean", 3) == [[0, 1.0], [1, 1.0]]
+    assert totals.strongest("frequency", 3) == [[0, 0.5], [1, 0.5]]
 
 
 def test_a_read_of_a_rejected_token_is_forgotten_when_its_place_is_computed_anew() -> None:
