@@ -265,6 +265,31 @@ def test_requests_whose_rows_do_not_fit_wait_and_all_are_steered(make_engine: Ma
     assert engine.scheduler.get_request_counts() == (0, 0)
 
 
+def test_requests_that_wait_for_rows_are_let_in_by_priority(make_engine: MakeEngine) -> None:
+    from vllm import SamplingParams
+
+    engine = make_engine(max_rows=64, scheduling_policy="priority", disable_log_stats=False)
+    params = [
+        SamplingParams(
+            max_tokens=4,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={
+                "steering": {
+                    "interventions": [
+                        {"feature": f, "op": "add", "value": 1} for f in range(first, first + 64)
+                    ]
+                }
+            },
+        )
+        for first in (0, 32, 64)  # no two fit together
+    ]
+    prompts: list[Any] = [{"prompt_token_ids": tokens(320 + i, 10)} for i in range(3)]
+    outputs = engine.llm.generate(prompts, params, use_tqdm=False, priority=[0, 5, 1])
+    began = [output.metrics.first_token_ts for output in outputs]
+    assert began[0] < began[2] < began[1]
+
+
 # Phases
 
 
@@ -487,3 +512,17 @@ def test_the_last_sampled_token_is_not_counted(make_engine: MakeEngine) -> None:
     entry = made.steering[0].interventions[0]
     assert entry["mean_activation"] is None
     assert entry["max_activation"] is None
+
+
+def test_results_that_are_gone_are_not_given_as_nothing_edited(make_engine: MakeEngine) -> None:
+    from vllm import SamplingParams
+
+    from steering.vllm.results import results_of
+
+    engine = make_engine()
+    params = SamplingParams(max_tokens=3, extra_args={"steering": reporting(STRONG)})
+    [output] = engine.llm.generate([{"prompt_token_ids": tokens(15, 5)}], params, use_tqdm=False)
+    [result] = results_of(engine.llm, output, params)
+    assert result.interventions[0]["tokens_edited"] > 0
+    with pytest.raises(LookupError, match="nothing is recorded of choice 0"):
+        results_of(engine.llm, output, params)
