@@ -99,37 +99,34 @@ async def collect(
 ) -> AsyncGenerator[Any, None]:
     """Pass ``outputs`` on; when they end, fetch the records and lay them under the ticket.
 
-    Where the caller leaves earlier, they are fetched for nobody, so that the workers forget them.
+    Where the caller leaves earlier, or the request fails, they are fetched for nobody, so that the
+    workers forget them.
     """
     from vllm.sampling_params import RequestOutputKind
 
     ticket: str = params.extra_args[TICKET]
     key = result_key(ticket, request_id)
-    left = False
     prompts = _tickets.setdefault(ticket, [])
     place = len(prompts)
     prompts.append(None)
     tracker = _Tracker()
     cumulative = params.output_kind != RequestOutputKind.DELTA
+    fetched = False
     try:
         async for output in outputs:
             tracker.see(output, cumulative)
             yield output
-    except (asyncio.CancelledError, GeneratorExit):
-        left = True
-        raise
+        summaries = await _fetch(engine, key, _limits(tracker))
+        fetched = True
     finally:
         await outputs.aclose()
-        if left:  # the engine has been told to abort it, so nothing is recorded after this
+        if not fetched:  # the engine has been told to abort it, so nothing is recorded after this
             forgetting = asyncio.ensure_future(_forget(engine, key, params.n))
             _forgetting.add(forgetting)
             forgetting.add_done_callback(_forgetting.discard)
-    catalog = catalog_for(engine.vllm_config)
-    spec = catalog.parse(params.extra_args[FIELD])
-    limits = _limits(tracker)
-    summaries = await _fetch(engine, key, limits)
     # A long read is a second of work, in which others' tokens go on.
     await asyncio.to_thread(_unpack_reads, summaries)
+    spec = catalog_for(engine.vllm_config).parse(params.extra_args[FIELD])
     prompts[place] = _choices(spec, tracker, summaries, engine.get_tokenizer())
 
 
