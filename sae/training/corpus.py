@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=800_000)
+    parser.add_argument("--tokens", type=int, default=900_000)
     parser.add_argument("--held-out-tokens", type=int, default=240_000)
     parser.add_argument("--chats", type=int, default=640)
     parser.add_argument("--seed", type=int, default=0)
