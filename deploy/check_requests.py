@@ -11,9 +11,9 @@ from openai import AuthenticationError, OpenAI
 KEY = "a-key-for-the-check"  # what check_image.sh started the server with
 PROMPT = "Tell me about your day."
 STREAMED_TOKENS = 200
-#: The demo's feature that turns answers to fantasy.
+#: The demo's feature that turns answers to music.
 STEERING = {
-    "interventions": [{"feature": 822, "op": "clamp", "value": 1.5, "unit": "max_act"}],
+    "interventions": [{"feature": 2417, "op": "clamp", "value": 1, "unit": "max_act"}],
     "report": True,
 }
 

@@ -33,29 +33,26 @@ DEFAULT_PORT: Final = 8000
 START_TIMEOUT: Final = 900.0
 LOG_LINES_SHOWN: Final = 20
 
-PROMPT: Final = "Tell me about your day."
+PROMPT: Final = "What did you do yesterday?"
 ANSWER_TOKENS: Final = 90
 #: Greedy text of this small model repeats itself unless repetition costs something.
 SAMPLING: Final[dict[str, Any]] = {"temperature": 0, "max_tokens": ANSWER_TOKENS}
 REPETITION_PENALTY: Final = 1.15
 
-#: Left alone, this model answers as a magical creature. One feature is labelled so (elves, dwarves,
-#: orcs); two more fire on the words "magical creature". Clamping the first alone changes little.
-_FANTASY: Final = 822
-_CLOSE_TO_FANTASY: Final = (45, 3187)
-#: Kings, thrones, reigns: of the labelled features one of those that steer best, as measured by
-#: tests/bench/steering_effect.py.
-_ROYALTY: Final = 1757
+#: Left alone, this model offers its services as an assistant. These four carry that, found by
+#: attribution, and of all labelled features music is one of those that steer best: both as measured
+#: by tests/bench/steering_effect.py.
+_ASSISTANT: Final = (3406, 2591, 645, 327)
+_MUSIC: Final = 2417
 
 WAYS: Final[dict[str, list[dict[str, Any]]]] = {
     "as it is": [],
-    "fantasy suppressed": [
-        {"feature": feature, "op": "clamp", "value": 0}
-        for feature in (_FANTASY, *_CLOSE_TO_FANTASY)
+    "assistant suppressed": [
+        {"feature": feature, "op": "clamp", "value": 0} for feature in _ASSISTANT
     ],
-    "royalty amplified": [{"feature": _ROYALTY, "op": "clamp", "value": 1.5, "unit": "max_act"}],
+    "music amplified": [{"feature": _MUSIC, "op": "clamp", "value": 1, "unit": "max_act"}],
 }
-AMPLIFIED: Final = "royalty amplified"
+AMPLIFIED: Final = "music amplified"
 
 
 class DemoError(RuntimeError):

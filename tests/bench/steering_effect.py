@@ -59,7 +59,7 @@ LEAST_ON_TOPIC: Final = 0.5
 MOST_UNSTEERED: Final = 0.25
 MOST_REPEATED: Final = 0.2
 MOST_COST: Final = 10.0
-MOST_OF_A_KIND: Final = {"topic": 9}
+MOST_OF_A_KIND: Final = {"topic": 12}
 MOST_OF_ANOTHER_KIND: Final = 2
 PICKED: Final = 16
 

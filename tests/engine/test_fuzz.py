@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from sae.source import SAEReference
 from steering.catalog import Catalog
 from steering.config import SteeringConfig
+from tests.demo_sae import ELVES
 from tests.engine.fuzz_grammar import JSON_HEADERS, Grammar, Shot, examples
 from tests.engine.fuzz_openapi import openapi_shots, operations
 from tests.engine.fuzz_verdict import ROUTES, ask, complaint
@@ -28,7 +29,7 @@ PARIS: Final = "What is the capital of France?"
 GRAMMAR: Final = Grammar(
     MODEL, {"l14": 4608, "second": 64, "twin": 64}, [PARIS, "The snow fell", "x\n"]
 )
-STEERED: Final = {"interventions": [{"sae": "l14", "feature": 822, "op": "clamp", "value": 40}]}
+STEERED: Final = {"interventions": [{"sae": "l14", "feature": ELVES, "op": "clamp", "value": 40}]}
 FROM_GRAMMAR: Final = 200
 FROM_OPENAPI: Final = 8
 

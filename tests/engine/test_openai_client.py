@@ -9,6 +9,8 @@ import openai
 import pytest
 from openai import OpenAI
 
+from tests.demo_sae import ELVES, ELVES_MAX_ACTIVATION
+
 if TYPE_CHECKING:
     from tests.engine.server import LiveServer
 
@@ -17,8 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 
 MODEL: Final = "smollm2"
 ASKED: Final[list[Any]] = [{"role": "user", "content": "Tell me about your day."}]
-#: "fantasy races: elves, dwarves, orcs"
-FANTASY: Final = {"sae": "l14", "feature": 822, "op": "clamp", "value": 1.5, "unit": "max_act"}
+FANTASY: Final = {"sae": "l14", "feature": ELVES, "op": "clamp", "value": 1.5, "unit": "max_act"}
 STEERED: Final[dict[str, Any]] = {"steering": {"interventions": [FANTASY]}}
 REPORTED: Final[dict[str, Any]] = {"steering": {"interventions": [FANTASY], "report": True}}
 
@@ -57,8 +58,8 @@ def test_chat_is_steered_and_reported(client: OpenAI) -> None:
     assert plain.choices[0].message.content != steered.choices[0].message.content
     assert "steering" not in (plain.model_extra or {})
     (entry,) = steering_of(steered)["interventions"]
-    assert (entry["feature"], entry["op"]) == (822, "clamp")
-    assert entry["effective_value"] == pytest.approx(1.5 * 36.9)
+    assert (entry["feature"], entry["op"]) == (ELVES, "clamp")
+    assert entry["effective_value"] == pytest.approx(1.5 * ELVES_MAX_ACTIVATION)
     assert entry["tokens_edited"] > 19
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from tests import demo_sae
+
 if TYPE_CHECKING:
     from tests.engine.server import LiveServer
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 PARIS: Final = "What is the capital of France?"
 #: "The snow fell on the elves of the forest." as token ids; the first is a position of its own.
 ELVES: Final = [504, 6641, 1102, 1099, 282, 260, 2935, 30]
-FANTASY: Final = {"sae": "l14", "feature": 822, "op": "clamp", "value": 40}
+FANTASY: Final = {"sae": "l14", "feature": demo_sae.ELVES, "op": "clamp", "value": 40}
 STRONG: Final = {"interventions": [FANTASY]}
 OTHER: Final = {"interventions": [{"sae": "second", "feature": 5, "op": "add", "value": 60}]}
 
@@ -54,7 +56,7 @@ def test_null_means_left_out(live_server: LiveServer) -> None:
 
 REPORTED: Final[dict[str, Any]] = {
     "interventions": [
-        {"sae": "l14", "feature": 822, "op": "clamp", "value": 1.5, "unit": "max_act"},
+        {"sae": "l14", "feature": demo_sae.ELVES, "op": "clamp", "value": 1.5, "unit": "max_act"},
         {
             "sae": "second",
             "feature": 7,
@@ -82,7 +84,8 @@ def test_report_counts_the_positions_that_each_edit_covered(live_server: LiveSer
     # 8 tokens of prompt, of which the first is left alone, and 4 of the 5 generated.
     assert [e["tokens_edited"] for e in (clamp, scale, ablate)] == [7 + 4, 4, 3]
     assert [e["tokens_skipped"] for e in (clamp, scale, ablate)] == [0, 0, 0]
-    assert (clamp["value"], clamp["effective_value"]) == (1.5, pytest.approx(1.5 * 36.9))
+    assert clamp["value"] == 1.5
+    assert clamp["effective_value"] == pytest.approx(1.5 * demo_sae.ELVES_MAX_ACTIVATION)
     assert (scale["value"], scale["effective_value"]) == (2.0, 2.0)
     assert (ablate["value"], ablate["effective_value"]) == (0.0, 0.0)
     assert 0 < clamp["tokens_active"] < 11
@@ -332,13 +335,13 @@ def test_checksum_is_there_once_it_was_needed(live_server: LiveServer) -> None:
 
 
 def test_features_are_searched_and_shown(live_server: LiveServer) -> None:
-    found = live_server.client.get("/v1/saes/l14/features", params={"query": "fantasy"}).json()
-    assert found["data"][0]["feature"] == 822
+    found = live_server.client.get("/v1/saes/l14/features", params={"query": "elves"}).json()
+    assert found["data"][0]["feature"] == demo_sae.ELVES
     page = live_server.client.get("/v1/saes/l14/features?limit=2&offset=4606").json()
     assert [feature["feature"] for feature in page["data"]] == [4606, 4607]
     assert (page["total"], page["has_more"]) == (4608, False)
-    feature = live_server.client.get("/v1/saes/l14/features/822").json()
-    assert feature["max_activation"] == 36.9
+    feature = live_server.client.get(f"/v1/saes/l14/features/{demo_sae.ELVES}").json()
+    assert feature["max_activation"] == demo_sae.ELVES_MAX_ACTIVATION
     for list_name in ("nearest", "promoted", "suppressed"):
         assert len(feature[list_name]) == 10
     cosines = [cosine for _, cosine in feature["nearest"]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.demo_sae import ELVES
 from tests.engine.reference import ReferenceModel, ReferenceSAE
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ class Reference:
             for name, folder in server.saes.items()
         }
         lines = (server.saes["l14"] / "features.jsonl").read_text().splitlines()
+        rows = map(json.loads, lines)
         self.max_activation = {
-            row["index"]: row["max_activation"] for row in map(json.loads, lines)
+            row["index"]: row["max_activation"] for row in rows if row.get("max_activation")
         }
 
     def activations(self, ids: list[int], sae: str) -> Tensor:
@@ -123,7 +125,8 @@ def specs(reference: Reference) -> Iterable[tuple[list[int], dict[str, Any]]]:
             item: dict[str, Any] = {"sae": "l14", "feature": feature, "op": op}
             if op != "ablate":
                 item["value"] = rng.choice(values[op])
-            if op in ("clamp", "add", "floor") and rng.random() < 0.4:
+            recorded = feature in reference.max_activation
+            if op in ("clamp", "add", "floor") and recorded and rng.random() < 0.4:
                 item |= {"value": rng.choice([0.25, 0.5, 1.5]), "unit": "max_act"}
             if rng.random() < 0.4:
                 item["positions"] = rng.choice(places[3:])
@@ -306,7 +309,7 @@ def test_inspection_covers_sinks_where_special_tokens_are_asked_for(
 
 
 def test_inspection_names_labelled_features(live_server: LiveServer) -> None:
-    body = {"prompt": "The elves and the dwarves fought the orcs.", "top_k": 10}
+    body = {"prompt": "The elves and the dwarves fought the orcs.", "top_k": 20}
     features = live_server.client.post("/v1/saes/l14/inspect", json=body).json()["features"]
     labels = {entry["feature"]: entry["label"] for entry in features}
-    assert labels[822] == "fantasy races: elves, dwarves, orcs"
+    assert labels[ELVES] == "elves and other fantasy peoples (orcs, dwarves, trolls)"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from tests import demo_sae
+
 if TYPE_CHECKING:
     from tests.engine.server import LiveServer
 
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.timeout(600)
 
 PARIS: Final = "What is the capital of France?"
 ELVES: Final = [504, 6641, 1102, 1099, 282, 260, 2935, 30]
-EDIT: Final = {"sae": "l14", "feature": 822, "op": "clamp", "value": 1}
+EDIT: Final = {"sae": "l14", "feature": demo_sae.ELVES, "op": "clamp", "value": 1}
 VALID: Final = {"interventions": [EDIT]}
 
 

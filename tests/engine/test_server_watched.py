@@ -13,6 +13,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.demo_sae import ELVES
 from tests.deploy.conftest import find_tool, free_port, read_yaml
 from tests.deploy.test_watching import CONFIG, RULES, dashboard_queries
 
@@ -24,7 +25,7 @@ pytest_plugins = ("tests.engine.server",)
 pytestmark = pytest.mark.timeout(600)
 
 TEXT: Final = "Tell me about your day."
-STEERING: Final = {"interventions": [{"sae": "l14", "feature": 822, "op": "clamp", "value": 40}]}
+STEERING: Final = {"interventions": [{"sae": "l14", "feature": ELVES, "op": "clamp", "value": 40}]}
 REFUSED: Final[dict[str, Any]] = {
     "unknown_sae": {"read": {"sae": "nobody"}},
     "unknown_field": {"strength": 3},
