@@ -411,6 +411,23 @@ def test_a_perfect_sae_loses_nothing_and_an_ablation_does(
     assert found.mean != pytest.approx(found.clean, abs=1e-2)
 
 
+def test_no_latent_carries_a_mean_that_all_rows_share(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(16, D_MODEL, generator=generator))
+    shown = torch.rand(6000, 16, generator=generator) < 0.15
+    rows = (shown * (1 + torch.rand(6000, 16, generator=generator))) @ directions
+    rows = (rows + 10 * torch.randn(D_MODEL, generator=generator)).bfloat16()
+    recipe = Recipe(d_sae=64, k=4, tokens=128 * 150, batch=128, learning_rate=3e-3, dead_after=20)
+    export(
+        train(rows, recipe),
+        tmp_path / "sae",
+        {"model_name": "tiny", "hook_name": "blocks.1.hook_resid_post"},
+    )
+    sae = opened(tmp_path / "sae")
+    assert (sae.encode(rows.float()) > 0).float().mean(dim=0).max() < 0.5
+    assert evaluate.reconstruction(sae, rows).fvu < 0.5
+
+
 def test_a_trained_sae_is_exported_loads_here_and_encodes_as_sae_lens_does(
     work: Path, tmp_path: Path
 ) -> None:
