@@ -41,7 +41,7 @@ class HubAddress:
         if any(part in ("", ".", "..") for part in path.split("/")) and path:
             raise SAEError(f"{source}: {path!r} is not a path in a repository")
         # What describes these weights lies a folder up.
-        path = path.removesuffix(CHECKPOINT).rstrip("/")
+        path = f"/{path}".removesuffix(f"/{CHECKPOINT}").lstrip("/")
         return cls(match["repo"], path, match["revision"] or "")
 
     @property

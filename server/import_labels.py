@@ -49,8 +49,8 @@ def features_path(source: Path) -> Path:
     Where the folder holds other weights too, it is one of these weights' own.
     """
     weights = find_weights(source)
-    others = [path for path in weights.parent.iterdir() if is_weight_file(path.name)]
-    if len(others) > 1:
+    files = [path for path in weights.parent.iterdir() if path.is_file()]
+    if sum(is_weight_file(path.name) for path in files) > 1:
         return weights.with_name(f"{weights.name}.{FEATURES_NAME}")
     known = FeatureTable.open(weights, 1).path
     return known if known is not None else weights.with_name(FEATURES_NAME)

@@ -276,6 +276,11 @@ def test_source_that_is_not_there_is_refused_in_one_line(
         ("hf://a/b/", HubAddress("a/b")),
         ("hf://a/b/c/d.e@refs/pr/1", HubAddress("a/b", "c/d.e", "refs/pr/1")),
         ("hf://a/b/c/@v1", HubAddress("a/b", "c", "v1")),
+        ("hf://a/b/c/checkpoints/final.safetensors", HubAddress("a/b", "c")),
+        (
+            "hf://a/b/mycheckpoints/final.safetensors",
+            HubAddress("a/b", "mycheckpoints/final.safetensors"),
+        ),
         ("hf://a/b/checkpoints/final.safetensors", HubAddress("a/b")),
     ],
 )

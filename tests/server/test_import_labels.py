@@ -86,6 +86,11 @@ def test_parts_of_an_export_may_lie_apart(sae: Path, export: Path, tmp_path: Pat
     assert [features.label(index) for index in (1, 2)] == ["ships", "coal"]
 
 
+def test_folder_called_like_weights_is_none(sae: Path) -> None:
+    (sae / "checkpoint.pt").mkdir()
+    assert features_path(sae) == sae / "features.jsonl"
+
+
 def test_one_of_several_weights_gets_a_file_of_its_own(sae: Path, export: Path) -> None:
     weights = sae / "sae_weights.safetensors"
     shutil.copy(weights, sae / "other.safetensors")
