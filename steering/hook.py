@@ -15,11 +15,11 @@ from steering.batch_parts import BatchPart, BatchParts, FullPart, SlotWork
 from steering.kernel_reports import KernelReports, ReportPart
 from steering.ops import batched
 from steering.ops.batched import Coverage, Stream
-from steering.plan import COVERS_SINKS, COVERS_SPECIAL, OP_ADD, SELF_CHECK, SteeringPlan
+from steering.plan import COVERS_SINKS, COVERS_SPECIAL, SELF_CHECK, SteeringPlan
 from steering.records import RequestRecord
 from steering.residency import Residency
 from steering.rows import RowPool
-from steering.slots import EditTable
+from steering.slots import EditTable, to_device
 from steering.step import Step
 
 
@@ -79,9 +79,18 @@ class HookRuntime:
         slot: int,
         plan: SteeringPlan,
         row_of: Mapping[tuple[int, int], int],
+        full: frozenset[int],
         record: RequestRecord | None,
     ) -> None:
-        """Rewrite a slot whole for a request that starts."""
+        """Rewrite a slot whole for a request that starts.
+
+        Args:
+            slot: the slot to rewrite.
+            plan: the request.
+            row_of: where the rows of its latents are.
+            full: the SAEs, here or elsewhere, that must encode its tokens in full.
+            record: what its activations are recorded in, if they are.
+        """
         self._parts.forget()
         edits = [(i, edit) for i, edit in enumerate(plan.edits) if edit.sae in self.saes]
         self.table.write(
@@ -90,22 +99,13 @@ class HookRuntime:
             [row_of[edit.sae, edit.latent] for _, edit in edits],
         )
         decode = None if plan.error_term or not edits else edits[0][1].sae
-        full = {
-            edit.sae
-            for _, edit in edits
-            if not self.saes[edit.sae].card.exact_from_row and (edit.op != OP_ADD or plan.report)
-        }
-        if decode is not None:
-            full.add(decode)
-        reads = plan.read is not None and plan.read.sae in self.saes
-        if plan.read is not None and reads:
-            full.add(plan.read.sae)
+        full &= self.saes.keys()
         for sae in full:
             self.residency.bring(sae)
         self.work.pop(slot, None)
         self._full_slots.discard(slot)
-        if edits or reads:
-            self.work[slot] = SlotWork(edits, frozenset(full), decode, plan, record)
+        if edits or full:
+            self.work[slot] = SlotWork(edits, full, decode, plan, record)
         if full:
             self._full_slots.add(slot)
         if self.kernel is not None:
@@ -180,7 +180,7 @@ class HookRuntime:
             tokens.append(token)
             taken += len(token)
         if parts:
-            index = torch.from_numpy(np.concatenate(tokens)).to(step.positions.device)
+            index = to_device(torch.from_numpy(np.concatenate(tokens)), step.positions.device)
             width = max(len(part.columns) for part in parts)
             reports.copy(step.positions[index], self.kernel.report_f[index, :width], parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -82,6 +83,20 @@ class SteeringPlan:
     def latents(self) -> frozenset[tuple[int, int]]:
         """The (SAE, latent) pairs whose rows the device must hold."""
         return frozenset((edit.sae, edit.latent) for edit in self.edits)
+
+    def encoded(self, exact_from_row: Callable[[int], bool]) -> frozenset[int]:
+        """The SAEs that must encode this request's tokens in full.
+
+        Args:
+            exact_from_row: whether an SAE's activations are known from their own encoder rows.
+        """
+        found = {
+            edit.sae
+            for edit in self.edits
+            if not self.error_term
+            or (not exact_from_row(edit.sae) and (edit.op != OP_ADD or self.report))
+        }
+        return frozenset(found if self.read is None else found | {self.read.sae})
 
     @property
     def wants_results(self) -> bool:

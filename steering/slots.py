@@ -86,6 +86,13 @@ class SlotAllocator:
         self._free.append(slot)
 
 
+def to_device(source: Tensor, device: torch.device) -> Tensor:
+    """Host data on the device, in stream order, without waiting for it."""
+    if device.type != "cuda":
+        return source.to(device)
+    return source.pin_memory().to(device, non_blocking=True)
+
+
 def copy_to_device(target: Tensor, source: Tensor) -> None:
     """Copy host data in stream order, without waiting for it.
 

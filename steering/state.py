@@ -102,7 +102,11 @@ class SteeringState:
             for point in owned
         }
         self._owned_saes = {i for hook in self.hooks.values() for i in hook.saes}
+        self._saes = saes
         self._running: dict[str, RunningRequest] = {}
+        # Those of the running that need a whole encode, here or in another pipeline stage: all
+        # stages must choose the same kind of pass.
+        self._full: set[str] = set()
         self._self_checks = 0  # those of the running that are
 
     def compile_kernel(self, dtype: torch.dtype, d_in: int) -> None:
@@ -115,7 +119,8 @@ class SteeringState:
         for hook in self.hooks.values():
             if hook.kernel is not None:
                 hidden_states = torch.zeros(1, d_in, dtype=dtype, device=self.prompt_len.device)
-                hook.apply(hidden_states, hidden_states.clone(), self.step)
+                for residual in (hidden_states.clone(), None):  # a kernel each
+                    hook.apply(hidden_states, residual, self.step)
 
     def add_request(self, req_id: str, plan: SteeringPlan, child: int = 0) -> None:
         """A steered request enters the batch: take a slot, make its rows resident, fill tables."""
@@ -126,8 +131,11 @@ class SteeringState:
         if plan.wants_results and self._record:
             record = self.records.open(req_id, plan, child)
         self.prompt_len[slot] = plan.prompt_len
+        full = plan.encoded(lambda sae: self._saes[sae].card.exact_from_row)
         for hook in self.hooks.values():
-            hook.set_slot(slot, plan, row_of, record)
+            hook.set_slot(slot, plan, row_of, full, record)
+        if full:
+            self._full.add(req_id)
         self._running[req_id] = RunningRequest(plan, slot)
         self._self_checks += plan.is_self_check
 
@@ -145,6 +153,7 @@ class SteeringState:
         request = self._running.pop(req_id, None)
         if request is None:
             return
+        self._full.discard(req_id)
         self._self_checks -= request.plan.is_self_check
         for hook in self.hooks.values():
             hook.clear_slot(request.slot)
@@ -178,10 +187,7 @@ class SteeringState:
 
     def needs_full(self, req_ids: Iterable[str]) -> bool:
         """Whether a pass over these requests must run outside CUDA graphs."""
-        if not self._running:
-            return False
-        slots = [slot for r in req_ids if (slot := self.slot_of(r)) != NO_SLOT]
-        return any(hook.needs_full(slots) for hook in self.hooks.values())
+        return bool(self._full) and not self._full.isdisjoint(req_ids)
 
     def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Edit the pass's tokens at one hook point, in place; called by the registered op."""

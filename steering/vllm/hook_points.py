@@ -51,6 +51,13 @@ def install(model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel
                 f"{type(layer).__name__}.forward has no parameter hidden_states; "
                 f"its stream cannot be found for {hook}"
             )
+        if tensor_parallel > 1:
+            _refuse_deferred_sums(layer, hook)
+        if "attn_in" in parameters and point == HookPoint(0, "hook_resid_pre"):
+            raise UnsupportedModelError(
+                f"{hook}: {type(layer).__name__} may take its attention's input ready-made, which "
+                "would not see the edit; use hook_resid_post"
+            )
         fused = "residual" in parameters
         if point.kind == "hook_resid_pre":
             _wrap_input(layer, hook, parameters, fused)
@@ -127,6 +134,17 @@ def _refuse_partial_sums(module: nn.Module, hook: str) -> None:
             )
 
 
+def _refuse_deferred_sums(layer: nn.Module, hook: str) -> None:
+    """Where the next layer's norm adds up the ranks' shares, none of them holds the stream."""
+    forward = inspect.unwrap(type(layer).forward)
+    names = {*forward.__code__.co_names, *forward.__code__.co_freevars}
+    if hasattr(layer, "ffn_all_reduce_deferred") or any("fused_allreduce" in n for n in names):
+        raise UnsupportedModelError(
+            f"{hook}: {type(layer).__name__} leaves the sum over tensor-parallel ranks to the next "
+            "layer's norm, so that no rank holds the stream"
+        )
+
+
 def _wrap_output(module: nn.Module, hook: str, fused: bool) -> None:
     base = type(module)
 
@@ -161,6 +179,11 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     unlike a wrapper module it leaves the names of parameters as checkpoints and LoRA know them.
     """
     base = type(module)
+    if "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{base.__name__}: something else has given this module a forward of its own "
+            "(--offload-backend does, for one), behind which the edit would be lost"
+        )
     module.__class__ = type(base.__name__, (base,), {"forward": forward})
 
 

@@ -28,10 +28,8 @@ def attach(runner: Any, state: SteeringState) -> None:
     """
     model_state = runner.model_state
     add_request = model_state.add_request
-    remove_request = model_state.remove_request
     preprocess_state = model_state.preprocess_state
     execute_model = runner.execute_model
-    preempted: set[str] = set()
 
     def _add_request(req_index: int, new_req_data: Any) -> None:
         add_request(req_index, new_req_data)
@@ -39,12 +37,6 @@ def attach(runner: Any, state: SteeringState) -> None:
         if plan is not None:
             req_id = new_req_data.req_id
             state.add_request(req_id, plan, child_index(plan, req_id))
-
-    def _remove_request(req_id: str) -> None:
-        # Removed for good or for a while: the runner makes no difference.
-        if req_id not in preempted:
-            state.remove_request(req_id)
-        remove_request(req_id)
 
     def _preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> None:
         preprocess_state(input_batch, *args, **kwargs)
@@ -54,11 +46,11 @@ def attach(runner: Any, state: SteeringState) -> None:
 
     def _execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         registered.make_current(state)
-        preempted.clear()
-        preempted.update(scheduler_output.preempted_req_ids or ())
-        for req_id in preempted:
+        # Not in `ModelState.remove_request`, which is called for both alike, and for a request that
+        # resumes.
+        for req_id in scheduler_output.preempted_req_ids or ():
             state.pause_request(req_id)
-        for req_id in scheduler_output.finished_req_ids:  # some of them while preempted
+        for req_id in scheduler_output.finished_req_ids:
             state.remove_request(req_id)
         _eager.needed = lambda: state.needs_full(scheduler_output.num_scheduled_tokens)
         try:
@@ -69,7 +61,6 @@ def attach(runner: Any, state: SteeringState) -> None:
             _eager.needed = _never
 
     model_state.add_request = _add_request
-    model_state.remove_request = _remove_request
     model_state.preprocess_state = _preprocess_state
     runner.execute_model = _execute_model
     _intercept_dispatch()

@@ -254,7 +254,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "v1.worker.gpu.model_runner",
             "GPUModelRunner",
             fields=("input_buffers", "model_state", "get_model", "device"),
-            mentions=("add_request", "remove_request", "preprocess_state"),
+            mentions=("add_request", "preprocess_state"),
         ),
         Seam(
             "v1.worker.gpu.model_runner",
@@ -272,9 +272,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "v1.worker.gpu.model_states.interface",
             "ModelState.add_request",
             first=("req_index", "new_req_data"),
-        ),
-        Seam(
-            "v1.worker.gpu.model_states.interface", "ModelState.remove_request", first=("req_id",)
         ),
         Seam(
             "v1.worker.gpu.model_states.interface",

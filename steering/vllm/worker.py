@@ -80,6 +80,11 @@ class SteeringWorker(PlatformWorker):
             return config.special_token_ids
         return special_token_ids(cached_tokenizer_from_config(self.vllm_config.model_config))
 
+    def _free_bytes(self) -> int:
+        """Device memory that nobody holds, less what vLLM keeps free for its largest pass."""
+        free: int = torch.cuda.mem_get_info(self.device)[0]
+        return free - int(getattr(self, "peak_activation_memory", 0))
+
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner
         model = runner.get_model()
@@ -103,7 +108,7 @@ class SteeringWorker(PlatformWorker):
             kernel=_kernel(runner.device, self.vllm_config.model_config.dtype),
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
-            free_bytes=_free_bytes(runner.device),
+            free_bytes=None if runner.device.type != "cuda" else self._free_bytes,
         )
         for point in owned:
             hook_points.install(
@@ -120,12 +125,6 @@ def _leave_word(error: Exception) -> None:
     file = os.environ.get(REFUSAL_VARIABLE)
     if file is not None:
         Path(file).write_text(str(error), encoding="utf-8")
-
-
-def _free_bytes(device: torch.device) -> Callable[[], int] | None:
-    if device.type != "cuda":
-        return None
-    return lambda: torch.cuda.mem_get_info(device)[0]
 
 
 def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:

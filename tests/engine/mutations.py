@@ -88,7 +88,7 @@ MUTATIONS = {
         "steering/vllm/runner_v1.py",
         "    for req_id in resumed:\n        if req_id in plans:\n            state.add_request(",
         "    for req_id in ():\n        if req_id in plans:\n            state.add_request(",
-        TRAPS + "test_preempted_requests_are_recomputed_with_the_right_phases_and_counted_once",
+        TRAPS + "test_preempted_requests_have_the_right_phases_and_are_counted_once",
     ),
     "a slot keeps the last request's edits": Mutation(
         "steering/slots.py",

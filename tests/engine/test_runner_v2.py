@@ -29,7 +29,7 @@ SELECTION: Final = (
     "test_traps.py::test_a_reused_slot_keeps_nothing_of_the_last_request",
     "test_traps.py::test_more_steered_requests_than_slots_wait_and_all_are_steered",
     "test_traps.py::test_phase_follows_positions_whatever_the_chunks_of_the_prefill[7]",
-    "test_traps.py::test_preempted_requests_are_recomputed_with_the_right_phases_and_counted_once",
+    "test_traps.py::test_preempted_requests_have_the_right_phases_and_are_counted_once[cached]",
     "test_traps.py::test_sinks_are_neither_edited_nor_read_and_are_counted",
     "test_traps.py::test_every_child_of_n_choices_is_steered_and_reported",
     "test_traps.py::test_an_aborted_request_frees_its_slot_and_rows_and_leaves_neighbours_alone",

@@ -311,14 +311,16 @@ def test_phase_follows_positions_whatever_the_chunks_of_the_prefill(
             assert edited(left) == (len(prompt) - 1 if field is PROMPT_ONLY else generated(left))
 
 
-def test_preempted_requests_are_recomputed_with_the_right_phases_and_counted_once(
-    make_engine: MakeEngine,
+@pytest.mark.parametrize("caches", [False, True], ids=["recomputed", "cached"])
+def test_preempted_requests_have_the_right_phases_and_are_counted_once(
+    make_engine: MakeEngine, caches: bool
 ) -> None:
+    # With the cache, a request that resumes finds blocks of its own that are not computed again.
     roomy = make_engine(block_size=32, enable_prefix_caching=False)
     # Four requests grow to 100 tokens, four blocks each; there are nine.
     cramped = make_engine(
         block_size=32,
-        enable_prefix_caching=False,
+        enable_prefix_caching=caches,
         max_num_seqs=4,
         num_gpu_blocks_override=10,
         max_model_len=128,
@@ -331,6 +333,7 @@ def test_preempted_requests_are_recomputed_with_the_right_phases_and_counted_onc
     for left, prompt, field in zip(made, prompts, fields, strict=True):
         [right] = roomy.generate([prompt], [field], max_tokens=60)
         assert left.tokens == right.tokens
+        assert left.steering[0].tokens_cached == 0
         assert left.steering[0].interventions == [
             {
                 **entry,

@@ -149,6 +149,40 @@ def test_partial_sums_are_refused_under_tensor_parallelism_only() -> None:
     hook_points.install(model(Layer(attention)), point, 1, tensor_parallel=1)
 
 
+class Deferring(Layer):
+    """Leaves its sum to the next layer's norm."""
+
+    def forward(self, hidden_states: Tensor, attn_in: Tensor | None = None) -> Tensor:
+        return fused_allreduce_rms_norm(hidden_states)
+
+
+def fused_allreduce_rms_norm(hidden_states: Tensor) -> Tensor:
+    """As vLLM names it."""
+    return hidden_states
+
+
+@pytest.mark.parametrize("kind", ["hook_resid_pre", "hook_resid_post"])
+def test_sums_left_to_the_next_layer_are_refused_under_tensor_parallelism_only(kind: str) -> None:
+    point = HookPoint(1, kind)
+    two = model(Deferring(Attention()), Deferring(Attention()))
+    with pytest.raises(UnsupportedModelError, match="leaves the sum over tensor-parallel ranks"):
+        hook_points.install(two, point, 2, tensor_parallel=2)
+    hook_points.install(two, point, 2, tensor_parallel=1)
+
+
+def test_an_input_that_bypasses_the_edit_is_refused() -> None:
+    two = model(Deferring(Attention()), Deferring(Attention()))
+    with pytest.raises(UnsupportedModelError, match="may take its attention's input ready-made"):
+        hook_points.install(two, HookPoint(0, "hook_resid_pre"), 2, tensor_parallel=1)
+
+
+def test_a_forward_that_somebody_else_has_put_in_front_is_refused() -> None:
+    layer = Layer(Attention())
+    layer.forward = lambda hidden_states: hidden_states  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedModelError, match="--offload-backend"):
+        hook_points.install(model(layer), HookPoint(0, "hook_resid_post"), 1, tensor_parallel=1)
+
+
 @pytest.mark.parametrize("output", ["text", (torch.ones(2, 3), torch.ones(2, 3))])
 def test_an_output_that_could_be_either_tensor_is_refused(output: Any) -> None:
     point = HookPoint.parse("blocks.0.hook_attn_out")
