@@ -21,6 +21,7 @@ from tests.bench.record import RESULTS
 SCRIPTS: Final = (
     "op_alone",
     "admission",
+    "label_search",
     "op_share",
     "startup",
     "idle",

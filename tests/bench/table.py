@@ -23,6 +23,7 @@ ORDER: Final = (
     "op_share",
     "op_alone",
     "admission",
+    "label_search",
     "peers",
     "startup",
 )

@@ -138,7 +138,8 @@ def live_server(
     saes = {"l14": demo_sae}
     for name, how in TINY_SAES.items():
         saes[name] = make_tiny_sae(folder / name, d_in=D_IN, d_sae=TINY_D_SAE, **how)
-    server = start(demo_model, saes, folder / "server.log")
+    # Exact answers are compared, and a check beside one would change its batch.
+    server = start(demo_model, saes, folder / "server.log", "--no-steering-self-check")
     try:
         wait_until_ready(server)
         yield server
@@ -176,6 +177,9 @@ def environment() -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Longer than any pause between requests: a connection that the server closes just as one
+        # is sent would fail it.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
 
 

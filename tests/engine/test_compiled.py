@@ -12,6 +12,7 @@ from tests.engine.test_traps import GENERATION_ONLY, OTHER, STRONG, same, tokens
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_graph_compiled_without_saes_or_with_others_is_not_reused(
     make_engine: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

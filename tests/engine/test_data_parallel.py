@@ -72,7 +72,9 @@ def ranks(
         "--data-parallel-size": str(RANKS),
         "--distributed-executor-backend": "uni",  # two processes less
     }
-    running = server.start(tiny_model("llama"), alone[1], log, *chain(*flags.items()))
+    running = server.start(
+        tiny_model("llama"), alone[1], log, *chain(*flags.items()), "--no-steering-self-check"
+    )
     try:
         server.wait_until_ready(running)
         yield running

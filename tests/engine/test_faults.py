@@ -142,13 +142,13 @@ def test_server_whose_worker_is_killed_ends_and_gives_no_wrong_answer(running: R
     assert server.client.get("/health").is_success
 
     async def answers_while_it_dies() -> list[Answer]:
-        asking = asyncio.ensure_future(traffic.send_all(server, cases * 8, at_once=64))
+        asking = asyncio.ensure_future(traffic.send_all(server, cases * 40, at_once=64))
         await asyncio.sleep(1.0)
         os.kill(worker(server).pid, signal.SIGKILL)
         return await asking
 
     answers = asyncio.run(answers_while_it_dies())
-    assert not wrong_successes(cases * 8, answers)
+    assert not wrong_successes(cases * 40, answers)
     assert any(answer.status != httpx.codes.OK for answer in answers), "killed too late"
     assert server.process.wait(END_TIMEOUT) == 1
     assert "EngineDeadError" in server.log.read_text()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.engine.test_runner_v2 import INTERPRETER
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def run(model: Path, folder: Path, arguments: dict[str, Any], **env: str) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def run(model: Path, folder: Path, arguments: dict[str, Any], **env: str) -> lis
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     lines = [line for line in finished.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, finished.stderr[-4000:]

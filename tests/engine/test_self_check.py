@@ -209,7 +209,7 @@ def test_server_checks_in_the_background_and_no_client_notices(
     assert again["logprobs"] == first["logprobs"]
     assert "Traceback" not in fresh_server.log.read_text()
     fresh_server.process.send_signal(signal.SIGTERM)
-    fresh_server.process.wait(servers.STOP_TIMEOUT)
+    fresh_server.process.wait(CHECK_TIMEOUT)
     # vLLM stops the engine and then the task that reads from it: a task that is quick enough in
     # between logs EngineDeadError. Nothing of ours may end that way.
     repository = Path(__file__).parents[2]

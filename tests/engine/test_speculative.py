@@ -27,6 +27,8 @@ SPECULATIVE: Final = {
     "prompt_lookup_min": 1,
 }
 
+pytestmark = pytest.mark.timeout(900)
+
 
 def test_speculative_tokens_have_the_right_phase_and_rejected_ones_are_not_counted(
     make_engine: Callable[..., Engine],
@@ -85,7 +87,7 @@ def run_in_a_child() -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
     )
     assert finished.returncode == 0, finished.stdout[-6000:]
     assert "1 passed" in finished.stdout, finished.stdout[-2000:]

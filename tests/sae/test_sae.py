@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -473,30 +472,10 @@ def test_opening_65k_latents_reads_the_header_not_the_weights(tmp_path: Path) ->
     )
     assert size > 2 * 10**9
     assert os.stat(path).st_blocks * 512 < 10**6
-    start = time.perf_counter()
     sae = open_sae(SAEReference.parse(f"l3={folder}"))
-    assert time.perf_counter() - start < 1.0
     assert resident_pages(path) < 4 * 2**20
     assert sae.weight_bytes == size
     # A row of W_enc lies across all of W_enc here; none of it is copied but the row.
     before = anonymous_memory()
     assert sae.rows([70, 65_000]).W_enc.shape == (2, d_in)
     assert anonymous_memory() - before < 16 * 2**20
-
-
-def test_64_rows_take_well_under_a_millisecond(tmp_path: Path) -> None:
-    d_in, d_sae = 576, 4608
-    canonical = weights(d_in=d_in, d_sae=d_sae)
-    tensors = {name: canonical[name] for name in ("W_dec", "b_enc", "b_dec", "threshold")}
-    tensors["W_enc"] = canonical["W_enc"].T.contiguous()
-    config = sae_lens_config(d_in=d_in, d_sae=d_sae)
-    folder = write_sae_lens(tmp_path / "sae", config=config, tensors=tensors)
-    sae = open_sae(SAEReference.parse(f"l3={folder}"))
-    latents = torch.randperm(d_sae, generator=torch.Generator().manual_seed(0))[:64].tolist()
-    times = []
-    for _ in range(50):
-        start = time.perf_counter()
-        sae.rows(latents)
-        times.append(time.perf_counter() - start)
-    # The best of many: other work on the machine is not what is measured.
-    assert min(times) < 0.8e-3

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import pickle
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -166,15 +165,16 @@ def npy(shape: tuple[int, ...], data: bytes, dtype: str = "<f4") -> bytes:
     return buffer.getvalue() + data
 
 
-def test_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+def test_zip_bomb_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "params.npz"
     size = 2 * FREE_BYTES
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("w_enc.npy", npy((size // 4,), bytes(size)))
     assert path.stat().st_size < size / 64
-    start = time.perf_counter()
+    monkeypatch.delattr(zipfile.ZipFile, "open")
     assert "more than 64 times" in refusal(path)
-    assert time.perf_counter() - start < 0.2
 
 
 @pytest.mark.parametrize("shape", [(10**12,), (3,), (-2, -2), (2**63, 4), (5, 0)])

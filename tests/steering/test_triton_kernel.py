@@ -29,6 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
     @pytest.mark.slow
+    @pytest.mark.timeout(900)
     def test_kernel_passes_every_test_in_the_interpreter() -> None:
         here = Path(__file__)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x"]
@@ -38,7 +39,7 @@ if not INTERPRETED:
             env={**os.environ, "TRITON_INTERPRET": "1"},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=800,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
