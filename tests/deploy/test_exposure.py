@@ -57,7 +57,7 @@ def test_steering_is_refused_where_no_key_is_asked_for(app: tuple[FastAPI, Recor
     body = {"model": "tiny", "prompt": "x", "steering": {"read": {}}}
     answer = TestClient(app[0]).post("/invocations", json=body)
     assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "unsupported_combination"
+    assert answer.json()["error"]["code"] == "steering_unavailable"  # this app has no SAE
     assert app[1].requests == []
 
 
