@@ -62,7 +62,13 @@ class LiveServer:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.base_url, timeout=REQUEST_TIMEOUT)
+        self.client = httpx.Client(
+            base_url=self.base_url,
+            timeout=REQUEST_TIMEOUT,
+            # The server closes idle connections after 5 s; one that it closes just as a request is
+            # sent would fail that request.
+            limits=httpx.Limits(keepalive_expiry=1.0),
+        )
 
     def post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
         """A greedy request unless `body` says otherwise."""
@@ -177,9 +183,6 @@ def environment() -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Longer than any pause between requests: a connection that the server closes just as one
-        # is sent would fail it.
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
 
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.engine import traffic
-from tests.engine.server import MODEL, LiveServer, start, wait_until_ready
+from tests.engine.server import LiveServer, start, wait_until_ready
 from tests.engine.traffic import Body, Case
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -87,16 +87,10 @@ def test_clients_that_leave_disturb_nobody_and_leave_nothing_behind(busy: Busy, 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_more_than_fits_is_refused_and_the_rest_answered_rightly(busy: Busy, seed: int) -> None:
-    plain = {"model": MODEL, "prompt": "the lazy dog", "max_tokens": 200, "ignore_eos": True}
-    full = {**plain, "n": MAX_IN_FLIGHT, "temperature": 1, "stream": True}
-    with busy.server.client.stream("POST", "/v1/completions", json=full) as held:
-        assert next(held.iter_lines())
-        refused = busy.server.client.post("/v1/completions", json=plain)
-        assert refused.status_code == httpx.codes.SERVICE_UNAVAILABLE
-    assert_nothing_is_left(busy.server)
-    cases = random.Random(200 + seed).choices(busy.cases, k=MAX_IN_FLIGHT + 128)
+    cases = random.Random(200 + seed).choices(busy.cases, k=MAX_IN_FLIGHT + 512)
     answers = asyncio.run(traffic.send_all(busy.server, cases, at_once=len(cases)))
     taken = [i for i, a in enumerate(answers) if a.status != httpx.codes.SERVICE_UNAVAILABLE]
+    assert len(taken) < len(cases), "nothing was refused"
     assert not traffic.wrong([cases[i] for i in taken], [answers[i] for i in taken])
     assert_nothing_is_left(busy.server)
 
