@@ -32,9 +32,7 @@ class ReferenceSAE:
     def encode(self, x: Tensor) -> Tensor:
         """``[n, d_in]`` to ``[n, d_sae]``."""
         w = self.weights
-        x = self._normed(x)[0]
-        if self.config["apply_b_dec_to_input"]:
-            x = x - w["b_dec"]
+        x = self._input(x)
         if self.config["architecture"] == "gated":
             gate = x @ w["W_enc"] + w["b_gate"] > 0
             return gate * torch.relu(x @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
@@ -46,6 +44,25 @@ class ReferenceSAE:
             return torch.zeros_like(h).scatter(-1, top.indices, top.values.relu())
         return torch.relu(h)
 
+    def distance_to_jump(self, x: Tensor, features: Sequence[int] | None) -> Tensor:
+        """`[n, d_in]` to `[n]`: how far each token is from where an activation of these features
+        (None: of any) jumps, or from being a sink."""
+        w, architecture = self.weights, self.config["architecture"]
+        distance = torch.full((len(x),), torch.inf)
+        if self.sink_norm is not None:
+            distance = (x.norm(dim=-1) - self.sink_norm).abs()
+        if architecture == "standard":
+            return distance
+        bias = w["b_gate"] if architecture == "gated" else w["b_enc"]
+        h = self._input(x) @ w["W_enc"] + bias
+        if architecture == "topk":
+            top = h.topk(self.config["k"] + 1, dim=-1).values
+            return torch.minimum(distance, top[:, -2] - top[:, -1])
+        jumps = (h - w["threshold"] if architecture == "jumprelu" else h).abs()
+        if features is not None:
+            jumps = jumps[:, list(features)]
+        return torch.minimum(distance, jumps.amin(-1))
+
     def decode(self, f: Tensor, x: Tensor) -> Tensor:
         """``[n, d_sae]`` to ``[n, d_in]``."""
         _, mu, sigma = self._normed(x)
@@ -54,6 +71,10 @@ class ReferenceSAE:
     def output_scale(self, x: Tensor) -> Tensor:
         """``[n, 1]``: what one unit of a decoded feature is in the stream."""
         return self._normed(x)[2]
+
+    def _input(self, x: Tensor) -> Tensor:
+        x = self._normed(x)[0]
+        return x - self.weights["b_dec"] if self.config["apply_b_dec_to_input"] else x
 
     def _normed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kind = self.config["normalize_activations"]
@@ -188,3 +209,33 @@ class ReferenceModel:
         else:
             delta = sae.decode(f_new, x) - x
         return delta * touched[:, None]
+
+
+def margin(
+    saes: Mapping[str, ReferenceSAE],
+    seen: Mapping[str, Tensor],
+    field: Mapping[str, Any] | None,
+    first: int = 0,
+) -> float:
+    """How near the streams (``seen``, from token ``first`` on) come to where an edit jumps.
+
+    A rounding difference becomes a whole activation there: two right implementations may differ.
+    """
+    least = torch.inf
+    for name, x in seen.items():
+        edited = [
+            edit["feature"]
+            for edit in (field or {}).get("interventions", [])
+            if edit.get("sae", name) == name
+        ]
+        if edited:
+            whole = not (field or {}).get("error_term", True)
+            distance = saes[name].distance_to_jump(x[first:], None if whole else edited)
+            least = min(least, float(distance.min()))
+    return least
+
+
+def behind_best(logprobs: Tensor, tokens: Sequence[int]) -> float:
+    """By how many nats the tokens fall short of the likeliest, at most; 0 where all are greedy."""
+    chosen = logprobs[range(len(tokens)), tokens]
+    return float((logprobs.amax(-1) - chosen).max())

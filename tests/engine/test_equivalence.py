@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, Generated, tiny_engine
-from tests.engine.reference import ReferenceModel, ReferenceSAE
+from tests.engine.reference import ReferenceModel, ReferenceSAE, behind_best, margin
 
 D_SAE = 128
 TOLERANCE = 1e-3
-SPECS_A_CASE = 100
+#: Specs that come nearer than this to a jump of the SAE are left out.
+MARGIN = 1e-4
+SPECS_A_CASE = 130
+LEAST_SPECS = 100
 
 # Family, the SAEs it is served with, and more arguments.
 CASES: dict[str, tuple[str, tuple[dict[str, Any], ...], dict[str, Any]]] = {
@@ -164,10 +168,13 @@ def difference(
     field: dict[str, Any] | None,
     reference: ReferenceModel,
     saes: dict[str, ReferenceSAE],
-) -> float:
-    """Largest difference of log-probabilities; the greedy tokens must be the same."""
-    expected = reference.logprobs(made.prompt, made.tokens, saes, field)
-    assert expected.argmax(-1).tolist() == made.tokens, field
+) -> float | None:
+    """Largest difference of log-probabilities; None where the spec comes too near to a jump."""
+    seen: dict[str, Tensor] = {}
+    expected = reference.logprobs(made.prompt, made.tokens, saes, field, seen)
+    if margin(saes, seen, field) < MARGIN:
+        return None
+    assert behind_best(expected, made.tokens) < TOLERANCE, field
     return max(
         abs(float(expected[i, t]) - logprob)
         for i, (t, logprob) in enumerate(zip(made.tokens, made.logprobs, strict=True))
@@ -181,18 +188,23 @@ def test_steered_log_probabilities_agree_with_transformers_and_hooks(
     engine, reference, saes = case
     plain = prompts(8, seed=0)
     unsteered = max(
-        difference(made, None, reference, saes)
+        found
         for made in engine.generate(plain, [None] * len(plain))
+        if (found := difference(made, None, reference, saes)) is not None
     )
-    worst = 0.0
-    effect = 0.0
+    assert unsteered < TOLERANCE
+    worst = effect = 0.0
+    compared = 0
 
     texts = prompts(SPECS_A_CASE, seed=1)
     specs = drawn(fields(list(saes)), SPECS_A_CASE)
     for made, field in zip(engine.generate(texts, specs), specs, strict=True):
         found = difference(made, field, reference, saes)
+        if found is None:
+            continue
         assert found < TOLERANCE, (found, field)
         worst = max(worst, found)
+        compared += 1
         clean = reference.logprobs(made.prompt, made.tokens, saes, None)
         changes = [
             abs(float(clean[i, t]) - logprob)
@@ -200,10 +212,11 @@ def test_steered_log_probabilities_agree_with_transformers_and_hooks(
         ]
         effect = max(effect, *changes)
 
+    assert compared >= LEAST_SPECS
     assert effect > 1.0, "the edits of this test do nothing"
     with capsys.disabled():
         print(
             f"\n  log-probabilities, vLLM against transformers: unsteered {unsteered:.1e}, "
-            f"steered {worst:.1e} over {SPECS_A_CASE} specs "
+            f"steered {worst:.1e} over {compared} specs "
             f"(edits change them by up to {effect:.1f})"
         )

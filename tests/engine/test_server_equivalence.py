@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.demo_sae import ELVES
-from tests.engine.reference import ReferenceModel, ReferenceSAE
+from tests.engine.reference import ReferenceModel, ReferenceSAE, behind_best, margin
 
 if TYPE_CHECKING:
     from tests.engine.server import LiveServer
@@ -22,8 +22,7 @@ pytest_plugins = ("tests.engine.server",)
 pytestmark = pytest.mark.timeout(600)
 
 TOLERANCE: Final = 1e-3
-#: An SAE with a jump turns a rounding difference into a whole activation where a token lies on its
-#: threshold; such specs are left out.
+#: Specs that come nearer than this to a jump of the SAE are left out.
 MARGIN: Final = 5e-4
 NUM_SPECS: Final = 130
 LEAST_SPECS: Final = 100
@@ -74,16 +73,7 @@ class Reference:
         saes = {name: self.saes[name] for name in used}
         seen: dict[str, Tensor] = {}
         found = self.model.logprobs(prompt, generated, saes, field, seen)
-        margins = [torch.inf]
-        for name, x in seen.items():
-            w = saes[name].weights
-            h = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-            distance = (h - w["threshold"]).abs()[1:]
-            if (field or {}).get("error_term", True):
-                edits = (field or {})["interventions"]
-                distance = distance[:, [e["feature"] for e in edits if e["sae"] == name]]
-            margins.append(float(distance.min()))
-        return found, min(margins)
+        return found, margin(saes, seen, field, first=1)
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +151,14 @@ def in_raw_units(reference: Reference, field: dict[str, Any]) -> dict[str, Any]:
 def difference(
     reference: Reference, prompt: list[int], choice: dict[str, Any], field: dict[str, Any] | None
 ) -> tuple[float, float]:
-    """Largest difference of log-probabilities, and the margin; greedy tokens must be equal."""
+    """Largest difference of log-probabilities, and the margin; tokens must be the likeliest."""
     generated = choice["token_ids"]
-    expected, margin = reference.logprobs(prompt, generated, field)
-    if margin >= MARGIN:
-        assert expected.argmax(-1).tolist() == generated, field
+    expected, near = reference.logprobs(prompt, generated, field)
+    if near >= MARGIN:
+        assert behind_best(expected, generated) < TOLERANCE, field
     own = torch.tensor(choice["logprobs"]["token_logprobs"])
     theirs = expected[range(len(generated)), generated]
-    return float((own - theirs).abs().max()), margin
+    return float((own - theirs).abs().max()), near
 
 
 def test_log_probabilities_agree_with_transformers_and_hooks(
@@ -185,10 +175,10 @@ def test_log_probabilities_agree_with_transformers_and_hooks(
     worst = effect = 0.0
     compared = 0
     for (prompt, field), choice in zip(cases, choices, strict=True):
-        found, margin = difference(reference, prompt, choice, in_raw_units(reference, field))
-        if margin < MARGIN:
+        found, near = difference(reference, prompt, choice, in_raw_units(reference, field))
+        if near < MARGIN:
             continue
-        assert found < TOLERANCE, (found, margin, field)
+        assert found < TOLERANCE, (found, near, field)
         worst = max(worst, found)
         compared += 1
         if compared <= SPECS_SHOWN_TO_ACT:
