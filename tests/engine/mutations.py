@@ -7,6 +7,7 @@ Exits 1 if any survived. Not part of `make test`: it takes about half a minute f
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -162,8 +163,15 @@ def caught(mutation: Mutation) -> bool:
         return finished.returncode == 1
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Run the named mutations, or all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MUTATIONS)}")
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in MUTATIONS]:
+        parser.error(f"no mutation is named {unknown[0]!r}")
     survived = 0
     for name in names or MUTATIONS:
         noticed = caught(MUTATIONS[name])
@@ -173,4 +181,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
