@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from sae.arrays import FloatArray, IntArray
 from sae.sae import SAE
 from steering.batch_parts import BatchPart, BatchParts, FullPart, SlotWork
 from steering.kernel_reports import KernelReports, ReportPart
-from steering.ops import batched
+from steering.ops import BoundKernel, batched
 from steering.ops.batched import Coverage, Stream
 from steering.plan import COVERS_SINKS, COVERS_SPECIAL, SELF_CHECK, SteeringPlan
 from steering.records import RequestRecord
@@ -34,19 +34,17 @@ class Counters:
 
 @dataclass(frozen=True)
 class KernelPath:
-    """The kernel and its buffers at fixed addresses, of one hook point.
+    """The kernel of one hook point, bound to its buffers, and those that it reports in.
 
     Attributes:
-        launch: ``steer_tokens`` of ``triton_kernel`` or ``cpu_kernel``.
+        launch: edits ``hidden_states`` and reads ``residual``, ``[num_tokens, d_in]`` each.
         report_f: ``[max_num_tokens, MAX_INTERVENTIONS]`` float32, activations before the edit.
         reports: ``[num_slots]`` int32, whether a slot's activations are wanted.
-        touched: ``[2]`` int64, tokens edited and tokens kept off by a sink, since the last look.
     """
 
-    launch: Callable[..., None]
+    launch: BoundKernel
     report_f: Tensor
     reports: Tensor
-    touched: Tensor
 
 
 @dataclass
@@ -122,7 +120,6 @@ class HookRuntime:
         """Whether this pass must run outside CUDA graphs: some slot needs a full encode."""
         return bool(self._full_slots) and any(int(slot) in self._full_slots for slot in slots)
 
-    @torch.inference_mode()
     def apply(self, hidden_states: Tensor, residual: Tensor | None, step: Step) -> None:
         """Edit the batch in place.
 
@@ -136,22 +133,12 @@ class HookRuntime:
             step: the pass under way.
         """
         if self.kernel is not None and not (step.active and self.needs_full(step.slots_np)):
-            num_tokens = hidden_states.shape[0]
-            self.kernel.launch(
-                hidden_states,
-                residual,
-                step.token_slot[:num_tokens],
-                step.positions,
-                step.input_ids,
-                self.is_special,
-                self.prompt_len,
-                self.table,
-                self.rows,
-                self.kernel.report_f,
-                self.kernel.reports,
-                self.kernel.touched,
-            )
-            return
+            self.kernel.launch(hidden_states, residual)
+        else:
+            self._apply_in_torch(hidden_states, residual, step)
+
+    @torch.inference_mode()
+    def _apply_in_torch(self, hidden_states: Tensor, residual: Tensor | None, step: Step) -> None:
         for part in self._parts.of(step):
             stream = batched.gather_stream(
                 hidden_states,

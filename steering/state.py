@@ -18,6 +18,7 @@ from sae.card import HookPoint
 from sae.sae import SAE
 from steering.hook import Counters, HookRuntime, KernelPath
 from steering.kernel_reports import KernelReports
+from steering.ops import Kernel
 from steering.plan import SteeringPlan
 from steering.records import RecordStore
 from steering.residency import Residency
@@ -49,8 +50,7 @@ class SteeringState:
         vocab_size: size of the token table.
         record: whether this worker keeps records (one of each tensor-parallel group does).
         device: where the model runs.
-        kernel: ``steer_tokens`` of `steering.ops`, for passes in which rows alone are enough; None
-            where no kernel runs.
+        kernel: for passes in which rows alone are enough; None where no kernel runs.
         graphs: CUDA graphs hold the op, so it is launched in idle passes too.
         free_bytes: see `Residency`.
     """
@@ -68,7 +68,7 @@ class SteeringState:
         vocab_size: int,
         record: bool,
         device: torch.device,
-        kernel: Callable[..., None] | None,
+        kernel: Kernel | None,
         graphs: bool,
         free_bytes: Callable[[], int] | None = None,
     ) -> None:
@@ -78,6 +78,7 @@ class SteeringState:
         self.rows = RowPool(saes, max_rows, d_in, device)
         self.records = RecordStore()
         self.counters = Counters()
+        self._d_in = d_in
         self._record = record
         self._kernel_reports = KernelReports()
         # Tokens edited and kept off by a sink, counted by the kernel.
@@ -88,18 +89,19 @@ class SteeringState:
         is_special = is_special.to(device)
         by_index = dict(enumerate(saes))
         residency = Residency(by_index, device, free_bytes)
+        tables = {str(point): EditTable(num_slots, device) for point in owned}
         self.hooks = {
-            str(point): HookRuntime(
-                saes={i: sae for i, sae in by_index.items() if sae.card.hook == str(point)},
+            hook: HookRuntime(
+                saes={i: sae for i, sae in by_index.items() if sae.card.hook == hook},
                 rows=self.rows,
-                table=EditTable(num_slots, device),
+                table=table,
                 is_special=is_special,
                 prompt_len=self.prompt_len,
                 counters=self.counters,
                 residency=residency,
-                kernel=None if kernel is None else self._kernel_path(kernel, num_slots, device),
+                kernel=None if kernel is None else self._kernel_path(kernel, table, is_special),
             )
-            for point in owned
+            for hook, table in tables.items()
         }
         self._owned_saes = {i for hook in self.hooks.values() for i in hook.saes}
         self._saes = saes
@@ -194,15 +196,13 @@ class SteeringState:
         if not (self.step.active or self._always_launch):
             return
         started = time.perf_counter()
-        d_in = self.rows.W_enc.shape[1]
+        if hidden_states.dim() != 2:  # some layers carry a batch axis of one
+            hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
+            residual = None if residual is None else residual.view(-1, residual.shape[-1])
+        num_tokens, d_in = hidden_states.shape
         # A stream that is not whole here (sharded by tokens, say) would be edited in wrong rows.
-        assert hidden_states.numel() >= d_in * self.step.num_tokens, tuple(hidden_states.shape)
-        assert hidden_states.shape[-1] == d_in, tuple(hidden_states.shape)
-        self.hooks[hook].apply(
-            hidden_states.view(-1, d_in),  # some layers carry a batch axis of one
-            None if residual is None else residual.view(-1, d_in),
-            self.step,
-        )
+        assert num_tokens >= self.step.num_tokens and d_in == self._d_in, (num_tokens, d_in)
+        self.hooks[hook].apply(hidden_states, residual, self.step)
         # Beside a self-check nearly all of the time is that one's, and no client asked for it.
         if not self._self_checks:
             self.counters.op_seconds += time.perf_counter() - started
@@ -245,12 +245,23 @@ class SteeringState:
         counters.op_seconds = 0.0
         return stats
 
-    def _kernel_path(
-        self, kernel: Callable[..., None], num_slots: int, device: torch.device
-    ) -> KernelPath:
-        report_f = torch.zeros(self.step.token_slot.shape[0], MAX_INTERVENTIONS, device=device)
-        reports = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        return KernelPath(kernel, report_f, reports, self._touched)
+    def _kernel_path(self, kernel: Kernel, table: EditTable, is_special: Tensor) -> KernelPath:
+        step, device = self.step, self.prompt_len.device
+        report_f = torch.zeros(step.token_slot.shape[0], MAX_INTERVENTIONS, device=device)
+        reports = torch.zeros(self.prompt_len.shape[0], dtype=torch.int32, device=device)
+        launch = kernel.bound(
+            token_slot=step.token_slot,
+            positions=step.positions,
+            input_ids=step.input_ids,
+            is_special=is_special,
+            prompt_len=self.prompt_len,
+            table=table,
+            rows=self.rows,
+            report_f=report_f,
+            reports=reports,
+            counters=self._touched,
+        )
+        return KernelPath(launch, report_f, reports)
 
     def _latents(self, plan: SteeringPlan) -> list[tuple[int, int]]:
         """The rows that this worker needs of a plan."""

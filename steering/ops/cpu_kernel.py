@@ -16,6 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from sae.normalization import LAYER_NORM_EPS
+from steering.ops import BoundKernel
 from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
 from steering.plan import (
     COVERS_GENERATION,
@@ -272,8 +273,6 @@ _KERNELS: Final[dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]] = {
     for hidden in _LOAD
     for residual in _LOAD
 }
-#: NumPy has no name for bfloat16, hence its bits.
-_VIEWS: Final = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
 _NO_REPORT: Final = np.empty((0, 0), np.float32), np.empty(0, np.int32)
 
 
@@ -282,9 +281,7 @@ def edits(dtype: torch.dtype) -> bool:
     return dtype in _LOAD
 
 
-def steer_tokens(
-    hidden_states: Tensor,
-    residual: Tensor | None,
+def bound(
     token_slot: Tensor,
     positions: Tensor,
     input_ids: Tensor,
@@ -295,24 +292,16 @@ def steer_tokens(
     report_f: Tensor | None = None,
     reports: Tensor | None = None,
     counters: Tensor | None = None,
-) -> None:
-    """Same as :func:`steering.ops.reference.steer_tokens`, for float32 and bfloat16 streams."""
-    assert hidden_states.stride(1) == 1, hidden_states.stride()
-    assert residual is None or residual.stride(1) == 1, residual.stride()
+) -> BoundKernel:
+    """`steer_tokens` of buffers whose addresses stay: taken apart once, not in every pass.
+
+    Found again from Python in every pass, with cold caches, they cost as much as the edit itself.
+    """
     assert (report_f is None) == (reports is None), "report_f and reports go together"
-    if not hidden_states.shape[0]:
-        return
     report_f_np, reports_np = _NO_REPORT
     if report_f is not None and reports is not None:
         report_f_np, reports_np = report_f.numpy(), reports.numpy()
-    hidden_np = _storage(hidden_states)
-    dtypes = (hidden_states.dtype, hidden_states.dtype if residual is None else residual.dtype)
-    _KERNELS[dtypes](
-        hidden_np,
-        hidden_states.stride(0),
-        hidden_np[:0] if residual is None else _storage(residual),
-        0 if residual is None else residual.stride(0),
-        hidden_states.shape[0],
+    buffers = (
         token_slot.numpy(),
         positions.numpy(),
         input_ids.numpy(),
@@ -329,9 +318,34 @@ def steer_tokens(
         np.zeros(2, np.int64) if counters is None else counters.numpy(),
     )
 
+    def launch(hidden_states: Tensor, residual: Tensor | None) -> None:
+        num_tokens = hidden_states.shape[0]
+        if not num_tokens:
+            return
+        dtype = hidden_states.dtype
+        hidden = _storage(hidden_states)
+        if residual is None:
+            kernel, other, stride = _KERNELS[dtype, dtype], hidden[:0], 0
+        else:
+            kernel = _KERNELS[dtype, residual.dtype]
+            other, stride = _storage(residual), residual.stride(0)
+        kernel(hidden, hidden_states.stride(0), other, stride, num_tokens, *buffers)
+
+    return launch
+
+
+def steer_tokens(hidden_states: Tensor, residual: Tensor | None, *buffers: Any) -> None:
+    """Same as :func:`steering.ops.reference.steer_tokens`, for float32 and bfloat16 streams."""
+    bound(*buffers)(hidden_states, residual)
+
 
 def _storage(stream: Tensor) -> Any:
     """``[(n - 1) * stride + d_in]``: a stream from its first element to its last."""
-    n, d_in = stream.shape
-    flat = stream.as_strided(((n - 1) * stream.stride(0) + d_in,), (1,))
-    return flat.view(_VIEWS[stream.dtype]).numpy()
+    if stream.is_contiguous():
+        flat = stream.view(-1)
+    else:
+        assert stream.stride(1) == 1, stream.stride()
+        n, d_in = stream.shape
+        flat = stream.as_strided(((n - 1) * stream.stride(0) + d_in,), (1,))
+    # NumPy has no name for bfloat16, hence its bits.
+    return (flat if stream.dtype == torch.float32 else flat.view(torch.uint16)).numpy()

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sae.normalization import LAYER_NORM_EPS
+from steering.ops import BoundKernel
 from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
 from steering.plan import (
     COVERS_GENERATION,
@@ -140,6 +142,11 @@ def steer_tokens(
         num_warps=layout.num_warps,
         enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
+
+
+def bound(**buffers: Any) -> BoundKernel:
+    """`steer_tokens` of buffers whose addresses stay."""
+    return partial(steer_tokens, **buffers)
 
 
 @triton.jit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from sae.card import HookPoint
 from sae.errors import SAEError
 from sae.sae import open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
-from steering.ops import registered
+from steering.ops import Kernel, registered
 from steering.special_tokens import special_token_ids
 from steering.state import SteeringState
 from steering.step import Step
@@ -127,12 +126,12 @@ def _leave_word(error: Exception) -> None:
         Path(file).write_text(str(error), encoding="utf-8")
 
 
-def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
+def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """Triton's kernel on CUDA and in Triton's interpreter, else the CPU's where it has one."""
     if device.type == "cuda" or (HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"):
         from steering.ops import triton_kernel
 
-        return triton_kernel.steer_tokens
+        return triton_kernel
     from steering.ops import cpu_kernel
 
-    return cpu_kernel.steer_tokens if cpu_kernel.edits(dtype) else None
+    return cpu_kernel if cpu_kernel.edits(dtype) else None

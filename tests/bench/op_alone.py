@@ -59,15 +59,36 @@ class Case:
         is_special = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
         prompt_len = torch.full((requests,), 100, dtype=torch.int32)
         self.touched = torch.zeros(2, dtype=torch.int64)
-        kernel = KernelPath(
-            cpu_kernel.steer_tokens,
-            torch.zeros(tokens, MAX_INTERVENTIONS),
-            torch.zeros(requests, dtype=torch.int32),
+        self.step = Step(
+            tokens,
+            torch.full((tokens,), 100),
+            torch.full((tokens,), 50, dtype=torch.int32),
+            "cpu",
+        )
+        report_f = torch.zeros(tokens, MAX_INTERVENTIONS)
+        reports = torch.zeros(requests, dtype=torch.int32)
+        launch = cpu_kernel.bound(
+            self.step.token_slot,
+            self.step.positions,
+            self.step.input_ids,
+            is_special,
+            prompt_len,
+            table,
+            rows,
+            report_f,
+            reports,
             self.touched,
         )
         nowhere = Residency({}, rows.W_enc.device, None)
         self.hook = HookRuntime(
-            {}, rows, table, is_special, prompt_len, Counters(), nowhere, kernel
+            {},
+            rows,
+            table,
+            is_special,
+            prompt_len,
+            Counters(),
+            nowhere,
+            KernelPath(launch, report_f, reports),
         )
         for slot in range(requests):
             first = slot % configurations * edits
@@ -79,12 +100,6 @@ class Case:
             table.write(slot, planned, range(first, first + edits))
             plan = SteeringPlan("k", 1, 100, tuple(planned), True, False, None)
             self.hook.work[slot] = SlotWork(list(enumerate(planned)), frozenset(), None, plan, None)
-        self.step = Step(
-            tokens,
-            torch.full((tokens,), 100),
-            torch.full((tokens,), 50, dtype=torch.int32),
-            "cpu",
-        )
         self.slots = range(requests)
         self.starts = torch.linspace(0, tokens, requests + 1).long().numpy()
         self.stream = torch.randn(tokens, d_in)
