@@ -22,6 +22,7 @@ from sae.features import FeatureTable
 from sae.formats import open_layout
 from sae.formats.layout import SAELayout
 from sae.normalization import denormalise, normalise
+from sae.product import product
 from sae.source import SAEReference, resolve
 from sae.tensors import TensorFile
 
@@ -120,7 +121,7 @@ class SAE:
         f = x.new_empty(x.shape[0], self._card.d_sae)
         for start, stop in self.chunks():
             rows = self._in_use("W_enc", W_enc[start:stop].to(x.device))
-            f[:, start:stop] = self._activate(x_in @ rows.T, vectors.part(start, stop))
+            f[:, start:stop] = self._activate(product(x_in, rows), vectors.part(start, stop))
         if not self._card.exact_from_row:
             assert self._card.k is not None
             topk.select(f, self._card.k, signed=self._card.architecture == "abstopk")
@@ -131,9 +132,8 @@ class SAE:
         scale = self._vectors_of_all(f.device).decoder_scale
         out = self.b_dec.to(f.device).repeat(f.shape[0], 1)
         for start, stop in self.chunks():
-            out.addmm_(
-                f[:, start:stop] * scale[start:stop], self.decoder_rows(start, stop, f.device)
-            )
+            W_dec = self.decoder_rows(start, stop, f.device)
+            out += product(f[:, start:stop] * scale[start:stop], W_dec.T)
         _, g = self.normalise(x)
         return denormalise(self._card.normalize_activations, out, x, g)
 
