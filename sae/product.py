@@ -1,7 +1,7 @@
 """Products of float32 matrices for full passes, through oneDNN on a CPU.
 
 Torch's own product there is MKL's, which on AMD's processors takes two to three times as long (seen
-on an EPYC 9005); vLLM's compiled layers go through oneDNN too. Both are float32 throughout.
+on an EPYC, Zen 5); vLLM's own linear layers go through oneDNN too. Both are float32 throughout.
 """
 
 from __future__ import annotations

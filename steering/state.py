@@ -18,7 +18,7 @@ from sae.card import HookPoint
 from sae.sae import SAE
 from steering.hook import Counters, HookRuntime, KernelPath
 from steering.kernel_reports import KernelReports
-from steering.ops import Kernel
+from steering.ops import Buffers, Kernel
 from steering.plan import SteeringPlan
 from steering.records import RecordStore
 from steering.residency import Residency
@@ -249,19 +249,19 @@ class SteeringState:
         step, device = self.step, self.prompt_len.device
         report_f = torch.zeros(step.token_slot.shape[0], MAX_INTERVENTIONS, device=device)
         reports = torch.zeros(self.prompt_len.shape[0], dtype=torch.int32, device=device)
-        launch = kernel.bound(
-            token_slot=step.token_slot,
-            positions=step.positions,
-            input_ids=step.input_ids,
-            is_special=is_special,
-            prompt_len=self.prompt_len,
-            table=table,
-            rows=self.rows,
-            report_f=report_f,
-            reports=reports,
-            counters=self._touched,
+        buffers = Buffers(
+            step.token_slot,
+            step.positions,
+            step.input_ids,
+            is_special,
+            self.prompt_len,
+            table,
+            self.rows,
+            report_f,
+            reports,
+            self._touched,
         )
-        return KernelPath(launch, report_f, reports)
+        return KernelPath(kernel.bound(buffers), report_f, reports)
 
     def _latents(self, plan: SteeringPlan) -> list[tuple[int, int]]:
         """The rows that this worker needs of a plan."""

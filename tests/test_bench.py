@@ -133,21 +133,25 @@ def test_a_record_becomes_a_page_and_a_plot(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     record.save(folder / "tiny.json")
     (folder / table.NOTES).write_text("Written by hand.\n")
-    table.write(folder, tmp_path / "README.md")
-    page = (tmp_path / "README.md").read_text()
+    table.write(folder)
+    page = (folder / "README.md").read_text()
     assert "| ratio of tiny | ≥ 0.98 | 0.950 (0.950 to 0.950) | **missed** by 0.030 |" in page
     assert "| share of tiny | ≤ 0.5 | 0.200 (0.200 to 0.200) | met |" in page
     assert "| shape | edits | k | ratio | only here |" in page
     assert "| decode | 8 | 8 | 1.000 (0.950 to 1.050) |  |" in page
     assert "rounds 3, flags `--a 1`; load average" in page
     assert "Written by hand." in page
-    assert "](results/plot.png)" in page
+    assert "](plot.png)" in page
     assert (folder / table.PLOT).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_in_the_repository_is_that_of_the_results_beside_it() -> None:
-    results = table.read(RESULTS)
-    notes = RESULTS / table.NOTES
-    assert (RESULTS / table.PLOT).exists()
-    made = table.page(results, notes.read_text() if notes.exists() else "", "results/plot.png")
-    assert (RESULTS.parent / "README.md").read_text() == made
+@pytest.mark.parametrize("folder", [RESULTS, RESULTS / "epyc"], ids=lambda folder: folder.name)
+def test_the_page_in_the_repository_is_that_of_the_results_beside_it(folder: Path) -> None:
+    page, plot = table.page_of(folder), folder / table.PLOT
+    assert plot.exists()
+    made = table.page(
+        table.read(folder),
+        (folder / table.NOTES).read_text(),
+        plot.relative_to(page.parent).as_posix(),
+    )
+    assert page.read_text() == made

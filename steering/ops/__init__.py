@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -14,22 +14,24 @@ from steering.slots import EditTable
 BoundKernel: TypeAlias = Callable[[Tensor, Tensor | None], None]
 
 
+class Buffers(NamedTuple):
+    """What a kernel is given beside the streams, as `reference.steer_tokens` says; none moves."""
+
+    token_slot: Tensor
+    positions: Tensor
+    input_ids: Tensor
+    is_special: Tensor
+    prompt_len: Tensor
+    table: EditTable
+    rows: RowPool
+    report_f: Tensor | None = None
+    reports: Tensor | None = None
+    counters: Tensor | None = None
+
+
 class Kernel(Protocol):
     """A module with a kernel: `triton_kernel` or `cpu_kernel`."""
 
-    def bound(
-        self,
-        *,
-        token_slot: Tensor,
-        positions: Tensor,
-        input_ids: Tensor,
-        is_special: Tensor,
-        prompt_len: Tensor,
-        table: EditTable,
-        rows: RowPool,
-        report_f: Tensor,
-        reports: Tensor,
-        counters: Tensor,
-    ) -> BoundKernel:
-        """``steer_tokens`` of buffers whose addresses stay, see `reference.steer_tokens`."""
+    def bound(self, buffers: Buffers) -> BoundKernel:
+        """``steer_tokens`` of buffers that stay where they are."""
         ...

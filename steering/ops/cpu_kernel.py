@@ -16,7 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from sae.normalization import LAYER_NORM_EPS
-from steering.ops import BoundKernel
+from steering.ops import BoundKernel, Buffers
 from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
 from steering.plan import (
     COVERS_GENERATION,
@@ -39,9 +39,8 @@ from steering.rows import (
     P_NORM,
     P_SINK,
     P_THRESHOLD,
-    RowPool,
 )
-from steering.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NO_SLOT, EditTable
+from steering.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NO_SLOT
 from steering.spec import MAX_INTERVENTIONS
 
 
@@ -281,32 +280,22 @@ def edits(dtype: torch.dtype) -> bool:
     return dtype in _LOAD
 
 
-def bound(
-    token_slot: Tensor,
-    positions: Tensor,
-    input_ids: Tensor,
-    is_special: Tensor,
-    prompt_len: Tensor,
-    table: EditTable,
-    rows: RowPool,
-    report_f: Tensor | None = None,
-    reports: Tensor | None = None,
-    counters: Tensor | None = None,
-) -> BoundKernel:
-    """`steer_tokens` of buffers whose addresses stay: taken apart once, not in every pass.
+def bound(buffers: Buffers) -> BoundKernel:
+    """`steer_tokens` of buffers that stay where they are: taken apart once, not in every pass.
 
     Found again from Python in every pass, with cold caches, they cost as much as the edit itself.
     """
+    table, rows, report_f, reports = buffers.table, buffers.rows, buffers.report_f, buffers.reports
     assert (report_f is None) == (reports is None), "report_f and reports go together"
     report_f_np, reports_np = _NO_REPORT
     if report_f is not None and reports is not None:
         report_f_np, reports_np = report_f.numpy(), reports.numpy()
-    buffers = (
-        token_slot.numpy(),
-        positions.numpy(),
-        input_ids.numpy(),
-        is_special.numpy(),
-        prompt_len.numpy(),
+    arrays = (
+        buffers.token_slot.numpy(),
+        buffers.positions.numpy(),
+        buffers.input_ids.numpy(),
+        buffers.is_special.numpy(),
+        buffers.prompt_len.numpy(),
         table.count.numpy(),
         table.ints.numpy(),
         table.value.numpy(),
@@ -315,7 +304,7 @@ def bound(
         rows.params.numpy(),
         report_f_np,
         reports_np,
-        np.zeros(2, np.int64) if counters is None else counters.numpy(),
+        np.zeros(2, np.int64) if buffers.counters is None else buffers.counters.numpy(),
     )
 
     def launch(hidden_states: Tensor, residual: Tensor | None) -> None:
@@ -329,14 +318,14 @@ def bound(
         else:
             kernel = _KERNELS[dtype, residual.dtype]
             other, stride = _storage(residual), residual.stride(0)
-        kernel(hidden, hidden_states.stride(0), other, stride, num_tokens, *buffers)
+        kernel(hidden, hidden_states.stride(0), other, stride, num_tokens, *arrays)
 
     return launch
 
 
 def steer_tokens(hidden_states: Tensor, residual: Tensor | None, *buffers: Any) -> None:
     """Same as :func:`steering.ops.reference.steer_tokens`, for float32 and bfloat16 streams."""
-    bound(*buffers)(hidden_states, residual)
+    bound(Buffers(*buffers))(hidden_states, residual)
 
 
 def _storage(stream: Tensor) -> Any:

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sae.normalization import LAYER_NORM_EPS
-from steering.ops import BoundKernel
+from steering.ops import BoundKernel, Buffers
 from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
 from steering.plan import (
     COVERS_GENERATION,
@@ -144,9 +144,9 @@ def steer_tokens(
     )
 
 
-def bound(**buffers: Any) -> BoundKernel:
-    """`steer_tokens` of buffers whose addresses stay."""
-    return partial(steer_tokens, **buffers)
+def bound(buffers: Buffers) -> BoundKernel:
+    """`steer_tokens` of buffers that stay where they are."""
+    return partial(steer_tokens, **buffers._asdict())
 
 
 @triton.jit

@@ -49,8 +49,7 @@ def main() -> int:
             command.append("--full")
         if subprocess.run(command, cwd=Path(__file__).parents[2]).returncode:
             failed.append(name)
-    out = RESULTS if args.out is None else args.out
-    table.write(out, out.parent / "README.md" if args.out is None else out / "README.md")
+    table.write(RESULTS if args.out is None else args.out)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

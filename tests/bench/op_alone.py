@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steering.batch_parts import SlotWork
 from steering.hook import Counters, HookRuntime, KernelPath
-from steering.ops import cpu_kernel
+from steering.ops import Buffers, cpu_kernel
 from steering.plan import COVERS_GENERATION, COVERS_PROMPT, OP_CLAMP, PlannedEdit, SteeringPlan
 from steering.residency import Residency
 from steering.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, P_THRESHOLD, RowPool
@@ -67,7 +67,7 @@ class Case:
         )
         report_f = torch.zeros(tokens, MAX_INTERVENTIONS)
         reports = torch.zeros(requests, dtype=torch.int32)
-        launch = cpu_kernel.bound(
+        buffers = Buffers(
             self.step.token_slot,
             self.step.positions,
             self.step.input_ids,
@@ -88,7 +88,7 @@ class Case:
             prompt_len,
             Counters(),
             nowhere,
-            KernelPath(launch, report_f, reports),
+            KernelPath(cpu_kernel.bound(buffers), report_f, reports),
         )
         for slot in range(requests):
             first = slot % configurations * edits

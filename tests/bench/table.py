@@ -165,8 +165,14 @@ def panel(axes: Any, result: Result) -> None:
     axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def write(folder: Path, readme: Path) -> None:
+def page_of(folder: Path) -> Path:
+    """Where a folder's page is: the kept results have theirs above, others within."""
+    return (folder.parent if folder.resolve() == RESULTS.resolve() else folder) / "README.md"
+
+
+def write(folder: Path) -> None:
     """Read a folder of results and write the plot into it and the page that shows both."""
+    readme = page_of(folder)
     results = read(folder)
     notes = folder / NOTES
     plot = folder / PLOT
@@ -182,5 +188,4 @@ def write(folder: Path, readme: Path) -> None:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    write(where, where.parent / "README.md")
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
