@@ -49,7 +49,7 @@ demo: $(INSTALLED)
 
 serve: $(INSTALLED)
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} \
-	  $(BIN)/vllm-sae serve "$(or $(MODEL),$$($(BIN)/python -m server.demo_model))" --sae $(SAE) $(ARGS)
+	  $(BIN)/vllm-sae serve "$(or $(MODEL),$$($(BIN)/python -m server.commands.demo_model))" --sae $(SAE) $(ARGS)
 
 check: $(TOOLS)
 	$(BIN)/ruff format --check .
@@ -64,7 +64,7 @@ bench: $(TOOLS)
 
 # Labels are written by a person from $(WORK)/contexts.txt; where there are some, they are measured.
 train-demo-sae: $(TRAINING)
-	set -e; model="$(or $(MODEL),$$($(BIN)/python -m server.demo_model))"; \
+	set -e; model="$(or $(MODEL),$$($(BIN)/python -m server.commands.demo_model))"; \
 	for step in "corpus --tokens $(TOKENS)" activations "train --tokens $(SEEN) --output $(WORK)/sae" \
 	    "evaluate --sae $(WORK)/sae --statistics"; do \
 	  $(BIN)/python -m sae.training.$$step --model "$$model" --work "$(WORK)"; \

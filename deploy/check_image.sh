@@ -128,9 +128,9 @@ check_server() {
   local root=$1 model demo_sae
   chown 10001:10001 "$work/cache"
   say "demo model: converted without a network"
-  model=$(in_namespaces "$root" python3 -m server.demo_model 2>"$work/convert.log" | tail -n 1) \
+  model=$(in_namespaces "$root" python3 -m server.commands.demo_model 2>"$work/convert.log" | tail -n 1) \
     || fail "conversion, see $work/convert.log"
-  demo_sae=$(in_namespaces "$root" python3 -c 'from server.demo import DEMO_SAE; print(DEMO_SAE)')
+  demo_sae=$(in_namespaces "$root" python3 -c 'from server.commands.demo import DEMO_SAE; print(DEMO_SAE)')
 
   say "serve $model"
   in_namespaces "$root" vllm-sae serve "$model" --sae "l14=$demo_sae" --served-model-name demo \

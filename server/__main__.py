@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["serve"]:
         return _serve(words[1:])
     if words[:1] == ["demo"] and not {"-h", "--help"}.intersection(words):
-        from server.demo import demo
+        from server.commands.demo import demo
 
         return demo(words[1:])
     parser = _parser()
@@ -26,17 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags and getattr(args, "model", None) is None:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if args.command == "import-labels":
-        from server.import_labels import import_labels
+        from server.commands.import_labels import import_labels
 
         return import_labels(args.source, args.export)
-    from server.inspect_sae import inspect_sae
+    from server.commands.inspect_sae import inspect_sae
 
     return inspect_sae(args.source, args.model, flags)
 
 
 def _serve(argv: Sequence[str]) -> int:
-    from server.engine_death import EngineDiedError
-    from server.serve import RefusedStartError, serve
+    from server.commands.serve import RefusedStartError, serve
+    from server.start.engine_death import EngineDiedError
 
     try:
         serve(argv)

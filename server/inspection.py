@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from server.protocol import SteerableChatCompletionRequest, SteerableCompletionRequest
 from steering.errors import SteeringError
-from steering.spec import DEFAULT_TOP_K, MAX_TOP_K
+from steering.request.limits import DEFAULT_TOP_K, MAX_TOP_K
 
 AGGREGATES: Final = ("max", "mean", "frequency")
 

@@ -13,7 +13,8 @@ from typing import Final, Protocol
 
 from prometheus_client import Counter, Gauge
 
-from steering.spec import OPS, SteeringSpec
+from steering.request.limits import OPS
+from steering.request.spec import SteeringSpec
 
 logger = logging.getLogger("vllm.sae.server")
 

@@ -13,14 +13,14 @@ from typing import Final
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.door import UNSUPPORTED, refuse_smuggled
+from server.admission import UNSUPPORTED, refuse_smuggled
 from server.errors import refusal
 from server.routes.generate import ROUTES
 from server.state import SteeringState
-from steering.catalog import Catalog
 from steering.errors import SteeringError
-from steering.spec import nothing_loaded
-from steering.vllm.admission import FIELD
+from steering.request.catalog import Catalog
+from steering.request.spec import nothing_loaded
+from steering.vllm.door import FIELD
 
 
 class MetricsRefresh:

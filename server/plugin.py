@@ -10,17 +10,18 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from server import engine_death, errors, self_check
+from server import errors, self_check
 from server.body_limit import BodyLimit
+from server.commands.serve import DEFAULT_MAX_BODY_BYTES
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries, start_series
 from server.middleware import ForeignSteering, MetricsRefresh
 from server.routes import generate, saes
-from server.serve import DEFAULT_MAX_BODY_BYTES
+from server.start import engine_death
 from server.state import SteeringState
 from server.unembedding import open_unembedding
-from steering.catalog import SCAN_LIMIT_BYTES, Catalog
-from steering.vllm.admission import catalog_for
+from steering.request.catalog import SCAN_LIMIT_BYTES, Catalog
+from steering.vllm.door import catalog_for
 from steering.vllm.plugin import register
 from steering.vllm.results import worker_stats
 

@@ -15,7 +15,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from steering.errors import SteeringError
-from steering.spec import (
+from steering.request.limits import (
     DEFAULT_TOP_K,
     MAX_INTERVENTIONS,
     MAX_TOP_K,

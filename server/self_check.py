@@ -19,9 +19,9 @@ from typing import Any, Final
 from sae.self_check import TEXT, Measured, Outcome, stated_by
 from sae.source import SAEReference
 from steering.config import SteeringConfig
-from steering.plan import SELF_CHECK
+from steering.request.plan import SELF_CHECK
 from steering.vllm import results
-from steering.vllm.admission import FIELD, INSPECT, TICKET, catalog_for
+from steering.vllm.door import FIELD, INSPECT, TICKET, catalog_for
 
 logger = logging.getLogger("vllm.sae.server")
 

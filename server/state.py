@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries
-from steering.catalog import Catalog
+from steering.request.catalog import Catalog
 
 
 @dataclass(frozen=True)

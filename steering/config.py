@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sae.source import SAEReference
-from steering.spec import MAX_INTERVENTIONS, MAX_TOP_K
+from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
 
 #: Key of this project's part of ``additional_config``; being there, it enters vLLM's compile hash.
 CONFIG_KEY: Final = "steering"

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import sae
-from server.demo_model import ensure_demo_model
+from server.commands.demo_model import ensure_demo_model
 
 # Wall-clock limits of single examples say more about the machine than about the code.
 settings.register_profile("vllm-sae", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from server.demo import DemoError, api_key, demo, show
+from server.commands.demo import DemoError, api_key, demo, show
 
 
 def test_a_taken_port_is_refused_rather_than_somebody_elses_server_asked(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.demo.ensure_demo_model", lambda: "unused")
+    monkeypatch.setattr("server.commands.demo.ensure_demo_model", lambda: "unused")
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()

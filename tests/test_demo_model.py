@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from server import demo_model as conversion
-from server.demo_model import DemoModelError, default_cache_dir, ensure_demo_model
+from server.commands import demo_model as conversion
+from server.commands.demo_model import DemoModelError, default_cache_dir, ensure_demo_model
 
 
 @pytest.fixture(scope="module")

@@ -45,10 +45,38 @@ def test_only_the_vllm_folder_of_steering_imports_vllm() -> None:
             assert "vllm" not in {name.split(".")[0] for name in imported(file)}, file
 
 
-@pytest.mark.parametrize("module", ["sae.card", "sae.source", "steering.spec", "steering.plan"])
+@pytest.mark.parametrize(
+    "module", ["sae.card", "sae.source", "steering.request.spec", "steering.request.plan"]
+)
 def test_what_the_front_end_shares_needs_neither_torch_nor_vllm(module: str) -> None:
     code = f"import {module}, sys; print(sorted({{'torch', 'vllm'}} & set(sys.modules)))"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_what_runs_beside_the_model_parses_no_request() -> None:
+    for file in files("steering/worker"):
+        assert "steering.request.spec" not in imported(file), file
+
+
+#: The files of `server/` that know vLLM; the rest is HTTP.
+SERVER_FILES_ON_VLLM = {
+    "allow_list.py",
+    "commands/inspect_sae.py",
+    "commands/serve.py",
+    "protocol.py",
+    "routes/generate.py",
+    "routes/saes.py",
+    "self_check.py",
+}
+
+
+def test_only_the_named_files_of_the_server_import_vllm() -> None:
+    found = {
+        file.relative_to(ROOT / "server").as_posix()
+        for file in files("server")
+        if "vllm" in {name.split(".")[0] for name in imported(file)}
+    }
+    assert found == SERVER_FILES_ON_VLLM

@@ -19,7 +19,7 @@ from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.responses.api_router import create_responses
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from server.door import admit
+from server.admission import admit
 from server.protocol import (
     Steerable,
     SteerableChatCompletionRequest,
@@ -38,7 +38,7 @@ from server.streaming import (
 )
 from steering.errors import SteeringError
 from steering.vllm import results
-from steering.vllm.admission import TICKET, refuse_long_results
+from steering.vllm.door import TICKET, refuse_long_results
 
 VLLMRoute = Callable[[Any, Request], Awaitable[Response | None]]
 

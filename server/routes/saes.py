@@ -19,7 +19,7 @@ from vllm.entrypoints.openai.chat_completion.api_router import create_chat_compl
 from vllm.entrypoints.openai.completion.api_router import create_completion
 
 from sae.sae import SAE
-from server.door import admit
+from server.admission import admit
 from server.errors import REFUSALS, NotFoundError
 from server.inspection import INSPECT_SCHEMA, Inspection
 from server.json_response import TolerantJSONResponse
@@ -27,7 +27,7 @@ from server.routes.generate import call_vllm
 from server.state import SteeringState, steering_state
 from steering.errors import SteeringError
 from steering.vllm import results
-from steering.vllm.admission import FIELD, TICKET
+from steering.vllm.door import FIELD, TICKET
 
 router = APIRouter(tags=["saes"], responses=REFUSALS)
 

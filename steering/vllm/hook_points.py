@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.card import HookPoint
-from steering.ops import registered
+from steering.worker.ops import registered
 
 _ATTENTION_NAMES: Final = ("self_attn", "attn", "attention", "self_attention")
 _MLP_NAMES: Final = ("mlp", "block_sparse_moe", "feed_forward", "ffn")

@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def _admitting(process_inputs: Any) -> Any:
-    from steering.vllm.admission import admit, catalog_for
+    from steering.vllm.door import admit, catalog_for
     from steering.vllm.tracing import is_traced
 
     @functools.wraps(process_inputs)
@@ -48,7 +48,7 @@ def _admitting(process_inputs: Any) -> Any:
 
 def _validating(add_requests: Any) -> Any:
     """Refuse a batch of ``LLM``'s before its first request runs, whichever of them is invalid."""
-    from steering.vllm.admission import FIELD, catalog_for, refuse_long_results
+    from steering.vllm.door import FIELD, catalog_for, refuse_long_results
 
     @functools.wraps(add_requests)
     def wrapper(self: Any, prompts: Any, params: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ def _validating(add_requests: Any) -> Any:
 
 
 def _collecting(generate: Any) -> Any:
-    from steering.vllm.admission import FIELD, catalog_for, refuse_long_results
+    from steering.vllm.door import FIELD, catalog_for, refuse_long_results
     from steering.vllm.results import collect, wants_collection
 
     @functools.wraps(generate)

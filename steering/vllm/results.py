@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sae.self_check import Measured
-from steering.records import MAX_FINISHED_RECORDS, features_read
-from steering.spec import SteeringSpec
-from steering.vllm.admission import FIELD, TICKET, catalog_for, result_key
+from steering.request.spec import SteeringSpec
+from steering.vllm.door import FIELD, TICKET, catalog_for, result_key
 from steering.vllm.drain import TAKE
+from steering.worker.record import MAX_FINISHED_RECORDS, features_read
 
 #: Seconds between two looks at whether the engine that is asked for results still lives.
 LIVENESS_SECONDS: Final = 1.0

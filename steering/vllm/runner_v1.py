@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from steering.ops import registered
-from steering.plan import SteeringPlan
-from steering.state import SteeringState
-from steering.vllm.admission import child_index, plan_of
+from steering.request.plan import SteeringPlan
+from steering.vllm.door import child_index, plan_of
+from steering.worker.ops import registered
+from steering.worker.worker_state import SteeringState
 
 #: The class that `attach` knows its way around in.
 RUNNER: Final = ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")

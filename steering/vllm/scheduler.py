@@ -10,7 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from steering.config import DEFAULT_MAX_ROWS, SteeringConfig
-from steering.vllm.admission import plan_of
+from steering.vllm.door import plan_of
 from steering.vllm.drain import Unfetched
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
         Seam("plugins", "", mentions=("vllm.general_plugins",)),
     ),
-    "steering/vllm/admission.py": (
+    "steering/vllm/door.py": (
         Seam("config.vllm", "VllmConfig", fields=("additional_config", "model_config")),
         Seam("config.model", "ModelConfig", fields=("max_model_len",)),
         Seam(
@@ -368,7 +368,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             mentions=("to_chat_completion_request",),
         ),
     ),
-    "server/serve.py": (
+    "server/commands/serve.py": (
         Seam("entrypoints.cli.serve", "ServeSubcommand.cmd"),
         Seam("entrypoints.cli.serve", "ServeSubcommand.subparser_init", first=("subparsers",)),
         Seam("entrypoints.cli.serve", "ServeSubcommand.validate", first=("args",)),
@@ -393,7 +393,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("engine.arg_utils", "EngineArgs.create_engine_config", parameters=("headless",)),
         Seam("tokenizers", "cached_tokenizer_from_config"),
     ),
-    "server/inspect_sae.py": (
+    "server/commands/inspect_sae.py": (
         Seam("", "LLM"),
         Seam("", "EngineArgs"),
         Seam("utils.argparse_utils", "FlexibleArgumentParser"),
@@ -411,7 +411,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.engine.llm_engine", "LLMEngine", fields=("engine_core",)),
         Seam("v1.engine.core_client", "EngineCoreClient.shutdown", parameters=("timeout",)),
     ),
-    "server/engine_death.py": (
+    "server/start/engine_death.py": (
         Seam("v1.engine.async_llm", "AsyncLLM", fields=("errored", "shutdown")),
         Seam(
             "entrypoints.launchers.launcher",
@@ -440,7 +440,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             parameters=("use_tqdm",),
         ),
     ),
-    "server/saes_at_start.py": (
+    "server/start/checked_sae.py": (
         Seam(
             "config.model",
             "ModelConfig",

@@ -9,7 +9,7 @@ import functools
 from contextvars import ContextVar
 from typing import Any, Final
 
-from steering.spec import SteeringSpec
+from steering.request.spec import SteeringSpec
 
 #: `SamplingParams.extra_args` key of the attributes, on their way to the output processor.
 SPAN: Final = "steering_span"

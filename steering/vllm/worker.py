@@ -17,16 +17,16 @@ from sae.card import HookPoint
 from sae.errors import SAEError
 from sae.sae import open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
-from steering.ops import Kernel, registered
-from steering.special_tokens import special_token_ids
-from steering.state import SteeringState
-from steering.step import Step
+from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
 from steering.vllm.support import (
     UnsupportedEngineError,
     refuse_unknown_runner,
     refuse_unsupported,
 )
+from steering.worker.ops import Kernel, registered
+from steering.worker.step import Step
+from steering.worker.worker_state import SteeringState
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -129,9 +129,9 @@ def _leave_word(error: Exception) -> None:
 def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """Triton's kernel on CUDA and in Triton's interpreter, else the CPU's where it has one."""
     if device.type == "cuda" or (HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"):
-        from steering.ops import triton_kernel
+        from steering.worker.ops import triton_kernel
 
         return triton_kernel
-    from steering.ops import cpu_kernel
+    from steering.worker.ops import cpu_kernel
 
     return cpu_kernel if cpu_kernel.edits(dtype) else None

@@ -21,11 +21,11 @@ import torch
 from sae.card import HookPoint
 from sae.sae import open_sae
 from sae.source import SAEReference
-from steering.catalog import Catalog
 from steering.config import SteeringConfig
-from steering.state import SteeringState
-from steering.step import Step
-from steering.vllm.admission import admit, plan_of
+from steering.request.catalog import Catalog
+from steering.vllm.door import admit, plan_of
+from steering.worker.step import Step
+from steering.worker.worker_state import SteeringState
 from tests.bench.cases import SAE_NAME, steering
 from tests.bench.demo_engine import D_MODEL, NUM_LAYERS, SAE, SPECIAL_TOKENS, VOCAB_SIZE
 from tests.bench.record import Record, arguments, spread

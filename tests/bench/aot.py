@@ -22,7 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steering.ops.triton_kernel import launch, steer_kernel
+from steering.worker.ops.triton_kernel import launch, steer_kernel
 from tests.bench.roofline import ROW_ITEMSIZE
 
 ARCHS: Final = (80, 90, 100)

@@ -26,7 +26,7 @@ os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 from safetensors.torch import load_file, save_file
 
-from server.demo_model import ensure_demo_model
+from server.commands.demo_model import ensure_demo_model
 from tests.bench.alternate import Run
 from tests.bench.cases import REQUESTS, Field
 from tests.engine.engine import Engine, start

@@ -22,11 +22,11 @@ from typing import Final
 import torch
 import triton
 
-from steering.ops import triton_kernel
-from steering.plan import OP_CLAMP, PlannedEdit
-from steering.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, RowPool
-from steering.slots import NO_SLOT, EditTable
-from steering.spec import MAX_INTERVENTIONS, POSITION_LIMIT
+from steering.request.limits import MAX_INTERVENTIONS, POSITION_LIMIT
+from steering.request.plan import OP_CLAMP, PlannedEdit
+from steering.worker.ops import triton_kernel
+from steering.worker.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, RowPool
+from steering.worker.slots import NO_SLOT, EditTable
 from tests.bench.roofline import (
     DEVICES,
     LLAMA_8B,

@@ -20,15 +20,21 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from steering.batch_parts import SlotWork
-from steering.hook import Counters, HookRuntime, KernelPath
-from steering.ops import Buffers, cpu_kernel
-from steering.plan import COVERS_GENERATION, COVERS_PROMPT, OP_CLAMP, PlannedEdit, SteeringPlan
-from steering.residency import Residency
-from steering.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, P_THRESHOLD, RowPool
-from steering.slots import EditTable
-from steering.spec import MAX_INTERVENTIONS, POSITION_LIMIT
-from steering.step import Step
+from steering.request.limits import MAX_INTERVENTIONS, POSITION_LIMIT
+from steering.request.plan import (
+    COVERS_GENERATION,
+    COVERS_PROMPT,
+    OP_CLAMP,
+    PlannedEdit,
+    SteeringPlan,
+)
+from steering.worker.batch_parts import SlotWork
+from steering.worker.ops import Buffers, cpu_kernel
+from steering.worker.residency import Residency
+from steering.worker.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, P_THRESHOLD, RowPool
+from steering.worker.site import Counters, HookRuntime, KernelPath
+from steering.worker.slots import EditTable
+from steering.worker.step import Step
 from tests.bench.record import Plot, Record, arguments, spread
 
 DECODE: Final = 256

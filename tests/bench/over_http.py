@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, Final
 
-from server.demo_model import ensure_demo_model
+from server.commands.demo_model import ensure_demo_model
 from tests.bench.alternate import Run
 from tests.bench.cases import FULL, REQUESTS, SAE_NAME, SHORT, TOPK_NAME, Field, Shape, compare
 from tests.bench.demo_engine import MAX_TOKENS, SAE, prompts, topk_sae

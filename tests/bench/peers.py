@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import torch
 
-from server.demo_model import default_cache_dir, ensure_demo_model
+from server.commands.demo_model import default_cache_dir, ensure_demo_model
 from tests.bench.alternate import Compared, Run, alternate
 from tests.bench.cases import DECODE, REQUESTS, SAE_NAME, Field, dealt, steering
 from tests.bench.demo_engine import SAE, demo_engine, prompts, run

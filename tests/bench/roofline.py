@@ -1,7 +1,7 @@
 """What the kernel should cost on a GPU, from bytes and latencies.
 
-``python -m tests.bench.roofline`` prints the tables of ``steering/ops/README.md``, which states
-the assumptions in words.
+``python -m tests.bench.roofline`` prints the tables of ``steering/worker/ops/README.md``, which
+states the assumptions in words.
 ``tests/bench/kernel_gpu.py`` holds the same numbers against a real GPU.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Final
 
-from steering.ops.triton_kernel import Launch, launch
+from steering.worker.ops.triton_kernel import Launch, launch
 
 #: Part of a memory's peak rate that a good kernel gets.
 ACHIEVED: Final = 0.8

@@ -36,8 +36,8 @@ from pathlib import Path
 import psutil, torch
 from sae.sae import open_sae
 from sae.source import SAEReference
-from server.saes_at_start import check
-from steering.rows import RowPool
+from server.start.checked_sae import check
+from steering.worker.rows import RowPool
 
 def resident():
     return psutil.Process().memory_info().rss

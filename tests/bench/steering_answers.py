@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from sae.sae import open_sae
 from sae.source import SAEReference
-from server.demo_model import ensure_demo_model
+from server.commands.demo_model import ensure_demo_model
 from tests.bench.cases import D_SAE
 from tests.bench.demo_engine import SAE, SPECIAL_TOKENS, demo_engine
 from tests.engine.engine import Engine

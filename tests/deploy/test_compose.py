@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.demo import DEMO_SAE
-from server.demo_model import CONVERSION, PACKAGE_VERSION
+from server.commands.demo import DEMO_SAE
+from server.commands.demo_model import CONVERSION, PACKAGE_VERSION
 from tests.deploy.conftest import DEPLOY, REPOSITORY, read_yaml
 
 SITE_PACKAGES = Path("/opt/vllm-sae/lib/python3.11/site-packages")
@@ -20,7 +20,7 @@ def services() -> dict[str, Any]:
 
 
 def test_server_takes_the_model_that_the_conversion_leaves(services: dict[str, Any]) -> None:
-    assert services["demo-model"]["entrypoint"] == ["python3", "-m", "server.demo_model"]
+    assert services["demo-model"]["entrypoint"] == ["python3", "-m", "server.commands.demo_model"]
     serve, model, *_ = services["server"]["command"]
     folder = f"SmolLM2-135M-Instruct-{PACKAGE_VERSION}-{CONVERSION}"
     assert (serve, model) == ("serve", f"/var/cache/vllm-sae/vllm-sae/{folder}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.demo_model import INSTALL_COMMAND
+from server.commands.demo_model import INSTALL_COMMAND
 from tests.deploy.conftest import DEPLOY, REPOSITORY
 
 FINAL_STAGES = ("cpu", "cuda")

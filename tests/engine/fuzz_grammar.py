@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from steering.spec import OPS, UNITS
+from steering.request.limits import OPS, UNITS
 
 #: Examples that one seed gives: where hypothesis finds no more, the next seed goes on.
 EXAMPLES: Final = 250

@@ -27,8 +27,8 @@ from typing import Any, Final
 import httpx
 
 from sae.source import SAEReference
-from steering.catalog import Catalog
 from steering.config import SteeringConfig
+from steering.request.catalog import Catalog
 from tests.bench.record import Record, arguments
 from tests.engine.fuzz_grammar import Grammar, Shot, examples
 from tests.engine.fuzz_openapi import openapi_shots, operations

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import httpx
 
-from steering.catalog import Catalog
 from steering.errors import SteeringError
+from steering.request.catalog import Catalog
 from tests.engine.fuzz_grammar import Shot
 
 #: The contract's error table.

@@ -35,25 +35,25 @@ COMPILED = (
 )
 MUTATIONS = {
     "prefix cache unsalted": Mutation(
-        "steering/vllm/admission.py",
+        "steering/vllm/door.py",
         "request.cache_salt = cache_salt(",
         "_ = cache_salt(",
         TRAPS + "test_blocks_of_a_steered_request_are_never_served_to_a_clean_one",
     ),
     "salt without the prompt's length": Mutation(
-        "steering/cache_salt.py",
+        "steering/request/cache_salt.py",
         "prompt_len if spec.phase_dependent else None",
         "None",
         TRAPS + "test_a_generated_turn_is_not_taken_for_a_prompt_of_the_next_one",
     ),
     "salt without the user's own": Mutation(
-        "steering/cache_salt.py",
+        "steering/request/cache_salt.py",
         "        user_salt,\n    ]",
         "    ]",
         TRAPS + "test_a_users_own_salt_keeps_parting_requests",
     ),
     "read served from the prefix cache": Mutation(
-        "steering/vllm/admission.py",
+        "steering/vllm/door.py",
         "params.skip_reading_prefix_cache = True",
         "pass",
         TRAPS + "test_a_read_sees_prompt_tokens_that_the_prefix_cache_holds",
@@ -80,7 +80,7 @@ MUTATIONS = {
         TRAPS + "test_requests_keep_their_own_edits_while_the_batch_is_reordered_by_churn",
     ),
     "phase by the number of scheduled tokens": Mutation(
-        "steering/ops/cpu_kernel.py",
+        "steering/worker/ops/cpu_kernel.py",
         "COVERS_PROMPT if position < prompt_len[slot] else",
         "COVERS_PROMPT if token and token_slot[token - 1] == slot else",
         TRAPS + "test_phase_follows_positions_whatever_the_chunks_of_the_prefill[7]",
@@ -92,31 +92,31 @@ MUTATIONS = {
         TRAPS + "test_preempted_requests_have_the_right_phases_and_are_counted_once",
     ),
     "a slot keeps the last request's edits": Mutation(
-        "steering/slots.py",
+        "steering/worker/slots.py",
         "had = self.count_np[slot]\n",
         "had = self.count_np[slot]\n        if len(edits) < had:\n            return\n",
         TRAPS + "test_a_reused_slot_keeps_nothing_of_the_last_request",
     ),
     "children of n share one record": Mutation(
-        "steering/vllm/admission.py",
+        "steering/vllm/door.py",
         "if plan.children > 1 else 0",
         "if False else 0",
         TRAPS + "test_every_child_of_n_choices_is_steered_and_reported",
     ),
     "an aborted request keeps its slot": Mutation(
-        "steering/state.py",
+        "steering/worker/worker_state.py",
         "self.slots.give_back(request.slot)",
         "pass",
         TRAPS + "test_an_aborted_request_frees_its_slot_and_rows_and_leaves_neighbours_alone",
     ),
     "the first token is steered": Mutation(
-        "steering/ops/cpu_kernel.py",
+        "steering/worker/ops/cpu_kernel.py",
         "if position == 0 or is_special[input_ids[token]]:",
         "if is_special[input_ids[token]]:",
         TRAPS + "test_the_first_token_is_left_alone_unless_special_tokens_are_asked_for",
     ),
     "sinks are steered": Mutation(
-        "steering/ops/cpu_kernel.py",
+        "steering/worker/ops/cpu_kernel.py",
         "if norm > param[P_SINK] and",
         "if norm < _ZERO and",
         TRAPS + "test_sinks_are_neither_edited_nor_read_and_are_counted",
@@ -128,7 +128,7 @@ MUTATIONS = {
         TRAPS + "test_requests_whose_rows_do_not_fit_wait_and_all_are_steered",
     ),
     "the whole stream is written back": Mutation(
-        "steering/ops/cpu_kernel.py",
+        "steering/worker/ops/cpu_kernel.py",
         "count[slot] == 0:\n",
         "count[slot] == 0:\n                hidden[token * hidden_stride] += np.float32(1e-6)\n",
         TRAPS + "test_unsteered_requests_are_exactly_those_of_plain_vllm_in_the_same_batch",

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from sae.source import SAEReference
-from steering.catalog import Catalog
 from steering.config import SteeringConfig
+from steering.request.catalog import Catalog
 from tests.demo_sae import ELVES
 from tests.engine.fuzz_grammar import JSON_HEADERS, Grammar, Shot, examples
 from tests.engine.fuzz_openapi import openapi_shots, operations

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sae.self_check import TEXT, Outcome
 from sae.source import SAEReference
 from server.self_check import check_offline
-from steering.plan import COVERS_PROMPT, SELF_CHECK, SteeringPlan
+from steering.request.plan import COVERS_PROMPT, SELF_CHECK, SteeringPlan
 from tests.engine import engine as engines
 from tests.engine import server as servers
 from tests.engine.engine import Engine

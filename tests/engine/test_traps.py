@@ -14,7 +14,7 @@ import pytest
 
 from sae.source import SAEReference
 from steering.config import SteeringConfig, engine_arguments
-from steering.vllm.admission import catalog_for
+from steering.vllm.door import catalog_for
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, Generated
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
@@ -135,7 +135,7 @@ def test_a_users_own_salt_keeps_parting_requests(make_engine: MakeEngine) -> Non
 
 
 def test_a_salt_that_steering_makes_opens_no_steered_blocks(make_engine: MakeEngine) -> None:
-    from steering.cache_salt import cache_salt
+    from steering.request.cache_salt import cache_salt
 
     engine = make_engine(block_size=32, enable_prefix_caching=True)
     prompt = tokens(4, 100)

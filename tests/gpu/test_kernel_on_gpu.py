@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steering.ops import triton_kernel
-from steering.slots import NO_SLOT
-from steering.spec import MAX_INTERVENTIONS
+from steering.request.limits import MAX_INTERVENTIONS
+from steering.worker.ops import triton_kernel
+from steering.worker.slots import NO_SLOT
 from tests.steering.batches import Batch, full_batch, random_batch
 from tests.steering.test_ops import Edited, assert_agrees, run
 

@@ -25,7 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from server.plugin import SteeringEndpointPlugin
 from steering.config import SteeringConfig
 from steering.vllm import results
-from steering.vllm.admission import TICKET
+from steering.vllm.door import TICKET
 from steering.vllm.results import ChoiceResult
 
 #: As vLLM hands every prompt to its engine here.

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.errors import SAEError
-from server import engine_death
-from server import serve as serving
 from server.__main__ import main
 from server.allow_list import PLUGIN_NAME
-from server.saes_at_start import unforeseen_refused
-from server.serve import RefusedStartError, refuse_flags, split_sae_flags
+from server.commands import serve as serving
+from server.commands.serve import RefusedStartError, refuse_flags, split_sae_flags
+from server.start import engine_death
+from server.start.checked_sae import unforeseen_refused
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
-from steering.special_tokens import special_token_ids
+from steering.request.special_tokens import special_token_ids
 from tests.models import make_tiny_model, make_tiny_sae
 
 
@@ -378,7 +378,7 @@ def test_inspect_scans_everything_and_fails_in_one_line(
     sae: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_tensor(sae, b_enc=torch.full((128,), torch.inf))
-    monkeypatch.setattr("server.saes_at_start.SCAN_LIMIT_BYTES", 0)
+    monkeypatch.setattr("server.start.checked_sae.SCAN_LIMIT_BYTES", 0)
     assert main(["inspect-sae", str(sae)]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from sae.sae import open_sae
 from sae.source import SAEReference
 from server.__main__ import main
-from server.import_labels import features_path
-from steering.catalog import Catalog
+from server.commands.import_labels import features_path
 from steering.config import SteeringConfig
+from steering.request.catalog import Catalog
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
 

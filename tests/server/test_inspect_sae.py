@@ -11,11 +11,11 @@ from rich.console import Console
 
 from sae.self_check import Measured, Outcome, Stated
 from sae.source import SAEReference
-from server import inspect_sae as inspecting
 from server.__main__ import main
-from server.inspect_sae import inspect_sae
-from server.saes_at_start import check_reference
-from server.serve import RefusedStartError
+from server.commands import inspect_sae as inspecting
+from server.commands.inspect_sae import inspect_sae
+from server.commands.serve import RefusedStartError
+from server.start.checked_sae import check_reference
 from tests.models import make_tiny_model, make_tiny_sae
 
 

@@ -9,7 +9,7 @@ import pytest
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
 
-from steering import catalog
+from steering.request import catalog
 from steering.vllm import results
 from tests.server.conftest import Server, StartServer
 

@@ -24,9 +24,9 @@ from vllm.entrypoints.serve.utils.api_utils import log_non_default_args
 from sae.self_check import Measured, Outcome, stated_by
 from sae.source import SAEReference
 from server.__main__ import main
-from server.inspect_sae import outcome_table
+from server.commands.inspect_sae import outcome_table
 from server.routes.generate import ROUTES
-from steering.spec import MAX_INTERVENTIONS, MAX_TOP_K
+from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
 from tests.models import make_tiny_sae
 from tests.server.conftest import Server, StartServer
 from tests.server.fakes import serve_args

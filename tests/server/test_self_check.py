@@ -16,10 +16,10 @@ from sae.self_check import TEXT, Measured
 from sae.source import SAEReference
 from server import self_check
 from server.plugin import SteeringEndpointPlugin
-from steering.catalog import SCAN_LIMIT_BYTES
 from steering.config import SteeringConfig
+from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.vllm import results
-from steering.vllm.admission import TICKET
+from steering.vllm.door import TICKET
 from steering.vllm.results import ChoiceResult
 from tests.models import D_MODEL, NUM_LAYERS
 from tests.server.fakes import FakeEngine, serve_args

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.plan import COVERS_SINKS, PlannedEdit
-from steering.rows import (
+from steering.request.limits import MAX_INTERVENTIONS, POSITION_LIMIT
+from steering.request.plan import COVERS_SINKS, PlannedEdit
+from steering.worker.rows import (
     NORM_CONSTANT,
     NORM_LAYER,
     NORM_NONE,
@@ -24,8 +25,7 @@ from steering.rows import (
     P_THRESHOLD,
     RowPool,
 )
-from steering.slots import NO_SLOT, EditTable
-from steering.spec import MAX_INTERVENTIONS, POSITION_LIMIT
+from steering.worker.slots import NO_SLOT, EditTable
 
 VOCAB = 32
 SPECIAL_IDS = (0, 1, 2)
@@ -33,7 +33,7 @@ SPECIAL_IDS = (0, 1, 2)
 
 @dataclass
 class Batch:
-    """What :func:`steering.ops.reference.steer_tokens` takes; an edit's latent is its pool row.
+    """What `steering.worker.ops.reference.steer_tokens` takes; an edit's latent is its pool row.
 
     Attributes:
         edits: slot to its edits, as written to ``table``.

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from sae.source import SAEReference
-from steering.catalog import Catalog
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
-from steering.plan import SELF_CHECK
-from steering.vllm.admission import (
+from steering.request.catalog import Catalog
+from steering.request.plan import SELF_CHECK
+from steering.vllm.door import (
     INSPECT,
     MAX_REPORT_VALUES,
     TICKET,

@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sae.source import SAEReference
-from steering import catalog as catalog_module
-from steering.catalog import Catalog
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
+from steering.request import catalog as catalog_module
+from steering.request.catalog import Catalog
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
 EDIT = {"interventions": [{"sae": "a", "feature": 3, "op": "ablate"}]}

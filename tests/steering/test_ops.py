@@ -18,11 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae.arrays import FloatArray, IntArray
-from steering.batch_parts import SlotWork
-from steering.hook import Counters, HookRuntime
-from steering.ops import cpu_kernel, reference
-from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
-from steering.plan import (
+from steering.request.limits import MAX_INTERVENTIONS
+from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
@@ -34,9 +31,12 @@ from steering.plan import (
     OP_SCALE,
     SteeringPlan,
 )
-from steering.records import BoolArray, RequestRecord
-from steering.residency import Residency
-from steering.rows import (
+from steering.worker.batch_parts import SlotWork
+from steering.worker.ops import cpu_kernel, reference
+from steering.worker.ops.reference import NOT_COVERED, SKIPPED_SINK
+from steering.worker.record import BoolArray, RequestRecord
+from steering.worker.residency import Residency
+from steering.worker.rows import (
     NORM_CONSTANT,
     NORM_LAYER,
     P_BIAS,
@@ -47,9 +47,9 @@ from steering.rows import (
     P_THRESHOLD,
     RowPool,
 )
-from steering.slots import NO_SLOT
-from steering.spec import MAX_INTERVENTIONS
-from steering.step import Step
+from steering.worker.site import Counters, HookRuntime
+from steering.worker.slots import NO_SLOT
+from steering.worker.step import Step
 from tests.steering.batches import (
     Batch,
     edit,
@@ -153,7 +153,7 @@ def by_cpu_kernel(batch: Batch) -> Edited:
 
 
 def by_triton_kernel(batch: Batch) -> Edited:
-    from steering.ops import triton_kernel
+    from steering.worker.ops import triton_kernel
 
     return run(triton_kernel.steer_tokens, batch)
 

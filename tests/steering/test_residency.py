@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from steering.residency import Residency
+from steering.worker.residency import Residency
 
 DEVICE = torch.device("meta")
 

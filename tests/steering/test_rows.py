@@ -12,7 +12,7 @@ import torch
 from sae.errors import SAEError
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
-from steering.rows import RowPool
+from steering.worker.rows import RowPool
 from tests.models import make_tiny_sae
 
 

@@ -41,8 +41,7 @@ CHANGES = {
     "a removed field": (
         "v1/engine/__init__.py",
         ("cache_salt: str | None", "salt: str | None"),
-        "vllm.v1.engine.EngineCoreRequest has no 'cache_salt' "
-        "(needed by steering/vllm/admission.py)",
+        "vllm.v1.engine.EngineCoreRequest has no 'cache_salt' (needed by steering/vllm/door.py)",
     ),
     "a field that is set elsewhere": (
         "config/parallel.py",

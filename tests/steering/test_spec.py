@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steering.errors import SteeringError
-from steering.spec import POSITION_LIMIT, Positions, SteeringSpec, parse_spec
+from steering.request.limits import POSITION_LIMIT
+from steering.request.spec import Positions, SteeringSpec, parse_spec
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.slots import NO_SLOT
-from steering.step import Step
+from steering.worker.slots import NO_SLOT
+from steering.worker.step import Step
 
 
 def new_step(size: int = 64) -> Step:

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from steering.ops import triton_kernel
-from steering.plan import OP_ADD, OP_CLAMP
-from steering.spec import MAX_INTERVENTIONS
+from steering.request.limits import MAX_INTERVENTIONS
+from steering.request.plan import OP_ADD, OP_CLAMP
+from steering.worker.ops import triton_kernel
 from tests.bench.roofline import moved
 from tests.steering.batches import edit, one_request, plain_params, pool
 from tests.steering.test_ops import run

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae.normalization import LAYER_NORM_EPS
-from steering.plan import (
+from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
@@ -17,7 +17,7 @@ from steering.plan import (
     OP_FLOOR,
     OP_SCALE,
 )
-from steering.rows import (
+from steering.worker.rows import (
     NORM_CONSTANT,
     NORM_LAYER,
     P_BIAS,
@@ -30,7 +30,7 @@ from steering.rows import (
     P_THRESHOLD,
     RowPool,
 )
-from steering.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NO_SLOT, EditTable
+from steering.worker.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NO_SLOT, EditTable
 
 #: In `report_f`: an edit that does not cover the token, and one kept off by a sink.
 NOT_COVERED, SKIPPED_SINK = float("nan"), float("-inf")

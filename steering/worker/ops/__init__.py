@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from steering.rows import RowPool
-from steering.slots import EditTable
+from steering.worker.rows import RowPool
+from steering.worker.slots import EditTable
 
 #: Edits ``hidden_states`` in place and reads ``residual`` or None, ``[num_tokens, d_in]`` each.
 BoundKernel: TypeAlias = Callable[[Tensor, Tensor | None], None]

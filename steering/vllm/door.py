@@ -10,12 +10,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Final
 
-from steering.cache_salt import cache_salt, unsteered_salt
-from steering.catalog import Catalog
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
-from steering.plan import SELF_CHECK, Inspection, SteeringPlan, make_plan
-from steering.spec import SteeringSpec
+from steering.request.cache_salt import cache_salt, unsteered_salt
+from steering.request.catalog import Catalog
+from steering.request.plan import SELF_CHECK, Inspection, SteeringPlan, make_plan
+from steering.request.spec import SteeringSpec
 from steering.vllm.tracing import SPAN, span_attributes
 
 #: `SamplingParams.extra_args` key of the public field's JSON value.

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from sae.errors import SAEError
-from server import engine_death
 from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
-from server.engine_death import EngineDiedError
-from server.saes_at_start import (
+from server.start import engine_death
+from server.start.checked_sae import (
     CheckedSAE,
     check,
     check_fit,
     refuse_equal_names,
 )
-from steering.catalog import SCAN_LIMIT_BYTES
+from server.start.engine_death import EngineDiedError
 from steering.config import (
     CONFIG_KEY,
     DEFAULT_MAX_ROWS,
@@ -33,8 +32,9 @@ from steering.config import (
     SteeringConfig,
     engine_arguments,
 )
-from steering.spec import MAX_INTERVENTIONS, MAX_TOP_K
-from steering.special_tokens import special_token_ids
+from steering.request.catalog import SCAN_LIMIT_BYTES
+from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
+from steering.request.special_tokens import special_token_ids
 from steering.vllm.seams import refuse_missing_seams
 from steering.vllm.support import UnsupportedEngineError
 

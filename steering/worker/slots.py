@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steering.plan import PlannedEdit
-from steering.spec import MAX_INTERVENTIONS
+from steering.request.limits import MAX_INTERVENTIONS
+from steering.request.plan import PlannedEdit
 
 NO_SLOT: Final = -1
 

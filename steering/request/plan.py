@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from steering.spec import OPS, Positions, SteeringSpec, float32
+from steering.request.limits import OPS
+from steering.request.spec import Positions, SteeringSpec, float32
 
 # Bits of an edit's coverage.
 COVERS_PROMPT: Final = 1

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from server.metrics import count_accepted
 from server.protocol import Steerable
-from steering.catalog import Catalog
 from steering.errors import SteeringError
-from steering.spec import SteeringSpec, nothing_loaded
-from steering.vllm.admission import FIELD, INSPECT, RESERVED
+from steering.request.catalog import Catalog
+from steering.request.spec import SteeringSpec, nothing_loaded
+from steering.vllm.door import FIELD, INSPECT, RESERVED
 
 UNSUPPORTED: Final = "unsupported_combination"
 

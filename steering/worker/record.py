@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from sae.arrays import FloatArray, IntArray
 from sae.self_check import Observed
-from steering.plan import SteeringPlan
+from steering.request.plan import SteeringPlan
 
 #: Records of ended requests that nobody need fetch are forgotten beyond these bounds.
 MAX_FINISHED_RECORDS: Final = 4096

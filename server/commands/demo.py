@@ -23,7 +23,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 import sae
-from server.demo_model import DemoModelError, ensure_demo_model
+from server.commands.demo_model import DemoModelError, ensure_demo_model
 
 DEMO_SAE: Final = Path(sae.__file__).parent / "demo" / "smollm2-135m-l14"
 MODEL_NAME: Final = "smollm2-135m-instruct"

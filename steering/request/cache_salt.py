@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from steering.spec import SteeringSpec
+from steering.request.spec import SteeringSpec
 
 
 def cache_salt(

@@ -14,7 +14,7 @@ from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
-from steering.spec import SteeringSpec, parse_spec
+from steering.request.spec import SteeringSpec, parse_spec
 
 #: Weights up to this size are scanned for non-finite values at start; larger ones row by row.
 SCAN_LIMIT_BYTES = 10**9

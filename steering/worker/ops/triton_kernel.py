@@ -1,6 +1,6 @@
 """The edit in one Triton launch: no allocation, no synchronisation, safe in a CUDA graph.
 
-``steering/ops/README.md`` says why it is built this way and what it costs.
+``steering/worker/ops/README.md`` says why it is built this way and what it costs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.normalization import LAYER_NORM_EPS
-from steering.ops import BoundKernel, Buffers
-from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
-from steering.plan import (
+from steering.request.limits import MAX_INTERVENTIONS
+from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
@@ -25,7 +24,9 @@ from steering.plan import (
     OP_FLOOR,
     OP_SCALE,
 )
-from steering.rows import (
+from steering.worker.ops import BoundKernel, Buffers
+from steering.worker.ops.reference import NOT_COVERED, SKIPPED_SINK
+from steering.worker.rows import (
     NORM_CONSTANT,
     NORM_LAYER,
     NUM_PARAMS,
@@ -39,8 +40,7 @@ from steering.rows import (
     P_THRESHOLD,
     RowPool,
 )
-from steering.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NUM_INTS, EditTable
-from steering.spec import MAX_INTERVENTIONS
+from steering.worker.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NUM_INTS, EditTable
 
 # A kernel sees only those globals that are constexpr.
 _PROMPT, _GENERATION = tl.constexpr(COVERS_PROMPT), tl.constexpr(COVERS_GENERATION)
@@ -104,7 +104,7 @@ def steer_tokens(
     reports: Tensor | None = None,
     counters: Tensor | None = None,
 ) -> None:
-    """Same as :func:`steering.ops.reference.steer_tokens`, as one kernel launch.
+    """Same as :func:`steering.worker.ops.reference.steer_tokens`, as one kernel launch.
 
     Every address it reads is fixed but those of ``hidden_states`` and ``residual``, so a captured
     launch follows whatever the next step writes into ``token_slot`` and the tables.

@@ -12,7 +12,7 @@ from sae.files import FEATURES_NAME, find_weights, is_weight_file
 from sae.neuronpedia import import_neuronpedia
 from sae.sae import open_sae
 from sae.source import parse_source, resolve
-from server.saes_at_start import unforeseen_refused
+from server.start.checked_sae import unforeseen_refused
 
 
 def import_labels(source: str, exports: Sequence[str]) -> int:

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from sae.arrays import FloatArray, IntArray
 from sae.sae import SAE
-from steering.batch_parts import BatchPart, BatchParts, FullPart, SlotWork
-from steering.kernel_reports import KernelReports, ReportPart
-from steering.ops import BoundKernel, batched
-from steering.ops.batched import Coverage, Stream
-from steering.plan import COVERS_SINKS, COVERS_SPECIAL, SELF_CHECK, SteeringPlan
-from steering.records import RequestRecord
-from steering.residency import Residency
-from steering.rows import RowPool
-from steering.slots import EditTable, to_device
-from steering.step import Step
+from steering.request.plan import COVERS_SINKS, COVERS_SPECIAL, SELF_CHECK, SteeringPlan
+from steering.worker.batch_parts import BatchPart, BatchParts, FullPart, SlotWork
+from steering.worker.kernel_reports import KernelReports, ReportPart
+from steering.worker.ops import BoundKernel, batched
+from steering.worker.ops.batched import Coverage, Stream
+from steering.worker.record import RequestRecord
+from steering.worker.residency import Residency
+from steering.worker.rows import RowPool
+from steering.worker.slots import EditTable, to_device
+from steering.worker.step import Step
 
 
 @dataclass

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sae.arrays import IntArray
 from sae.sae import SAE
-from steering.ops import batched
-from steering.ops.batched import CompiledEdits
-from steering.plan import PlannedEdit, SteeringPlan
-from steering.records import RequestRecord
-from steering.rows import RowPool
-from steering.slots import EditTable
-from steering.step import Step
+from steering.request.plan import PlannedEdit, SteeringPlan
+from steering.worker.ops import batched
+from steering.worker.ops.batched import CompiledEdits
+from steering.worker.record import RequestRecord
+from steering.worker.rows import RowPool
+from steering.worker.slots import EditTable
+from steering.worker.step import Step
 
 #: Elements that the float32 streams, or the full encodes, of one part of a batch may take.
 _WORKSPACE_ELEMENTS = 16 * 2**20

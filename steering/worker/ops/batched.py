@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae.arrays import IntArray
 from sae.normalization import LAYER_NORM_EPS
-from steering.plan import (
+from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
@@ -27,7 +27,7 @@ from steering.plan import (
     OP_FLOOR,
     OP_SCALE,
 )
-from steering.rows import (
+from steering.worker.rows import (
     NORM_CONSTANT,
     NORM_LAYER,
     P_BIAS,
@@ -40,7 +40,7 @@ from steering.rows import (
     P_THRESHOLD,
     RowPool,
 )
-from steering.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, EditTable
+from steering.worker.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, EditTable
 
 #: Elements of rows that a batch may keep gathered between passes, for each of the two matrices.
 _GATHERED_ELEMENTS = 4 * 2**20

@@ -16,16 +16,16 @@ from torch import Tensor
 from sae.arrays import IntArray
 from sae.card import HookPoint
 from sae.sae import SAE
-from steering.hook import Counters, HookRuntime, KernelPath
-from steering.kernel_reports import KernelReports
-from steering.ops import Buffers, Kernel
-from steering.plan import SteeringPlan
-from steering.records import RecordStore
-from steering.residency import Residency
-from steering.rows import RowPool
-from steering.slots import NO_SLOT, EditTable, SlotAllocator
-from steering.spec import MAX_INTERVENTIONS
-from steering.step import Step
+from steering.request.limits import MAX_INTERVENTIONS
+from steering.request.plan import SteeringPlan
+from steering.worker.kernel_reports import KernelReports
+from steering.worker.ops import Buffers, Kernel
+from steering.worker.record import RecordStore
+from steering.worker.residency import Residency
+from steering.worker.rows import RowPool
+from steering.worker.site import Counters, HookRuntime, KernelPath
+from steering.worker.slots import NO_SLOT, EditTable, SlotAllocator
+from steering.worker.step import Step
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.arrays import IntArray
-from steering.slots import NO_SLOT, copy_to_device
+from steering.worker.slots import NO_SLOT, copy_to_device
 
 
 class Step:

@@ -16,9 +16,7 @@ from sae.errors import SAEError
 from sae.self_check import Outcome
 from sae.source import parse_source
 from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
-from server.saes_at_start import CheckedSAE, check_reference
-from server.self_check import check_offline
-from server.serve import (
+from server.commands.serve import (
     DEFAULT_MAX_BODY_BYTES,
     RefusedStartError,
     engine_for,
@@ -26,6 +24,8 @@ from server.serve import (
     steer,
     worker_refusals,
 )
+from server.self_check import check_offline
+from server.start.checked_sae import CheckedSAE, check_reference
 from steering.config import DEFAULT_MAX_ROWS
 
 #: For a text that is read once: more than its blocks take in any model that is known.

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from steering.errors import SteeringError
+from steering.request.limits import (
+    DEFAULT_TOP_K,
+    FLOAT32_MAX,
+    MAX_INTERVENTIONS,
+    MAX_TOP_K,
+    OPS,
+    POSITION_LIMIT,
+    UNITS,
+    VALUE_LIMIT,
+)
 
-OPS: Final = ("clamp", "ablate", "scale", "add", "floor", "cap")
-UNITS: Final = ("raw", "max_act")
-MAX_INTERVENTIONS: Final = 64
-MAX_TOP_K: Final = 64
-DEFAULT_TOP_K: Final = 5
-VALUE_LIMIT: Final = 1e6
-#: End of a window that was left open; positions are int32 on the device.
-POSITION_LIMIT: Final = 2**31 - 1
-FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
 #: Of a client's own words in an error's path; its message shows less.
 _LONGEST_NAME: Final = 100
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sae.arrays import IntArray
-from steering.records import RequestRecord
+from steering.worker.record import RequestRecord
 
 
 @dataclass(frozen=True)

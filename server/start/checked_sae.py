@@ -12,7 +12,7 @@ from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import check_fits, open_sae
 from sae.source import SAEReference, resolve
-from steering.catalog import SCAN_LIMIT_BYTES
+from steering.request.catalog import SCAN_LIMIT_BYTES
 
 
 @dataclass(frozen=True)

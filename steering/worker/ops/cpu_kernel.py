@@ -16,9 +16,8 @@ from numba import njit
 from torch import Tensor
 
 from sae.normalization import LAYER_NORM_EPS
-from steering.ops import BoundKernel, Buffers
-from steering.ops.reference import NOT_COVERED, SKIPPED_SINK
-from steering.plan import (
+from steering.request.limits import MAX_INTERVENTIONS
+from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
@@ -28,7 +27,9 @@ from steering.plan import (
     OP_FLOOR,
     OP_SCALE,
 )
-from steering.rows import (
+from steering.worker.ops import BoundKernel, Buffers
+from steering.worker.ops.reference import NOT_COVERED, SKIPPED_SINK
+from steering.worker.rows import (
     NORM_CONSTANT,
     NORM_LAYER,
     P_BIAS,
@@ -40,8 +41,7 @@ from steering.rows import (
     P_SINK,
     P_THRESHOLD,
 )
-from steering.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NO_SLOT
-from steering.spec import MAX_INTERVENTIONS
+from steering.worker.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NO_SLOT
 
 
 def _answer_no_dunder(library: type) -> None:
@@ -324,7 +324,7 @@ def bound(buffers: Buffers) -> BoundKernel:
 
 
 def steer_tokens(hidden_states: Tensor, residual: Tensor | None, *buffers: Any) -> None:
-    """Same as :func:`steering.ops.reference.steer_tokens`, for float32 and bfloat16 streams."""
+    """`steering.worker.ops.reference.steer_tokens` for float32 and bfloat16 streams."""
     bound(Buffers(*buffers))(hidden_states, residual)
 
 

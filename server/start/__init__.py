@@ -1,0 +1,1 @@
+"""What happens before the port opens: flags, SAEs, the engine's arguments."""
