@@ -7,6 +7,8 @@ from typing import Final
 OPS: Final = ("clamp", "ablate", "scale", "add", "floor", "cap")
 UNITS: Final = ("raw", "max_act")
 MAX_INTERVENTIONS: Final = 64
+#: Distinct conditions of one request, those of ``stop_when`` among them.
+MAX_GATES: Final = 8
 MAX_TOP_K: Final = 64
 DEFAULT_TOP_K: Final = 5
 VALUE_LIMIT: Final = 1e6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Final
 
 from steering.request.limits import OPS
@@ -32,9 +32,43 @@ _OP_CODES: Final = {
 assert set(_OP_CODES) == set(OPS)
 
 
+# What a gate asks of an activation f.
+GATE_ABOVE, GATE_BELOW = range(2)  # f > threshold, f <= threshold
+
+# Over which tokens a gate decides: see `PlannedGate`.
+SCOPE_TOKEN, SCOPE_SO_FAR, SCOPE_PROMPT, SCOPE_STOP = range(4)
+
+
+@dataclass(frozen=True)
+class PlannedGate:
+    """One condition, of ``when`` or of ``stop_when``; f is read before the edits of its hook point.
+
+    Attributes:
+        sae: index of the SAE.
+        latent: index of the latent.
+        sense: GATE_ABOVE or GATE_BELOW.
+        threshold: float32, in raw units.
+        scope: SCOPE_TOKEN: at the edited token; SCOPE_SO_FAR: at it or any earlier token (below:
+            never above so far); SCOPE_PROMPT: at any token of the prompt (below: at none);
+            SCOPE_STOP: of ``stop_when``, read on generated tokens only. Special tokens, the first
+            token and sinks never count; with SCOPE_TOKEN a gate is shut there in either sense.
+    """
+
+    sae: int
+    latent: int
+    sense: int
+    threshold: float
+    scope: int
+
+
 @dataclass(frozen=True)
 class PlannedEdit:
-    """One edit: which latent of which SAE, what becomes of it, on which tokens."""
+    """One edit: which latent of which SAE, what becomes of it, on which tokens.
+
+    Attributes:
+        gates: bit i set if the plan's gate i must be open; no bits for an edit without conditions.
+        any_gate: whether one open gate is enough; else all must be.
+    """
 
     sae: int
     latent: int
@@ -43,13 +77,16 @@ class PlannedEdit:
     coverage: int
     start: int
     end: int
+    gates: int = 0
+    any_gate: bool = False
 
 
 @dataclass(frozen=True)
 class PlannedRead:
     """Features to return: ``top_k`` per covered token, and over all if ``aggregate`` is named.
 
-    With ``SELF_CHECK`` as aggregate it is the SAE's fit on the covered tokens instead.
+    With ``SELF_CHECK`` as aggregate it is the SAE's fit on the covered tokens instead. With
+    ``stream`` what each pass reads is handed out as soon as it is known.
     """
 
     sae: int
@@ -58,6 +95,7 @@ class PlannedRead:
     start: int
     end: int
     aggregate: str | None
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +107,11 @@ class SteeringPlan:
         awaited: whether what is recorded will be fetched, or forgotten by name, in any case.
         children: the request's ``n``.
         prompt_len: tokens in the original prompt; a token's phase is its position against it.
+        gates: the distinct conditions, at most `limits.MAX_GATES`.
+        reread: edits are solved so that the SAE, run again on the edited stream, reads f'.
+        protect: (SAE, latent) pairs whose pre-activations the edits must not move.
+        max_share: the largest share of the stream's norm that a token's whole change at one hook
+            point may be; None for no limit.
     """
 
     key: str
@@ -79,6 +122,10 @@ class SteeringPlan:
     report: bool
     read: PlannedRead | None
     awaited: bool = False
+    gates: tuple[PlannedGate, ...] = ()
+    reread: bool = False
+    protect: tuple[tuple[int, int], ...] = ()
+    max_share: float | None = None
 
     @property
     def latents(self) -> frozenset[tuple[int, int]]:
@@ -115,14 +162,16 @@ class SteeringPlan:
             "key": self.key,
             "children": self.children,
             "prompt_len": self.prompt_len,
-            "edits": [[e.sae, e.latent, e.op, e.value, e.coverage, e.start, e.end]
-                      for e in self.edits],
+            "edits": [list(astuple(edit)) for edit in self.edits],
             "error_term": self.error_term,
             "report": self.report,
-            "read": None if (r := self.read) is None
-            else [r.sae, r.top_k, r.coverage, r.start, r.end, r.aggregate],
+            "read": None if self.read is None else list(astuple(self.read)),
             "awaited": self.awaited,
-        }  # fmt: skip
+            "gates": [list(astuple(gate)) for gate in self.gates],
+            "reread": self.reread,
+            "protect": [list(pair) for pair in self.protect],
+            "max_share": self.max_share,
+        }
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> SteeringPlan:
@@ -136,6 +185,10 @@ class SteeringPlan:
             report=wire["report"],
             read=None if wire["read"] is None else PlannedRead(*wire["read"]),
             awaited=wire["awaited"],
+            gates=tuple(PlannedGate(*gate) for gate in wire["gates"]),
+            reread=wire["reread"],
+            protect=tuple((sae, latent) for sae, latent in wire["protect"]),
+            max_share=wire["max_share"],
         )
 
 
