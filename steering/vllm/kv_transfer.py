@@ -108,7 +108,7 @@ def _comes_from_elsewhere(request: Any) -> bool:
 
 
 def _is_steered_alike(request: Any) -> bool:
-    return request.kv_transfer_params.get(STAMP) == _salt(request)
+    return bool(request.kv_transfer_params.get(STAMP) == _salt(request))
 
 
 def _salt(request: Any) -> str | None:

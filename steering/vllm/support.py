@@ -66,6 +66,13 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "adaptive verification, which drops tokens on the device",
         ),
     )
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        raise UnsupportedEngineError(
+            f"SAE steering does not work with a float32 matmul precision of {precision}, in which "
+            "activations would not be read in float32; unset VLLM_FLOAT32_MATMUL_PRECISION, or "
+            "call torch.set_float32_matmul_precision('highest')"
+        )
     for refused, what in refusals:
         if refused:
             raise UnsupportedEngineError(f"SAE steering does not work with {what}")
