@@ -148,11 +148,88 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.request", "Request.__lt__", mentions=("priority", "arrival_time")),
         Seam("v1.request", "RequestStatus"),
         Seam("v1.engine.core", "EngineCore", mentions=("get_scheduler_cls", "finish_requests")),
-        Seam("config.vllm", "VllmConfig", fields=("additional_config", "scheduler_config")),
+        Seam(
+            "config.vllm",
+            "VllmConfig",
+            fields=("additional_config", "scheduler_config", "kv_transfer_config"),
+        ),
         Seam(
             "config.scheduler",
             "SchedulerConfig",
             fields=("scheduler_cls", "async_scheduling", "policy"),
+        ),
+    ),
+    "steering/vllm/kv_transfer.py": (
+        Seam(
+            "config.kv_transfer",
+            "KVTransferConfig",
+            fields=("kv_connector", "kv_connector_module_path", "kv_connector_extra_config"),
+        ),
+        *(
+            Seam("distributed.kv_transfer.kv_connector.factory", "", mentions=(name,))
+            for name in (
+                *("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector"),
+                *("LMCacheMPConnector", "NixlConnector", "MooncakeConnector", "MultiConnector"),
+            )
+        ),
+        Seam(
+            "distributed.kv_transfer.kv_connector.v1.multi_connector",
+            "",
+            mentions=("connectors", "kv_connector_extra_config"),
+        ),
+        Seam(
+            "distributed.kv_transfer.kv_connector.v1.base",
+            "KVConnectorBase_V1.get_num_new_matched_tokens",
+            first=("request", "num_computed_tokens"),
+        ),
+        *(
+            Seam(f"distributed.kv_transfer.kv_connector.v1.{module}", "", mentions=(word,))
+            for module, word in (
+                ("offloading.scheduler", "block_hashes"),
+                ("mooncake.store.scheduler", "block_hashes"),
+                ("lmcache_mp_connector", "cache_salt"),
+                ("nixl.pull_scheduler", "do_remote_prefill"),
+                ("nixl.pull_scheduler", "remote_block_ids"),
+                ("nixl.push_scheduler", "do_remote_prefill"),
+                ("mooncake.mooncake_connector", "do_remote_prefill"),
+            )
+        ),
+        Seam("v1.simple_kv_offload.manager", "", mentions=("block_hashes",)),
+        Seam("v1.core.sched.scheduler", "Scheduler", fields=("connector",)),
+        Seam("v1.core.sched.scheduler", "Scheduler", mentions=("get_num_new_matched_tokens",)),
+        Seam("v1.request", "Request", fields=("kv_transfer_params", "cache_salt")),
+    ),
+    "steering/vllm/piecewise.py": (
+        Seam("compilation.breakable_cudagraph", "is_breakable_cudagraph_enabled"),
+        Seam("config.compilation", "CompilationMode", fields=("VLLM_COMPILE",)),
+        Seam("config.compilation", "CUDAGraphMode", fields=("PIECEWISE",)),
+        Seam("config.compilation", "CUDAGraphMode.has_piecewise_cudagraphs"),
+        Seam("config.compilation", "CUDAGraphMode.mixed_mode"),
+        Seam(
+            "config.compilation",
+            "CompilationConfig",
+            fields=(
+                *("mode", "cudagraph_mode", "use_inductor_graph_partition", "splitting_ops"),
+                "splitting_ops_contain_attention",
+            ),
+        ),
+        Seam("compilation.backends", "", mentions=("splitting_ops", "split_graph")),
+        Seam(
+            "v1.worker.gpu.cudagraph_utils",
+            "CudaGraphManager",
+            fields=("cudagraph_mode", "compilation_config"),
+        ),
+    ),
+    "steering/vllm/finite_logits.py": (
+        Seam("v1.worker.gpu_model_runner", "GPUModelRunner", mentions=("compute_logits",)),
+        Seam("v1.worker.gpu.model_runner", "GPUModelRunner", mentions=("compute_logits",)),
+        Seam("v1.worker.gpu.model_runner", "", mentions=("compute_logits_local",)),
+    ),
+    "steering/vllm/rehearsal.py": (
+        Seam("v1.worker.gpu_model_runner", "GPUModelRunner.profile_run"),
+        Seam("v1.worker.gpu.model_runner", "GPUModelRunner.profile_run"),
+        Seam(
+            "v1.worker.gpu_worker", "Worker.determine_available_memory", mentions=("profile_run",)
         ),
     ),
     "steering/vllm/worker.py": (
@@ -177,7 +254,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "VllmConfig",
             fields=(
                 *("additional_config", "model_config", "scheduler_config"),
-                "compilation_config",
+                *("compilation_config", "kv_transfer_config"),
             ),
         ),
         Seam("config.scheduler", "SchedulerConfig", fields=("max_num_seqs",)),
@@ -202,6 +279,12 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.cache", "CacheConfig", fields=("kv_sharing_fast_prefill",)),
         Seam("config.speculative", "SpeculativeConfig", fields=("enable_adaptive_verification",)),
         Seam("config.model", "ModelConfig", fields=("is_encoder_decoder", "runner_type")),
+        Seam("envs", "VLLM_FLOAT32_MATMUL_PRECISION"),
+        Seam(
+            "model_executor.models.deepseek_v2",
+            "DeepseekV2DecoderLayer.forward",
+            mentions=("routed_scaling_factor", "float16"),
+        ),
     ),
     "steering/vllm/hook_points.py": (
         Seam("model_executor.models.utils", "PPMissingLayer"),
@@ -267,7 +350,12 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "SchedulerOutput",
             fields=("finished_req_ids", "preempted_req_ids", "num_scheduled_tokens"),
         ),
-        Seam("v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", parameters=("need_eager",)),
+        Seam(
+            "v1.worker.gpu.dp_utils",
+            "dispatch_cg_and_sync_dp",
+            first=("cudagraph_manager", "num_reqs", "num_tokens", "uniform_token_count"),
+            parameters=("max_query_len", "need_eager"),
+        ),
         Seam(
             "v1.worker.gpu.model_states.interface",
             "ModelState.add_request",

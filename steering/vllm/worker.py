@@ -19,8 +19,13 @@ from sae.sae import open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
+from steering.vllm.finite_logits import keep_logits_finite
+from steering.vllm.kv_transfer import refuse_unsalted_connectors
+from steering.vllm.piecewise import split_at_steer
+from steering.vllm.rehearsal import rehearse_full_passes
 from steering.vllm.support import (
     UnsupportedEngineError,
+    refuse_rescaled_stream,
     refuse_unknown_runner,
     refuse_unsupported,
 )
@@ -45,15 +50,19 @@ class SteeringWorker(PlatformWorker):
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, then put the op at every hook point that this worker holds."""
-        super().load_model(**kwargs)
         config = SteeringConfig.from_additional_config(self.vllm_config.additional_config)
-        if config is not None and config.saes:
-            try:
-                refuse_unsupported(self.vllm_config)
-                self.steering = self._install(config)
-            except (UnsupportedEngineError, hook_points.UnsupportedModelError, SAEError) as error:
-                _leave_word(error)
-                raise
+        if config is None or not config.saes:
+            super().load_model(**kwargs)
+            return
+        try:
+            refuse_unsupported(self.vllm_config)
+            refuse_unsalted_connectors(self.vllm_config.kv_transfer_config)
+            split_at_steer(self.vllm_config.compilation_config)
+            super().load_model(**kwargs)
+            self.steering = self._install(config)
+        except (UnsupportedEngineError, hook_points.UnsupportedModelError, SAEError) as error:
+            _leave_word(error)
+            raise
 
     def steering_take_results(
         self, key: str, limits: dict[int, int]
@@ -79,14 +88,10 @@ class SteeringWorker(PlatformWorker):
             return config.special_token_ids
         return special_token_ids(cached_tokenizer_from_config(self.vllm_config.model_config))
 
-    def _free_bytes(self) -> int:
-        """Device memory that nobody holds, less what vLLM keeps free for its largest pass."""
-        free: int = torch.cuda.mem_get_info(self.device)[0]
-        return free - int(getattr(self, "peak_activation_memory", 0))
-
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner
         model = runner.get_model()
+        refuse_rescaled_stream(model, self.vllm_config.model_config.dtype)
         saes = [open_sae(ref) for ref in config.saes]
         points = sorted({HookPoint.parse(sae.card.hook) for sae in saes}, key=str)
         owned = hook_points.owned_hook_points(model, points, config.num_layers)
@@ -107,7 +112,7 @@ class SteeringWorker(PlatformWorker):
             kernel=_kernel(runner.device, self.vllm_config.model_config.dtype),
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
-            free_bytes=None if runner.device.type != "cuda" else self._free_bytes,
+            resident=config.resident if runner.device.type == "cuda" else None,
         )
         for point in owned:
             hook_points.install(
@@ -116,6 +121,9 @@ class SteeringWorker(PlatformWorker):
         state.compile_kernel(self.vllm_config.model_config.dtype, config.d_model)
         registered.make_current(state)
         adapter.attach(runner, state)
+        keep_logits_finite(model, state)
+        if runner.device.type == "cuda":
+            rehearse_full_passes(runner, state)
         return state
 
 

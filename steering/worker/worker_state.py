@@ -6,7 +6,7 @@ The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class SteeringState:
         device: where the model runs.
         kernel: for passes in which rows alone are enough; None where no kernel runs.
         graphs: CUDA graphs hold the op, so it is launched in idle passes too.
-        free_bytes: see `Residency`.
+        resident: which SAEs are kept on the device whole, see `Residency`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SteeringState:
         device: torch.device,
         kernel: Kernel | None,
         graphs: bool,
-        free_bytes: Callable[[], int] | None = None,
+        resident: str | None = None,
     ) -> None:
         self.step = step
         self._always_launch = kernel is not None and graphs
@@ -88,8 +88,10 @@ class SteeringState:
         is_special[[t for t in special_token_ids if t < vocab_size]] = True
         is_special = is_special.to(device)
         by_index = dict(enumerate(saes))
-        residency = Residency(by_index, device, free_bytes)
         tables = {str(point): EditTable(num_slots, device) for point in owned}
+        residency = Residency(
+            {i: sae for i, sae in by_index.items() if sae.card.hook in tables}, device, resident
+        )
         self.hooks = {
             hook: HookRuntime(
                 saes={i: sae for i, sae in by_index.items() if sae.card.hook == hook},

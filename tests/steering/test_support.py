@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from steering.vllm import hook_points, runner_v1, runner_v2
 from steering.vllm.hook_points import UnsupportedModelError
 from steering.vllm.support import (
     UnsupportedEngineError,
+    refuse_rescaled_stream,
     refuse_unknown_runner,
     refuse_unsupported,
 )
@@ -81,6 +83,46 @@ def test_a_runner_is_known_by_its_class_or_one_above_it(known: tuple[str, str]) 
     stranger = type(known[1], (), {"__module__": "vllm_other.runner"})
     with pytest.raises(UnsupportedEngineError, match="does not know the model runner"):
         refuse_unknown_runner(stranger(), known)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_matmul_precision_below_float32_is_refused(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(UnsupportedEngineError, match=f"{precision}.*VLLM_FLOAT32_MATMUL"):
+            refuse_unsupported(engine_config())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("deepseek_v2", "DeepseekV2DecoderLayer"),
+        ("AXK1", "AXK1DecoderLayer"),
+        ("openpangu", "OpenPanguDecoderLayer"),
+    ],
+)
+def test_a_model_of_vllms_that_rescales_its_stream_is_refused_in_float16_only(
+    module: str, name: str
+) -> None:
+    kind = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    with pytest.raises(UnsupportedEngineError, match=f"{name} in float16.*--dtype bfloat16"):
+        refuse_rescaled_stream(model(layer), torch.float16)
+    for dtype in (torch.bfloat16, torch.float32):
+        refuse_rescaled_stream(model(layer), dtype)
+
+
+def test_a_model_that_keeps_its_scale_is_served_in_float16() -> None:
+    from vllm.model_executor.models.glm4_moe import Glm4MoeDecoderLayer
+    from vllm.model_executor.models.llama import LlamaDecoderLayer
+
+    for kind in (LlamaDecoderLayer, Glm4MoeDecoderLayer):
+        layer = kind.__new__(kind)
+        nn.Module.__init__(layer)
+        refuse_rescaled_stream(model(layer), torch.float16)
 
 
 class Attention(nn.Module):
