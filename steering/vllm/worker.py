@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,13 @@ from steering.special_tokens import special_token_ids
 from steering.state import SteeringState
 from steering.step import Step
 from steering.vllm import hook_points, runner_v1, runner_v2
+from steering.vllm.pass_guard import PassGuard
 from steering.vllm.support import (
     UnsupportedEngineError,
     refuse_unknown_runner,
     refuse_unsupported,
 )
+from steering.vllm.unsupported import UnsupportedModelError
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -42,18 +46,36 @@ class SteeringWorker(PlatformWorker):
     """A worker that steers; name it as ``worker_cls``."""
 
     steering: SteeringState | None = None
+    _guard: PassGuard | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, then put the op at every hook point that this worker holds."""
         super().load_model(**kwargs)
         config = SteeringConfig.from_additional_config(self.vllm_config.additional_config)
         if config is not None and config.saes:
-            try:
+            with _last_word():
                 refuse_unsupported(self.vllm_config)
                 self.steering = self._install(config)
-            except (UnsupportedEngineError, hook_points.UnsupportedModelError, SAEError) as error:
-                _leave_word(error)
-                raise
+
+    def determine_available_memory(self) -> int:
+        """Profile the largest pass, in which every installed op must be called."""
+        with _last_word():
+            found: int = super().determine_available_memory()
+            if self._guard is not None:
+                self._guard.check()
+        return found
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile and capture; then no pass is watched any more."""
+        with _last_word():
+            times = super().compile_or_warm_up_model()
+            if self._guard is not None:
+                if self._guard.passes == 0:
+                    self.model_runner._dummy_run(1)
+                self._guard.check()
+                self._guard.leave()
+                self._guard = None
+        return times
 
     def steering_take_results(
         self, key: str, limits: dict[int, int]
@@ -111,19 +133,29 @@ class SteeringWorker(PlatformWorker):
         )
         for point in owned:
             hook_points.install(
-                model, point, config.num_layers, self.parallel_config.tensor_parallel_size
+                model,
+                point,
+                config.num_layers,
+                self.parallel_config.tensor_parallel_size,
+                self.vllm_config.model_config.dtype,
             )
         state.compile_kernel(self.vllm_config.model_config.dtype, config.d_model)
         registered.make_current(state)
         adapter.attach(runner, state)
+        self._guard = PassGuard(state, model, replayed=state.graphs)
         return state
 
 
-def _leave_word(error: Exception) -> None:
+@contextmanager
+def _last_word() -> Iterator[None]:
     """Tell the command line why the engine did not start; vLLM passes on only that it did not."""
-    file = os.environ.get(REFUSAL_VARIABLE)
-    if file is not None:
-        Path(file).write_text(str(error), encoding="utf-8")
+    try:
+        yield
+    except (UnsupportedEngineError, UnsupportedModelError, SAEError) as error:
+        file = os.environ.get(REFUSAL_VARIABLE)
+        if file is not None:
+            Path(file).write_text(str(error), encoding="utf-8")
+        raise
 
 
 def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
