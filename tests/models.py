@@ -148,10 +148,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV2Config",
         {
             "num_key_value_heads": 4,
-            "kv_lora_rank": 32,
+            # Latent attention on a CPU takes no other sizes.
+            "kv_lora_rank": 512,
             "q_lora_rank": None,
             "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
+            "qk_rope_head_dim": 64,
             "v_head_dim": 32,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
@@ -160,7 +161,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
             "n_group": 1,
             "topk_group": 1,
-            "head_dim": 16,
+            "head_dim": 64,
         },
     ),
     "glm4": ("Glm4Config", {"partial_rotary_factor": 0.5}),
@@ -195,18 +196,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_chunk_size": 16,
         },
     ),
-    "jamba": (
-        "JambaConfig",
-        {
-            "num_attention_heads": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "num_experts": 1,
-            "mamba_d_state": 16,
-            "mamba_dt_rank": 8,
-            "use_mamba_kernels": False,
-        },
-    ),
     "lfm2": (
         "Lfm2Config",
         {
@@ -214,15 +203,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["conv", "full_attention"] * 2,
             "block_auto_adjust_ff_dim": False,
             "conv_L_cache": 3,
-        },
-    ),
-    "phimoe": (
-        "PhimoeConfig",
-        {
-            "num_attention_heads": 2,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": None,
+            # Which vLLM reads and transformers does not.
+            "conv_dim": D_MODEL,
+            "block_dim": D_MODEL,
         },
     ),
 }

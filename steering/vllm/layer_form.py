@@ -95,11 +95,10 @@ class Layer:
         """
         found = self._traces()
         forms = {_form(trace) for trace in found}
-        if self.first:
+        if self.first and forms == {True}:
             # The first layer is given no residual, but returns what all return.
-            forms |= {
-                _form(trace, fused=True) for trace in self._traces(first=True) if True in forms
-            }
+            for trace in self._traces(first=True):
+                _form(trace, fused=True)
         if len(forms) == 1:
             return forms.pop()
         conditions = sorted({key for trace in found for key in trace.decisions})
