@@ -126,14 +126,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
-    "qwen3_5": (
-        "Qwen3_5TextConfig",
-        {
-            **_GATED_DELTA_NET,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "partial_rotary_factor": 0.5,
-        },
-    ),
     "phi3": ("Phi3Config", {"num_attention_heads": 2, "sliding_window": None}),
     "gpt_oss": (
         "GptOssConfig",
@@ -142,26 +134,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "sliding_window": 64,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-    ),
-    "deepseek_v2": (
-        "DeepseekV2Config",
-        {
-            "num_key_value_heads": 4,
-            # Latent attention on a CPU takes no other sizes.
-            "kv_lora_rank": 512,
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "head_dim": 64,
         },
     ),
     "glm4": ("Glm4Config", {"partial_rotary_factor": 0.5}),
@@ -194,18 +166,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_state": 16,
             "mamba_n_groups": 1,
             "mamba_chunk_size": 16,
-        },
-    ),
-    "lfm2": (
-        "Lfm2Config",
-        {
-            "num_attention_heads": 2,
-            "layer_types": ["conv", "full_attention"] * 2,
-            "block_auto_adjust_ff_dim": False,
-            "conv_L_cache": 3,
-            # Which vLLM reads and transformers does not.
-            "conv_dim": D_MODEL,
-            "block_dim": D_MODEL,
         },
     ),
 }
