@@ -8,14 +8,22 @@ from typing import Any
 
 from sae.errors import SAEError
 
-HOOK_KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+HOOK_KINDS = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_mlp_out",
+    "hook_attn_out",
+    "mlp.hook_out",
+    "attn.hook_out",
+)
 
 # The unit an activation is in. Libraries that fold the norm of the decoder row into the encoder
 # report f_i * |W_dec_i|; the others report f_i as it multiplies the decoder row.
 UNIT_PLAIN = "activation"
 UNIT_TIMES_DECODER_NORM = "activation_times_decoder_norm"
 
-_HOOK_POINT = re.compile(r"blocks\.(\d{1,5})\.(\w+)", re.ASCII)
+_HOOK_POINT = re.compile(r"blocks\.(\d{1,5})\.((?:mlp\.|attn\.)?\w+)", re.ASCII)
 
 
 @dataclass(frozen=True)

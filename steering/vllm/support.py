@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from torch import nn
 
 
 class UnsupportedEngineError(ValueError):
@@ -76,28 +74,3 @@ def refuse_unsupported(vllm_config: Any) -> None:
     for refused, what in refusals:
         if refused:
             raise UnsupportedEngineError(f"SAE steering does not work with {what}")
-
-
-def refuse_rescaled_stream(model: nn.Module, dtype: torch.dtype) -> None:
-    """Check that a model's layers do not divide the stream by a factor of their own.
-
-    DeepSeek-V2's and its kin do in float16, at their first layer and in every branch, against
-    overflow. Norms take the factor out again; an SAE would read, and an edit write, the stream at
-    the wrong scale.
-
-    Args:
-        model: as loaded, before it is hooked.
-        dtype: of the model.
-
-    Raises:
-        UnsupportedEngineError: naming the layers' class and what to write.
-    """
-    if dtype != torch.float16:
-        return
-    for kind in {type(module) for module in model.modules()}:
-        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-        if code is not None and {"routed_scaling_factor", "float16"} <= set(code.co_names):
-            raise UnsupportedEngineError(
-                f"SAE steering does not work with {kind.__name__} in float16, in which it divides "
-                "the stream by routed_scaling_factor; use --dtype bfloat16"
-            )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +23,15 @@ from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
 from steering.vllm.finite_logits import keep_logits_finite
 from steering.vllm.kv_transfer import refuse_unsalted_connectors
+from steering.vllm.pass_guard import PassGuard
 from steering.vllm.piecewise import split_at_steer
 from steering.vllm.rehearsal import rehearse_full_passes
 from steering.vllm.support import (
     UnsupportedEngineError,
-    refuse_rescaled_stream,
     refuse_unknown_runner,
     refuse_unsupported,
 )
+from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import Kernel, registered
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
@@ -47,6 +50,7 @@ class SteeringWorker(PlatformWorker):
     """A worker that steers; name it as ``worker_cls``."""
 
     steering: SteeringState | None = None
+    _guard: PassGuard | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, then put the op at every hook point that this worker holds."""
@@ -54,15 +58,32 @@ class SteeringWorker(PlatformWorker):
         if config is None or not config.saes:
             super().load_model(**kwargs)
             return
-        try:
+        with _last_word():
             refuse_unsupported(self.vllm_config)
             refuse_unsalted_connectors(self.vllm_config.kv_transfer_config)
             split_at_steer(self.vllm_config.compilation_config)
             super().load_model(**kwargs)
             self.steering = self._install(config)
-        except (UnsupportedEngineError, hook_points.UnsupportedModelError, SAEError) as error:
-            _leave_word(error)
-            raise
+
+    def determine_available_memory(self) -> int:
+        """Profile the largest pass, in which every installed op must be called."""
+        with _last_word():
+            found: int = super().determine_available_memory()
+            if self._guard is not None:
+                self._guard.check()
+        return found
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile and capture; then no pass is watched any more."""
+        with _last_word():
+            times = super().compile_or_warm_up_model()
+            if self._guard is not None:
+                if self._guard.passes == 0:
+                    self.model_runner._dummy_run(1)
+                self._guard.check()
+                self._guard.leave()
+                self._guard = None
+        return times
 
     def steering_take_results(
         self, key: str, limits: dict[int, int]
@@ -91,7 +112,6 @@ class SteeringWorker(PlatformWorker):
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner
         model = runner.get_model()
-        refuse_rescaled_stream(model, self.vllm_config.model_config.dtype)
         saes = [open_sae(ref) for ref in config.saes]
         points = sorted({HookPoint.parse(sae.card.hook) for sae in saes}, key=str)
         owned = hook_points.owned_hook_points(model, points, config.num_layers)
@@ -116,7 +136,11 @@ class SteeringWorker(PlatformWorker):
         )
         for point in owned:
             hook_points.install(
-                model, point, config.num_layers, self.parallel_config.tensor_parallel_size
+                model,
+                point,
+                config.num_layers,
+                self.parallel_config.tensor_parallel_size,
+                self.vllm_config.model_config.dtype,
             )
         state.compile_kernel(self.vllm_config.model_config.dtype, config.d_model)
         registered.make_current(state)
@@ -124,14 +148,20 @@ class SteeringWorker(PlatformWorker):
         keep_logits_finite(model, state)
         if runner.device.type == "cuda":
             rehearse_full_passes(runner, state)
+        self._guard = PassGuard(state, model, replayed=state.graphs)
         return state
 
 
-def _leave_word(error: Exception) -> None:
+@contextmanager
+def _last_word() -> Iterator[None]:
     """Tell the command line why the engine did not start; vLLM passes on only that it did not."""
-    file = os.environ.get(REFUSAL_VARIABLE)
-    if file is not None:
-        Path(file).write_text(str(error), encoding="utf-8")
+    try:
+        yield
+    except (UnsupportedEngineError, UnsupportedModelError, SAEError) as error:
+        file = os.environ.get(REFUSAL_VARIABLE)
+        if file is not None:
+            Path(file).write_text(str(error), encoding="utf-8")
+        raise
 
 
 def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
