@@ -101,6 +101,22 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
         Seam("outputs", "CompletionOutput", fields=("index", "token_ids")),
     ),
+    "steering/vllm/offline.py": (
+        Seam("", "LLM"),
+        Seam("", "EngineArgs"),
+        Seam("", "SamplingParams"),
+        Seam("engine.arg_utils", "EngineArgs.create_model_config"),
+        Seam("entrypoints.llm", "LLM.generate", first=("prompts", "sampling_params")),
+        Seam("entrypoints.llm", "LLM.chat", first=("messages", "sampling_params")),
+        Seam("entrypoints.llm", "LLM.get_default_sampling_params"),
+    ),
+    "steering/vllm/engine_arguments.py": (
+        Seam(
+            "config.model",
+            "ModelConfig",
+            fields=("get_hidden_size", "get_total_num_hidden_layers"),
+        ),
+    ),
     "steering/vllm/drain.py": (
         Seam(
             "v1.engine.core",
