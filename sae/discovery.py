@@ -43,13 +43,14 @@ class Contrast:
 
 def pooled(f: FloatArray, pool: str) -> FloatArray:
     """One value a feature of a text's activations ``[tokens, d_sae]``, of at least one token."""
+    if pool not in POOLS:
+        raise ValueError(f"pool {pool!r} is not one of {', '.join(POOLS)}")
+    values: FloatArray
     if pool == "mean":
-        return f.mean(axis=0, dtype=np.float64).astype(np.float32)
-    if pool == "max":
-        return f.max(axis=0)
-    if pool == "last":
-        return f[-1]
-    raise ValueError(f"pool {pool!r} is not one of {', '.join(POOLS)}")
+        values = f.mean(axis=0, dtype=np.float64).astype(np.float32)
+    else:
+        values = f.max(axis=0) if pool == "max" else f[-1]
+    return values
 
 
 def contrast(first: FloatArray, second: FloatArray) -> Contrast:
@@ -92,7 +93,8 @@ def strongest(score: Float64Array, difference: Float64Array, top_k: int) -> IntA
     """
     candidates = np.flatnonzero(~np.isnan(score))
     order = np.lexsort((candidates, -np.abs(difference[candidates]), -score[candidates]))
-    return candidates[order[:top_k]]
+    best: IntArray = candidates[order[:top_k]]
+    return best
 
 
 def attribution(f: FloatArray, gradient: FloatArray, W_dec: FloatArray) -> FloatArray:
@@ -109,7 +111,8 @@ def attribution(f: FloatArray, gradient: FloatArray, W_dec: FloatArray) -> Float
     Returns:
         ``[d_sae]``.
     """
-    return (f * (gradient @ W_dec.T)).sum(axis=0)
+    lost: FloatArray = (f * (gradient @ W_dec.T)).sum(axis=0)
+    return lost
 
 
 def written(f: FloatArray, gain: FloatArray, norms: FloatArray) -> Float64Array:
@@ -123,11 +126,13 @@ def written(f: FloatArray, gain: FloatArray, norms: FloatArray) -> Float64Array:
     Returns:
         ``[d_sae]``.
     """
-    return (gain.astype(np.float64) @ f) * norms
+    total: Float64Array = (gain.astype(np.float64) @ f) * norms
+    return total
 
 
 def _mean(values: FloatArray) -> Float64Array:
-    return values.mean(axis=0, dtype=np.float64)
+    mean: Float64Array = values.mean(axis=0, dtype=np.float64)
+    return mean
 
 
 def _cohens_d(first: FloatArray, second: FloatArray, difference: Float64Array) -> Float64Array:
@@ -137,7 +142,8 @@ def _cohens_d(first: FloatArray, second: FloatArray, difference: Float64Array) -
         first.var(axis=0, dtype=np.float64, ddof=1) + second.var(axis=0, dtype=np.float64, ddof=1)
     ) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        return difference / np.sqrt(variance)
+        d: Float64Array = difference / np.sqrt(variance)
+    return d
 
 
 def _ranks(values: FloatArray) -> Float64Array:

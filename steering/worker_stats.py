@@ -43,4 +43,7 @@ class WorkerStats:
     def total(cls, workers: Iterable[Mapping[str, float]]) -> WorkerStats:
         """The sum over workers of what each of them told, by the names of the fields here."""
         told = list(workers)
-        return cls(**{f.name: sum(one.get(f.name, 0) for one in told) for f in fields(cls)})
+        sums: dict[str, Any] = {
+            f.name: sum(one.get(f.name, 0) for one in told) for f in fields(cls)
+        }
+        return cls(**sums)

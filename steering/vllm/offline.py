@@ -21,7 +21,7 @@ from steering.vllm.results import results_of
 Field = Mapping[str, Any]
 
 
-class SteeringLLM(LLM):  # type: ignore[misc]
+class SteeringLLM(LLM):
     """vLLM's ``LLM`` with SAEs: each request may steer, and its output says what that did.
 
     ``generate`` and ``chat`` take a field ``steering`` as the HTTP routes do, one for all prompts

@@ -84,10 +84,10 @@ def _collecting(generate: Any) -> Any:
         # If no server stands before this call: vLLM would wrap what its generator raises.
         params = with_accepted(sampling_params, self.vllm_config)
         accepted = accepted_of(params)
-        if accepted is None or accepted.ticket is None:
-            return generate(self, prompt, params, request_id, **kwargs)
-        refuse_long_results(prompt, params, self.vllm_config)
-        outputs = generate(self, prompt, params, request_id, **kwargs)
-        return collect(self, outputs, params, request_id)
+        collects = accepted is not None and accepted.ticket is not None
+        if collects:
+            refuse_long_results(prompt, params, self.vllm_config)
+        outputs: AsyncGenerator[Any, None] = generate(self, prompt, params, request_id, **kwargs)
+        return collect(self, outputs, params, request_id) if collects else outputs
 
     return wrapper

@@ -165,7 +165,8 @@ def _engines_of(client: Any, key: str) -> Iterable[Any]:
     engines = getattr(client, _ENGINES, {}).pop(key, ())
     # One that has been taken away since would never answer.
     known = engines and all(one in client.core_engines for one in engines)
-    return engines if known else client.core_engines
+    asked: Iterable[Any] = engines if known else client.core_engines
+    return asked
 
 
 def remember_accepted(input_processor: Any, request_id: str, accepted: Accepted) -> None:

@@ -65,7 +65,9 @@ def test_each_prompt_may_have_a_field_of_its_own(llm: Any) -> None:
 
 
 def test_several_choices_are_listed(llm: Any) -> None:
-    (output,) = llm.generate(prompt(1), params(n=2, temperature=1.0, seed=0), steering=EDIT, use_tqdm=False)
+    (output,) = llm.generate(
+        prompt(1), params(n=2, temperature=1.0, seed=0), steering=EDIT, use_tqdm=False
+    )
     assert [choice["index"] for choice in output.steering["choices"]] == [0, 1]
 
 

@@ -75,6 +75,7 @@ class Recorder:
         self.error_response: Any = None
         self.break_stream = False
         self.turns = 1
+        self.open_streams = 0
 
     @property
     def extra_args(self) -> dict[str, Any]:
@@ -117,12 +118,16 @@ class Recorder:
 
     async def chunks(self, head: dict[str, Any], usage: bool) -> AsyncGenerator[str, None]:
         """The server-sent events of a completion."""
-        yield _data({**head, "choices": [CHOICE]})
-        if self.break_stream:
-            yield _data({"error": {"message": "broken", "code": 500}})
-        elif usage:
-            yield _data({**head, "choices": [], "usage": USAGE})
-        yield "data: [DONE]\n\n"
+        self.open_streams += 1
+        try:
+            yield _data({**head, "choices": [CHOICE]})
+            if self.break_stream:
+                yield _data({"error": {"message": "broken", "code": 500}})
+            elif usage:
+                yield _data({**head, "choices": [], "usage": USAGE})
+            yield "data: [DONE]\n\n"
+        finally:
+            self.open_streams -= 1
 
 
 class FakeChat:

@@ -155,7 +155,7 @@ def test_vllms_own_refusal_passes_through(server: Server) -> None:
     assert response.status_code == 404
 
 
-async def test_client_that_leaves_a_stream_leaves_no_ticket(server: Server) -> None:
+async def test_stream_ends_when_its_client_leaves(server: Server) -> None:
     body = json.dumps({**BODIES["/v1/completions"], "steering": REPORTED, "stream": True})
     received = [{"type": "http.request", "body": body.encode(), "more_body": False}]
 
@@ -181,6 +181,7 @@ async def test_client_that_leaves_a_stream_leaves_no_ticket(server: Server) -> N
     app: Any = server.client.app
     with contextlib.suppress(ClientDisconnect, OSError):
         await app(scope, receive, send)
+    assert server.recorder.open_streams == 0
 
 
 # Refusals

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from steering.request import catalog
+from steering.request import catalog, spec
 from tests.server.conftest import Server
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -25,7 +25,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 def parses(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Every value that is parsed as a `steering` field."""
     seen: list[object] = []
-    parse = catalog.parse_spec
+    parse = spec.parse_spec
 
     def counting(raw: object, saes: Any) -> Any:
         seen.append(raw)

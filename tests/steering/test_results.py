@@ -26,7 +26,7 @@ def request(awaited: bool = True, req_id: str = "1") -> Any:
     return SimpleNamespace(request_id=req_id, sampling_params=params)
 
 
-class Client(DPLBAsyncMPClient):  # type: ignore[misc]
+class Client(DPLBAsyncMPClient):
     """vLLM's client of several engines, without the engines."""
 
     def __init__(self, chosen: list[str]) -> None:
@@ -93,7 +93,7 @@ async def test_engines_are_forgotten_with_the_results(choose: None) -> None:
 # Beside a batch in flight
 
 
-class Executor(MultiprocExecutor):  # type: ignore[misc]
+class Executor(MultiprocExecutor):
     """vLLM's executor of workers in other processes, whose answers the test gives."""
 
     def __init__(self) -> None:
@@ -105,12 +105,12 @@ class Executor(MultiprocExecutor):  # type: ignore[misc]
         return future if non_block else future.result()
 
 
-class Core(EngineCoreProc):  # type: ignore[misc]
+class Core(EngineCoreProc):
     """vLLM's engine core, with nothing to run."""
 
     def __init__(self) -> None:
         self.model_executor = Executor()
-        self.batch_queue: deque[Any] | None = deque()
+        self.batch_queue: Any = deque()
         self.engines_running = False
         self.scheduler = SimpleNamespace(unfetched=Unfetched(), has_requests=lambda: False)
         self.scheduler.unfetched.add(KEY)
