@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 from vllm.v1.executor.multiproc_executor import FutureWrapper, MultiprocExecutor
 
 from steering.report import Summary
+from steering.request.plan import PlannedEdit, SteeringPlan
 from steering.vllm import results
 from steering.vllm.drain import TAKE, Unfetched, stay_for_results
 from steering.vllm.results import remember_engines
+from steering.worker.kernel_reports import KernelReports, ReportPart
+from steering.worker.record import RecordStore, RequestRecord
+from steering.worker.worker_state import SteeringState
 
 KEY = "ticket/1"
 LIMITS = {0: 7}
@@ -88,6 +95,39 @@ async def test_engines_are_forgotten_with_the_results(choose: None) -> None:
     client.get_core_engine_for_request(request())
     await fetch(client)
     assert client.steering_engines == {}
+
+
+# The pass under way
+
+
+class Event:
+    """A CUDA event: whether the stream has come to it."""
+
+    def __init__(self, done: bool) -> None:
+        self.done = done
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        pytest.fail("waited for the pass under way")
+
+
+def test_results_do_not_wait_for_the_pass_under_way() -> None:
+    edit = PlannedEdit(0, 3, 0, 1.0, 3, 0, 100)
+    plan = SteeringPlan(KEY, 1, 2, (edit,), True, True, None, awaited=True)
+    store, reports = RecordStore(), KernelReports()
+    record = store.open("1", plan, 0)
+    for position, done in ((1, True), (2, False)):
+        reports.copy(torch.tensor([position]), torch.ones(1, 1), [_part(record)])
+        reports._copies[-1] = replace(reports._copies[-1], copied=Event(done))
+    state: Any = SimpleNamespace(_kernel_reports=reports, records=store)
+    (summary,) = SteeringState.take_results(state, KEY, {0: 2})
+    assert summary["edits"][0]["tokens_edited"] == 1
+
+
+def _part(record: RequestRecord) -> ReportPart:
+    return ReportPart(record, [0], np.array([0]))
 
 
 # Beside a batch in flight
