@@ -102,23 +102,10 @@ class SteeringConfig:
         return None
 
 
-def engine_arguments(config: SteeringConfig) -> dict[str, Any]:
-    """Arguments that make a vLLM engine steer: ``LLM(model, **engine_arguments(config))``.
+def __getattr__(name: str) -> Any:
+    # Version 0.1 had it here.
+    if name == "engine_arguments":
+        from steering.vllm.engine_arguments import engine_arguments
 
-    The hook points stand in the files, which may change under one path; a graph compiled for
-    others must not be taken from vLLM's cache, so they enter its hash beside the paths.
-
-    Raises:
-        UnsupportedEngineError: where the installed vLLM is not one that can be steered.
-        SAEError: if an SAE's file does not hold what it should.
-    """
-    from sae.sae import open_sae
-    from steering.vllm.seams import refuse_missing_seams
-
-    refuse_missing_seams()
-    hook_points = sorted({open_sae(ref).card.hook for ref in config.saes})
-    return {
-        "worker_cls": "steering.vllm.worker.SteeringWorker",
-        "scheduler_cls": "steering.vllm.scheduler.SteeringScheduler",
-        "additional_config": {CONFIG_KEY: {**config.to_dict(), "hook_points": hook_points}},
-    }
+        return engine_arguments
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

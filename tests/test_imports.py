@@ -67,8 +67,9 @@ SERVER_FILES_ON_VLLM = {
     "commands/inspect_sae.py",
     "commands/serve.py",
     "protocol.py",
+    "reader.py",
+    "rendering.py",
     "routes/generate.py",
-    "routes/saes.py",
     "self_check.py",
 }
 

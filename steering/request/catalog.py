@@ -107,18 +107,18 @@ class Catalog:
         """Validate a ``steering`` field against these SAEs. Raises SteeringError."""
         return parse_spec(raw, self._loaded)
 
-    async def prepare(self, spec: SteeringSpec) -> None:
-        """Do off the event loop what may read whole files: checksums and row checks.
+    async def prepare(self, spec: SteeringSpec) -> dict[str, str]:
+        """As `prepare_now`, but off the event loop what may read whole files.
 
         Raises:
             SteeringError: ``invalid_weights`` where a row holds NaN or infinity, or where a file
                 has changed since it was opened.
         """
-        self._refuse_changed(spec)
         pending = any(self.sae(name).card.sha256 is None for name in spec.saes)
         unchecked = any(edit.sae in self._checked for edit in spec.edits)
         if pending or unchecked or (spec.read is not None and spec.read.sae in self._checked):
-            await asyncio.to_thread(self.prepare_now, spec)
+            return await asyncio.to_thread(self.prepare_now, spec)
+        return self.prepare_now(spec)
 
     def prepare_now(self, spec: SteeringSpec) -> dict[str, str]:
         """Check the rows that ``spec`` needs and return the checksums of its SAEs.

@@ -55,6 +55,8 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "SamplingParams",
             fields=("extra_args", "n", "max_tokens", "skip_reading_prefix_cache"),
         ),
+        Seam("sampling_params", "SamplingParams.clone", mentions=("deepcopy",)),
+        Seam("v1.engine.exceptions", "EngineGenerateError"),
         Seam("inputs.engine", "TokensInput", fields=("prompt_token_ids",)),
         Seam("v1.core.kv_cache_utils", "", mentions=("cache_salt",)),
         Seam("v1.request", "Request", mentions=("skip_reading_prefix_cache",)),
@@ -67,10 +69,15 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam(
             "v1.engine.async_llm",
             "AsyncLLM",
-            fields=("engine_core", "vllm_config", "get_tokenizer"),
+            fields=("engine_core", "get_tokenizer"),
         ),
         Seam("v1.engine.async_llm", "AsyncLLM", fields=("errored", "dead_error")),
         Seam("v1.engine.core_client", "AsyncMPClient", fields=("core_engines",)),
+        Seam(
+            "v1.engine.core_client",
+            "DPLBAsyncMPClient.get_core_engine_for_request",
+            first=("request",),
+        ),
         Seam("v1.engine.core_client", "DPLBAsyncMPClient.call_utility_all_async"),
         Seam("v1.engine.core_client", "AsyncMPClient.call_utility_all_async", first=("method",)),
         Seam(
@@ -85,7 +92,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             first=("method", "timeout", "args", "kwargs"),
         ),
         Seam("entrypoints.llm", "LLM", fields=("llm_engine", "get_tokenizer")),
-        Seam("v1.engine.llm_engine", "LLMEngine", fields=("vllm_config",)),
+        Seam("v1.engine.llm_engine", "LLMEngine", fields=("input_processor",)),
         Seam("entrypoints.llm", "LLM.collective_rpc", first=("method",), parameters=("args",)),
         Seam(
             "outputs",
@@ -94,8 +101,39 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
         Seam("outputs", "CompletionOutput", fields=("index", "token_ids")),
     ),
+    "steering/vllm/offline.py": (
+        Seam("", "LLM"),
+        Seam("", "EngineArgs"),
+        Seam("", "SamplingParams"),
+        Seam("engine.arg_utils", "EngineArgs.create_model_config"),
+        Seam("entrypoints.llm", "LLM.generate", first=("prompts", "sampling_params")),
+        Seam("entrypoints.llm", "LLM.chat", first=("messages", "sampling_params")),
+        Seam("entrypoints.llm", "LLM.get_default_sampling_params"),
+    ),
+    "steering/vllm/engine_arguments.py": (
+        Seam(
+            "config.model",
+            "ModelConfig",
+            fields=("get_hidden_size", "get_total_num_hidden_layers"),
+        ),
+    ),
     "steering/vllm/drain.py": (
-        Seam("v1.engine.core", "EngineCore", fields=("scheduler", "vllm_config")),
+        Seam(
+            "v1.engine.core",
+            "EngineCore",
+            fields=("scheduler", "vllm_config", "batch_queue", "model_executor"),
+        ),
+        Seam(
+            "v1.engine.core",
+            "EngineCoreProc._invoke_utility_method",
+            mentions=("Future", "add_done_callback"),
+        ),
+        Seam(
+            "v1.executor.multiproc_executor",
+            "MultiprocExecutor.collective_rpc",
+            parameters=("args", "non_block"),
+        ),
+        Seam("v1.executor.multiproc_executor", "FutureWrapper.result", mentions=("futures_queue",)),
         Seam("v1.engine.core", "EngineCoreProc.has_work", first=()),
         Seam("v1.engine.core", "EngineCoreProc._handle_shutdown", mentions=("has_work",)),
         Seam("v1.engine.core", "EngineCoreProc.is_running", first=()),
@@ -434,7 +472,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
                 ("entrypoints.anthropic.api_router", "create_messages"),
             )
         ),
-        Seam("v1.engine.exceptions", "EngineGenerateError"),
         Seam(
             "entrypoints.openai.responses.serving",
             "OpenAIServingResponses._generate_with_builtin_tools",
@@ -509,23 +546,51 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
     ),
     "server/self_check.py": (
         Seam("v1.engine.async_llm", "AsyncLLM", fields=("output_processor",)),
-        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("priority",)),
         Seam("v1.engine.output_processor", "OutputProcessor.has_unfinished_requests"),
+        Seam("v1.engine.exceptions", "EngineDeadError"),
+        Seam("config.parallel", "ParallelConfig", fields=("_api_process_rank",)),
+        Seam("config.model", "ModelConfig", fields=("max_model_len", "model")),
+    ),
+    "server/reader.py": (
+        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("lora_request", "priority")),
         Seam("", "SamplingParams"),
         Seam(
             "sampling_params",
             "SamplingParams",
-            fields=("max_tokens", "temperature", "detokenize", "extra_args"),
+            fields=(
+                *("max_tokens", "temperature", "detokenize", "skip_reading_prefix_cache"),
+                "extra_args",
+            ),
         ),
         Seam("inputs", "TokensPrompt", fields=("prompt_token_ids", "cache_salt")),
-        Seam("v1.engine.exceptions", "EngineDeadError"),
-        Seam("config.parallel", "ParallelConfig", fields=("_api_process_rank",)),
-        Seam("config.model", "ModelConfig", fields=("max_model_len", "model")),
+        Seam("inputs.engine", "TokensInput", fields=("type", "prompt_token_ids")),
         Seam(
             "entrypoints.llm",
             "LLM.generate",
             first=("prompts", "sampling_params"),
             parameters=("use_tqdm",),
+        ),
+    ),
+    "server/rendering.py": (
+        Seam("entrypoints.serve.engine.protocol", "ErrorResponse", fields=("error",)),
+        *(
+            Seam(f"entrypoints.openai.{api}.serving", name, first=("request",))
+            for api, name in (
+                ("chat_completion", "OpenAIServingChat.render_chat_request"),
+                ("completion", "OpenAIServingCompletion.render_completion_request"),
+            )
+        ),
+        Seam(
+            "entrypoints.openai.chat_completion.api_router", "", mentions=("openai_serving_chat",)
+        ),
+        Seam(
+            "entrypoints.openai.completion.api_router", "", mentions=("openai_serving_completion",)
+        ),
+        Seam(
+            "entrypoints.serve.engine.serving",
+            "BaseServing._maybe_get_adapters",
+            first=("request",),
+            parameters=("supports_default_mm_loras",),
         ),
     ),
     "server/start/checked_sae.py": (
@@ -537,15 +602,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
     ),
     "server/unembedding.py": (
         Seam("config.model", "ModelConfig", fields=("model", "revision", "hf_text_config")),
-    ),
-    "server/routes/saes.py": (
-        *(
-            Seam(module, name, first=("request", "raw_request"))
-            for module, name in (
-                ("entrypoints.openai.chat_completion.api_router", "create_chat_completion"),
-                ("entrypoints.openai.completion.api_router", "create_completion"),
-            )
-        ),
     ),
 }
 

@@ -224,7 +224,10 @@ class SteeringState:
             key: the plan's key.
             limits: child index to the number of positions that entered the model for good.
         """
-        self._kernel_reports.drain(wait=True)
+        # No need to wait for the pass under way. A position's copy is made on the stream before the
+        # next token is sampled (or sent to the next pipeline stage), and whoever asks has seen the
+        # last token: the copies of all positions that count have happened.
+        self._kernel_reports.drain(wait=False)
         return [
             record.summary(limit)
             for child, limit in limits.items()
