@@ -20,12 +20,13 @@ from vllm.entrypoints.openai.completion.api_router import create_completion
 
 from sae.sae import SAE
 from server.admission import admit
-from server.errors import REFUSALS, NotFoundError
+from server.errors import REFUSALS
 from server.inspection import INSPECT_SCHEMA, Inspection
 from server.json_response import TolerantJSONResponse
+from server.models import Card, CardList, FeatureDetail, FeatureList, InspectAnswer, answers
 from server.routes.generate import call_vllm
 from server.state import SteeringState, steering_state
-from steering.errors import SteeringError
+from steering.errors import NotFoundError, SteeringError
 from steering.vllm import results
 from steering.vllm.door import FIELD, TICKET
 
@@ -56,14 +57,14 @@ class _AnyName(PathConvertor):
 register_url_convertor("any_name", _AnyName())
 
 
-@router.get("/v1/saes")
+@router.get("/v1/saes", responses=answers(CardList))
 async def list_saes(raw_request: Request) -> Response:
     catalog = steering_state(raw_request).catalog
     data = [catalog.card(name).to_json() for name in catalog.names]
     return TolerantJSONResponse({"object": "list", "data": data})
 
 
-@router.get("/v1/saes/{sae}/features")
+@router.get("/v1/saes/{sae}/features", responses=answers(FeatureList))
 async def list_features(
     raw_request: Request,
     sae: str,
@@ -87,7 +88,7 @@ async def list_features(
     )
 
 
-@router.get("/v1/saes/{sae}/features/{feature}")
+@router.get("/v1/saes/{sae}/features/{feature}", responses=answers(FeatureDetail))
 async def get_feature(raw_request: Request, sae: str, feature: _Index) -> Response:
     state = steering_state(raw_request)
     opened = _known(state, sae)
@@ -103,6 +104,7 @@ async def get_feature(raw_request: Request, sae: str, feature: _Index) -> Respon
 @router.post(
     "/v1/saes/{sae:path}/inspect",
     response_model=None,
+    responses=answers(InspectAnswer),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -148,7 +150,7 @@ async def refuse_to_get_inspect(raw_request: Request, sae: str) -> Response:
 
 
 # Last: a name that contains a slash is unknown too.
-@router.get("/v1/saes/{sae:any_name}")
+@router.get("/v1/saes/{sae:any_name}", responses=answers(Card))
 async def get_sae(raw_request: Request, sae: str) -> Response:
     return TolerantJSONResponse(_known(steering_state(raw_request), sae).card.to_json())
 

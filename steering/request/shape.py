@@ -22,7 +22,6 @@ from pydantic import (
     ValidationError,
 )
 
-from steering.errors import SteeringError
 from steering.request.limits import (
     DEFAULT_TOP_K,
     MAX_INTERVENTIONS,
@@ -270,11 +269,7 @@ def parse_shape(raw: object) -> SteeringShape:
     try:
         return SteeringShape.model_validate(raw)
     except ValidationError as error:
-        raise _refused(error) from None
-
-
-def _refused(error: ValidationError) -> SteeringError:
-    return refusal(error, "steering", _MEMBERS)
+        raise refusal(error, raw, "steering", _MEMBERS) from None
 
 
 def _members(*shapes: type[Shape]) -> tuple[str, ...]:

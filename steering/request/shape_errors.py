@@ -38,13 +38,14 @@ _LENGTH_CODES: Final[Mapping[tuple[int | str, ...], ErrorCode]] = {
 
 
 def refusal(
-    error: ValidationError, root: str, members: Mapping[str, Sequence[str]]
+    error: ValidationError, value: object, root: str, members: Mapping[str, Sequence[str]]
 ) -> SteeringError:
     """The refusal that stands for a failed validation: the first fault, a misspelt name before all.
 
     Args:
         error: of a strict model; each of its errors has a type that is known here.
-        root: path of what was validated.
+        value: what was validated.
+        root: its path.
         members: names that an object may have, by the last name in its path, "" for the root's.
     """
     found = error.errors(include_url=False)
@@ -52,6 +53,10 @@ def refusal(
     if first["type"] == "missing":  # perhaps it is there under another name
         siblings = (e for e in found if e["loc"][:-1] == first["loc"][:-1])
         first = next((e for e in siblings if e["type"] == "extra_forbidden"), first)
+    if first["type"] == "string_unicode" and isinstance(_at(value, first["loc"]), dict):
+        # A key, not a value, has a lone surrogate, which UTF-8 cannot hold.
+        known = members[_last_name(first["loc"])]
+        return _unknown(first["input"], _path(root, first["loc"]), known)
     return _refusal(first, root, members)
 
 
@@ -72,11 +77,7 @@ def _refusal(error: ErrorDetails, root: str, members: Mapping[str, Sequence[str]
     kind, loc, raw = error["type"], error["loc"], error["input"]
     context: Mapping[str, Any] = error.get("ctx", {})
     path, name = _path(root, loc), _last_name(loc) or root
-    if kind == "extra_forbidden":
-        return _unknown(loc[-1], _path(root, loc[:-1]), members[_last_name(loc[:-1])])
-    if kind == "string_unicode" and isinstance(raw, dict):
-        return _unknown(_not_unicode(raw), path, members[_last_name(loc)])
-    if kind == "invalid_key":
+    if kind in ("extra_forbidden", "invalid_key"):
         return _unknown(loc[-1], _path(root, loc[:-1]), members[_last_name(loc[:-1])])
     if kind == "missing":
         return SteeringError("invalid_value", f"{name} is required", path)
@@ -89,7 +90,7 @@ def _refusal(error: ErrorDetails, root: str, members: Mapping[str, Sequence[str]
     if kind == "too_long":
         return SteeringError(
             _LENGTH_CODES.get(loc, "invalid_value"),
-            f"{context['actual_length']} {name}, the limit is {context['max_length']}",
+            f"{context['actual_length']} items in {name}, the limit is {context['max_length']}",
             path,
         )
     return SteeringError("invalid_value", f"{name} {_fault(kind, raw, context)}", path)
@@ -125,9 +126,10 @@ def _last_name(loc: tuple[int | str, ...]) -> str:
     return next((part for part in reversed(loc) if isinstance(part, str)), "")
 
 
-def _not_unicode(raw: Mapping[Any, object]) -> object:
-    """The key that has a lone surrogate, which UTF-8 cannot hold."""
-    return next(key for key in raw if any("\ud800" <= c <= "\udfff" for c in str(key)))
+def _at(value: Any, loc: tuple[int | str, ...]) -> object:
+    for part in loc:
+        value = value[part]
+    return value
 
 
 def _clip(text: str, length: int = 40) -> str:
