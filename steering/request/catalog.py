@@ -15,6 +15,7 @@ from sae.card import SAECard
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
+from sae.solve import IllConditionedError, is_affine, solve
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.request.condition_rules import refuse_across_stages
@@ -28,7 +29,8 @@ SCAN_LIMIT_BYTES = 10**9
 _NO_ARITHMETIC: Final = frozenset(
     {"id", "source", "sha256", "error_term", "has_labels", "has_max_activations"}
 )
-_AFFINE: Final = ("standard", "jumprelu", "direction")
+#: Sets of edits of which it is remembered that they can be solved together.
+MAX_SOLVABLE: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,7 @@ class LoadedSAE:
     def affine(self) -> bool:
         """Whether pre-activations are affine in the stream that is edited."""
         card = self.sae.card
-        return (
-            card.architecture in _AFFINE
-            and card.normalize_activations == "none"
-            and card.writes == (card.reads,)
-        )
+        return is_affine(card) and card.writes == (card.reads,)
 
     def fingerprint(self, special_token_ids: Sequence[int] | None) -> str:
         """SHA-256 of all that this SAE's part in an edit depends on: weights, place, sinks, flags.
@@ -116,6 +114,7 @@ class Catalog:
             for name, item in self._loaded.items()
             if item.sae.weight_bytes > SCAN_LIMIT_BYTES
         }
+        self._solvable: set[tuple[str, frozenset[int], frozenset[int]]] = set()
         # What a scan of all of such an SAE found, if a request has needed one.
         self._scanned: dict[str, str | None] = {}
 
@@ -189,11 +188,12 @@ class Catalog:
 
         Raises:
             SteeringError: ``invalid_weights`` if a row holds NaN or infinity, or if a file has
-                changed since it was opened.
+                changed since it was opened; ``ill_conditioned`` if edits cannot be solved.
         """
         self._refuse_changed(spec)
         unknown = any(name not in self._fingerprints for name in spec.kv_saes)
-        if unknown or not self._checked.keys().isdisjoint(spec.all_saes):
+        unchecked = not self._checked.keys().isdisjoint(spec.all_saes)
+        if unknown or unchecked or spec.reread:
             await asyncio.to_thread(self.prepare_now, spec)
 
     def prepare_now(self, spec: SteeringSpec) -> dict[str, str]:
@@ -220,7 +220,26 @@ class Catalog:
             self.check_row(name, feature, f"steering.protect[{i}]")
         if spec.read is not None:
             self._check_all(spec.read.sae, "steering.read")
+        if spec.reread:
+            self._refuse_unsolvable(spec)
         return {name: self._fingerprint(name) for name in spec.kv_saes}
+
+    def _refuse_unsolvable(self, spec: SteeringSpec) -> None:
+        """SteeringError ``ill_conditioned`` if the edits of some SAE cannot be solved together."""
+        for name in spec.saes:
+            edited = frozenset(edit.feature for edit in spec.edits if edit.sae == name)
+            protected = frozenset(feature for sae, feature in spec.protect if sae == name)
+            key = (name, edited, protected)
+            if key in self._solvable:
+                continue
+            sae = self.sae(name)
+            try:
+                solve(sae, sorted(edited), [(sae, i) for i in sorted(protected)], reread=True)
+            except IllConditionedError as error:
+                raise SteeringError("ill_conditioned", str(error), "steering.match") from None
+            if len(self._solvable) >= MAX_SOLVABLE:
+                self._solvable.clear()
+            self._solvable.add(key)
 
     def _check_feature(self, name: str, feature: int, param: str, whole: str | None = None) -> None:
         """Check what the activation of one feature needs: its row, or all of them for top-k.
