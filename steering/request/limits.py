@@ -10,6 +10,7 @@ Scope = Literal["token", "so_far", "prompt"]
 Match = Literal["delta", "reread"]
 
 OPS: Final[tuple[str, ...]] = get_args(Op)
+UNITS: Final[tuple[str, ...]] = get_args(Unit)
 MAX_INTERVENTIONS: Final = 64
 #: Distinct conditions of one request, those of ``stop_when`` among them.
 MAX_GATES: Final = 8

@@ -14,7 +14,7 @@ from steering.request.hook_order import layer_of, place_in_pass
 from steering.request.parse import parse_spec
 from tests.steering.test_spec import EDIT, HERE, ONE, Facts, edit
 
-FIRES = {"feature": 3, "above": 0.5}
+FIRES: dict[str, Any] = {"feature": 3, "above": 0.5}
 GENERATION = {"prompt": False}
 
 #: One SAE at each place, in the order in which a pass comes by them.

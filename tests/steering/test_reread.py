@@ -136,7 +136,12 @@ def test_request_without_edits_shares_with_unsteered_ones_whatever_else_it_says(
 
 
 def test_field_that_does_nothing_is_taken_only_where_it_may() -> None:
-    for raw in ({"interventions": []}, {}, {"interventions": None, "when": FIRES}):
+    fields: list[dict[str, Any]] = [
+        {"interventions": []},
+        {},
+        {"interventions": None, "when": FIRES},
+    ]
+    for raw in fields:
         assert parse_spec(raw, ONE, empty_allowed=True).edits == ()
         with pytest.raises(SteeringError) as refused:
             parse_spec(raw, ONE)
