@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from sae.self_check import Measured
-from steering.request.spec import Edit, SteeringSpec
+from steering.request.edits import Edit
+from steering.request.spec import SteeringSpec
 
 #: Named figures of an edit or of a hook point, as the contract names them.
 Figures = Mapping[str, Any]

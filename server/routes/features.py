@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from server.errors import REFUSALS
 from server.json_response import TolerantJSONResponse
+from server.models import FeatureDetail, FeatureList, answers
 from server.routes.parameters import MAX_DIGITS, feature_index, known_sae, whole_number
 from server.state import steering_state
 
@@ -29,7 +30,7 @@ _Offset = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0,
 _Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0})]
 
 
-@router.get("/v1/saes/{sae}/features")
+@router.get("/v1/saes/{sae}/features", responses=answers(FeatureList))
 async def list_features(
     raw_request: Request,
     sae: str,
@@ -53,7 +54,7 @@ async def list_features(
     )
 
 
-@router.get("/v1/saes/{sae}/features/{feature}")
+@router.get("/v1/saes/{sae}/features/{feature}", responses=answers(FeatureDetail))
 async def get_feature(raw_request: Request, sae: str, feature: _Index) -> Response:
     state = steering_state(raw_request)
     opened = known_sae(state, sae)

@@ -17,6 +17,7 @@ from server.disconnect import unless_disconnected
 from server.errors import REFUSALS
 from server.inspection import INSPECT_SCHEMA, Inspection
 from server.json_response import TolerantJSONResponse
+from server.models import InspectAnswer, answers
 from server.protocol import SteerableChatCompletionRequest, SteerableCompletionRequest
 from server.reader import Finished, Run
 from server.rendering import rendered
@@ -31,6 +32,7 @@ router = APIRouter(tags=["saes"], responses=REFUSALS)
 @router.post(
     "/v1/saes/{sae:path}/inspect",
     response_model=None,
+    responses=answers(InspectAnswer),
     openapi_extra={
         "requestBody": {
             "required": True,

@@ -6,9 +6,8 @@ import re
 from typing import Final
 
 from sae.sae import SAE
-from server.errors import NotFoundError
 from server.state import SteeringState
-from steering.errors import SteeringError
+from steering.errors import NotFoundError, SteeringError
 
 #: More digits than any index has; Python refuses to convert very long ones.
 MAX_DIGITS: Final = 18

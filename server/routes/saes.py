@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from server.errors import REFUSALS
 from server.json_response import TolerantJSONResponse
+from server.models import Card, CardList, answers
 from server.routes.parameters import known_sae
 from server.state import steering_state
 
@@ -23,7 +24,7 @@ class _AnyName(PathConvertor):
 register_url_convertor("any_name", _AnyName())
 
 
-@router.get("/v1/saes")
+@router.get("/v1/saes", responses=answers(CardList))
 async def list_saes(raw_request: Request) -> Response:
     catalog = steering_state(raw_request).catalog
     data = [catalog.card(name).to_json() for name in catalog.names]
@@ -31,6 +32,6 @@ async def list_saes(raw_request: Request) -> Response:
 
 
 # After all other routes below /v1/saes: a name that contains a slash is unknown too.
-@router.get("/v1/saes/{sae:any_name}")
+@router.get("/v1/saes/{sae:any_name}", responses=answers(Card))
 async def get_sae(raw_request: Request, sae: str) -> Response:
     return TolerantJSONResponse(known_sae(steering_state(raw_request), sae).card.to_json())

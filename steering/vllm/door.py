@@ -98,7 +98,7 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
     spec = accepted.spec
     prompt_len = length if accepted.prompt_len is None else accepted.prompt_len
     request.cache_salt = cache_salt(spec, accepted.fingerprints, prompt_len, request.cache_salt)
-    if spec.read is not None:
+    if spec.skips_prefix_cache:
         params.skip_reading_prefix_cache = True
     plan = make_plan(
         spec,

@@ -371,16 +371,26 @@ def test_api_key_is_asked_for_before_anything_is_read(start: StartServer) -> Non
 def test_openapi_shows_the_field(server: Server, path: str) -> None:
     schema = server.client.get("/openapi.json").json()
     content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-    name = content["schema"]["$ref"].rpartition("/")[2]
-    steering = schema["components"]["schemas"][name]["properties"]["steering"]
+    schemas = schema["components"]["schemas"]
+
+    def named(reference: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = schemas[reference["$ref"].rpartition("/")[2]]
+        return found
+
+    field = named(content["schema"])["properties"]["steering"]
+    assert field["anyOf"][1] == {"type": "null"}
+    steering = named(field["anyOf"][0])
+    assert steering["additionalProperties"] is False
     assert steering["properties"].keys() == {
-        "interventions",
-        "positions",
-        "error_term",
-        "report",
-        "read",
+        *("interventions", "positions", "error_term", "match", "protect", "max_share"),
+        *("when", "stop_when", "report", "read"),
     }
-    assert steering["properties"]["interventions"]["items"]["required"] == ["feature", "op"]
+    intervention = named(steering["properties"]["interventions"]["anyOf"][0]["items"])
+    assert intervention["required"] == ["feature", "op"]
+    assert intervention["properties"]["feature"]["minimum"] == 0
+    when = steering["properties"]["when"]["anyOf"]
+    assert {"const": "always", "type": "string"} in when
+    assert {"type": "null"} in when
 
 
 def _send(server: Server, steering: str) -> Any:

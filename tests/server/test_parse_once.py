@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from steering.request import catalog, spec
+from steering.request import catalog
+from steering.request.parse import parse_spec
 from tests.server.conftest import Server
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -25,11 +26,10 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 def parses(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Every value that is parsed as a `steering` field."""
     seen: list[object] = []
-    parse = spec.parse_spec
 
-    def counting(raw: object, saes: Any) -> Any:
+    def counting(raw: object, saes: Any, **options: Any) -> Any:
         seen.append(raw)
-        return parse(raw, saes)
+        return parse_spec(raw, saes, **options)
 
     monkeypatch.setattr(catalog, "parse_spec", counting)
     return seen

@@ -9,9 +9,11 @@ import pytest
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
 
+from server import models
 from steering.request import catalog
 from steering.request.plan import Inspection
-from steering.request.spec import Positions, Read
+from steering.request.positions import Positions
+from steering.request.spec import Read
 from tests.server.conftest import Server, StartServer
 
 FEATURES = [
@@ -37,8 +39,18 @@ def test_cards_are_listed(labelled: Server) -> None:
     (card,) = body["data"]
     assert body["object"] == "list"
     assert [*card] == [
-        *("id", "object", "hook", "layer", "architecture", "d_in", "d_sae", "dtype", "source"),
-        *("format", "sha256", "sink_norm", "error_term", "has_labels", "has_max_activations"),
+        *("id", "object", "kind", "hook", "reads", "writes", "layer", "architecture", "d_in"),
+        *(
+            "d_sae",
+            "dtype",
+            "source",
+            "format",
+            "sha256",
+            "sink_norm",
+            "error_term",
+            "has_labels",
+            "has_max_activations",
+        ),
     ]
     assert (card["id"], card["hook"], card["sha256"]) == ("a", "blocks.1.hook_resid_post", None)
     assert labelled.client.get("/v1/saes/a").json() == card
@@ -318,3 +330,28 @@ def test_openapi_documents_refusals(labelled: Server) -> None:
     }
     for path, (method,) in ours.items():
         assert {"400", "404"} <= paths[path][method]["responses"].keys()
+
+
+def test_openapi_describes_what_the_routes_return(labelled: Server) -> None:
+    paths = labelled.client.get("/openapi.json").json()
+    asked: dict[str, tuple[type[models.Answer], Any]] = {
+        "/v1/saes": (models.CardList, labelled.client.get("/v1/saes")),
+        "/v1/saes/{sae}": (models.Card, labelled.client.get("/v1/saes/a")),
+        "/v1/saes/{sae}/features": (
+            models.FeatureList,
+            labelled.client.get("/v1/saes/a/features"),
+        ),
+        "/v1/saes/{sae}/features/{feature}": (
+            models.FeatureDetail,
+            labelled.client.get("/v1/saes/a/features/1"),
+        ),
+        "/v1/saes/{sae}/inspect": (
+            models.InspectAnswer,
+            labelled.client.post("/v1/saes/a/inspect", json={"prompt": "rain"}),
+        ),
+    }
+    for path, (model, response) in asked.items():
+        (operation,) = paths["paths"][path].values()
+        described = operation["responses"]["200"]["content"]["application/json"]["schema"]
+        assert described["$ref"].rpartition("/")[2] == model.__name__
+        model.model_validate_json(response.content, strict=True)

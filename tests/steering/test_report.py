@@ -17,8 +17,8 @@ from steering.report import (
     features_read,
     response_object,
 )
+from steering.request.parse import parse_spec
 from steering.request.plan import PlannedEdit, PlannedRead, SteeringPlan, make_plan
-from steering.request.spec import parse_spec
 from steering.worker.record import RequestRecord
 
 
