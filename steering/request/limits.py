@@ -14,6 +14,8 @@ UNITS: Final[tuple[str, ...]] = get_args(Unit)
 MAX_INTERVENTIONS: Final = 64
 #: Distinct conditions of one request, those of ``stop_when`` among them.
 MAX_GATES: Final = 8
+#: Conditions of one list, equal ones counted.
+MAX_CONDITIONS: Final = 64
 MAX_PROTECTED: Final = 64
 MAX_TOP_K: Final = 64
 DEFAULT_TOP_K: Final = 5

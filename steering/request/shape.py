@@ -24,6 +24,7 @@ from pydantic import (
 
 from steering.request.limits import (
     DEFAULT_TOP_K,
+    MAX_CONDITIONS,
     MAX_INTERVENTIONS,
     MAX_PROTECTED,
     MAX_TOP_K,
@@ -53,6 +54,8 @@ UnitName = Annotated[
 ]
 Position = Annotated[StrictInt, Field(ge=-POSITION_LIMIT - 1, le=POSITION_LIMIT)]
 Threshold = Annotated[Number, Field(ge=0)]
+# Few of them may be distinct, so a long list only takes long.
+CONDITIONS: Final = Field(min_length=1, max_length=MAX_CONDITIONS, fail_fast=True)
 
 
 class Shape(BaseModel):
@@ -109,7 +112,7 @@ class AnyShape(Shape):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringAnyCondition")
 
-    any: Annotated[list[ConditionShape], Strict(), Field(min_length=1)]
+    any: Annotated[list[ConditionShape], Strict(), CONDITIONS]
 
 
 class StopShape(Shape):
@@ -123,8 +126,8 @@ class StopShape(Shape):
     unit: UnitName = None
 
 
-_All = Annotated[list[ConditionShape], Strict(), Field(min_length=1)]
-_Stops = Annotated[list[StopShape], Strict(), Field(min_length=1)]
+_All = Annotated[list[ConditionShape], Strict(), CONDITIONS]
+_Stops = Annotated[list[StopShape], Strict(), CONDITIONS]
 _ALL: Final = TypeAdapter(_All)
 _STOPS: Final = TypeAdapter(_Stops)
 _ALWAYS: Final = TypeAdapter(Literal["always"])

@@ -46,6 +46,7 @@ def refused(raw: object, saes: Any = ONE) -> tuple[str, str | None]:
         (when({"any": None}), "invalid_type", "steering.when.any"),
         (when({"any": [FIRES], "above": 1}), "unknown_field", "steering.when.above"),
         (when([{"any": [FIRES]}]), "unknown_field", "steering.when[0].any"),
+        (when([FIRES] * 65), "invalid_value", "steering.when"),
         (when("sometimes"), "invalid_value", "steering.when"),
         (when(3), "invalid_type", "steering.when"),
         (when([FIRES, 3]), "invalid_type", "steering.when[1]"),
@@ -231,9 +232,7 @@ def test_stopping_alone_shares_with_unsteered_requests() -> None:
 
 
 def test_weights_that_decide_are_part_of_the_salt() -> None:
-    spec = parse_spec(
-        {"interventions": [{**EDIT, "sae": "s3"}], "when": {**FIRES, "sae": "s1"}}, SAES
-    )
+    spec = parse_spec(edit(sae="s3", when={**FIRES, "sae": "s1"}), SAES)
     assert spec.kv_saes == ("s3", "s1")
     sums = dict.fromkeys(SAES, "0")
     assert cache_salt(spec, sums, 9, None) != cache_salt(spec, {**sums, "s1": "1"}, 9, None)
