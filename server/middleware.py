@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.admission import UNSUPPORTED, refuse_smuggled
 from server.errors import refusal
+from server.misplaced import refuse_misplaced
 from server.routes.generate import ROUTES
 from server.state import SteeringState
 from steering.errors import SteeringError
@@ -80,6 +81,7 @@ def refuse_foreign(body: bytes, catalog: Catalog) -> None:
         return
     if content.get(FIELD) is not None:
         raise _cannot_carry(catalog)
+    refuse_misplaced(content, catalog)
     refuse_smuggled(content.get("vllm_xargs"), "vllm_xargs", catalog)
     sampling_params = content.get("sampling_params")
     if isinstance(sampling_params, Mapping):
@@ -104,8 +106,12 @@ _FORM_FIELD: Final = re.compile(f'; ?name="{FIELD}"'.encode())
 
 
 def _path(scope: Scope) -> str:
+    """The path as routes are matched: without `--root-path`, whether or not a proxy cut it off."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")).rstrip("/")
+    root: str = scope.get("root_path", "")
+    if path == root or path.startswith(f"{root}/"):
+        path = path.removeprefix(root)
+    return path.rstrip("/")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
