@@ -15,11 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.admission import UNSUPPORTED, refuse_smuggled
 from server.errors import refusal
-from server.misplaced import refuse_misplaced
 from server.routes.generate import ROUTES
 from server.state import SteeringState
 from steering.errors import SteeringError
 from steering.request.catalog import Catalog
+from steering.request.misplaced import refuse_misplaced
 from steering.request.spec import nothing_loaded
 from steering.vllm.door import FIELD
 
@@ -81,7 +81,7 @@ def refuse_foreign(body: bytes, catalog: Catalog) -> None:
         return
     if content.get(FIELD) is not None:
         raise _cannot_carry(catalog)
-    refuse_misplaced(content, catalog)
+    refuse_misplaced(content, any_sae=bool(catalog.names))
     refuse_smuggled(content.get("vllm_xargs"), "vllm_xargs", catalog)
     sampling_params = content.get("sampling_params")
     if isinstance(sampling_params, Mapping):

@@ -20,7 +20,7 @@ from vllm.entrypoints.openai.responses.api_router import create_responses
 from vllm.v1.engine.exceptions import EngineGenerateError
 
 from server.admission import admit
-from server.misplaced import parsed_body, refuse_misplaced
+from server.misplaced import refuse_misplaced_in
 from server.protocol import (
     Steerable,
     SteerableChatCompletionRequest,
@@ -80,7 +80,7 @@ class SteerableRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
-            refuse_misplaced(await parsed_body(request), steering_state(request).catalog)
+            await refuse_misplaced_in(request)
             try:
                 return await handler(request)
             except HTTPException as error:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.middleware import refuse_foreign
-from server.misplaced import CONTAINERS
 from steering.errors import SteeringError
+from steering.request.misplaced import CONTAINERS
 from tests.server.conftest import Server, StartServer
 
 #: Any catalog that is not empty: what it holds makes no difference to a route that cannot steer.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.misplaced import CONTAINERS, MAX_PATH_CHARS, misplaced
+from steering.request.misplaced import CONTAINERS, MAX_PATH_CHARS, misplaced
 from tests.server.conftest import Server, StartServer
 from tests.server.test_generate_routes import BODIES
 
