@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from server.state import steering_state
 from steering.request.misplaced import refuse_misplaced
@@ -11,10 +11,10 @@ from steering.request.misplaced import refuse_misplaced
 async def refuse_misplaced_in(request: Request) -> None:
     """SteeringError if the body has `steering` where no route reads it.
 
-    Starlette parses a body once. One that cannot be parsed is its route's to refuse.
+    Starlette parses a body once. One that cannot be parsed, or never came, its route refuses.
     """
     try:
         body = await request.json()
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, ClientDisconnect):
         return
     refuse_misplaced(body, any_sae=bool(steering_state(request).catalog.names))

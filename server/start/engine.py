@@ -63,11 +63,14 @@ def naming_the_cause() -> Iterator[None]:
     """
     with tempfile.TemporaryDirectory(prefix="vllm-sae-") as folder:
         refusal, failure = Path(folder) / "refusal", Path(folder) / "failure"
-        os.environ[REFUSAL_VARIABLE] = str(refusal)
-        os.environ[FAILURE_VARIABLE] = str(failure)
-        os.environ["PYTHONWARNINGS"] = ",".join(
-            filter(None, (QUIET_END, os.environ.get("PYTHONWARNINGS")))
-        )
+        warnings = filter(None, (QUIET_END, os.environ.get("PYTHONWARNINGS")))
+        variables = {
+            REFUSAL_VARIABLE: str(refusal),
+            FAILURE_VARIABLE: str(failure),
+            "PYTHONWARNINGS": ",".join(warnings),
+        }
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         try:
             yield
         except Exception as error:
@@ -76,3 +79,8 @@ def naming_the_cause() -> Iterator[None]:
             if failure.is_file():
                 raise EngineStartError(failure.read_text().strip()) from error
             raise
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
