@@ -493,10 +493,57 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             mentions=("to_chat_completion_request",),
         ),
     ),
+    "steering/vllm/ignored.py": tuple(
+        Seam(f"entrypoints.openai.{module}.protocol", f"{name}.to_sampling_params")
+        for module, name in (
+            ("chat_completion", "ChatCompletionRequest"),
+            ("completion", "CompletionRequest"),
+            ("responses", "ResponsesRequest"),
+        )
+    ),
+    "steering/vllm/start_failure.py": (
+        Seam("v1.engine.core", "", mentions=("EngineCore failed to start.",)),
+        Seam("v1.executor.multiproc_executor", "", mentions=("WorkerProc failed to start.",)),
+    ),
     "server/commands/serve.py": (
         Seam("entrypoints.cli.serve", "ServeSubcommand.cmd"),
         Seam("entrypoints.cli.serve", "ServeSubcommand.subparser_init", first=("subparsers",)),
         Seam("entrypoints.cli.serve", "ServeSubcommand.validate", first=("args",)),
+    ),
+    "server/commands/run_batch.py": (
+        Seam("entrypoints.cli.run_batch", "RunBatchSubcommand"),
+        Seam(
+            "entrypoints.cli.run_batch", "RunBatchSubcommand.subparser_init", first=("subparsers",)
+        ),
+        Seam("entrypoints.launchers.run_batch", "", mentions=("ChatCompletionRequest",)),
+        Seam("entrypoints.launchers.run_batch", "main", first=("args",), mentions=("run_batch",)),
+        Seam("entrypoints.launchers.run_batch", "run_batch", first=("engine_client",)),
+        Seam(
+            "entrypoints.launchers.run_batch",
+            "run_request",
+            first=("serving_engine_func", "request"),
+        ),
+        Seam(
+            "entrypoints.launchers.run_batch", "handle_endpoint_request", mentions=("run_request",)
+        ),
+        Seam("entrypoints.launchers.run_batch", "BatchRequestOutput", fields=("response", "error")),
+    ),
+    "server/start/cpu_memory.py": (
+        Seam("platforms", "current_platform"),
+        Seam("platforms.interface", "Platform.is_cpu"),
+        Seam("utils.cpu_resource_utils", "get_memory_node_info", first=("node_id",)),
+        Seam("utils.cpu_resource_utils", "get_visible_memory_node"),
+        Seam(
+            "engine.arg_utils",
+            "EngineArgs",
+            fields=(
+                *("gpu_memory_utilization", "kv_cache_memory_bytes", "tensor_parallel_size"),
+                *("pipeline_parallel_size", "data_parallel_size"),
+            ),
+        ),
+    ),
+    "server/start/engine.py": (Seam("tokenizers", "cached_tokenizer_from_config"),),
+    "server/start/arguments.py": (
         Seam(
             "entrypoints.common.startup",
             "cli_env_setup",
@@ -516,7 +563,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             ),
         ),
         Seam("engine.arg_utils", "EngineArgs.create_engine_config", parameters=("headless",)),
-        Seam("tokenizers", "cached_tokenizer_from_config"),
     ),
     "server/commands/inspect_sae.py": (
         Seam("", "LLM"),

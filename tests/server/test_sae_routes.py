@@ -141,6 +141,12 @@ def test_feature_shows_its_neighbours_and_examples(labelled: Server) -> None:
     assert (body["feature"], body["label"], body["max_activation"]) == (1, "rain", None)
     assert body["examples"] == [{"text": "wet", "activation": 2.0}]
     assert len(body["nearest"]) == 10
+    # Encoder and decoder rows of norm 1: no product exceeds 1.
+    assert -1 <= body["self_gain"] <= 1
+    changes = [abs(change) for _, change in body["interferers"]]
+    assert len(changes) == 10 and changes == sorted(changes, reverse=True)
+    assert changes[0] <= 1 + 1e-6
+    assert body["feature"] not in [feature for feature, _ in body["interferers"]]
     assert body["promoted"] == body["suppressed"] == []
 
 

@@ -28,7 +28,9 @@ class Facts:
     d_sae = 100
 
     def __init__(self, hook: str) -> None:
-        self.hook = hook
+        self.hook = self.reads = hook
+        self.writes: tuple[str, ...] = (hook,)
+        self.error_term = self.affine = True
 
     def max_activation(self, feature: int) -> float | None:
         return None
