@@ -97,9 +97,9 @@ class ServerOptions:
         "--steering-resident",
         RESIDENT_TURNS,
         choices=RESIDENT_CHOICES,
-        help="Which SAEs a GPU holds whole beside the model: those whose edits need all of their "
-        "features (top-k ones), all, or none. `read` and `error_term: false` of any other SAE are "
-        "refused there. Nothing is held on a CPU.",
+        help="Which SAEs a GPU holds whole beside the model. turns: top-k ones, and one place in "
+        "which the others take turns if a `read` or `error_term: false` needs all of one; all: "
+        "every SAE; none: no SAE, so that each such pass copies weights. Says nothing on a CPU.",
     )
     self_check: bool | None = _flag(
         "--steering-self-check",
