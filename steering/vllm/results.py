@@ -18,7 +18,8 @@ from sae.self_check import Measured
 from steering.request.spec import SteeringSpec
 from steering.vllm.door import FIELD, TICKET, catalog_for, result_key
 from steering.vllm.drain import TAKE
-from steering.worker.record import MAX_FINISHED_RECORDS, features_read
+from steering.worker.probes import features_read
+from steering.worker.record_store import MAX_FINISHED_RECORDS
 
 #: Seconds between two looks at whether the engine that is asked for results still lives.
 LIVENESS_SECONDS: Final = 1.0

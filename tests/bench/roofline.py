@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Final
 
-from steering.worker.ops.triton_kernel import Launch, launch
+from steering.worker.ops.triton_parts import Launch, layout_for
 
 #: Part of a memory's peak rate that a good kernel gets.
 ACHIEVED: Final = 0.8
@@ -115,11 +115,11 @@ def moved(
     """
     stream = (3 if residual else 2) * d_in * itemsize
     rows = (1 if add else 2) * edits * d_in * ROW_ITEMSIZE
-    block_e = launch(d_in, itemsize).block_e
-    # The token's facts and a counter; by edit, its table entry, sink and normalisation, what it
-    # reports; and in whole blocks seven parameters.
-    metadata = 29 + 8 + 36 * edits + 28 * block_e * ceil(edits / block_e)
-    metadata += 0 if add else 4 * edits
+    block_e = layout_for(d_in, itemsize).block_e
+    # The token's facts, its share and a counter; by edit, its table entry, sink and normalisation,
+    # what it reports and where; and in whole blocks seven parameters.
+    metadata = 33 + 8 + 44 * edits + 28 * block_e * ceil(edits / block_e)
+    metadata += 0 if add else 8 + 12 * edits
     return Moved(stream, rows, metadata)
 
 
@@ -131,7 +131,7 @@ def op_seconds(
     The longest of three: DRAM traffic, L2 traffic, and the waves of programs that each wait for
     their rows.
     """
-    layout = launch(d_in, itemsize)
+    layout = layout_for(d_in, itemsize)
     one = moved(d_in, itemsize, edits)
     distinct_rows = min(tokens, configurations) * one.rows
     # Rows that L2 cannot keep come from DRAM each time.
@@ -145,7 +145,7 @@ def op_seconds(
 
 def idle_seconds(device: Device, d_in: int, itemsize: int, tokens: int) -> float:
     """Time of one launch in which no token has a slot: waves of programs that load one number."""
-    waves = ceil(tokens / (device.sms * programs_per_sm(launch(d_in, itemsize))))
+    waves = ceil(tokens / (device.sms * programs_per_sm(layout_for(d_in, itemsize))))
     return LAUNCH_SECONDS + waves * EXIT_SECONDS
 
 

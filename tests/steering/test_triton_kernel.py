@@ -21,8 +21,7 @@ from steering.request.limits import MAX_INTERVENTIONS
 from steering.request.plan import OP_ADD, OP_CLAMP
 from steering.worker.ops import triton_kernel
 from tests.bench.roofline import moved
-from tests.steering.batches import edit, one_request, plain_params, pool
-from tests.steering.test_ops import run
+from tests.steering.batches import Batch, edit, one_request, plain_params, pool
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -72,6 +71,10 @@ else:
                 patch.setattr(InterpreterBuilder, name, counting(name, pointers, mask))
             yield sizes
 
+    def edit_alone(batch: Batch) -> None:
+        """The edit's launch, without that of the conditions."""
+        triton_kernel.steer_tokens(batch.hidden_states.clone(), batch.residual, batch.buffers())
+
     @pytest.mark.parametrize("edits", [1, 8, MAX_INTERVENTIONS])
     @pytest.mark.parametrize("d_in", [576, 2304])
     @pytest.mark.parametrize("residual", [True, False], ids=["residual", "sum"])
@@ -83,7 +86,7 @@ else:
         batch = one_request(x, [edit(row, OP_CLAMP, 1.0, 3) for row in range(edits)], rows)
         batch.residual = torch.randn(1, d_in, dtype=torch.bfloat16) if residual else None
         with traffic() as sizes:
-            run(triton_kernel.steer_tokens, batch)
+            edit_alone(batch)
         expected = moved(d_in, 2, edits, residual=residual)
         assert sum(sizes) == expected.minimum + expected.metadata
         assert expected.ratio < 1.3
@@ -93,7 +96,7 @@ else:
         rows = pool(torch.randn(8, 576), torch.randn(8, 576), plain_params(8))
         edits = [edit(row, OP_ADD, 1.0, 3) for row in range(8)]
         with traffic() as sizes:
-            run(triton_kernel.steer_tokens, one_request(x, edits, rows, reports=False))
+            edit_alone(one_request(x, edits, rows, reports=False))
         expected = moved(576, 2, 8, residual=False, add=True)
         assert sum(sizes) == expected.minimum + expected.metadata
 
@@ -102,12 +105,12 @@ else:
         batch = one_request(torch.randn(3, 576), [edit(0, OP_CLAMP, 1.0, 3)], rows)
         batch.token_slot.fill_(-1)
         with traffic() as sizes:
-            run(triton_kernel.steer_tokens, batch)
+            edit_alone(batch)
         assert sizes == [4, 4, 4]
 
     def test_token_that_no_edit_covers_costs_no_stream() -> None:
         rows = pool(torch.randn(1, 576), torch.randn(1, 576), plain_params(1))
         edits = [edit(0, OP_CLAMP, 1.0, 3, start=100)]
         with traffic() as sizes:
-            run(triton_kernel.steer_tokens, one_request(torch.randn(1, 576), edits, rows))
+            edit_alone(one_request(torch.randn(1, 576), edits, rows))
         assert sum(sizes) < 100
