@@ -212,8 +212,8 @@ def table(kernels: Iterable[Kernel]) -> list[str]:
         stream = k.dtype if k.residual else f"{k.dtype}, no residual"
         lines.append(
             f"| {k.name} | {k.arch} | {k.d_in} | {stream} | {k.block_e} | {k.num_warps} "
-            f"| {k.registers} | {k.spill_bytes} | {k.shared_bytes} | {k.programs_per_sm} | {k.occupancy:.0%} "
-            f"| {k.in_flight_bytes / 1024:.0f} |"
+            f"| {k.registers} | {k.spill_bytes} | {k.shared_bytes} | {k.programs_per_sm} "
+            f"| {k.occupancy:.0%} | {k.in_flight_bytes / 1024:.0f} |"
         )
     return lines
 

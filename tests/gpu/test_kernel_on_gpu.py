@@ -13,7 +13,7 @@ from steering.worker.ops import triton_kernel
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.layout import NO_SLOT
 from tests.steering.batches import Batch, full_batch, random_batch
-from tests.steering.test_ops import Edited, assert_agrees, run
+from tests.steering.versions import Edited, assert_agrees, run
 
 pytestmark = pytest.mark.gpu
 

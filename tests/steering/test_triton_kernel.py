@@ -23,6 +23,8 @@ from steering.worker.ops import triton_kernel
 from tests.bench.roofline import moved
 from tests.steering.batches import Batch, edit, one_request, plain_params, pool
 
+#: The tests that every version passes.
+INTERPRETED_TOO = ("test_triton_kernel.py", "test_ops.py", "test_gates.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
@@ -33,7 +35,7 @@ if not INTERPRETED:
         here = Path(__file__)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x"]
         done = subprocess.run(
-            [*command, str(here), str(here.with_name("test_ops.py"))],
+            [*command, *(str(here.with_name(name)) for name in INTERPRETED_TOO)],
             cwd=here.parents[2],
             env={**os.environ, "TRITON_INTERPRET": "1"},
             capture_output=True,
