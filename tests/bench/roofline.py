@@ -123,6 +123,23 @@ def moved(
     return Moved(stream, rows, metadata)
 
 
+def moved_by_gates(d_in: int, itemsize: int, gates: int, *, residual: bool = True) -> Moved:
+    """Bytes that the conditions' kernel asks for, for one ordinary token of a slot with ``gates``.
+
+    Args:
+        d_in: width of the stream.
+        itemsize: bytes of one of its elements.
+        gates: conditions of scope token that are read here.
+        residual: whether the layer returns its output and the residual apart.
+    """
+    stream = (2 if residual else 1) * d_in * itemsize
+    block_e = layout_for(d_in, itemsize).block_e
+    # The token's facts and its bits; by condition, its table entry, normalisation and activation;
+    # and in whole blocks seven parameters.
+    metadata = 25 + 8 + 28 * gates + 28 * block_e * ceil(gates / block_e)
+    return Moved(stream, gates * d_in * ROW_ITEMSIZE, metadata)
+
+
 def op_seconds(
     device: Device, d_in: int, itemsize: int, tokens: int, edits: int, configurations: int
 ) -> float:
@@ -131,15 +148,35 @@ def op_seconds(
     The longest of three: DRAM traffic, L2 traffic, and the waves of programs that each wait for
     their rows.
     """
-    layout = layout_for(d_in, itemsize)
     one = moved(d_in, itemsize, edits)
+    return _launch_seconds(device, d_in, itemsize, tokens, one, edits, configurations)
+
+
+def gate_seconds(
+    device: Device, d_in: int, itemsize: int, tokens: int, gates: int, configurations: int
+) -> float:
+    """Time of the conditions' launch, as `op_seconds`."""
+    one = moved_by_gates(d_in, itemsize, gates)
+    return _launch_seconds(device, d_in, itemsize, tokens, one, gates, configurations)
+
+
+def _launch_seconds(
+    device: Device,
+    d_in: int,
+    itemsize: int,
+    tokens: int,
+    one: Moved,
+    entries: int,
+    configurations: int,
+) -> float:
+    layout = layout_for(d_in, itemsize)
     distinct_rows = min(tokens, configurations) * one.rows
     # Rows that L2 cannot keep come from DRAM each time.
     from_dram = distinct_rows if distinct_rows <= device.l2_capacity else tokens * one.rows
     dram = (tokens * one.stream + from_dram) / (ACHIEVED * device.dram)
     l2 = tokens * (one.stream + one.rows) / (ACHIEVED * device.l2)
     waves = ceil(tokens / (device.sms * programs_per_sm(layout)))
-    waiting = waves * (PROLOGUE_SECONDS + ceil(edits / layout.block_e) * BLOCK_SECONDS)
+    waiting = waves * (PROLOGUE_SECONDS + ceil(entries / layout.block_e) * BLOCK_SECONDS)
     return LAUNCH_SECONDS + max(dram, l2, waiting)
 
 
@@ -188,6 +225,24 @@ def decode_table(device: Device, context: int) -> list[str]:
     return lines
 
 
+def gates_table(device: Device, context: int) -> list[str]:
+    """What eight conditions add to a decode step with eight edits, as Markdown."""
+    lines = [
+        "| model | batch | edits alone, us | conditions, us | share of the step, both |",
+        "|---|---|---|---|---|",
+    ]
+    for model in (LLAMA_8B, LLAMA_70B):
+        for batch in (1, 32, 256):
+            step = decode_seconds(device, model, batch, context)
+            edits = op_seconds(device, model.d_in, 2, batch, 8, batch)
+            gates = gate_seconds(device, model.d_in, 2, batch, 8, batch)
+            lines.append(
+                f"| {model.name} | {batch} | {1e6 * edits:.1f} | {1e6 * gates:.1f} "
+                f"| {100 * (edits + gates) / step:.2f}% |"
+            )
+    return lines
+
+
 def prefill_table(device: Device, tokens: int) -> list[str]:
     """Share of a prefill step in which one request's edits cover every token, as Markdown."""
     lines = [
@@ -228,6 +283,8 @@ def main() -> None:
         for context in (1024, 0):
             print(f"\n{device.name}, decode, context {context}\n")
             print("\n".join(decode_table(device, context)))
+        print(f"\n{device.name}, decode, context 1024, eight conditions, all lists distinct\n")
+        print("\n".join(gates_table(device, 1024)))
         print(f"\n{device.name}, prefill\n")
         print("\n".join(prefill_table(device, 2048)))
 

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from steering.request.limits import MAX_INTERVENTIONS
-from steering.request.plan import OP_ADD, OP_CLAMP
+from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
+from steering.request.plan import GATE_ABOVE, OP_ADD, OP_CLAMP, SCOPE_TOKEN, PlannedGate
 from steering.worker.ops import triton_kernel
-from tests.bench.roofline import moved
-from tests.steering.batches import Batch, edit, one_request, plain_params, pool
+from tests.bench.roofline import moved, moved_by_gates
+from tests.steering.batches import Batch, Gates, edit, one_request, plain_params, pool
 
 #: The tests that every version passes.
 INTERPRETED_TOO = ("test_triton_kernel.py", "test_ops.py", "test_gates.py")
@@ -92,6 +92,26 @@ else:
         expected = moved(d_in, 2, edits, residual=residual)
         assert sum(sizes) == expected.minimum + expected.metadata
         assert expected.ratio < 1.3
+
+    @pytest.mark.parametrize("gates", [1, 5, MAX_GATES])
+    @pytest.mark.parametrize("residual", [True, False], ids=["residual", "sum"])
+    def test_conditions_move_the_bytes_of_the_roofline(gates: int, residual: bool) -> None:
+        x = torch.randn(1, 576, dtype=torch.bfloat16)
+        rows = pool(torch.randn(gates, 576), torch.randn(gates, 576), plain_params(gates))
+        conditions = [PlannedGate(0, row, GATE_ABOVE, 0.0, SCOPE_TOKEN) for row in range(gates)]
+        batch = one_request(x, [], rows, gates=Gates(conditions))
+        batch.residual = torch.randn(1, 576, dtype=torch.bfloat16) if residual else None
+        with traffic() as sizes:
+            triton_kernel.bound(batch.buffers()).read_gates(batch.hidden_states, batch.residual)
+        expected = moved_by_gates(576, 2, gates, residual=residual)
+        assert sum(sizes) == expected.minimum + expected.metadata
+
+    def test_without_conditions_their_launch_costs_two_loads_a_token() -> None:
+        rows = pool(torch.randn(1, 576), torch.randn(1, 576), plain_params(1))
+        batch = one_request(torch.randn(3, 576), [edit(0, OP_CLAMP, 1.0, 3)], rows)
+        with traffic() as sizes:
+            triton_kernel.bound(batch.buffers()).read_gates(batch.hidden_states, batch.residual)
+        assert sizes == [4] * 6
 
     def test_add_without_a_report_reads_no_encoder_row() -> None:
         x = torch.randn(1, 576, dtype=torch.bfloat16)

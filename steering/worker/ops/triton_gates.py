@@ -135,25 +135,37 @@ def gate_kernel(  # type: ignore[no-untyped-def]
 
     bits = 0
     for first in range(0, count, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        there = e < count
-        row = tl.load(ints + e * GATE_INTS + _ROW, mask=there, other=0).to(tl.int64)
-        index = tl.load(ints + e * GATE_INTS + _INDEX, mask=there, other=0)
-        scope = tl.load(ints + e * GATE_INTS + _SCOPE, mask=there, other=0)
-        threshold = tl.load(threshold_ptr + slot * MAX_GATES + e, mask=there, other=0.0)
-        params = params_ptr + row * NUM_PARAMS
-        eligible = there & ~(norm > tl.load(params + SINK))
-        tile = row[:, None] * ROW_STRIDE + d[None, :]
-        w_enc = tl.load(w_enc_ptr + tile, mask=eligible[:, None] & inside[None, :], other=0.0)
-        _, f, _, _ = read_latents(tl.sum(w_enc * x[None, :], axis=1), params, mean, std, rms)
-        at = f_ptr + token * MAX_ENTRIES + FIRST_GATE_COLUMN + index
-        tl.store(at, f, mask=eligible)
-        elsewhere = ((scope == _STOP) & ~behind) | ((scope == _PROMPT) & behind)
-        event = eligible & (f > threshold) & ~elsewhere
-        quiet = eligible & (f <= threshold)
-        bits |= tl.sum((event.to(tl.int32) << index) | (quiet.to(tl.int32) << (index + _QUIET)))
-        held_at = first_held_ptr + slot * MAX_GATES + index
-        # Triton's interpreter takes nothing but the outcome of a comparison for an atomic's mask.
-        kept = tl.where(event & (scope != _TOKEN), 1, 0) != 0
-        tl.atomic_min(held_at, position.to(tl.int32), mask=kept, sem="relaxed")
+        bits |= _block_bits(
+            x, norm, mean, std, rms, first + tl.arange(0, BLOCK_E), count, position, behind,
+            ints, threshold_ptr + slot * MAX_GATES, first_held_ptr + slot * MAX_GATES,
+            w_enc_ptr, params_ptr, f_ptr + token * MAX_ENTRIES, d, inside, ROW_STRIDE,
+        )  # fmt: skip
     tl.store(events_ptr + token, tl.load(events_ptr + token) | bits)
+
+
+@triton.jit
+def _block_bits(  # type: ignore[no-untyped-def]
+    x, norm, mean, std, rms, e, count, position, behind,
+    ints_ptr, threshold_ptr, first_held_ptr, w_enc_ptr, params_ptr, f_at, d, inside,
+    ROW_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """The bits of the conditions ``e`` of a slot; they share one wait for their rows."""
+    exists = e < count
+    entry = ints_ptr + e * GATE_INTS
+    row = tl.load(entry + _ROW, mask=exists, other=0).to(tl.int64)
+    index = tl.load(entry + _INDEX, mask=exists, other=0)
+    scope = tl.load(entry + _SCOPE, mask=exists, other=0)
+    threshold = tl.load(threshold_ptr + e, mask=exists, other=0.0)
+    params = params_ptr + row * NUM_PARAMS
+    eligible = exists & ~(norm > tl.load(params + SINK))
+    tile = row[:, None] * ROW_STRIDE + d[None, :]
+    w_enc = tl.load(w_enc_ptr + tile, mask=eligible[:, None] & inside[None, :], other=0.0)
+    _, f, _, _ = read_latents(tl.sum(w_enc * x[None, :], axis=1), params, mean, std, rms)
+    tl.store(f_at + FIRST_GATE_COLUMN + index, f, mask=eligible)
+    elsewhere = ((scope == _STOP) & ~behind) | ((scope == _PROMPT) & behind)
+    event = eligible & (f > threshold) & ~elsewhere
+    quiet = eligible & (f <= threshold)
+    # Triton's interpreter takes nothing but the outcome of a comparison for an atomic's mask.
+    kept = tl.where(event & (scope != _TOKEN), 1, 0) != 0
+    tl.atomic_min(first_held_ptr + index, position.to(tl.int32), mask=kept, sem="relaxed")
+    return tl.sum((event.to(tl.int32) << index) | (quiet.to(tl.int32) << (index + _QUIET)))
