@@ -91,7 +91,7 @@ class SAE:
     def decoder_rows(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """W_dec[start:stop] as [stop - start, d_in] float32 on the device."""
         target = _indexed(device)
-        return self._in_use("W_dec", _moved(self._matrix("W_dec", target)[start:stop], target))
+        return self._in_use("W_dec", self._matrix("W_dec", target)[start:stop].to(target))
 
     def decoder_row_norms(self) -> Tensor:
         """|W_dec_i| of all latents: [d_sae] float32, CPU."""
@@ -120,7 +120,7 @@ class SAE:
         W_enc = self._matrix("W_enc", x.device)
         f = x.new_empty(x.shape[0], self._card.d_sae)
         for start, stop in self.chunks():
-            rows = self._in_use("W_enc", _moved(W_enc[start:stop], x.device))
+            rows = self._in_use("W_enc", W_enc[start:stop].to(x.device))
             f[:, start:stop] = self._activate(product(x_in, rows), vectors.part(start, stop))
         if not self._card.exact_from_row:
             assert self._card.k is not None
@@ -351,17 +351,6 @@ def check_fits(card: SAECard, d_model: int, num_layers: int) -> None:
 def _indexed(device: torch.device | str) -> torch.device:
     """The device as its tensors name it: cuda is cuda:0, say."""
     return torch.empty(0, device=device).device
-
-
-def _moved(part: Tensor, device: torch.device) -> Tensor:
-    """Part of a matrix on a device.
-
-    On an accelerator it is laid out as a resident one is, whatever the order in the file: another
-    order may take another kernel there, with other rounding, and of two ranks that compute the same
-    one may have the matrix resident and the other not.
-    """
-    moved = part.to(device)
-    return moved if device.type == "cpu" else moved.contiguous()
 
 
 def _rows_per_chunk(matrix: Tensor) -> int:

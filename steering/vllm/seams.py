@@ -159,9 +159,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("tokenizers", "cached_tokenizer_from_config"),
         Seam("config.compilation", "CUDAGraphMode", fields=("NONE",)),
         Seam("distributed.parallel_state", "get_tp_group"),
-        Seam(
-            "distributed.parallel_state", "GroupCoordinator", fields=("is_first_rank", "cpu_group")
-        ),
+        Seam("distributed.parallel_state", "GroupCoordinator", fields=("is_first_rank",)),
         Seam("platforms", "current_platform"),
         Seam("platforms.interface", "Platform", fields=("is_cpu", "is_cuda", "device_name")),
         Seam("triton_utils", "HAS_TRITON"),

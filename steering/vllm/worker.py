@@ -81,17 +81,9 @@ class SteeringWorker(PlatformWorker):
         return special_token_ids(cached_tokenizer_from_config(self.vllm_config.model_config))
 
     def _free_bytes(self) -> int:
-        """Device memory that nobody holds, less what vLLM keeps free for its largest pass.
-
-        The least over all tensor-parallel ranks, which add the same requests in the same order:
-        what is decided by it must be the same on each, since all must compute the same delta.
-        """
+        """Device memory that nobody holds, less what vLLM keeps free for its largest pass."""
         free: int = torch.cuda.mem_get_info(self.device)[0]
-        least = torch.tensor(free - int(getattr(self, "peak_activation_memory", 0)))
-        torch.distributed.all_reduce(
-            least, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
-        )
-        return int(least)
+        return free - int(getattr(self, "peak_activation_memory", 0))
 
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import sae.sae as sae_module
 from sae.errors import SAEError
-from sae.sae import SAE, _moved, open_sae
+from sae.sae import SAE, open_sae
 from sae.source import SAEReference
 from tests.sae.suites import (
     D_IN,
@@ -479,9 +479,3 @@ def test_opening_65k_latents_reads_the_header_not_the_weights(tmp_path: Path) ->
     before = anonymous_memory()
     assert sae.rows([70, 65_000]).W_enc.shape == (2, d_in)
     assert anonymous_memory() - before < 16 * 2**20
-
-
-def test_what_is_moved_to_an_accelerator_lies_as_a_resident_matrix_does() -> None:
-    stored = torch.randn(6, 4).T  # as a file that keeps [d_in, d_sae] is read
-    assert _moved(stored, torch.device("meta")).is_contiguous()
-    assert _moved(stored, torch.device("cpu")).data_ptr() == stored.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -105,19 +106,18 @@ def test_a_prompts_condition_decides_about_every_token_after_it(
 ) -> None:
     # The prompt ends before position 8; the third token is its last.
     gates = [gate(sense, SCOPE_PROMPT)]
-    generation = {"coverage": COVERS_GENERATION}
-    assert (
-        held(version, [0.0, 0.0, 5.0, 0.0, 0.0], gates, **generation) == [False] * 3 + [opens] * 2
-    )
-    after = held(version, [0.0, 0.0, 0.0, 5.0, 0.0], gates, **generation)
+    generation = partial(held, version, gates=gates, coverage=COVERS_GENERATION)
+    assert generation([0.0, 0.0, 5.0, 0.0, 0.0]) == [False] * 3 + [opens] * 2
+    after = generation([0.0, 0.0, 0.0, 5.0, 0.0])
     assert after == [False] * 3 + [not opens] * 2
 
 
 @versions
 def test_a_prompts_condition_is_remembered_in_later_passes(version: Version) -> None:
-    gates, decode = [gate(GATE_ABOVE, SCOPE_PROMPT)], {"start": 20, "coverage": COVERS_GENERATION}
-    assert held(version, [0.0], gates, first_held=[3], **decode) == [True]
-    assert held(version, [9.0], gates, first_held=[NEVER], **decode) == [False]
+    gates = [gate(GATE_ABOVE, SCOPE_PROMPT)]
+    decode = partial(held, version, gates=gates, start=20, coverage=COVERS_GENERATION)
+    assert decode([0.0], first_held=[3]) == [True]
+    assert decode([9.0], first_held=[NEVER]) == [False]
 
 
 @versions
@@ -315,8 +315,9 @@ def test_a_condition_does_not_depend_on_how_the_sequence_was_cut_into_passes(
     plan = SteeringPlan("k", 1, PROMPT, (its_edit,), True, True, None, gates=tuple(gates))
     worker = TinyWorker(saes, KERNELS[kernel])
     # Another request's leftovers in the slot.
+    others = [torch.randn(LENGTH, D_MODEL, generator=rng) * 2 for _ in saes]
     worker.state.add_request("before", plan)
-    worker.forward([("before", 0, LENGTH)], {"before": streams}, {"before": ids})
+    worker.forward([("before", 0, LENGTH)], {"before": others})
     worker.state.remove_request("before")
 
     worker.state.add_request("r", plan)

@@ -26,10 +26,10 @@ from steering.request.plan import (
     PlannedRead,
     SteeringPlan,
 )
-from steering.worker import full_path, pass_reports
+from steering.worker import pass_reports
 from steering.worker.ops import cpu_kernel
 from steering.worker.ops.layout import NEVER, NO_SLOT
-from steering.worker.probes import features_read
+from steering.worker.probes import features_read, strongest
 from tests.models import D_MODEL, make_tiny_sae
 from tests.steering.tiny_worker import TinyWorker, tied_sae
 
@@ -131,8 +131,7 @@ def test_reads_of_all_requests_are_ranked_together_and_told_apart(
         ranked.append(k)
         return strongest(f, k)
 
-    strongest = full_path.strongest
-    monkeypatch.setattr(full_path, "strongest", counting)
+    monkeypatch.setattr("steering.worker.full_path.strongest", counting)
     given = {"a": streams(0), "b": streams(1)}
     worker.state.add_request("a", plan("ka", edits=(), report=False, read=READ))
     narrow = replace(READ, top_k=2, coverage=COVERS_PROMPT)

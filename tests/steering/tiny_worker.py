@@ -90,6 +90,6 @@ class TinyWorker:
         for i, hook in enumerate(self.hooks):
             hidden = torch.cat([streams[req][i][start:stop] for req, start, stop in parts])
             self.state.apply_at(hook, hidden, None)
-            made.append(hidden.split([stop - start for _, start, stop in parts]))
+            made.append(torch.split(hidden, np.diff(starts).tolist()))
         self.state.end_step()
         return [list(of_part) for of_part in zip(*made, strict=True)]
