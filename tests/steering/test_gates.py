@@ -321,7 +321,7 @@ def test_a_condition_does_not_depend_on_how_the_sequence_was_cut_into_passes(
     worker.state.remove_request("before")
 
     worker.state.add_request("r", plan)
-    reached = _run(worker, plan, streams, ids, cut)
+    reached = _run(worker, plan, streams, others, ids, cut)
     assert reached == opened(plan, f, special)
     [summary] = worker.state.take_results("k", {0: LENGTH})
     entry = summary["edits"][0]
@@ -338,6 +338,7 @@ def _run(
     worker: TinyWorker,
     plan: SteeringPlan,
     streams: list[torch.Tensor],
+    others: list[torch.Tensor],
     ids: list[int],
     cut: Cut,
 ) -> list[bool]:
@@ -356,13 +357,18 @@ def _run(
             break
         stop = min(position + scheduled, LENGTH if position >= PROMPT else max(PROMPT, scheduled))
         stop = min(stop, LENGTH)
-        [[hidden, _]] = worker.forward([("r", position, stop)], {"r": streams}, {"r": ids})
-        changed = (hidden != streams[0][position:stop]).any(dim=1)
-        reached[position:stop] = changed.tolist()
-        # Behind the prompt a pass may have been speculative; one of its tokens is kept.
+        # Behind the prompt a pass may be speculative; one of its tokens is kept. The others are
+        # other tokens than those that come there in the end.
         kept = stop - position
         if position >= PROMPT:
             kept = max(1, kept - rejected)
+        drafted = [
+            torch.cat([right[: position + kept], wrong[position + kept :]])
+            for right, wrong in zip(streams, others, strict=True)
+        ]
+        [[hidden, _]] = worker.forward([("r", position, stop)], {"r": drafted}, {"r": ids})
+        changed = (hidden != drafted[0][position:stop]).any(dim=1)
+        reached[position:stop] = changed.tolist()
         position += kept
     if position < LENGTH:
         [[hidden, _]] = worker.forward([("r", position, LENGTH)], {"r": streams}, {"r": ids})
