@@ -161,9 +161,7 @@ class BatchParts:
         has_work[present] = True
         token_np = np.flatnonzero(has_work[step.token_slot_np] & (step.token_slot_np >= 0))
         full = {sae for s in present for sae in self.work[s].full}
-        d_in = buffers.rows.W_enc.shape[1]
-        per_token = max([d_in, *(_ENCODES_AT_ONCE * self.saes[s].card.d_sae for s in full)])
-        chunk = max(1, _WORKSPACE_ELEMENTS // per_token)
+        chunk = self.tokens_in_part(full)
         if len(token_np) > chunk:
             return (
                 self._part(step, token_np[start : start + chunk])
@@ -172,6 +170,12 @@ class BatchParts:
         part = self._part(step, token_np) if len(token_np) else None
         self._laid_out = (step.token_slot_np, part)
         return () if part is None else (part,)
+
+    def tokens_in_part(self, full: Iterable[int]) -> int:
+        """Most tokens of a part in which these SAEs are encoded in full."""
+        d_in = self.buffers.rows.W_enc.shape[1]
+        per_token = max([d_in, *(_ENCODES_AT_ONCE * self.saes[s].card.d_sae for s in full)])
+        return max(1, _WORKSPACE_ELEMENTS // per_token)
 
     def _part(self, step: Step, token_np: IntArray) -> BatchPart:
         buffers = self.buffers

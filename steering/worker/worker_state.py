@@ -96,17 +96,18 @@ class SteeringState:
         free_bytes: Callable[[], int] | None = None,
     ) -> None:
         self.step = step
-        self._graphs = kernel is not None and graphs
+        self.graphs = graphs
+        self._always_launch = kernel is not None and graphs
         self.slots = SlotAllocator(num_slots)
         self.rows = RowPool(saes, max_rows, d_in, device)
         self.records = RecordStore()
         self.reports = PassReports()
         self.op_seconds = 0.0
-        self._d_in = d_in
+        self.d_in = d_in
         self._record = record
         self._saes = saes
         self._facts = SlotFacts(num_slots, device)
-        max_num_tokens = step.token_slot.shape[0]
+        self.max_num_tokens = max_num_tokens = len(step.token_slot)
         self._gate_state = GateState(num_slots, max_num_tokens, device)
         self._gated = GatedSlots(num_slots, device)
         # One buffer for all hook points: an edit and a gate have columns of their own.
@@ -120,11 +121,11 @@ class SteeringState:
         self._is_special = is_special.to(device)
         by_index = dict(enumerate(saes))
         residency = Residency(by_index, device, free_bytes)
-        self.sites = {
+        self.hooks = {
             str(point): self._site(str(point), column, by_index, kernel, residency)
             for column, point in enumerate(owned)
         }
-        self._owned_saes = {i for site in self.sites.values() for i in site.saes}
+        self._owned_saes = {i for site in self.hooks.values() for i in site.saes}
         self._running: dict[str, RunningRequest] = {}
         # Those of the running that need a whole encode, here or in another pipeline stage: all
         # stages must choose the same kind of pass.
@@ -162,7 +163,7 @@ class SteeringState:
             residency,
             self.reports,
             None if kernel is None else kernel.bound(buffers),
-            self._graphs,
+            self._always_launch,
         )
 
     def compile_kernel(self, dtype: torch.dtype, d_in: int) -> None:
@@ -172,7 +173,7 @@ class SteeringState:
             dtype: of the model.
             d_in: hidden size.
         """
-        for site in self.sites.values():
+        for site in self.hooks.values():
             hidden_states = torch.zeros(1, d_in, dtype=dtype, device=self._touched.device)
             for residual in (hidden_states.clone(), None):  # a kernel each
                 site.compile_kernel(hidden_states, residual)
@@ -192,7 +193,7 @@ class SteeringState:
         self._gate_state.write(slot, plan.gates, self._paused_gates.pop(req_id, None))
         self._gated.write(slot, req_id, plan.gates)
         full = plan.encoded(self._exact_from_row)
-        for site in self.sites.values():
+        for site in self.hooks.values():
             site.set_slot(slot, plan, row_of, full, record)
         request = RunningRequest(plan, slot, plan.encoded_until(self._exact_from_row))
         if full:
@@ -224,7 +225,7 @@ class SteeringState:
             return
         self._full.pop(req_id, None)
         self._internal -= request.plan.internal
-        for site in self.sites.values():
+        for site in self.hooks.values():
             site.clear_slot(request.slot)
         self._reported.write(request.slot, None)
         self._gated.write(request.slot, req_id, ())
@@ -266,7 +267,7 @@ class SteeringState:
                 self._advance(req_id, num_tokens)
         self._in_pass = []
         # A replay for nobody would have events at positions of the last pass.
-        self.step.end(wipe=self._graphs and self._gated.in_pass)
+        self.step.end(wipe=self._always_launch and self._gated.in_pass)
 
     def _advance(self, req_id: str, num_tokens: int) -> None:
         request = self._full.get(req_id)
@@ -275,7 +276,7 @@ class SteeringState:
         request.advance(num_tokens)
         if request.next_position >= request.encoded_until:
             del self._full[req_id]
-            for site in self.sites.values():
+            for site in self.hooks.values():
                 site.encode_no_more(request.slot)
 
     def needs_full(self, req_ids: Iterable[str]) -> bool:
@@ -292,7 +293,7 @@ class SteeringState:
 
     def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Edit the pass's tokens at one hook point, in place; called by the registered op."""
-        if not (self.step.active or self._graphs):
+        if not (self.step.active or self._always_launch):
             return
         started = time.perf_counter()
         if hidden_states.dim() != 2:  # some layers carry a batch axis of one
@@ -300,8 +301,8 @@ class SteeringState:
             residual = None if residual is None else residual.view(-1, residual.shape[-1])
         num_tokens, d_in = hidden_states.shape
         # A stream that is not whole here (sharded by tokens, say) would be edited in wrong rows.
-        assert num_tokens >= self.step.num_tokens and d_in == self._d_in, (num_tokens, d_in)
-        self.sites[hook].apply(hidden_states, residual, self.step)
+        assert num_tokens >= self.step.num_tokens and d_in == self.d_in, (num_tokens, d_in)
+        self.hooks[hook].apply(hidden_states, residual, self.step)
         # Beside a self-check nearly all of the time is that one's, and no client asked for it.
         if not self._internal:
             self.op_seconds += time.perf_counter() - started
@@ -363,7 +364,7 @@ class SteeringState:
         return self._saes[sae].card.exact_from_row
 
     def _new_record(self, plan: SteeringPlan, child: int) -> RequestRecord:
-        columns = {hook: site.edits_of(plan) for hook, site in self.sites.items()}
+        columns = {hook: site.edits_of(plan) for hook, site in self.hooks.items()}
         return RequestRecord(
             plan,
             child,

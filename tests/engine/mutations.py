@@ -158,7 +158,7 @@ MUTATIONS = {
     ),
     "a replay for nobody finds the last pass's slots": Mutation(
         "steering/worker/worker_state.py",
-        "self.step.end(wipe=self._graphs and self._gated.in_pass)",
+        "self.step.end(wipe=self._always_launch and self._gated.in_pass)",
         "self.step.end()",
         "tests/steering/test_worker_state.py::"
         "test_where_graphs_hold_the_op_a_gated_pass_leaves_no_slot_behind",

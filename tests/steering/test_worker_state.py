@@ -248,7 +248,7 @@ def test_a_request_that_ends_while_it_is_preempted_leaves_nothing(worker: TinyWo
 
 def test_where_graphs_hold_the_op_a_gated_pass_leaves_no_slot_behind(saes: list[SAE]) -> None:
     worker = TinyWorker(saes, cpu_kernel)
-    worker.state._graphs = True
+    worker.state._always_launch = True
     gated = plan(gates=(PlannedGate(0, 3, GATE_ABOVE, 0.0, SCOPE_STOP),))
     worker.state.add_request("a", gated)
     worker.forward([("a", 0, 4)], {"a": streams(0)})
