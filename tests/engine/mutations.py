@@ -147,7 +147,7 @@ MUTATIONS = {
         "steering/worker/gates.py",
         "first.masked_fill(anew, NEVER)",
         "first",
-        CUTS,
+        "tests/steering/test_gates.py::test_what_a_rejected_token_fulfilled_is_forgotten",
     ),
     "preempted requests lose what their prompt decided": Mutation(
         "steering/worker/worker_state.py",

@@ -286,7 +286,7 @@ gates_of_requests = st.lists(
         st.sampled_from([0, 1]),
         st.integers(0, 127),
         st.sampled_from([GATE_ABOVE, GATE_BELOW]),
-        st.sampled_from([0.0, 0.3, 1.0]),
+        st.sampled_from([0.0, 1.0, 3.0, 4.0]),
         st.sampled_from([SCOPE_TOKEN, SCOPE_SO_FAR, SCOPE_PROMPT]),
     ),
     min_size=1,
@@ -374,6 +374,34 @@ def _run(
         [[hidden, _]] = worker.forward([("r", position, LENGTH)], {"r": streams}, {"r": ids})
         reached[position:] = (hidden != streams[0][position:]).any(dim=1).tolist()
     return reached
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scope", [SCOPE_SO_FAR, SCOPE_STOP])
+def test_what_a_rejected_token_fulfilled_is_forgotten(
+    saes: list[SAE], kernel: str, scope: int
+) -> None:
+    quiet = [torch.zeros(LENGTH, D_MODEL) for _ in saes]
+    fires = quiet[0].clone()
+    fires[10] = 20 * saes[0].rows([3]).W_enc[0]
+    plan = SteeringPlan(
+        "k",
+        1,
+        PROMPT,
+        (PlannedEdit(0, 9, OP_ADD, 50.0, EVERYWHERE, 0, LENGTH, gates=1),),
+        True,
+        False,
+        None,
+        gates=(PlannedGate(0, 3, GATE_ABOVE, 5.0, scope),),
+    )
+    worker = TinyWorker(saes, KERNELS[kernel])
+    worker.state.add_request("r", plan)
+    worker.forward([("r", 0, PROMPT)], {"r": quiet})
+    worker.forward([("r", PROMPT, 12)], {"r": [fires, quiet[1]]})
+    assert worker.state._gate_state.first_held[worker.state.slot_of("r"), 0] == 10
+    [[hidden, _]] = worker.forward([("r", 9, LENGTH)], {"r": quiet})
+    assert worker.state._gate_state.first_held[worker.state.slot_of("r"), 0] == NEVER
+    assert torch.equal(hidden, quiet[0][9:])
 
 
 # --- stops ----------------------------------------------------------------------------------------
