@@ -25,7 +25,7 @@ _BACKEND_TABLE: Final = "_TRANSFORMERS_SUPPORTED_MODELS"
 _LAYER_NAME: Final = re.compile(r"(Layer|Block|Hybrid)$")
 _NO_LAYER_NAME: Final = re.compile(
     r"Vi[ts]|Vision|Encoder|Audio|Whisper|Siglip|CLIP|Conformer|MTP|MultiToken|Predictor|Eagle|"
-    r"MoELayer|MLPBlock|HC(Pre|Post|Head)Layer|PLE|Sparse(Moe|MoE)|MLPLayer|SelfAttn|PPMissing|"
+    r"MoELayer|MLPBlock|MoEMoEBlock|HC(Pre|Post|Head)Layer|PLE|Sparse(Moe|MoE)|MLPLayer|SelfAttn|PPMissing|"
     r"Conv2d|LayerBase|Laurel|BaseLayer|Embedding|Q[Ff]ormer|Pixtral|Resampler|SharedExpert|Mono|"
     r"Evidence|Dasheng|SSMDecoder|FalconH1Attention|Zamba2Attention|FusedMoE|ShortConvLayer"
 )
@@ -135,11 +135,14 @@ class ClassSource:
 
 
 def _forward_kind(line: list[ast.ClassDef]) -> str:
-    for cls in line:
-        for part in cls.body:
-            if isinstance(part, ast.FunctionDef) and part.name == "forward":
-                return norm_kind_of(part)
-    return "one"
+    methods = {
+        part.name: part
+        for cls in reversed(line)
+        for part in cls.body
+        if isinstance(part, ast.FunctionDef)
+    }
+    forward = methods.get("forward_native", methods.get("forward"))
+    return "one" if forward is None else norm_kind_of(forward)
 
 
 def architectures(source: Source) -> dict[str, tuple[str, str]]:

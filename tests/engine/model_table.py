@@ -144,7 +144,8 @@ def summary(rows: dict[str, dict[str, str]]) -> str:
         + f" | {', '.join(map(_short, sorted(names)))} |\n"
         for marks, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     )
-    return head + "|" + " --- |" * (len(KINDS) + 1) + "\n" + body
+    note = "A model that is in several lines has layers of several classes.\n"
+    return head + "|" + " --- |" * (len(KINDS) + 1) + "\n" + body + "\n" + note
 
 
 _WORDS: Final = {"y": "yes", "n": "no", "c": "by configuration"}
