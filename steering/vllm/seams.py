@@ -278,8 +278,13 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("platforms", "current_platform"),
         Seam("platforms.interface", "Platform", fields=("is_cpu", "is_cuda", "device_name")),
         Seam("triton_utils", "HAS_TRITON"),
-        Seam("v1.worker.cpu_worker", "CPUWorker.load_model"),
-        Seam("v1.worker.gpu_worker", "Worker.load_model"),
+        *(
+            Seam(f"v1.worker.{module}", f"{worker}.{method}")
+            for module, worker in (("cpu_worker", "CPUWorker"), ("gpu_worker", "Worker"))
+            for method in ("load_model", "determine_available_memory", "compile_or_warm_up_model")
+        ),
+        Seam("v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run", first=("num_tokens",)),
+        Seam("v1.worker.gpu.model_runner", "GPUModelRunner._dummy_run", first=("num_tokens",)),
         Seam(
             "v1.worker.gpu_worker",
             "Worker",
@@ -325,8 +330,23 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
     ),
     "steering/vllm/hook_points.py": (
-        Seam("model_executor.models.utils", "PPMissingLayer"),
         Seam("model_executor.layers.linear", "RowParallelLinear", fields=("reduce_results",)),
+    ),
+    "steering/vllm/decoder_layers.py": (
+        Seam("model_executor.models.utils", "PPMissingLayer"),
+        Seam("model_executor.models.interfaces", "SupportsMultiModal.get_language_model"),
+    ),
+    "steering/vllm/layer_source.py": (
+        Seam("model_executor.layers.layernorm", "RMSNorm.forward_native", first=("x", "residual")),
+        Seam("model_executor.layers.layernorm", "GemmaRMSNorm"),
+    ),
+    "steering/vllm/installation.py": (
+        Seam(
+            "model_executor.models.transformers.fusers.base",
+            "RewriteFuser.fuse",
+            first=("module",),
+            mentions=("MethodType", "forward"),
+        ),
     ),
     "steering/vllm/runner_v1.py": (
         Seam(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
+from steering.report import features_read
 from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
@@ -29,7 +30,6 @@ from steering.request.plan import (
 from steering.worker import pass_reports
 from steering.worker.ops import cpu_kernel
 from steering.worker.ops.layout import NEVER, NO_SLOT
-from steering.report import features_read
 from steering.worker.probes import strongest
 from tests.models import D_MODEL, make_tiny_sae
 from tests.steering.tiny_worker import TinyWorker, tied_sae
