@@ -18,6 +18,7 @@ from starlette.responses import Response
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.completion.api_router import create_completion
 
+from sae.feature_search import ORDERS
 from sae.sae import SAE
 from server.admission import admit
 from server.errors import REFUSALS, NotFoundError
@@ -44,6 +45,7 @@ _Limit = Annotated[
     ),
 ]
 _Offset = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0, "default": 0})]
+_Order = Annotated[str | None, WithJsonSchema({"type": "string", "enum": list(ORDERS)})]
 _Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0})]
 
 
@@ -70,13 +72,18 @@ async def list_features(
     query: str | None = None,
     limit: _Limit = None,
     offset: _Offset = None,
+    order: _Order = None,
 ) -> Response:
     state = steering_state(raw_request)
     _known(state, sae)
     count = _number("limit", limit, DEFAULT_LIMIT, 1, MAX_LIMIT)
     start = _number("offset", offset, 0, 0, 10**MAX_DIGITS)
+    if order is not None and order not in ORDERS:
+        raise SteeringError(
+            "invalid_value", f"order {order[:40]!r} is not one of {', '.join(ORDERS)}", "order"
+        )
     table = state.catalog.features(sae)
-    features, total = await asyncio.to_thread(table.search, query or "", count, start)
+    features, total = await asyncio.to_thread(table.search, query or "", count, start, order)
     return TolerantJSONResponse(
         {
             "object": "list",
