@@ -101,7 +101,9 @@ class ServerOptions:
     @classmethod
     def of(cls, args: Namespace) -> ServerOptions:
         """The options among parsed flags; defaults where vLLM's own command parsed them."""
-        values = {each.name: getattr(args, _dest(each), each.default) for each in fields(cls)}
+        values: dict[str, Any] = {
+            each.name: getattr(args, _dest(each), each.default) for each in fields(cls)
+        }
         return cls(**{**values, "saes": tuple(values["saes"])})
 
     def check(self) -> None:

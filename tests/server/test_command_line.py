@@ -9,6 +9,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,9 +290,9 @@ def test_flag_that_leaves_no_place_for_steering_is_refused(
     ],
 )
 def test_option_below_its_limit_is_refused(option: str, least: int, said: str) -> None:
-    ServerOptions(**{option: least}).check()
+    replace(ServerOptions(), **{option: least}).check()
     with pytest.raises(RefusedStartError, match=said):
-        ServerOptions(**{option: least - 1}).check()
+        replace(ServerOptions(), **{option: least - 1}).check()
 
 
 def test_front_end_that_cannot_carry_steering_is_refused() -> None:
