@@ -21,12 +21,13 @@ CLAMP: Final = {"feature": 3, "op": "clamp", "value": 50}
 TINY: Final = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "128")
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run `vllm-sae WORDS` to its end."""
+def run(*words: str, without: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `vllm-sae WORDS` to its end; `without` is a variable that is taken away."""
+    variables = {name: value for name, value in environment().items() if name != without}
     return subprocess.run(
         [sys.executable, "-m", "server", *words],
         cwd=Path(__file__).parents[2],
-        env=environment(),
+        env=variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -103,6 +104,7 @@ def test_engine_that_cannot_start_ends_with_its_cause(
     done = run(
         *("serve", str(tiny_model("llama")), "--sae", f"a={sae}", *TINY),
         *("--kv-cache-memory-bytes", "1000", "--port", "0"),
+        without="VLLM_CPU_KVCACHE_SPACE",  # which would overrule the flag
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
