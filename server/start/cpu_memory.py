@@ -62,7 +62,7 @@ def share_of_memory(nodes: Sequence[Any], workers: int, default: float) -> float
         default: the share that vLLM would take.
     """
     per_node = math.ceil(workers / len(nodes))
-    free = min(node.available_memory / node.total_memory for node in nodes)
+    free: float = min(node.available_memory / node.total_memory for node in nodes)
     if default * per_node <= free:
         return None
     share: float = math.floor(100 * SHARE_OF_FREE * free / per_node) / 100

@@ -216,8 +216,7 @@ def test_stream_helper_of_chat_keeps_its_own_account_of_a_steered_stream(client:
         final = stream.get_final_completion()
     assert final.choices[0].message.content == whole.choices[0].message.content
     assert final.choices[0].finish_reason == "length"
-    extras = [chunk.model_extra or {} for chunk in chunks]
-    reports = [extra["steering"] for extra in extras if "steering" in extra]
+    reports = [steering_of(c) for c in chunks if "steering" in (c.model_extra or {})]
     assert [r["interventions"] for r in reports] == [steering_of(whole)["interventions"]]
 
 

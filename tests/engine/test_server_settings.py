@@ -33,6 +33,8 @@ FLAGS: Final = (
 )
 CLAMP: Final = {"feature": 3, "op": "clamp", "value": 6}
 REPORTED: Final[dict[str, Any]] = {"interventions": [CLAMP], "report": True}
+#: A random model says special tokens too; where these count, numbers are known beforehand.
+EVERYWHERE: Final = {"positions": {"special_tokens": True}, "report": True}
 BODIES: Final[dict[str, dict[str, Any]]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 4},
     "/v1/completions": {"prompt": TEXT, "max_tokens": 4},
@@ -115,7 +117,7 @@ def test_each_front_end_reports_its_own_requests_and_the_series_are_sums(
 ) -> None:
     series = 'steering_requests_total{op="cap",sae="a"}'
     before = settled.metrics().get(series, 0.0)
-    cap = {"interventions": [{"feature": 3, "op": "cap", "value": 0}], "report": True}
+    cap = {"interventions": [{"feature": 3, "op": "cap", "value": 0}], **EVERYWHERE}
     asked = 24
     lengths = [2 + i % 5 for i in range(asked)]
 
@@ -124,8 +126,8 @@ def test_each_front_end_reports_its_own_requests_and_the_series_are_sums(
         return edited(fresh(settled, "/v1/completions", {**body, "steering": cap}))
 
     with ThreadPoolExecutor(8) as pool:
-        # All but the first of the prompt, and all but the last of the answer.
-        assert [*pool.map(ask, lengths)] == [length - 1 + 2 for length in lengths]
+        # The prompt, and all but the last of the answer.
+        assert [*pool.map(ask, lengths)] == [length + 2 for length in lengths]
     for _ in range(4):  # whichever front end answers
         text = httpx.get(f"{settled.base_url}/metrics", timeout=60).text
         (value,) = [line.split()[-1] for line in text.splitlines() if line.startswith(series)]
@@ -139,7 +141,7 @@ def test_full_rows_and_several_choices_wait_their_turn_by_priority(settled: Live
 
     def ask(i: int) -> httpx.Response:
         body = {"prompt": [60 + i, 61, 62], "max_tokens": 6, "n": 2, "seed": i, "ignore_eos": True}
-        field = {"interventions": edits(8 * i), "report": True}
+        field = {"interventions": edits(8 * i), **EVERYWHERE}
         more = {"temperature": 0.9, "priority": i % 3, "steering": field}
         return fresh(settled, "/v1/completions", {**body, **more})
 
@@ -149,7 +151,7 @@ def test_full_rows_and_several_choices_wait_their_turn_by_priority(settled: Live
         assert answer.status_code == 200, answer.text
         assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1]
         for choice in answer.json()["steering"]["choices"]:
-            assert [e["tokens_edited"] for e in choice["interventions"]] == [2 + 5] * 40
+            assert [e["tokens_edited"] for e in choice["interventions"]] == [3 + 5] * 40
 
 
 @pytest.mark.parametrize("value", [1e6, -1e6])

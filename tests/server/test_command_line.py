@@ -289,10 +289,11 @@ def test_flag_that_leaves_no_place_for_steering_is_refused(
         ("max_body_bytes", 1024, "--steering-max-body-bytes 1023: must be at least 1024"),
     ],
 )
-def test_option_below_its_limit_is_refused(option: str, least: int, said: str) -> None:
-    replace(ServerOptions(), **{option: least}).check()  # type: ignore[arg-type]
+def test_option_below_its_limit_is_refused(option: str, least: Any, said: str) -> None:
+    at, below = ({option: value} for value in (least, least - 1))
+    replace(ServerOptions(), **at).check()
     with pytest.raises(RefusedStartError, match=said):
-        replace(ServerOptions(), **{option: least - 1}).check()  # type: ignore[arg-type]
+        replace(ServerOptions(), **below).check()
 
 
 def test_front_end_that_cannot_carry_steering_is_refused() -> None:
