@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from sae.self_check import TEXT, Measured, Outcome, stated_by
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.plan import SELF_CHECK
 from steering.vllm import results
@@ -83,7 +83,7 @@ async def check_all(engine: Any, max_bytes: int | None = None) -> None:
         )
 
 
-def check_offline(llm: Any, reference: SAEReference) -> Outcome:
+def check_offline(llm: Any, reference: ResolvedSAE) -> Outcome:
     """Check one SAE of a `vllm.LLM`."""
     params = _sampling_params({FIELD: _field(reference.name), INSPECT: _INSPECTION})
     config = llm.llm_engine.vllm_config
@@ -95,7 +95,7 @@ def check_offline(llm: Any, reference: SAEReference) -> Outcome:
 
 def _with_size(
     engine: Any, config: SteeringConfig | None, max_bytes: int | None
-) -> Iterator[tuple[SAEReference, bool]]:
+) -> Iterator[tuple[ResolvedSAE, bool]]:
     """Every SAE, and whether it still fits `max_bytes` beside those before it that did."""
     catalog = catalog_for(engine.vllm_config)
     total = 0
@@ -114,7 +114,7 @@ async def _until_idle(engine: Any) -> None:
         await asyncio.sleep(LOOK_EVERY)
 
 
-async def _check(engine: Any, reference: SAEReference) -> Outcome:
+async def _check(engine: Any, reference: ResolvedSAE) -> Outcome:
     ticket = results.open_ticket()
     try:
         params = _sampling_params(
@@ -150,7 +150,7 @@ def _prompt(tokenizer: Any, model_config: Any) -> dict[str, Any]:
     return {"prompt_token_ids": ids, "cache_salt": CACHE_SALT}
 
 
-def _outcome(vllm_config: Any, reference: SAEReference, result: results.ChoiceResult) -> Outcome:
+def _outcome(vllm_config: Any, reference: ResolvedSAE, result: results.ChoiceResult) -> Outcome:
     card = catalog_for(vllm_config).card(reference.name)
     return Outcome(
         card=card,

@@ -77,7 +77,6 @@ class Catalog:
         loaded = {}
         for ref in config.saes:
             sae = open_sae(ref)
-            assert ref.path is not None, "references are resolved before they are handed down"
             loaded[ref.name] = LoadedSAE(sae, FeatureTable.open(ref.path, sae.card.d_sae))
         return cls(loaded, config.read_limit(max_model_len))
 

@@ -152,7 +152,7 @@ def test_gemma_scope_2_configuration_names_the_module(
     [
         (gemma_scope_2_config(hf_hook_point_in="model.layers.3.self_attn.o_proj.input"),
          "attn_out", r"\(hook_z\) are not supported"),
-        (gemma_scope_2_config(hf_hook_point_in="model.layers.3.input"), "x", "unknown hook point"),
+        (gemma_scope_2_config(hf_hook_point_in="model.layers.3.norm"), "x", "unknown hook point"),
         (gemma_scope_2_config(hf_hook_point_out="model.layers.3.mlp"), "x", "a transcoder"),
         (gemma_scope_2_config(architecture="relu"), "x", "unknown architecture 'relu'"),
         (None, "transcoder_all", "a transcoder"),
@@ -248,10 +248,13 @@ def test_sparsify_is_the_top_k_of_relu_with_b_dec_subtracted(tmp_path: Path, loa
 @pytest.mark.parametrize(
     ("module", "hook"),
     [
-        ("layers.23.mlp", "blocks.23.hook_mlp_out"),
+        ("layers.23.mlp", "blocks.23.mlp.hook_out"),
+        ("layers.23.self_attn", "blocks.23.attn.hook_out"),
+        ("model.layers.4", "blocks.4.hook_resid_post"),
+        ("model.language_model.layers.4.mlp", "blocks.4.mlp.hook_out"),
         ("layer_18", "blocks.18.hook_resid_post"),
         ("layers_7", "blocks.7.hook_resid_post"),
-        ("gpt_neox.layers.2.attention", "blocks.2.hook_attn_out"),
+        ("gpt_neox.layers.2.attention", "blocks.2.attn.hook_out"),
         ("transformer.h.5", "blocks.5.hook_resid_post"),
     ],
 )
@@ -334,8 +337,16 @@ def test_dictionary_learning_threshold_below_zero_is_relu(tmp_path: Path, load: 
         ("resid_post_layer_3", "out", "blocks.3.hook_resid_post"),
         (None, "out", "blocks.3.hook_resid_post"),
         ("resid_post_layer_3", "in", "blocks.3.hook_resid_pre"),
-        ("mlp_layer_3", "out", "blocks.3.hook_mlp_out"),
-        ("attention_layer_3", "out", "blocks.3.hook_attn_out"),
+        ("mlp_layer_3", "out", "blocks.3.mlp.hook_out"),
+        ("mlp_out_layer_3", "out", "blocks.3.mlp.hook_out"),
+        ("attention_layer_3", "out", "blocks.3.attn.hook_out"),
+        ("resid_pre_layer_3", "out", "blocks.3.hook_resid_pre"),
+        ("resid_mid_layer_3", "out", "blocks.3.hook_resid_mid"),
+        ("blocks.3.hook_resid_pre", "out", "blocks.3.hook_resid_pre"),
+        ("blocks.3.hook_resid_mid", "out", "blocks.3.hook_resid_mid"),
+        ("model.layers.3", "out", "blocks.3.hook_resid_post"),
+        ("model.layers.3", "in", "blocks.3.hook_resid_pre"),
+        ("gpt_neox.layers.3.mlp", "out", "blocks.3.mlp.hook_out"),
     ],
 )
 def test_dictionary_learning_hook_is_the_submodule_s_recorded_side(
@@ -352,8 +363,10 @@ def test_dictionary_learning_hook_is_the_submodule_s_recorded_side(
     [
         ({"dict_class": "CrossCoder"}, {}, "unknown architecture .dict_class 'CrossCoder'"),
         ({"dict_class": None}, {}, "dict_class must be a string"),
-        ({"layer": -1}, {}, "layer must be an integer from 0, got -1"),
-        ({"submodule_name": "mlp"}, {"io": "in"}, "unknown hook point 'blocks.3.hook_mlp_in'"),
+        ({"layer": -1}, {}, r"config\.json: unknown hook point 'resid_post_layer_3 of layer -1"),
+        ({"submodule_name": "mlp"}, {"io": "in"}, "input of the MLP is not supported: 'blocks.3.m"),
+        ({"submodule_name": "blocks.3.attn.hook_z"}, {}, r"json: attention's .* not supported"),
+        ({"submodule_name": "resid_post_layer_4"}, {}, "of which the name says layer 4"),
         ({}, {"io": "in_and_out"}, "this is a transcoder"),
         ({"activation_dim": 13}, {}, r"expected \[40, 13\]"),
     ],

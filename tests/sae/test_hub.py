@@ -18,7 +18,7 @@ from sae.errors import SAEError
 from sae.hub import HubAddress
 from sae.registry import look_up
 from sae.sae import open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from tests.sae.fake_hub import COMMIT, FakeHub, serve
 from tests.sae.oracles import oracle
 from tests.sae.suites import (
@@ -75,19 +75,19 @@ def answers(hub: FakeHub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def resolve(answers: Callable[..., list[dict[str, Any]]]) -> Callable[..., SAEReference]:
+def resolve(answers: Callable[..., list[dict[str, Any]]]) -> Callable[..., ResolvedSAE]:
     """Resolve one source so; SAEError if it is refused."""
 
-    def run(source: str, **environment: str) -> SAEReference:
+    def run(source: str, **environment: str) -> ResolvedSAE:
         (answer,) = answers(source, **environment)
         if "refused" in answer:
             raise SAEError(answer["refused"])
-        return SAEReference.from_dict(answer)
+        return ResolvedSAE.from_dict(answer)
 
     return run
 
 
-Resolve = Callable[..., SAEReference]
+Resolve = Callable[..., ResolvedSAE]
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_plain_names_are_decided_by_one_listing(
 def test_folder_name_survives_the_cache(hub: FakeHub, tmp_path: Path, resolve: Resolve) -> None:
     hub.repos["eleuther/sae"] = write_sparsify(tmp_path / "repo", module="layers.23.mlp").parent
     card = open_sae(resolve("hf://eleuther/sae/layers.23.mlp")).card
-    assert card.hook == "blocks.23.hook_mlp_out"
+    assert card.hook == "blocks.23.mlp.hook_out"
 
 
 def test_source_that_is_not_there_is_refused_in_one_line(
@@ -331,7 +331,7 @@ def test_registry_names_the_repository_and_the_factor_to_fold(
 ) -> None:
     ref = resolve("sae_lens://suite-res/layer/4", **registry)
     assert f"/snapshots/{COMMIT}/blocks.4/sae_weights.safetensors" in str(ref.path)
-    assert ref.norm_scaling_factor == 0.5
+    assert ref.facts.norm_scaling_factor == 0.5
     unscaled = open_sae(resolve("hf://owner/suite/blocks.4"))
     scaled = open_sae(ref)
     assert (scaled.rows([3]).W_enc == unscaled.rows([3]).W_enc * 0.5).all()
@@ -389,5 +389,5 @@ def test_real_registry_agrees_with_sae_lens() -> None:
     for release, sae_id in releases.items():
         entry = look_up(f"sae_lens://{release}/{sae_id}")
         assert (entry.repo, entry.path) == directory.get_repo_id_and_folder_name(release, sae_id)
-        assert entry.norm_scaling_factor == directory.get_norm_scaling_factor(release, sae_id)
-    assert entry.normalize_activations == "constant_norm_rescale"
+        assert entry.facts.norm_scaling_factor == directory.get_norm_scaling_factor(release, sae_id)
+    assert entry.facts.normalize_activations == "constant_norm_rescale"

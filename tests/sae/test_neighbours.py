@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import sae.sae as sae_module
+import sae.weights as weights_module
 from sae.neighbours import nearest
 from sae.sae import SAE
 from tests.sae.suites import sae_lens_config, write_sae_lens
@@ -48,7 +48,7 @@ def test_ties_go_to_the_lower_index_across_parts(
 ) -> None:
     sae = sae_with(torch.ones(20, 2))
     for part in (1, 3, 20):
-        monkeypatch.setattr(sae_module, "WORKSPACE_BYTES", 4 * 2 * part)
+        monkeypatch.setattr(weights_module, "WORKSPACE_BYTES", 4 * 2 * part)
         assert [latent for latent, _ in nearest(sae, 2, count=4)] == [0, 1, 3, 4]
 
 

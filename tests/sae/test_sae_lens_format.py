@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sae.registry import RegistryFacts
 from sae.sae import SAE, open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from tests.sae.oracles import assert_same_sae, oracle
 from tests.sae.suites import (
     D_IN,
@@ -136,11 +136,28 @@ def test_configurations_older_than_v6_agree(
     [
         ("blocks.3.hook_in", "blocks.3.hook_resid_pre"),
         ("blocks.3.hook_out", "blocks.3.hook_resid_post"),
-        ("blocks.3.mlp.hook_out", "blocks.3.hook_mlp_out"),
-        ("blocks.3.attn.hook_out", "blocks.3.hook_attn_out"),
+        ("blocks.3.mlp.hook_out", "blocks.3.mlp.hook_out"),
+        ("blocks.3.attn.hook_out", "blocks.3.attn.hook_out"),
+        ("blocks.3.ln2.hook_in", "blocks.3.hook_resid_mid"),
+        ("blocks.3.ln1_post.hook_out", "blocks.3.hook_attn_out"),
+        ("blocks.3.ln2_post.hook_out", "blocks.3.hook_mlp_out"),
+        ("blocks.3.hook_resid_post.hook_sae_input", HOOK),
+        ("model.layers.3", HOOK),
+        ("model.language_model.layers.3", HOOK),
+        ("language_model.model.layers.3", HOOK),
+        ("backbone.layers.3", HOOK),
+        ("transformer.h.3", HOOK),
+        ("gpt_neox.layers.3", HOOK),
+        ("model.decoder.layers.3", HOOK),
+        ("model.layers.3.output", HOOK),
+        ("model.layers.3.input", "blocks.3.hook_resid_pre"),
+        ("model.layers.3.mlp", "blocks.3.mlp.hook_out"),
+        ("model.layers.3.self_attn", "blocks.3.attn.hook_out"),
+        ("transformer.h.3.attn", "blocks.3.attn.hook_out"),
+        ("model.layers.3.post_feedforward_layernorm", "blocks.3.hook_mlp_out"),
     ],
 )
-def test_names_of_the_bridge_are_the_same_places(
+def test_every_vocabulary_names_the_same_places(
     tmp_path: Path, load: Callable[..., SAE], name: str, hook: str
 ) -> None:
     config = sae_lens_config(metadata={"sae_lens_version": "6.54.0", "hook_name": name})
@@ -182,7 +199,7 @@ def test_finetuning_factor_of_another_dtype_or_shape_is_refused(
 def test_registry_factor_is_folded_as_sae_lens_folds_it(tmp_path: Path) -> None:
     config = sae_lens_config("standard", normalize_activations="expected_average_only_in")
     folder = write_sae_lens(tmp_path, "standard", config=config)
-    ref = replace(SAEReference.parse(f"l3={folder}"), norm_scaling_factor=0.37)
+    ref = ResolvedSAE("l3", str(folder), str(folder), facts=RegistryFacts(norm_scaling_factor=0.37))
     theirs = load_oracle(folder)
     theirs.fold_activation_norm_scaling_factor(0.37)
     assert_agrees(open_sae(ref), theirs)

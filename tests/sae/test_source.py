@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.errors import SAEError
-from sae.source import FORMATS, SAEReference, parse_source, resolve
+from sae.registry import RegistryFacts
+from sae.source import FORMATS, ResolvedSAE, SAEReference, parse_source, resolve
 
 
 def test_flag_with_every_option() -> None:
@@ -79,17 +80,23 @@ def test_what_reads_like_an_option_is_part_of_a_path_that_exists(
 
 @given(
     st.builds(
-        SAEReference,
+        ResolvedSAE,
         name=st.just("l15"),
         source=st.text(min_size=1),
+        path=st.text(),
         hook=st.none() | st.just("blocks.1.hook_resid_pre"),
         format=st.none() | st.sampled_from(FORMATS),
         sink_norm=st.none() | st.floats(min_value=0.001, max_value=1e9),
-        path=st.none() | st.text(),
+        facts=st.builds(
+            RegistryFacts,
+            norm_scaling_factor=st.none() | st.floats(min_value=0.001, max_value=1e9),
+            center_writing_weights=st.booleans(),
+            model=st.none() | st.text(),
+        ),
     )
 )
-def test_reference_survives_json(ref: SAEReference) -> None:
-    assert SAEReference.from_dict(json.loads(json.dumps(ref.to_dict()))) == ref
+def test_resolved_reference_survives_json(ref: ResolvedSAE) -> None:
+    assert ResolvedSAE.from_dict(json.loads(json.dumps(ref.to_dict()))) == ref
 
 
 @given(st.text(max_size=60))

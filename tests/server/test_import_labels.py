@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.sae import open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE, SAEReference
 from server.__main__ import main
 from server.import_labels import features_path
 from steering.catalog import Catalog
@@ -47,7 +47,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 def catalog(sae: Path) -> Catalog:
     """What a server would make of the SAE."""
-    reference = SAEReference("a", str(sae), path=str(sae))
+    reference = ResolvedSAE("a", str(sae), path=str(sae))
     return Catalog.from_config(SteeringConfig((reference,), D_MODEL, NUM_LAYERS))
 
 

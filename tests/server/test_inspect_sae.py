@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sae.self_check import Measured, Outcome, Stated
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server import inspect_sae as inspecting
 from server.__main__ import main
 from server.inspect_sae import inspect_sae
@@ -115,7 +115,7 @@ def test_source_is_printed_as_it_is_and_in_one_piece_where_nobody_looks_on(
 
 
 def outcome_of(sae: Path, **stated: Any) -> Outcome:
-    card = check_reference(SAEReference("a", str(sae), path=str(sae)), scan_limit=None).card
+    card = check_reference(ResolvedSAE("a", str(sae), path=str(sae)), scan_limit=None).card
     return Outcome(card, Measured(400, 1, 7.5, 0.75), Stated(**stated), "some/model-it")
 
 

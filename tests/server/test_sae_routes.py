@@ -36,7 +36,8 @@ def test_cards_are_listed(labelled: Server) -> None:
     (card,) = body["data"]
     assert body["object"] == "list"
     assert [*card] == [
-        *("id", "object", "hook", "layer", "architecture", "d_in", "d_sae", "dtype", "source"),
+        *("id", "object", "kind", "hook", "reads", "writes", "layer", "architecture", "d_in"),
+        *("d_sae", "dtype", "source"),
         *("format", "sha256", "sink_norm", "error_term", "has_labels", "has_max_activations"),
     ]
     assert (card["id"], card["hook"], card["sha256"]) == ("a", "blocks.1.hook_resid_post", None)

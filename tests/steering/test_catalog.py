@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering import catalog as catalog_module
 from steering.catalog import Catalog
 from steering.config import SteeringConfig
@@ -24,7 +24,7 @@ OTHER = {"interventions": [{"sae": "b", "feature": 3, "op": "ablate"}], "read": 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
     saes = tuple(
-        SAEReference(name, str(path), path=str(path))
+        ResolvedSAE(name, str(path), path=str(path))
         for name in ("a", "b")
         for path in [make_tiny_sae(tmp_path / name)]
     )
@@ -70,7 +70,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
         weights = load_file(file)
         weights["W_dec"][5, 0] = float("nan")
         save_file(weights, file)
-    saes = tuple(SAEReference(name, str(path), path=str(path)) for name, path in paths.items())
+    saes = tuple(ResolvedSAE(name, str(path), path=str(path)) for name, path in paths.items())
     return Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS))
 
 
