@@ -130,6 +130,26 @@ def test_export_of_another_sae_is_refused_and_labels_stay(
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"modelId": "gpt2-small"}, "of the model 'gpt2-small', the SAE of 'tiny'"),
+        ({"layer": "5-res-jb"}, "of layer 5 ('5-res-jb'), the SAE is at blocks.1.hook_resid_post"),
+        ({"index": "128"}, "index '128' not in [0, 128): not of this SAE"),
+    ],
+)
+def test_export_of_another_sae_is_imported_when_told_to(
+    sae: Path, export: Path, row: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(export / "features/batch-1.jsonl.gz", {"index": "2"} | row)
+    assert main(["import-labels", str(sae), str(export)]) == 1
+    line = refusal(capsys)
+    assert said in line
+    assert line.endswith("to import it all the same, add --force")
+    assert main(["import-labels", str(sae), str(export), "--force"]) == 0
+    assert catalog(sae).features("a").label(1) == "ships"
+
+
 def test_what_is_no_export_is_refused(
     sae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
