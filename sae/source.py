@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 from sae import hub, registry
 from sae.card import HookPoint
@@ -116,8 +116,9 @@ def resolve(ref: SAEReference | ResolvedSAE) -> ResolvedSAE:
         refuse_by_name(ref.source, f"{address.repo}/{address.path}".rstrip("/"))
         found = registry.find(address.repo, address.path, address.parent)
         return ResolvedSAE.of(ref, hub.fetch(ref.source), _facts(found))
+    _refuse_web_page(ref.source, ref.source)
     if "://" in ref.source:
-        _refuse_scheme(ref.source)
+        raise SAEError(f"{ref.source}: unknown scheme, expected a path, hf:// or sae_lens://")
     path = _local(ref.source)
     return ResolvedSAE.of(ref, path, _facts(registry.find_on_disk(path)))
 
@@ -126,13 +127,12 @@ def _facts(entry: registry.RegistryEntry | None) -> RegistryFacts:
     return RegistryFacts() if entry is None else entry.facts
 
 
-def _refuse_scheme(source: str) -> NoReturn:
-    if match := _WEB_PAGE.fullmatch(source):
+def _refuse_web_page(source: str, url: str) -> None:
+    if match := _WEB_PAGE.fullmatch(url):
         path = f"/{match['path'].strip('/')}" if match["path"] else ""
         revision = match["revision"]
         at = f"@{revision}" if revision not in (None, "main") else ""
         raise SAEError(f"{source}: write hf://{match['repo']}{path}{at} for this page of the hub")
-    raise SAEError(f"{source}: unknown scheme, expected a path, hf:// or sae_lens://")
 
 
 def _local(source: str) -> Path:
@@ -146,8 +146,7 @@ def _local(source: str) -> Path:
         raise SAEError(f"{source}: {error}") from error
     if found:
         return path
-    if match := _WEB_PAGE.fullmatch(f"https://{source}"):
-        _refuse_scheme(f"https://{source}")
+    _refuse_web_page(source, f"https://{source}")
     if match := _REPOSITORY.fullmatch(source):
         raise SAEError(
             f"{source}: no such file or folder; if it is a repository of the hub, write "

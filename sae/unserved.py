@@ -34,7 +34,7 @@ _SAE_WORD: Final = re.compile(_NOT_IN_WORD.format("saes?"), re.IGNORECASE)
 
 # Gemma Scope's attention SAEs read the concatenated heads, whatever their folders are called.
 _GEMMA_SCOPE_HEADS: Final = re.compile(
-    r"(?:^|/)gemma-scope-(?:2-.*/attn_out(?:_all)?(?:/|$)|(?!2-(?!b))[^/]*-att(?:/|$))"
+    r"(?:^|/)gemma-scope-(?:2-.*/attn_out(?:_all)?(?:/|$)|(?!2-)[^/]*-att(?:/|$))"
 )
 
 _LISTINGS: Final = (

@@ -556,3 +556,104 @@ def test_any_value_in_any_configuration_is_refused_or_understood(
         assert "\n" not in str(error)
     else:
         assert sae.encode(torch.ones(2, D_IN)).isfinite().all()
+
+
+# What a suite leaves open, or says in its own way
+
+
+@pytest.mark.parametrize("stated", [{}, {"hook": "blocks.0.hook_resid_pre"}])
+def test_embedding_of_gemma_scope_reads_the_stream_divided_by_root_d(
+    tmp_path: Path, load: Load, stated: dict[str, str]
+) -> None:
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6"
+    folder.parent.mkdir(parents=True)
+    write_gemma_scope(tmp_path / "written").rename(folder)
+    sae = load(folder, **stated)
+    assert sae.card.hook == "blocks.0.hook_resid_pre"
+    root = D_IN**0.5
+    assert_formula(sae, lambda x, w: jumprelu(x / root, w), scale=1 / root)
+    with pytest.raises(SAEError, match="contradicts"):
+        load(folder, hook="blocks.1.hook_resid_pre")
+
+
+@pytest.mark.parametrize("include", [True, False, None])
+def test_llama_scope_threshold_counts_the_decoder_norm_where_it_is_said_to(
+    tmp_path: Path, load: Load, include: bool | None
+) -> None:
+    sae = load(write_llama_scope(tmp_path, sparsity_include_decoder_norm=include))
+    s = D_IN**0.5 / 8.5
+
+    def f_of(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        h = s * x @ w["W_enc"].T + w["b_enc"]
+        measure = h * w["W_dec"].norm(dim=1) if include else h
+        return torch.where((measure > 0.9 * s) & (h > 0), h, 0)
+
+    assert_formula(sae, f_of, scale=s)
+    threshold = 0.9 * s / weights()["W_dec"][4].norm() if include else torch.tensor(0.9 * s)
+    torch.testing.assert_close(sae.rows([4]).threshold[0], threshold)
+
+
+def test_llama_scope_without_decoder_bias_has_none(tmp_path: Path, load: Load) -> None:
+    folder = write_llama_scope(tmp_path, use_decoder_bias=False)
+    path = folder / "checkpoints" / "final.safetensors"
+    stored = load_file(path)
+    save_file({name: stored[name] for name in stored if name != "decoder.bias"}, path)
+    sae = load(folder)
+    assert not sae.b_dec.any()
+    sae.scan_nonfinite()
+    assert sae.encode(torch.ones(2, D_IN)).isfinite().all()
+    assert not sae.decode(torch.zeros(2, D_SAE), torch.ones(2, D_IN)).any()
+
+
+def test_llama_scope_with_another_encoder_is_refused(tmp_path: Path, load: Load) -> None:
+    with pytest.raises(SAEError, match="use_glu_encoder is true"):
+        load(write_llama_scope(tmp_path, use_glu_encoder=True))
+
+
+@pytest.mark.parametrize("layer", ["", -1, True, 1.5, [3], "last"])
+def test_dictionary_learning_layer_that_is_none_leaves_it_to_the_hook(
+    tmp_path: Path, load: Load, layer: object
+) -> None:
+    folder = write_dictionary_learning(tmp_path, trainer={"layer": layer})
+    with pytest.raises(SAEError, match=r"config\.json: unknown hook point .*state it as .*,hook="):
+        load(folder)
+    assert load(folder, hook="model.layers.7").card.hook == "blocks.7.hook_resid_post"
+
+
+@pytest.mark.parametrize("layer", ["3", "03", 3, None])
+def test_dictionary_learning_layer_may_be_written_in_digits(
+    tmp_path: Path, load: Load, layer: object
+) -> None:
+    folder = write_dictionary_learning(tmp_path, trainer={"layer": layer})
+    assert load(folder).card.hook == HOOK
+
+
+@pytest.mark.parametrize(
+    ("trainer", "buffer"),
+    [
+        ({"submodule_name": "my_place"}, {}),
+        ({"submodule_name": ["resid"]}, {}),
+        ({"submodule_name": "router_layer_3"}, {}),
+        ({"submodule_name": "resid_mid_layer_3"}, {"io": "in"}),
+        ({}, {"io": "sideways"}),
+        ({}, {"io": 3}),
+    ],
+)
+def test_dictionary_learning_place_that_is_not_understood_is_asked_for(
+    tmp_path: Path, load: Load, trainer: dict[str, Any], buffer: dict[str, Any]
+) -> None:
+    folder = write_dictionary_learning(tmp_path, trainer=trainer, buffer=buffer)
+    with pytest.raises(SAEError, match=r"config\.json: unknown hook point"):
+        load(folder)
+    assert load(folder, hook=HOOK).card.hook == HOOK
+
+
+def test_dictionary_learning_in_safetensors_is_what_it_is(tmp_path: Path, load: Load) -> None:
+    folder = write_dictionary_learning(tmp_path)
+    (folder / "ae.pt").unlink()
+    save_file(dictionary_tensors("BatchTopKSAE"), folder / "ae.safetensors")
+    sae = load(folder)
+    assert (sae.card.format, sae.card.hook) == ("dictionary_learning", HOOK)
+    (folder / "config.json").unlink()
+    with pytest.raises(SAEError, match=r"no config\.json, which one of dictionary_learning has"):
+        load(folder)

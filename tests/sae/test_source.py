@@ -146,3 +146,42 @@ def test_path_that_cannot_be_looked_up_is_refused(source: str, message: str) -> 
 def test_missing_local_path_is_refused() -> None:
     with pytest.raises(SAEError, match="/no/such/folder: no such file or folder"):
         resolve(SAEReference.parse("a=/no/such/folder"))
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("https://huggingface.co/owner/repo", "hf://owner/repo"),
+        ("http://huggingface.co/owner/repo/", "hf://owner/repo"),
+        ("https://huggingface.co/owner/repo/tree/main", "hf://owner/repo"),
+        ("https://huggingface.co/owner/repo/tree/main/a/b", "hf://owner/repo/a/b"),
+        ("https://hf.co/owner/repo/blob/v1/a/ae.pt?download=true", "hf://owner/repo/a/ae.pt@v1"),
+        ("huggingface.co/owner/repo/tree/main/a", "hf://owner/repo/a"),
+        ("owner/repo", "hf://owner/repo"),
+        ("owner/repo/folder", "hf://owner/repo/folder"),
+    ],
+)
+def test_place_on_the_hub_is_refused_with_what_to_write(source: str, written: str) -> None:
+    with pytest.raises(SAEError) as caught:
+        resolve(SAEReference.parse(f"a={source}"))
+    assert str(caught.value).startswith(source)
+    assert f"write {written}" in f"{caught.value} "
+
+
+@pytest.mark.parametrize("source", ["./owner/repo", "/owner/repo", "repo", "../a/b"])
+def test_path_that_is_no_repository_is_only_missing(source: str) -> None:
+    with pytest.raises(SAEError, match=r"no such file or folder$"):
+        resolve(SAEReference.parse(f"a={source}"))
+
+
+@pytest.mark.parametrize(
+    ("written", "hook"),
+    [
+        ("model.layers.3", "blocks.3.hook_resid_post"),
+        ("model.layers.3.mlp", "blocks.3.mlp.hook_out"),
+        ("blocks.3.hook_resid_mid", "blocks.3.hook_resid_mid"),
+        ("blocks.3.ln2_post.hook_out", "blocks.3.hook_mlp_out"),
+    ],
+)
+def test_hook_may_be_written_in_any_vocabulary(written: str, hook: str) -> None:
+    assert SAEReference.parse(f"a=/path,hook={written}").hook == hook

@@ -12,6 +12,7 @@ from rich.console import Console
 from sae.self_check import Measured, Outcome, Stated
 from sae.source import ResolvedSAE
 from server import inspect_sae as inspecting
+from server import saes_at_start
 from server.__main__ import main
 from server.inspect_sae import inspect_sae
 from server.saes_at_start import check_reference
@@ -152,3 +153,15 @@ def test_refusal_of_the_engine_exits_with_1(
     assert code == 1
     assert "SAE sae" in out
     assert capsys.readouterr().err == "vllm-sae: cannot run m: no memory\n"
+
+
+def test_what_the_files_leave_open_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stated = {"normalize_activations": "expected_average_only_in"}
+    sae = make_tiny_sae(tmp_path / "sae", config=stated)
+    monkeypatch.setattr(saes_at_start.logger, "propagate", False)
+    monkeypatch.setattr(saes_at_start.logger, "handlers", [caplog.handler])
+    assert inspect_sae(str(sae)) == 0
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith(f"{sae}/cfg.json: trained with normalize_activations expected_average")
