@@ -48,13 +48,13 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
             "expected jump_relu"
         )
     d_in, d_sae = files.shape(names.get("w_enc", "w_enc"), rank=2)
-    stated = None
-    if config is not None and "hf_hook_point_in" in config:
-        stated = config.text("hf_hook_point_in")
+    stated = None if config is None else config.words("hf_hook_point_in")
     return SAELayout(
         format=NAME,
         architecture="jumprelu",
-        hook=choose_hook(files.path, ref, stated, guessed=_guess_hook(files, ref)),
+        hook=choose_hook(
+            config.path if config else files.path, ref, stated, guessed=_guess_hook(files, ref)
+        ),
         d_in=d_in,
         d_sae=d_sae,
         tensors=jumprelu_tensors(names),

@@ -56,6 +56,11 @@ class Config:
             raise SAEError(f"{self.path}: {key} must be a string, got {value!r:.60}")
         return value
 
+    def words(self, key: str) -> str | None:
+        """What is said, in words whatever its type; None where it is missing or null."""
+        value = self.get(key)
+        return None if value is None else value if isinstance(value, str) else f"{value!r:.120}"
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):

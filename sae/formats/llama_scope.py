@@ -41,7 +41,6 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
             "dictionary_learning has"
         )
     config = files.config("hyperparams.json")
-    hook_in = config.text("hook_point_in")
     _check_activation(config)
     d_in = config.count("d_model")
     average_norm = config.section("dataset_average_activation_norm").number("in")
@@ -55,7 +54,7 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     return SAELayout(
         format=NAME,
         architecture="jumprelu",
-        hook=choose_hook(config.path, ref, hook_in, guessed=None),
+        hook=choose_hook(config.path, ref, config.words("hook_point_in"), guessed=None),
         d_in=d_in,
         d_sae=config.count("d_sae"),
         tensors={

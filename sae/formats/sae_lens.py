@@ -254,7 +254,7 @@ def _hook_name(config: Config, metadata: Config) -> str | None:
     for section in (metadata, config):
         for key in _HOOK_KEYS:
             if key in section:
-                return section.text(key)
+                return section.words(key)
     return None
 
 

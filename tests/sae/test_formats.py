@@ -657,3 +657,35 @@ def test_dictionary_learning_in_safetensors_is_what_it_is(tmp_path: Path, load: 
     (folder / "config.json").unlink()
     with pytest.raises(SAEError, match=r"no config\.json, which one of dictionary_learning has"):
         load(folder)
+
+
+HOOK_KEYS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
+    "sae_lens": (lambda root: write_sae_lens(root / "x"), "cfg.json", "hook_name"),
+    "gemma_scope_2": (
+        lambda root: write_gemma_scope_2(root / "x", config=gemma_scope_2_config()),
+        "config.json",
+        "hf_hook_point_in",
+    ),
+    "llama_scope": (write_llama_scope, "hyperparams.json", "hook_point_in"),
+    "dictionary_learning": (write_dictionary_learning, "config.json", "submodule_name"),
+}
+
+
+@pytest.mark.parametrize("value", [3, ["blocks.3"], {"a": 1}, True, "", "somewhere", "layer 3"])
+@pytest.mark.parametrize("name", HOOK_KEYS)
+def test_hook_decides_over_whatever_a_configuration_says_and_nobody_understands(
+    tmp_path: Path, load: Load, name: str, value: object
+) -> None:
+    writer, file_name, key = HOOK_KEYS[name]
+    if (name, value) == ("dictionary_learning", ""):
+        pytest.skip("the library itself records no name, and means the stream")
+    folder = writer(tmp_path)
+    config = json.loads((folder / file_name).read_text())
+    for inside in (config, config.get("metadata", {}), config.get("trainer", {})):
+        if key in inside:
+            inside[key] = value
+    config.pop("hook_point_out", None)
+    (folder / file_name).write_text(json.dumps(config))
+    assert load(folder, hook="model.layers.7").card.hook == "blocks.7.hook_resid_post"
+    with pytest.raises(SAEError, match=rf"{file_name}: .*,hook=blocks\.LAYER"):
+        load(folder)

@@ -162,6 +162,7 @@ def test_what_the_files_leave_open_is_said_once(
     sae = make_tiny_sae(tmp_path / "sae", config=stated)
     monkeypatch.setattr(saes_at_start.logger, "propagate", False)
     monkeypatch.setattr(saes_at_start.logger, "handlers", [caplog.handler])
+    caplog.set_level("WARNING", saes_at_start.logger.name)
     assert inspect_sae(str(sae)) == 0
     (line,) = (record.getMessage() for record in caplog.records)
     assert line.startswith(f"{sae}/cfg.json: trained with normalize_activations expected_average")

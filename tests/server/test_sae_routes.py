@@ -91,7 +91,15 @@ def test_features_come_in_pages(labelled: Server) -> None:
     body = labelled.client.get("/v1/saes/a/features?limit=1&offset=0").json()
     assert body == {
         "object": "list",
-        "data": [{"feature": 0, "label": "snow and rain", "max_activation": 6.5, "density": 0.25}],
+        "data": [
+            {
+                "feature": 0,
+                "label": "snow and rain",
+                "max_activation": 6.5,
+                "density": 0.25,
+                "output_score": None,
+            }
+        ],
         "total": 128,
         "has_more": True,
     }
