@@ -8,6 +8,9 @@ from typing import Any
 
 from sae.errors import SAEError
 
+# Where a layer normalises or scales a branch before it adds it to the stream, hook_mlp_out and
+# hook_attn_out are what is added, mlp.hook_out and attn.hook_out the module's own output; in most
+# models the two are one.
 HOOK_KINDS = (
     "hook_resid_pre",
     "hook_resid_mid",
@@ -25,7 +28,7 @@ KIND_SAE = "sae"
 UNIT_PLAIN = "activation"
 UNIT_TIMES_DECODER_NORM = "activation_times_decoder_norm"
 
-_HOOK_POINT = re.compile(r"blocks\.(\d{1,5})\.((?:mlp\.|attn\.)?\w+)", re.ASCII)
+_HOOK_POINT = re.compile(r"blocks\.(\d{1,5})\.([\w.]+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,15 @@ class HookPoint:
 
     @classmethod
     def parse(cls, name: str) -> HookPoint:
-        """Read a hook point's name; SAEError where it is of another form or an unknown kind."""
+        """Read a name as `str` writes it. Raises SAEError for any other.
+
+        What files and users write is read by `sae.hook_names.parse_hook`.
+        """
         match = _HOOK_POINT.fullmatch(name)
         if match is None or match.group(2) not in HOOK_KINDS:
-            # A real place, but one that is not in the residual stream.
-            what = (
-                f"attention's per-head outputs (hook_z) are not supported: {name!r}, "
-                if name.endswith(".hook_z")
-                else f"unknown hook point {name!r}: "
-            )
             raise SAEError(
-                f"{what}expected blocks.LAYER.KIND with KIND one of {', '.join(HOOK_KINDS)}"
+                f"unknown hook point {name!r}: expected blocks.LAYER.KIND with KIND one of "
+                f"{', '.join(HOOK_KINDS)}"
             )
         return cls(layer=int(match.group(1)), kind=match.group(2))
 

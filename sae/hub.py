@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae.errors import SAEError
-from sae.files import CHECKPOINT, CHECKPOINTS, choose_weights, companions, is_weight_file
+from sae.files import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    RUN_CONFIG,
+    SPARSIFY_WEIGHTS,
+    choose_weights,
+    companions,
+    is_weight_file,
+    refuse_unreadable,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -79,6 +88,7 @@ class _Folder:
             raise SAEError(
                 f"{source}: no file {_join(self.path, self.asked_for)!r} in the repository"
             )
+        refuse_unreadable(source, self.asked_for, self.names)
         return self.asked_for
 
 
@@ -95,6 +105,8 @@ def fetch(source: str) -> Path:
     weights = folder.choose(source)
     wanted = {weights, *folder.names.intersection(companions(weights))}
     paths = {name: _download(source, address, _join(folder.path, name)) for name in sorted(wanted)}
+    if weights == SPARSIFY_WEIGHTS and address.path and folder.path:
+        _download_if_there(address, _join(folder.path.rpartition("/")[0], RUN_CONFIG))
     if any(commit not in path.parts for path in paths.values()):
         raise SAEError(f"{source}: the repository changed while it was fetched; try again")
     return paths[weights]
@@ -164,6 +176,18 @@ def _download(source: str, address: HubAddress, file: str) -> Path:
     # As above, and the disk has its own.
     except Exception as error:
         raise SAEError(f"{source}: fetching {file} failed: {error}") from error
+
+
+def _download_if_there(address: HubAddress, file: str) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(address.repo, file, revision=address.revision or None)
+    except EntryNotFoundError:
+        return
+    except Exception as error:
+        raise SAEError(f"{SCHEME}{address.repo}: fetching {file} failed: {error}") from error
 
 
 def _cached(source: str, address: HubAddress, reason: Exception) -> Path:

@@ -3,6 +3,10 @@
 An export of one source holds `{features,explanations,activations}/batch-N.jsonl.gz`; any of the
 three may be missing. Neuronpedia folds the norm of the decoder row into the encoder before it
 measures, so its activations are f_i * |W_dec_i|; they are converted to the unit of the SAE's card.
+
+Each row names its model (`modelId`) and its source (`layer`: `15-gemmascope-res-16k`, a layer and
+what is read there). An export of another model, layer, site or size is refused: its features are
+others, though their indices are the same.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,29 @@ from sae.numbers import finite
 
 KINDS = ("features", "explanations", "activations")
 NUM_EXAMPLES = 10
+#: Features of a batch.
+BATCH = 1024
 # What is shown of an example around its strongest token.
 TOKENS_BEFORE = 24
 TOKENS_AFTER = 8
 
 # How Neuronpedia writes a space of SentencePiece, and a line break.
 _SPELLING = str.maketrans({"\u2581": " ", "\u21b5": "\n"})
+
+
+_GO_ON = "to import it all the same, add --force"
+# What a source's name begins with, and words in it for what is read; a transcoder is no SAE of
+# either place.
+_SOURCE = re.compile(r"(?P<layer>\d{1,4})(?![\d.])", re.ASCII)
+_SITES = {
+    "res": "resid",
+    "resid": "resid",
+    "mlp": "mlp",
+    "att": "attn",
+    "attn": "attn",
+    "transcoder": "transcoder",
+    "clt": "transcoder",
+}
 
 
 @dataclass
@@ -64,7 +85,13 @@ class ImportSummary:
 
 
 def import_neuronpedia(
-    export: Path | Sequence[Path], out: Path, card: SAECard, decoder_norms: Sequence[float]
+    export: Path | Sequence[Path],
+    out: Path,
+    card: SAECard,
+    decoder_norms: Sequence[float],
+    *,
+    model: str | None = None,
+    force: bool = False,
 ) -> ImportSummary:
     """Write `features.jsonl` from an export; an existing file is replaced once all is read.
 
@@ -72,34 +99,40 @@ def import_neuronpedia(
         export: the folder of one source, or several parts of it: folders and `KIND/batch-N` files.
         decoder_norms: |W_dec_i| of every latent, [d_sae]; where the card's activations are plain,
             the export's are divided by them.
+        model: what the SAE was trained on, None if that is not known.
+        force: take an export of another SAE all the same, and leave out what lies past d_sae.
 
     Raises:
         SAEError: a part is no export, a file is damaged, or it is of another SAE.
     """
+    reader = _Reader(card, model, force)
     if len(decoder_norms) != card.d_sae:
         raise SAEError(f"{len(decoder_norms)} decoder norms for d_sae {card.d_sae}")
     batches: dict[str, list[Path]] = {kind: [] for kind in KINDS}
-    for part in (export,) if isinstance(export, Path) else export:
+    parts = (export,) if isinstance(export, Path) else export
+    for part in parts:
         for kind, paths in _batches_of(part).items():
             batches[kind] += paths
     folded = card.activation_unit == UNIT_TIMES_DECODER_NORM
     units = [1.0] * card.d_sae if folded else decoder_norms
     known: dict[int, _Known] = {}
     for path in batches["features"]:
-        for where, index, values in _rows(path, card.d_sae):
+        for where, index, values in reader.rows(path):
             feature = known.setdefault(index, _Known())
             feature.max_activation = _in_unit(
                 number_of(where, values, "maxActApprox"), units[index]
             )
             feature.density = number_of(where, values, "frac_nonzero")
     for path in batches["explanations"]:
-        for where, index, values in _rows(path, card.d_sae):
+        for where, index, values in reader.rows(path):
             feature = known.setdefault(index, _Known())
             # Several explainers may have described it: the first stands.
             feature.label = feature.label or _text(where, values, "description")
     for path in batches["activations"]:
-        for where, index, values in _rows(path, card.d_sae):
+        for where, index, values in reader.rows(path):
             _add_example(known.setdefault(index, _Known()), where, values, units[index])
+    if any(part.is_dir() for part in parts):
+        reader.refuse_smaller(known)
     _write(out, known)
     return ImportSummary(
         features=len(known),
@@ -131,25 +164,94 @@ def _batches(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def _rows(path: Path, d_sae: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(file and line, feature, object) of each line of a compressed file."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") as file:
-            for number, _, line in json_lines.lines(file, path):
-                where = json_lines.place(path, number)
-                values = json_lines.parsed(where, line)
-                yield where, _feature(where, values, d_sae), values
-    except (OSError, EOFError, zlib.error) as error:
-        raise SAEError(f"{path}: truncated or damaged after line {number}: {error}") from error
+class _Reader:
+    """Reads the rows of an export, and holds what they say of its SAE against the card."""
+
+    def __init__(self, card: SAECard, model: str | None, force: bool) -> None:
+        self._card = card
+        self._model = model
+        self._force = force
+
+    def rows(self, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """(file and line, feature, object) of each line of a compressed file."""
+        number = 0
+        try:
+            with gzip.open(path, "rb") as file:
+                for number, _, line in json_lines.lines(file, path):
+                    where = json_lines.place(path, number)
+                    values = json_lines.parsed(where, line)
+                    index = self._feature(where, values)
+                    self._refuse_another(where, values)
+                    if index < self._card.d_sae:
+                        yield where, index, values
+        except (OSError, EOFError, zlib.error) as error:
+            raise SAEError(f"{path}: truncated or damaged after line {number}: {error}") from error
+
+    def refuse_smaller(self, known: Iterable[int]) -> None:
+        """Refuse what describes each of the first features and stops short of d_sae."""
+        indices = set(known)
+        complete = len(indices) == max(indices, default=-1) + 1
+        if complete and BATCH <= len(indices) < self._card.d_sae and not self._force:
+            raise SAEError(
+                f"the export describes features 0 to {len(indices) - 1}, and the SAE has "
+                f"{self._card.d_sae}: it is of an SAE of another size, or only part of the export; "
+                f"{_GO_ON}"
+            )
+
+    def _feature(self, where: str, values: dict[str, Any]) -> int:
+        index, d_sae = values.get("index"), self._card.d_sae
+        text = str(index) if isinstance(index, int | str) and not isinstance(index, bool) else ""
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+            raise SAEError(f"{where}: index {index!r:.40} not in [0, {d_sae}): not of this SAE")
+        if int(text) >= d_sae and not self._force:
+            raise SAEError(
+                f"{where}: index {index!r:.40} not in [0, {d_sae}): not of this SAE; {_GO_ON}"
+            )
+        return int(text)
+
+    def _refuse_another(self, where: str, values: dict[str, Any]) -> None:
+        if self._force:
+            return
+        model, source = values.get("modelId"), values.get("layer")
+        if isinstance(model, str) and self._model is not None and not same(model, self._model):
+            raise SAEError(
+                f"{where}: the export is of the model {model!r:.60}, the SAE of "
+                f"{self._model!r:.100}; {_GO_ON}"
+            )
+        found = _SOURCE.match(str(source)) if isinstance(source, int | str) else None
+        if found is None:
+            return
+        if int(found["layer"]) != self._card.layer:
+            raise SAEError(
+                f"{where}: the export is of layer {found['layer']} ({source!r:.60}), the SAE is at "
+                f"{self._card.hook}; {_GO_ON}"
+            )
+        sites = {
+            _SITES[word] for word in re.split(r"[^a-z]+", str(source).lower()) if word in _SITES
+        }
+        if sites and _site(self._card.hook) not in sites:
+            raise SAEError(
+                f"{where}: the export is of {source!r:.60}, the SAE is at {self._card.hook}; "
+                f"{_GO_ON}"
+            )
 
 
-def _feature(where: str, values: dict[str, Any], d_sae: int) -> int:
-    index = values.get("index")
-    text = str(index) if isinstance(index, int | str) and not isinstance(index, bool) else ""
-    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) >= d_sae:
-        raise SAEError(f"{where}: index {index!r:.40} not in [0, {d_sae}): not of this SAE")
-    return int(text)
+def same(exported: str, model: str) -> bool:
+    """Whether Neuronpedia's name of a model and Hugging Face's or TransformerLens' are of one."""
+    return _plain_name(exported) == _plain_name(model)
+
+
+def _plain_name(model: str) -> str:
+    name = model.rstrip("/").rpartition("/")[2].lower().replace("_", "-")
+    name = re.sub(r"-(?:instruct|chat)(?=-|$)", "-it", name)
+    name = re.sub(r"-(?:pt|hf)(?=-|$)|-v\d+(?:\.\d+)*$", "", name)
+    name = re.sub(r"[^a-z0-9]", "", name).removeprefix("meta")
+    return "gpt2" if name == "gpt2small" else name
+
+
+def _site(hook: str) -> str:
+    kind = hook.split(".", 2)[2]
+    return next(site for site in ("resid", "mlp", "attn") if site in kind)
 
 
 def _text(where: str, values: dict[str, Any], key: str) -> str | None:

@@ -43,12 +43,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from sae import registry
 from sae.arrays import FloatArray, IntArray
 from sae.card import SAECard
 from sae.formats import open_layout
 from sae.numbers import finite
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 
 #: Prose, dialogue, numbers, code and another language, written for this check.
 TEXT: Final = """\
@@ -96,6 +95,7 @@ VARIANCE_FLOOR: Final = 0.3
 ENOUGH_TOKENS: Final = 64
 
 _L0_IN_FOLDER = re.compile(r"average_l0_(\d+)")
+_GEMMA_SCOPE = re.compile(r"gemma-scope-((?:2b|9b|27b)-(?:pt|it))(?![a-z])")
 #: Keys of configurations, the most telling first; sparsity aimed at in training stands in for L0.
 _L0_KEYS = ("l0", "target_l0", "top_k", "k")
 _VARIANCE_KEYS = ("variance_explained", "explained_variance", "frac_variance_explained")
@@ -262,7 +262,7 @@ class Outcome:
         return f"{place}, or the wrong architecture or input scale"
 
 
-def stated_by(ref: SAEReference, *, exactly_k: bool) -> Stated:
+def stated_by(ref: ResolvedSAE, *, exactly_k: bool) -> Stated:
     """What is stated of a resolved source; reads its configurations and headers.
 
     Args:
@@ -278,22 +278,25 @@ def stated_by(ref: SAEReference, *, exactly_k: bool) -> Stated:
         for section in (config.get("metadata"), config.values, config.get("trainer"))
         if isinstance(section, dict)
     ]
-    entry = registry.look_up(ref.source) if ref.source.startswith(registry.SCHEME) else None
+    facts = ref.facts
     aims = _L0_KEYS[:1] if exactly_k else _L0_KEYS
     l0 = [*_numbers(sections, aims[:1])]
     if found := files.search(ref, _L0_IN_FOLDER):
         l0.append(float(found))
-    if entry is not None and entry.l0 is not None:
-        l0.append(entry.l0)
+    if facts.l0 is not None:
+        l0.append(facts.l0)
     l0 += _numbers(sections, aims[1:])
     variance = [1 - fvu for fvu in _numbers(sections, ("fvu",))]
     variance += _numbers(sections, _VARIANCE_KEYS)
-    if entry is not None and entry.variance_explained is not None:
-        variance.append(entry.variance_explained)
+    if facts.variance_explained is not None:
+        variance.append(facts.variance_explained)
     names = [s[key] for key in _MODEL_KEYS for s in sections if isinstance(s.get(key), str)]
     models = [name for name in names if _MODEL_NAME.fullmatch(name)]
-    if entry is not None and entry.model is not None:
-        models.append(entry.model)
+    # The registry calls the model of Gemma Scope's -it SAEs by its base's name.
+    if (size := files.search(ref, _GEMMA_SCOPE)) is not None:
+        models.append(f"gemma-2-{size.removesuffix('-pt')}")
+    if facts.model is not None:
+        models.append(facts.model)
     return Stated(
         l0=next((value for value in l0 if value > 0), None),
         variance_explained=next((value for value in variance if value <= 1), None),

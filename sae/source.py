@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae import hub, registry
 from sae.card import HookPoint
 from sae.errors import SAEError
+from sae.hook_names import parse_hook
 from sae.numbers import positive
+from sae.registry import RegistryFacts
+from sae.unserved import refuse_by_name
 
 FORMATS = (
     "sae_lens",
@@ -30,22 +33,24 @@ _NAME = re.compile(r"(?!\.{1,2}\Z)[^\s/\\,=?#%]{1,128}")
 # Python's own reading of numbers is wider: 1_000, spaces around, the digits of every script.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
+# A page of the hub as a browser shows it.
+_WEB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?:/(?P<path>[^?#]*))?)?/?(?:[?#].*)?"
+)
+# What a path relative to this folder could be, and a repository is.
+_REPOSITORY = re.compile(r"(?![.~])[\w.-]+/(?![.])[\w.-]+(?:/[^@]+)?(?:@[^@]+)?")
+
 
 @dataclass(frozen=True)
 class SAEReference:
-    """One `--sae` flag: a name, a source, what the source does not state, and the local path."""
+    """What the user wrote in one `--sae` flag: a name, a source, and what the source leaves out."""
 
     name: str
     source: str
     hook: str | None = None
     format: str | None = None
     sink_norm: float | None = None
-    path: str | None = None
-    # What SAELens' registry states beside the configuration: the factor s that brings inputs to an
-    # average norm of sqrt(d_in), for weights into which it has not been folded; and a
-    # normalisation that replaces the configuration's.
-    norm_scaling_factor: float | None = None
-    normalize_activations: str | None = None
 
     @classmethod
     def parse(cls, flag: str) -> SAEReference:
@@ -60,13 +65,31 @@ class SAEReference:
             )
         return _with_options(name, source)
 
+
+@dataclass(frozen=True)
+class ResolvedSAE:
+    """What the engine opens: a reference with its path on disk and what SAELens' registry says."""
+
+    name: str
+    source: str
+    path: str
+    hook: str | None = None
+    format: str | None = None
+    sink_norm: float | None = None
+    facts: RegistryFacts = field(default_factory=RegistryFacts)
+
+    @classmethod
+    def of(cls, ref: SAEReference, path: Path, facts: RegistryFacts) -> ResolvedSAE:
+        """A reference, resolved."""
+        return cls(ref.name, ref.source, str(path), ref.hook, ref.format, ref.sink_norm, facts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the engine's configuration."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> SAEReference:
-        return cls(**fields)
+    def from_dict(cls, fields: dict[str, Any]) -> ResolvedSAE:
+        return cls(**{**fields, "facts": RegistryFacts(**fields["facts"])})
 
 
 def parse_source(text: str) -> SAEReference:
@@ -77,33 +100,59 @@ def parse_source(text: str) -> SAEReference:
     return replace(ref, name=name or "sae")
 
 
-def resolve(ref: SAEReference) -> SAEReference:
-    """Fill in the local path, fetching what lies elsewhere; SAEError where it cannot be had."""
-    if ref.path is not None:
+def resolve(ref: SAEReference | ResolvedSAE) -> ResolvedSAE:
+    """Find the path on disk, fetching what lies elsewhere, and what the registry says of it.
+
+    Raises:
+        SAEError: it cannot be had, or its names say that it is of a kind that is not served.
+    """
+    if isinstance(ref, ResolvedSAE):
         return ref
     if ref.source.startswith(registry.SCHEME):
         entry = registry.look_up(ref.source)
-        return replace(
-            ref,
-            path=str(hub.fetch(entry.source)),
-            norm_scaling_factor=entry.norm_scaling_factor,
-            normalize_activations=entry.normalize_activations,
-        )
+        return ResolvedSAE.of(ref, hub.fetch(entry.source), entry.facts)
     if ref.source.startswith(hub.SCHEME):
-        return replace(ref, path=str(hub.fetch(ref.source)))
+        address = hub.HubAddress.parse(ref.source)
+        refuse_by_name(ref.source, f"{address.repo}/{address.path}".rstrip("/"))
+        found = registry.find(address.repo, address.path, address.parent)
+        return ResolvedSAE.of(ref, hub.fetch(ref.source), _facts(found))
+    _refuse_web_page(ref.source, ref.source)
     if "://" in ref.source:
         raise SAEError(f"{ref.source}: unknown scheme, expected a path, hf:// or sae_lens://")
+    path = _local(ref.source)
+    return ResolvedSAE.of(ref, path, _facts(registry.find_on_disk(path)))
+
+
+def _facts(entry: registry.RegistryEntry | None) -> RegistryFacts:
+    return RegistryFacts() if entry is None else entry.facts
+
+
+def _refuse_web_page(source: str, url: str) -> None:
+    if match := _WEB_PAGE.fullmatch(url):
+        path = f"/{match['path'].strip('/')}" if match["path"] else ""
+        revision = match["revision"]
+        at = f"@{revision}" if revision not in (None, "main") else ""
+        raise SAEError(f"{source}: write hf://{match['repo']}{path}{at} for this page of the hub")
+
+
+def _local(source: str) -> Path:
     try:
         # Symbolic links stay: a hub cache's blobs have no file names.
-        path = Path(os.path.abspath(Path(ref.source).expanduser()))
+        path = Path(os.path.abspath(Path(source).expanduser()))
         found = path.exists()
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise SAEError(f"{ref.source}: cannot be read: {error.strerror}") from error
+        raise SAEError(f"{source}: cannot be read: {error.strerror}") from error
     except RuntimeError as error:  # the ~ of a user who does not exist
-        raise SAEError(f"{ref.source}: {error}") from error
-    if not found:
-        raise SAEError(f"{ref.source}: no such file or folder")
-    return replace(ref, path=str(path))
+        raise SAEError(f"{source}: {error}") from error
+    if found:
+        return path
+    _refuse_web_page(source, f"https://{source}")
+    if match := _REPOSITORY.fullmatch(source):
+        raise SAEError(
+            f"{source}: no such file or folder; if it is a repository of the hub, write "
+            f"hf://{match[0].rstrip('/')}"
+        )
+    raise SAEError(f"{source}: no such file or folder")
 
 
 def _with_options(name: str, text: str) -> SAEReference:
@@ -120,7 +169,7 @@ def _with_options(name: str, text: str) -> SAEReference:
         values[key] = value
     hook, format_name, sink_norm = (values.get(key) for key in _OPTIONS)
     if hook is not None:
-        HookPoint.parse(hook)
+        hook = str(_hook(text, hook))
     if format_name is not None and format_name not in FORMATS:
         raise SAEError(f"{text!r}: unknown format {format_name!r}, expected {', '.join(FORMATS)}")
     return SAEReference(
@@ -130,6 +179,13 @@ def _with_options(name: str, text: str) -> SAEReference:
         format=format_name,
         sink_norm=None if sink_norm is None else _sink_norm(text, sink_norm),
     )
+
+
+def _hook(text: str, name: str) -> HookPoint:
+    try:
+        return parse_hook(name)
+    except SAEError as error:
+        raise SAEError(f"{text!r}: hook={name}: {error}") from error
 
 
 def _split(text: str) -> tuple[str, list[str]]:

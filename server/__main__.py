@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "import-labels":
         from server.commands.import_labels import import_labels
 
-        return import_labels(args.source, args.export)
+        return import_labels(args.source, args.export, args.force)
     from server.commands.inspect_sae import inspect_sae
 
     return inspect_sae(args.source, args.model, flags)
@@ -135,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="the folder of one Neuronpedia source, with {features,explanations,activations}/"
         "batch-N.jsonl.gz in it, or such a file",
+    )
+    labels.add_argument(
+        "--force",
+        action="store_true",
+        help="take exports of another model, layer or size all the same; features past the SAE's "
+        "last one are left out",
     )
     commands.add_parser(
         "demo",

@@ -67,6 +67,7 @@ class Feature(Answer):
     label: str | None
     max_activation: float | None
     density: float | None
+    output_score: float | None
 
 
 class FeatureList(Answer):

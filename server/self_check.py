@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from sae.self_check import TEXT, Measured, Outcome, stated_by
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server.reader import Finished, Reader, Run, Text, run_offline
 from steering.config import SteeringConfig
 from steering.request.accepted import Accepted, accept
@@ -82,7 +82,7 @@ async def check_all(engine: Any, max_bytes: int | None = None) -> None:
         )
 
 
-def check_offline(llm: Any, reference: SAEReference) -> Outcome:
+def check_offline(llm: Any, reference: ResolvedSAE) -> Outcome:
     """Check one SAE of a `vllm.LLM`."""
     config = llm.llm_engine.vllm_config
     run = _run(llm.get_tokenizer(), config, _accepted(config, reference))
@@ -91,7 +91,7 @@ def check_offline(llm: Any, reference: SAEReference) -> Outcome:
 
 def _with_size(
     engine: Any, config: SteeringConfig | None, max_bytes: int | None
-) -> Iterator[tuple[SAEReference, bool]]:
+) -> Iterator[tuple[ResolvedSAE, bool]]:
     """Every SAE, and whether it still fits `max_bytes` beside those before it that did."""
     catalog = catalog_for(engine.vllm_config)
     total = 0
@@ -110,14 +110,14 @@ async def _until_idle(engine: Any) -> None:
         await asyncio.sleep(LOOK_EVERY)
 
 
-async def _check(engine: Any, reference: SAEReference) -> Outcome:
+async def _check(engine: Any, reference: ResolvedSAE) -> Outcome:
     config = engine.vllm_config
     accepted = await asyncio.to_thread(_accepted, config, reference)
     finished = await Reader(engine).run(_run(engine.get_tokenizer(), config, accepted))
     return await asyncio.to_thread(_outcome, config, reference, finished)
 
 
-def _accepted(vllm_config: Any, reference: SAEReference) -> Accepted:
+def _accepted(vllm_config: Any, reference: ResolvedSAE) -> Accepted:
     field = {"positions": {"generation": False}, "read": {"sae": reference.name, "top_k": 1}}
     return accept(field, catalog_for(vllm_config), Inspection(SELF_CHECK, special_tokens=False))
 
@@ -129,7 +129,7 @@ def _run(tokenizer: Any, vllm_config: Any, accepted: Accepted) -> Run:
     return Run.of(Text(tuple(ids)), accepted, salt=CACHE_SALT)
 
 
-def _outcome(vllm_config: Any, reference: SAEReference, finished: Finished) -> Outcome:
+def _outcome(vllm_config: Any, reference: ResolvedSAE, finished: Finished) -> Outcome:
     card = catalog_for(vllm_config).card(reference.name)
     measured = None if finished.report is None else finished.report.measured
     return Outcome(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS, MAX_TOP_K
 
 #: Key of this project's part of ``additional_config``; being there, it enters vLLM's compile hash.
@@ -29,7 +29,7 @@ class SteeringConfig:
     """The SAEs to serve and the size of what is kept on the device.
 
     Attributes:
-        saes: references whose ``path`` is resolved; their order gives each SAE its index.
+        saes: their order gives each SAE its index.
         d_model: hidden size of the served model.
         num_layers: number of decoder layers of the served model.
         special_token_ids: tokens that edits leave alone unless ``special_tokens`` is asked for;
@@ -40,7 +40,7 @@ class SteeringConfig:
         resident: which SAEs are on an accelerator whole, one of `RESIDENT_CHOICES`.
     """
 
-    saes: tuple[SAEReference, ...]
+    saes: tuple[ResolvedSAE, ...]
     d_model: int
     num_layers: int
     special_token_ids: tuple[int, ...] | None = None
@@ -90,7 +90,7 @@ class SteeringConfig:
         """The inverse of :meth:`to_dict`."""
         special = raw["special_token_ids"]
         return cls(
-            saes=tuple(SAEReference.from_dict(ref) for ref in raw["saes"]),
+            saes=tuple(ResolvedSAE.from_dict(ref) for ref in raw["saes"]),
             d_model=raw["d_model"],
             num_layers=raw["num_layers"],
             special_token_ids=None if special is None else tuple(special),

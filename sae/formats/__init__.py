@@ -19,7 +19,8 @@ from sae.formats import (
     sparsify,
 )
 from sae.formats.layout import Config, SAEFiles, SAELayout, read_config
-from sae.source import SAEReference
+from sae.formats.unserved import refuse_unserved
+from sae.source import ResolvedSAE
 from sae.tensors import open_tensors
 
 
@@ -30,7 +31,7 @@ class Format(Protocol):
 
     def matches(self, files: SAEFiles) -> bool: ...
 
-    def read(self, files: SAEFiles, ref: SAEReference) -> SAELayout: ...
+    def read(self, files: SAEFiles, ref: ResolvedSAE) -> SAELayout: ...
 
 
 # The first that matches is taken: those before make their own tensors or configuration plain.
@@ -46,11 +47,11 @@ _FORMATS: tuple[Format, ...] = (
 )
 
 
-def open_layout(ref: SAEReference) -> tuple[SAEFiles, SAELayout]:
+def open_layout(ref: ResolvedSAE) -> tuple[SAEFiles, SAELayout]:
     """Open a resolved source at the cost of its headers, and say what it holds."""
-    assert ref.path is not None
     weights = find_weights(Path(ref.path))
     files = SAEFiles(open_tensors(weights), _configs(weights))
+    refuse_unserved(files)
     layout = replace(_detect(files, ref).read(files, ref), sink_norm=files.sink_norm())
     layout.check(files.tensors)
     return files, layout
@@ -68,7 +69,7 @@ def _configs(weights: Path) -> dict[str, Config]:
     }
 
 
-def _detect(files: SAEFiles, ref: SAEReference) -> Format:
+def _detect(files: SAEFiles, ref: ResolvedSAE) -> Format:
     for candidate in _FORMATS:
         if ref.format == candidate.NAME or (ref.format is None and candidate.matches(files)):
             return candidate

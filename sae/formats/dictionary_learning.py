@@ -1,4 +1,5 @@
-"""dictionary_learning: `config.json` and `ae.pt`, one class of the library each.
+"""dictionary_learning: `config.json` and `ae.pt`, or the same tensors in a safetensors file; one
+class of the library each.
 
 `load_dictionary` of the library normalises the decoder of an AutoEncoder, so its activations are
 times the norm of their decoder row; those of the other classes are plain. BatchTopK and Matryoshka
@@ -7,12 +8,16 @@ SAEs apply their one threshold at inference.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sae.card import HOOK_KINDS
 from sae.errors import SAEError
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook, refuse_transcoder
-from sae.source import SAEReference
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook
+from sae.hook_names import UnknownHookError, parse_hook
+from sae.source import ResolvedSAE
+from sae.unserved import refuse_transcoder
 
 NAME = "dictionary_learning"
 
@@ -76,19 +81,49 @@ _CLASSES = {
     ),
 }
 
+# The library's own names of what it records, and those that its users give it.
+_SUBMODULES = {
+    "resid_post": "hook_resid_post",
+    "resid": "hook_resid_post",
+    "residual": "hook_resid_post",
+    "resid_mid": "hook_resid_mid",
+    "resid_pre": "hook_resid_pre",
+    "mlp_out": "mlp.hook_out",
+    "mlp": "mlp.hook_out",
+    "attn_out": "attn.hook_out",
+    "attn": "attn.hook_out",
+    "attention": "attn.hook_out",
+    "attention_out": "attn.hook_out",
+    "self_attn": "attn.hook_out",
+}
+_SUBMODULE = re.compile(
+    rf"(?P<place>{'|'.join(_SUBMODULES)})(?:(?:_layer)?_?(?P<layer>\d{{1,5}}))?"
+)
+_DIGITS = re.compile(r"\d{1,5}", re.ASCII)
+# What is at each side of a module: of a layer, the stream; of a branch, its output alone is served.
+_SIDES = {
+    **{(kind, "out"): kind for kind in HOOK_KINDS},
+    ("hook_resid_pre", "in"): "hook_resid_pre",
+    ("hook_resid_post", "in"): "hook_resid_pre",
+    ("mlp.hook_out", "in"): "mlp.hook_in",
+    ("attn.hook_out", "in"): "attn.hook_in",
+}
+
 
 def matches(files: SAEFiles) -> bool:
-    if files.tensors.container != "torch":
-        return False
     config = files.configs.get("config.json")
     described = config is not None and isinstance(config.get("trainer"), dict)
+    if files.tensors.container == "safetensors":
+        return described and "cfg.json" not in files.configs
+    if files.tensors.container != "torch":
+        return False
     named = bool({"encoder.weight", "decoder.weight"} & files.names) or (
         {"W_enc", "threshold"} <= files.names
     )
     return described or named
 
 
-def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("config.json")
     trainer = config.section("trainer")
     name = trainer.text("dict_class")
@@ -113,23 +148,50 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
 
 
 def _stated_hook(config: Config, trainer: Config) -> str | None:
-    """From the layer, the submodule's name (`resid_post_layer_8`) and which side was recorded."""
-    if "layer" not in trainer:
-        return None
-    layer = trainer.get("layer")
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise SAEError(f"{config.path}: layer must be an integer from 0, got {layer!r:.40}")
-    submodule = trainer.text("submodule_name", "resid_post")
-    side = config.section("buffer").text("io", "out")
+    """From the layer, the submodule's name (`resid_post_layer_8`) and which side was recorded.
+
+    What is not understood comes back in words, for `hook=` to decide over.
+    """
+    layer, submodule = trainer.get("layer"), trainer.get("submodule_name", "")
+    side = config.section("buffer").get("io", "out")
     if side == "in_and_out":
         refuse_transcoder(config.path, "its buffer recorded in_and_out")
-    if "mlp" in submodule:
-        kind = "hook_mlp_out" if side == "out" else "hook_mlp_in"
-    elif "attn" in submodule or "attention" in submodule:
-        kind = "hook_attn_out" if side == "out" else "hook_attn_in"
-    else:
-        kind = "hook_resid_post" if side == "out" else "hook_resid_pre"
-    return f"blocks.{layer}.{kind}"
+    if not submodule and layer is None:
+        return None
+    number = _layer_number(layer)
+    said = f"{submodule or 'resid_post'!s:.80} of layer {layer!s:.40}, side {side!s:.40}"
+    if not isinstance(submodule, str) or (number is None and layer is not None):
+        return said
+    try:
+        kind, named_layer = _place(submodule or "resid_post")
+    except SAEError:  # a place at which nothing is served
+        return submodule
+    if kind is None or not isinstance(side, str) or (kind, side) not in _SIDES:
+        return said
+    if number is not None and named_layer not in (None, number):
+        return f"{said}, of which the name says layer {named_layer}"
+    found = named_layer if number is None else number
+    return said if found is None else f"blocks.{found}.{_SIDES[kind, side]}"
+
+
+def _layer_number(layer: object) -> int | None:
+    """An index from 0, as a number or in digits; None for anything else."""
+    if isinstance(layer, str) and _DIGITS.fullmatch(layer):
+        return int(layer)
+    if isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0:
+        return layer
+    return None
+
+
+def _place(submodule: str) -> tuple[str | None, int | None]:
+    """The kind of hook point that a submodule's name means, and the layer if it says one."""
+    if match := _SUBMODULE.fullmatch(submodule):
+        return _SUBMODULES[match["place"]], None if match["layer"] is None else int(match["layer"])
+    try:
+        hook = parse_hook(submodule)
+    except UnknownHookError:
+        return None, None
+    return hook.kind, hook.layer
 
 
 def _k(files: SAEFiles, trainer: Config) -> int:

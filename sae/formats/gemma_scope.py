@@ -2,10 +2,14 @@
 
 Neither layer nor site are in the file: the layer is the folder's name, the site the repository's
 (`gemma-scope-2b-pt-res`, `-mlp`, `-att`). The case of the keys varies.
+
+The SAEs in `embedding/width_W/average_l0_N` were trained on the token embeddings before Gemma
+multiplies them by sqrt(d_in), so on x / sqrt(d_in) with x the stream before layer 0.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 from sae.errors import SAEError
@@ -15,13 +19,15 @@ from sae.formats.layout import (
     Stored,
     check_scaling_factor,
     choose_hook,
-    refuse_transcoder,
 )
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
+from sae.unserved import refuse_transcoder
 
 NAME = "gemma_scope"
 
 _SITE = re.compile(r"gemma-scope-.*-(res|mlp|att|transcoders)\b")
+_EMBEDDING = re.compile(r"embeddings?")
+_EMBEDDING_HOOK = "blocks.0.hook_resid_pre"
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 
 
@@ -29,17 +35,24 @@ def matches(files: SAEFiles) -> bool:
     return files.tensors.container == "npz"
 
 
-def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     names = by_lower_case(files)
+    embedding = files.folder(ref, _EMBEDDING) is not None
     d_in, d_sae = files.shape(names.get("w_enc", "w_enc"), rank=2)
     return SAELayout(
         format=NAME,
         architecture="jumprelu",
-        hook=choose_hook(files.path, ref, stated=None, guessed=_guess_hook(files, ref)),
+        hook=choose_hook(
+            files.path,
+            ref,
+            stated=_EMBEDDING_HOOK if embedding else None,
+            guessed=_guess_hook(files, ref),
+        ),
         d_in=d_in,
         d_sae=d_sae,
         tensors=jumprelu_tensors(names),
         apply_b_dec_to_input=False,
+        scale=1 / math.sqrt(d_in) if embedding and d_in else 1.0,
         ignored=check_scaling_factor(files, names.get("scaling_factor", "scaling_factor"), d_sae),
     )
 
@@ -64,7 +77,7 @@ def jumprelu_tensors(names: dict[str, str]) -> dict[str, Stored]:
     }
 
 
-def _guess_hook(files: SAEFiles, ref: SAEReference) -> str | None:
+def _guess_hook(files: SAEFiles, ref: ResolvedSAE) -> str | None:
     site = files.search(ref, _SITE)
     layer = files.search(ref, re.compile(r"layer_(\d+)"))
     if site == "transcoders":

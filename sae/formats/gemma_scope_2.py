@@ -5,28 +5,22 @@ folders do. The case of the keys varies."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from sae.errors import SAEError
 from sae.formats.gemma_scope import by_lower_case, jumprelu_tensors
-from sae.formats.layout import Config, SAEFiles, SAELayout, choose_hook, refuse_transcoder
-from sae.source import SAEReference
+from sae.formats.layout import Config, SAEFiles, SAELayout, choose_hook
+from sae.source import ResolvedSAE
+from sae.unserved import CROSSCODER, refuse_transcoder
 
 NAME = "gemma_scope_2"
 
-# Modules of Hugging Face's Gemma 3 and folders of the suite, as hook points.
-_MODULES = {
-    "output": "hook_resid_post",
-    "self_attn.o_proj.input": "attn.hook_z",
-    "post_feedforward_layernorm.output": "hook_mlp_out",
-}
 _FOLDERS = {
     "resid_post": "hook_resid_post",
     "attn_out": "attn.hook_z",
     "mlp_out": "hook_mlp_out",
 }
-_MODULE = re.compile(r"(?:\w+\.)*layers\.(\d+)\.(.+)")
-_FOLDER = re.compile(r"(resid_post|attn_out|mlp_out|transcoder|clt)")
+_SEVERAL_LAYERS = re.compile(r"\.\{.+\}\.")
+_FOLDER = re.compile(r"(?<![a-z])(resid_post|attn_out|mlp_out|transcoder|clt)(?![a-z])")
 _SAE_FOLDER = re.compile(r"layer_\d+_width_\w+_l0_\w+")
 
 
@@ -44,21 +38,23 @@ def matches(files: SAEFiles) -> bool:
     return True
 
 
-def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.configs.get("config.json")
     names = by_lower_case(files)
-    _refuse_transcoders(files, ref, config, names)
+    _refuse_several_layers(files, ref, config)
     if config is not None and config.get("architecture", "jump_relu") != "jump_relu":
         raise SAEError(
             f"{config.path}: unknown architecture {config.get('architecture')!r:.60}, "
             "expected jump_relu"
         )
     d_in, d_sae = files.shape(names.get("w_enc", "w_enc"), rank=2)
-    stated = None if config is None else _stated_hook(config)
+    stated = None if config is None else config.words("hf_hook_point_in")
     return SAELayout(
         format=NAME,
         architecture="jumprelu",
-        hook=choose_hook(files.path, ref, stated, guessed=_guess_hook(files, ref)),
+        hook=choose_hook(
+            config.path if config else files.path, ref, stated, guessed=_guess_hook(files, ref)
+        ),
         d_in=d_in,
         d_sae=d_sae,
         tensors=jumprelu_tensors(names),
@@ -66,30 +62,17 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
     )
 
 
-def _refuse_transcoders(
-    files: SAEFiles, ref: SAEReference, config: Config | None, names: Mapping[str, str]
-) -> None:
-    if "affine_skip_connection" in names:
-        refuse_transcoder(files.path, "tensor affine_skip_connection")
-    if config is not None and "hf_hook_point_out" in config:
-        where = config.text("hf_hook_point_out")
-        if where != config.get("hf_hook_point_in"):
-            refuse_transcoder(config.path, f"it writes at {where:.80}")
+def _refuse_several_layers(files: SAEFiles, ref: ResolvedSAE, config: Config | None) -> None:
+    if config is not None and _SEVERAL_LAYERS.search(str(config.get("hf_hook_point_in", ""))):
+        raise SAEError(
+            f"{config.path}: this is a {config.get('type', 'crosscoder')!s:.40} "
+            f"({config.get('hf_hook_point_in')!s:.80}), {CROSSCODER}"
+        )
     if config is None and files.search(ref, _FOLDER) in ("transcoder", "clt"):
         refuse_transcoder(files.path, "by its folder's name")
 
 
-def _stated_hook(config: Config) -> str | None:
-    if "hf_hook_point_in" not in config:
-        return None
-    module = config.text("hf_hook_point_in")
-    match = _MODULE.fullmatch(module)
-    if match is None or match.group(2) not in _MODULES:
-        raise SAEError(f"{config.path}: unknown hook point {module!r:.80}")
-    return f"blocks.{match.group(1)}.{_MODULES[match.group(2)]}"
-
-
-def _guess_hook(files: SAEFiles, ref: SAEReference) -> str | None:
+def _guess_hook(files: SAEFiles, ref: ResolvedSAE) -> str | None:
     site = files.search(ref, _FOLDER)
     layer = files.search(ref, re.compile(r"layer_(\d+)"))
     if site not in _FOLDERS or layer is None:

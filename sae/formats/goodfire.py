@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from sae.formats.layout import SAEFiles, SAELayout, Stored, choose_hook
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 
 NAME = "goodfire"
 
@@ -17,7 +17,7 @@ def matches(files: SAEFiles) -> bool:
     )
 
 
-def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     d_sae, d_in = files.shape("encoder_linear.weight", rank=2)
     layer = files.search(ref, re.compile(r"-SAE-l(\d+)\b"))
     guessed = None if layer is None else f"blocks.{layer}.hook_resid_post"

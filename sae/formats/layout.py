@@ -13,14 +13,18 @@ import torch
 
 from sae.card import HookPoint
 from sae.errors import SAEError
+from sae.hook_names import UnknownHookError, parse_hook
 from sae.numbers import finite, positive
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from sae.tensors import FLOAT_DTYPES, TensorFile
+from sae.unserved import refuse_by_name
 
 MAX_CONFIG_BYTES = 16 * 2**20
 #: Of rows or columns; what is larger is no shape of a tensor.
 MAX_COUNT = 2**31 - 1
 #: Objects of a configuration that may hold a sink_norm; "trainer" is dictionary_learning's.
+#: Folders around a weight file that a publisher names; above them lies somebody's disk.
+_PUBLISHED_FOLDERS = 4
 _SINK_NORM_SECTIONS = ("metadata", "trainer")
 
 
@@ -51,6 +55,11 @@ class Config:
         if not isinstance(value, str):
             raise SAEError(f"{self.path}: {key} must be a string, got {value!r:.60}")
         return value
+
+    def words(self, key: str) -> str | None:
+        """What is said, in words whatever its type; None where it is missing or null."""
+        value = self.get(key)
+        return None if value is None else value if isinstance(value, str) else f"{value!r:.120}"
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
@@ -116,11 +125,19 @@ class SAEFiles:
         stated = (config.sink_norm() for config in self.configs.values())
         return next((norm for norm in stated if norm is not None), None)
 
-    def search(self, ref: SAEReference, pattern: re.Pattern[str]) -> str | None:
+    def search(self, ref: ResolvedSAE, pattern: re.Pattern[str]) -> str | None:
         """The pattern's first group in the nearest folder's name, or in the source's."""
         for part in (*reversed(self.path.parts), *reversed(ref.source.split("/"))):
             if match := pattern.search(part):
                 return str(match.group(1))
+        return None
+
+    def folder(self, ref: ResolvedSAE, pattern: re.Pattern[str]) -> str | None:
+        """The nearest folder that a publisher named so, whole, on disk or in the source."""
+        folders = self.path.parent.parts[-_PUBLISHED_FOLDERS:]
+        for part in (*reversed(folders), *reversed(ref.source.split("/"))):
+            if pattern.fullmatch(part):
+                return part
         return None
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
@@ -153,6 +170,11 @@ class SAELayout:
     b_gate, b_mag, r_mag [d_sae]) to what the file stores; `constants` gives vectors that are one
     stated number. `scale` is s of SAE-wide input scaling: W_enc*s, W_dec/s, b_dec/s in use.
     `ignored` names tensors that play no part at inference.
+
+    Attributes:
+        centered: it was trained on streams without their mean over d_in: it reads x - mean(x).
+        threshold_over_decoder_norm: the threshold is compared with h_i |W_dec_i|, W_dec as stored.
+        remarks: what the files leave open and how it was taken, for the user to know.
     """
 
     format: str
@@ -169,6 +191,9 @@ class SAELayout:
     scale: float = 1.0
     sink_norm: float | None = None
     ignored: Collection[str] = ()
+    centered: bool = False
+    threshold_over_decoder_norm: bool = False
+    remarks: tuple[str, ...] = ()
 
     def check(self, tensors: TensorFile) -> None:
         """SAEError for a missing, misshaped, integer or unexpected tensor; reads headers only."""
@@ -211,26 +236,58 @@ class SAELayout:
         return [(), (1,)] if stored.scalar else [(self.d_sae,)]
 
 
-def choose_hook(
-    path: Path, ref: SAEReference, stated: str | None, guessed: str | None
-) -> HookPoint:
+def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str | None) -> HookPoint:
     """The hook point: stated by the configuration, by `hook=`, or by the publisher's file name.
 
     Args:
-        stated: what the configuration says; `hook=` must agree with it.
+        stated: what the configuration says, in any spelling; `hook=` must agree with it if it is
+            understood, and decides if it is not.
         guessed: what the file or folder name says; `hook=` goes before it.
+
+    Raises:
+        SAEError: naming the file, and what to write.
     """
-    if stated is not None:
-        if ref.hook is not None and HookPoint.parse(ref.hook) != HookPoint.parse(stated):
-            raise SAEError(f"{path}: hook={ref.hook} contradicts the configuration's {stated}")
-        return HookPoint.parse(stated)
-    name = ref.hook or guessed
-    if name is None:
+    asked = None if ref.hook is None else parse_hook(ref.hook)
+    if stated is None:
+        # What the names rule out is not to be had by stating another hook point.
+        guess = _named(path, ref, guessed)
+        refuse_by_name(str(path), "/".join(path.parent.parts[-_PUBLISHED_FOLDERS:]))
+        hook = asked or guess
+    else:
+        hook = _agreed(path, ref, stated, asked)
+    if hook is None:
         raise SAEError(
             f"{path}: its hook point is stated nowhere; state it as "
             f"{ref.source},hook=blocks.LAYER.hook_resid_post"
         )
-    return HookPoint.parse(name)
+    return hook
+
+
+def _agreed(path: Path, ref: ResolvedSAE, stated: str, asked: HookPoint | None) -> HookPoint | None:
+    try:
+        found = _named(path, ref, stated)
+    except UnknownHookError:
+        if asked is None:
+            raise
+        return asked
+    if asked is not None and found != asked:
+        raise SAEError(f"{path}: hook={ref.hook} contradicts the configuration's {stated}")
+    return found
+
+
+def _named(path: Path, ref: ResolvedSAE, name: str | None) -> HookPoint | None:
+    """The hook point that a file names; the error says which file, and what to do about it."""
+    if name is None:
+        return None
+    try:
+        return parse_hook(name)
+    except UnknownHookError as error:
+        raise UnknownHookError(
+            f"{path}: {error}; if you know the place, state it as "
+            f"{ref.source},hook=blocks.LAYER.hook_resid_post"
+        ) from error
+    except SAEError as error:
+        raise SAEError(f"{path}: {error}") from error
 
 
 def check_scaling_factor(files: SAEFiles, name: str, d_sae: int) -> tuple[str, ...]:
@@ -252,14 +309,6 @@ def check_scaling_factor(files: SAEFiles, name: str, d_sae: int) -> tuple[str, .
             f"{files.path}: {name} is not 1 everywhere; finetuned scaling is not supported"
         )
     return (name,)
-
-
-def refuse_transcoder(path: Path, what: str) -> None:
-    """SAEError: transcoders read at one hook point and write at another."""
-    raise SAEError(
-        f"{path}: this is a transcoder ({what}), which reads at one hook point and writes at "
-        "another; only SAEs can be served"
-    )
 
 
 def read_config(path: Path) -> Config:

@@ -3,7 +3,12 @@
 threshold.
 
 Trained on x * s with s = sqrt(d_in) / average norm. Folded: W_enc*s, W_dec/s, b_dec/s. The
-threshold is stated for unscaled inputs, and is multiplied by s as SAELens does.
+threshold theta is stated for unscaled inputs, and is multiplied by s as SAELens does.
+
+With `sparsity_include_decoder_norm` theta was chosen on activations times |D_i|, the norm of the
+decoder's row as it is stored: lm-saes folds that norm into the encoder before it compares
+(`transform_to_unit_decoder_norm`), so latent i fires if (s E_i x + b_i) |D_i| > theta s. SAELens
+leaves the norm out, which is another set of active latents wherever |D_i| is not 1.
 """
 
 from __future__ import annotations
@@ -11,8 +16,8 @@ from __future__ import annotations
 import math
 
 from sae.errors import SAEError
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook, refuse_transcoder
-from sae.source import SAEReference
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook
+from sae.source import ResolvedSAE
 
 NAME = "llama_scope"
 
@@ -22,18 +27,20 @@ MAX_NORM = 1e9
 
 
 def matches(files: SAEFiles) -> bool:
-    config = files.configs.get("hyperparams.json")
-    described = config is not None and "dataset_average_activation_norm" in config
-    named = {"encoder.weight", "decoder.weight"} <= files.names
+    described = "hyperparams.json" in files.configs
+    # dictionary_learning's have these names too, and a config.json.
+    named = {"encoder.weight", "decoder.weight"} <= files.names and not files.configs
     return files.tensors.container == "safetensors" and (described or named)
 
 
-def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
+    if "hyperparams.json" not in files.configs:
+        raise SAEError(
+            f"{files.path}: missing configuration: no hyperparams.json, which an SAE of Llama "
+            "Scope has beside its weights or one folder up, and no config.json, which one of "
+            "dictionary_learning has"
+        )
     config = files.config("hyperparams.json")
-    hook_in = config.text("hook_point_in")
-    hook_out = config.text("hook_point_out", hook_in)
-    if hook_out != hook_in:
-        refuse_transcoder(config.path, f"it reads at {hook_in:.60} and writes at {hook_out:.60}")
     _check_activation(config)
     d_in = config.count("d_model")
     average_norm = config.section("dataset_average_activation_norm").number("in")
@@ -43,25 +50,30 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
             f"got {average_norm}"
         )
     scale = math.sqrt(d_in) / average_norm
+    has_b_dec = config.flag("use_decoder_bias", True)
     return SAELayout(
         format=NAME,
         architecture="jumprelu",
-        hook=choose_hook(config.path, ref, hook_in, guessed=None),
+        hook=choose_hook(config.path, ref, config.words("hook_point_in"), guessed=None),
         d_in=d_in,
         d_sae=config.count("d_sae"),
         tensors={
             "W_enc": Stored("encoder.weight"),
             "W_dec": Stored("decoder.weight", transposed=True),
             "b_enc": Stored("encoder.bias"),
-            "b_dec": Stored("decoder.bias"),
-        },
-        constants={"threshold": config.number("jump_relu_threshold") * scale},
+        }
+        | ({"b_dec": Stored("decoder.bias")} if has_b_dec else {}),
+        constants={"threshold": config.number("jump_relu_threshold") * scale}
+        | ({} if has_b_dec else {"b_dec": 0.0}),
+        threshold_over_decoder_norm=config.flag("sparsity_include_decoder_norm", False),
         apply_b_dec_to_input=config.flag("apply_decoder_bias_to_pre_encoder", False),
         scale=scale,
     )
 
 
 def _check_activation(config: Config) -> None:
+    if config.flag("use_glu_encoder", False):
+        raise SAEError(f"{config.path}: unknown architecture, use_glu_encoder is true")
     for key, expected in (("act_fn", "jumprelu"), ("norm_activation", "dataset-wise")):
         stated = config.text(key, expected)
         if stated != expected:

@@ -11,7 +11,7 @@ import re
 
 from sae.errors import SAEError
 from sae.formats.layout import SAEFiles, SAELayout, Stored, choose_hook
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 
 NAME = "qwen_scope"
 
@@ -24,7 +24,7 @@ def matches(files: SAEFiles) -> bool:
     )
 
 
-def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     d_sae, d_in = files.shape("W_enc", rank=2)
     layer = files.search(ref, re.compile(r"\blayer(\d+)\.sae\b"))
     guessed = None if layer is None else f"blocks.{layer}.hook_resid_post"
@@ -45,7 +45,7 @@ def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
     )
 
 
-def _k(files: SAEFiles, ref: SAEReference) -> int:
+def _k(files: SAEFiles, ref: ResolvedSAE) -> int:
     config = files.configs.get("config.json")
     if config is not None and "k" in config:
         return config.count("k")

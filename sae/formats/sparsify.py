@@ -1,24 +1,22 @@
 """EleutherAI's sparsify: `cfg.json` and `sae.safetensors`, encoder.weight and W_dec [d_sae, d_in];
-top-k of relu, b_dec subtracted. The folder's name is the module (`layers.23.mlp`, `layer_18`)."""
+top-k of relu, b_dec subtracted. The folder's name is the module (`layers.23.mlp`, `layer_18`),
+whose own output is read. Before February 2025 only the run's `config.json`, one folder up, said
+whether a dictionary is a transcoder."""
 
 from __future__ import annotations
 
 import re
 
 from sae.errors import SAEError
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook, refuse_transcoder
-from sae.source import SAEReference
+from sae.files import RUN_CONFIG
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook, read_config
+from sae.hook_names import UnknownHookError, parse_hook
+from sae.source import ResolvedSAE
+from sae.unserved import refuse_transcoder
 
 NAME = "sparsify"
 
-_MODULE = re.compile(r"(?:\w+\.)*(?:layers?|h)[._](\d+)(?:\.(\w+))?")
-_SUBMODULES = {
-    None: "hook_resid_post",
-    "mlp": "hook_mlp_out",
-    "attn": "hook_attn_out",
-    "attention": "hook_attn_out",
-    "self_attn": "hook_attn_out",
-}
+_LAYER = re.compile(r"layers?_(\d+)")
 
 
 def matches(files: SAEFiles) -> bool:
@@ -38,10 +36,9 @@ def matches(files: SAEFiles) -> bool:
     )
 
 
-def read(files: SAEFiles, ref: SAEReference) -> SAELayout:
+def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("cfg.json")
-    if config.flag("transcode", False) or "W_skip" in files.names:
-        refuse_transcoder(config.path, "transcode or skip_connection is set")
+    _refuse_transcoder(files, config)
     activation = config.text("activation", "topk")
     if activation != "topk" or config.flag("signed", False):
         raise SAEError(f"{config.path}: unknown architecture, expected the top-k of relu")
@@ -69,7 +66,23 @@ def _d_sae(config: Config) -> int:
 
 
 def _guess_hook(files: SAEFiles) -> str | None:
-    match = _MODULE.fullmatch(files.path.parent.name)
-    if match is None or match.group(2) not in _SUBMODULES:
+    """The module that the folder is named after; None if the name is understood as none."""
+    name = _LAYER.sub(r"layers.\1", files.path.parent.name)
+    try:
+        return str(parse_hook(name))
+    except UnknownHookError:
         return None
-    return f"blocks.{match.group(1)}.{_SUBMODULES[match.group(2)]}"
+
+
+def _refuse_transcoder(files: SAEFiles, config: Config) -> None:
+    if config.flag("transcode", False) or config.flag("skip_connection", False):
+        refuse_transcoder(config.path, "transcode or skip_connection is set")
+    run = files.path.parent.parent / RUN_CONFIG
+    try:
+        values = read_config(run).values
+    except SAEError:  # there is none, or it is something else's
+        return
+    training = values.get("sae")
+    for section in (values, training if isinstance(training, dict) else {}):
+        if section.get("transcode"):
+            refuse_transcoder(run, "transcode is set for its run")

@@ -11,27 +11,35 @@ from sae.features import FeatureTable
 from sae.files import FEATURES_NAME, find_weights, is_weight_file
 from sae.neuronpedia import import_neuronpedia
 from sae.sae import open_sae
+from sae.self_check import stated_by
 from sae.source import parse_source, resolve
 from server.start.checked_sae import unforeseen_refused
 
 
-def import_labels(source: str, exports: Sequence[str]) -> int:
+def import_labels(source: str, exports: Sequence[str], force: bool = False) -> int:
     """Write what the exports know of the features of `SOURCE[,hook=..]`; the exit code, 0 or 1.
 
     Args:
         exports: folders of one Neuronpedia source, and files of it.
+        force: take them though they are of another model, layer or size.
     """
     try:
         with unforeseen_refused(source):
             resolved = resolve(parse_source(source))
-            assert resolved.path is not None
             sae = open_sae(resolved)
             # Units are converted by the weights: one that is not finite would damage what is
             # written.
             sae.scan_nonfinite()
         out = features_path(Path(resolved.path))
         parts = [Path(export) for export in exports]
-        summary = import_neuronpedia(parts, out, sae.card, sae.decoder_row_norms().tolist())
+        summary = import_neuronpedia(
+            parts,
+            out,
+            sae.card,
+            sae.decoder_row_norms().tolist(),
+            model=stated_by(resolved, exactly_k=True).model,
+            force=force,
+        )
         FeatureTable(out, sae.card.d_sae).load()
     except (SAEError, OSError) as error:
         print(f"vllm-sae: {error}", file=sys.stderr)

@@ -66,7 +66,8 @@ def card_table(card: SAECard) -> Table:
     table.add_column(overflow="fold")
     for key, value in card.to_json().items():
         if key not in ("id", "object"):
-            table.add_row(key, Text("-" if value is None else str(value)))
+            shown = ", ".join(value) if isinstance(value, list) else value
+            table.add_row(key, Text("-" if shown is None else str(shown)))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ from sae.card import SAECard
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import check_fits, open_sae
-from sae.source import SAEReference, resolve
+from sae.source import ResolvedSAE, SAEReference, resolve
 from steering.request.catalog import SCAN_LIMIT_BYTES
+
+logger = logging.getLogger("vllm.sae.server")
 
 
 @dataclass(frozen=True)
 class CheckedSAE:
     """A resolved reference, and the card of what it led to."""
 
-    reference: SAEReference
+    reference: ResolvedSAE
     card: SAECard
 
 
@@ -28,15 +31,16 @@ def check(flag: str) -> CheckedSAE:
     return check_reference(SAEReference.parse(flag), scan_limit=SCAN_LIMIT_BYTES)
 
 
-def check_reference(reference: SAEReference, scan_limit: int | None) -> CheckedSAE:
+def check_reference(reference: SAEReference | ResolvedSAE, scan_limit: int | None) -> CheckedSAE:
     """Open an SAE and read its labels; scan its weights if they are not larger than the limit."""
     with unforeseen_refused(reference.source):
         resolved = resolve(reference)
         sae = open_sae(resolved)
-        assert resolved.path is not None
         FeatureTable.open(resolved.path, sae.card.d_sae).load()
         if scan_limit is None or sae.weight_bytes <= scan_limit:
             sae.scan_nonfinite()
+    for remark in sae.remarks:
+        logger.warning("%s", SAEError(remark))
     return CheckedSAE(resolved, sae.card)
 
 

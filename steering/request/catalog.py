@@ -134,9 +134,13 @@ class Catalog:
         loaded = {}
         for ref in config.saes:
             sae = open_sae(ref)
-            assert ref.path is not None, "references are resolved before they are handed down"
             features = FeatureTable.open(ref.path, sae.card.d_sae)
-            stated = (ref.norm_scaling_factor, ref.normalize_activations)
+            facts = ref.facts
+            stated = (
+                facts.norm_scaling_factor,
+                facts.normalize_activations,
+                facts.center_writing_weights,
+            )
             loaded[ref.name] = LoadedSAE(sae, features, stated)
         return cls(loaded, config.read_limit(max_model_len), config.special_token_ids)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sae.errors import SAEError
 from sae.sae import check_fits, open_sae
-from sae.source import SAEReference, resolve
+from sae.source import ResolvedSAE, SAEReference, resolve
 from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, SteeringConfig
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.vllm.seams import refuse_missing_seams
@@ -52,7 +52,7 @@ def offline_config(
     """
     d_model = int(model_config.get_hidden_size())
     num_layers = int(model_config.get_total_num_hidden_layers())
-    references: dict[str, SAEReference] = {}
+    references: dict[str, ResolvedSAE] = {}
     for flag in saes:
         reference = resolve(SAEReference.parse(flag))
         if reference.name in references:

@@ -20,7 +20,7 @@ import torch
 
 from sae.card import HookPoint
 from sae.sae import open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.request.catalog import Catalog
 from steering.vllm.door import complete, plan_of
@@ -43,7 +43,7 @@ def clock(function: Callable[[], object]) -> float:
     return 1e3 * (thread_time() - started)
 
 
-def worker_state(reference: SAEReference) -> SteeringState:
+def worker_state(reference: ResolvedSAE) -> SteeringState:
     """A worker's steering, without a worker."""
     sae = open_sae(reference)
     return SteeringState(
@@ -77,7 +77,7 @@ def request(i: int, field: dict[str, object]) -> SimpleNamespace:
 
 def measure(edits: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each part for every request of every round; each round has a pool anew."""
-    reference = SAEReference(SAE_NAME, str(SAE), path=str(SAE))
+    reference = ResolvedSAE(SAE_NAME, str(SAE), path=str(SAE))
     config = SteeringConfig((reference,), D_MODEL, NUM_LAYERS, tuple(range(SPECIAL_TOKENS)))
     catalog = Catalog.from_config(config)
     found: dict[str, list[float]] = {

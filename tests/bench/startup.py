@@ -35,7 +35,7 @@ import json, sys, time
 from pathlib import Path
 import psutil, torch
 from sae.sae import open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server.start.checked_sae import check
 from steering.request.plan import RowKey
 from steering.worker.rows import RowPool
@@ -46,7 +46,7 @@ def resident():
 requested, paths = int(sys.argv[1]), sys.argv[2:]
 before = resident()
 started = time.perf_counter()
-saes = [open_sae(SAEReference(Path(p).name, p, path=p)) for p in paths]
+saes = [open_sae(ResolvedSAE(Path(p).name, p, path=p)) for p in paths]
 opened = time.perf_counter() - started
 after = resident()
 pool = RowPool(saes, 256, saes[0].card.d_in, "cpu")

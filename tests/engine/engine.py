@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.vllm.engine_arguments import engine_arguments
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
@@ -150,7 +150,7 @@ def start(
     steering: dict[str, Any] = {}
     if saes:
         references = tuple(
-            SAEReference(name, str(path), path=str(path), sink_norm=sink_norm)
+            ResolvedSAE(name, str(path), path=str(path), sink_norm=sink_norm)
             for name, path in saes.items()
         )
         steering = engine_arguments(

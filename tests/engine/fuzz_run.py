@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import httpx
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.request.catalog import Catalog
 from tests.bench.record import Record, arguments
@@ -234,7 +234,7 @@ def serve(folder: Path) -> tuple[LiveServer, Catalog]:
     model = make_tiny_model(folder / "model")
     saes = {name: make_tiny_sae(folder / name, **how) for name, how in SAES.items()}
     references = tuple(
-        SAEReference(name=name, source=str(path), path=str(path)) for name, path in saes.items()
+        ResolvedSAE(name=name, source=str(path), path=str(path)) for name, path in saes.items()
     )
     catalog = Catalog.from_config(SteeringConfig(references, D_MODEL, NUM_LAYERS))
     flags = ("--max-model-len", str(MAX_MODEL_LEN), "--block-size", "32")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.request.catalog import Catalog
 from tests.demo_sae import ELVES
@@ -38,7 +38,7 @@ FROM_OPENAPI: Final = 8
 def catalog(live_server: LiveServer) -> Catalog:
     """The server's SAEs, opened here: what `steering` deserves is judged by the same files."""
     references = tuple(
-        SAEReference(name, str(path), path=str(path)) for name, path in live_server.saes.items()
+        ResolvedSAE(name, str(path), path=str(path)) for name, path in live_server.saes.items()
     )
     return Catalog.from_config(SteeringConfig(references, D_MODEL, NUM_LAYERS))
 

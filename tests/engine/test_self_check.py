@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sae.self_check import TEXT, Outcome
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server.self_check import check_offline
 from steering.request.plan import COVERS_PROMPT, PlannedRead, SteeringPlan
 from tests.engine import engine as engines
@@ -89,7 +89,7 @@ def smollm2(
 
 def check(engine: Engine, name: str) -> Outcome:
     path = str(engine.saes[name])
-    return check_offline(engine.llm, SAEReference(name, path, path=path))
+    return check_offline(engine.llm, ResolvedSAE(name, path, path=path))
 
 
 def test_right_sae_fits_as_its_card_says(smollm2: Engine) -> None:

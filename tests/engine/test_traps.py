@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.vllm.door import catalog_for
 from steering.vllm.engine_arguments import engine_arguments
@@ -492,7 +492,7 @@ def test_special_tokens_are_the_tokenizers_unless_they_are_named(
     from vllm import LLM
 
     model, sae = tiny_model("llama"), make_tiny_sae(tmp_path / "sae")
-    reference = SAEReference("a", str(sae), path=str(sae))
+    reference = ResolvedSAE("a", str(sae), path=str(sae))
     config = SteeringConfig((reference,), D_MODEL, NUM_LAYERS)
     llm = LLM(str(model), enforce_eager=True, max_model_len=64, **engine_arguments(config))
     engine = Engine(llm, model)

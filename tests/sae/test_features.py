@@ -27,6 +27,7 @@ def table(tmp_path: Path) -> FeatureTable:
     folder = write(
         tmp_path,
         {"index": 7, "label": "music and jazz", "max_activation": 6.1, "density": 0.003,
+         "output_score": 0.25,
          "examples": [{"text": "a jazz band", "activation": 6.0}, {"text": "and all that"}]},
         {"index": 2, "max_activation": 3},
         "",
@@ -42,10 +43,12 @@ def test_feature_says_what_its_line_says(table: FeatureTable) -> None:
         label="music and jazz",
         max_activation=6.1,
         density=0.003,
+        output_score=0.25,
         examples=(Example("a jazz band", 6.0), Example("and all that", None)),
     )
     assert table.get(7).to_json() == {
         "feature": 7, "label": "music and jazz", "max_activation": 6.1, "density": 0.003,
+        "output_score": 0.25,
     }  # fmt: skip
     assert table.max_activation(2) == 3.0
     assert table.label(5) == "Musique française"
@@ -270,3 +273,51 @@ def test_examples_that_are_gone_are_left_out(tmp_path: Path, content: str | None
     else:
         path.write_text(content)
     assert table.get(0) == Feature(0, label="a")
+
+
+@pytest.mark.parametrize(
+    ("order", "first"),
+    [
+        ("max_activation", [7, 2, 0]),
+        ("density", [3, 7, 2]),
+        ("output_score", [1, 3, 2]),
+    ],
+)
+def test_order_is_highest_first_with_unknown_last_and_ties_by_index(
+    tmp_path: Path, order: str, first: list[int]
+) -> None:
+    write(
+        tmp_path,
+        {"index": 7, "label": "tea", "max_activation": 6.1, "density": 0.2},
+        {"index": 1, "label": "tea", "output_score": 0.9},
+        {"index": 2, "label": "tea", "max_activation": 3, "density": 0, "output_score": -0.5},
+        {"index": 3, "label": "tea", "density": 0.3, "output_score": 0},
+    )
+    features = FeatureTable.open(tmp_path, 8)
+    page, total = features.page(3, 0, order=order)
+    assert ([f.index for f in page], total) == (first, 8)
+    # All 8, each once.
+    whole = [f.index for part in (0, 3, 6) for f in features.page(3, part, order=order)[0]]
+    assert sorted(whole) == [*range(8)]
+    unknown = [i for i in whole if getattr(features.get(i), order) is None]
+    assert whole[-len(unknown) :] == sorted(unknown)
+
+
+def test_order_of_a_search_is_of_what_matches(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {"index": 1, "label": "tea"},
+        {"index": 2, "label": "tea and biscuits", "density": 0.1},
+        {"index": 3, "label": "coffee", "density": 0.9},
+        {"index": 5, "label": "green tea", "density": 0.4},
+    )
+    features = FeatureTable.open(tmp_path, 8)
+    found, total = features.search("tea", 2, 0, order="density")
+    assert ([f.index for f in found], total) == ([5, 2], 3)
+    assert [f.index for f in features.search("tea", 2, 2, order="density")[0]] == [1]
+
+
+def test_output_score_must_be_a_number(tmp_path: Path) -> None:
+    write(tmp_path, {"index": 1, "output_score": "high"})
+    with pytest.raises(SAEError, match="output_score must be a finite number, got 'high'"):
+        FeatureTable.open(tmp_path, 8).load()

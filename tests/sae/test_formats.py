@@ -152,7 +152,7 @@ def test_gemma_scope_2_configuration_names_the_module(
     [
         (gemma_scope_2_config(hf_hook_point_in="model.layers.3.self_attn.o_proj.input"),
          "attn_out", r"\(hook_z\) are not supported"),
-        (gemma_scope_2_config(hf_hook_point_in="model.layers.3.input"), "x", "unknown hook point"),
+        (gemma_scope_2_config(hf_hook_point_in="model.layers.3.norm"), "x", "unknown hook point"),
         (gemma_scope_2_config(hf_hook_point_out="model.layers.3.mlp"), "x", "a transcoder"),
         (gemma_scope_2_config(architecture="relu"), "x", "unknown architecture 'relu'"),
         (None, "transcoder_all", "a transcoder"),
@@ -248,10 +248,13 @@ def test_sparsify_is_the_top_k_of_relu_with_b_dec_subtracted(tmp_path: Path, loa
 @pytest.mark.parametrize(
     ("module", "hook"),
     [
-        ("layers.23.mlp", "blocks.23.hook_mlp_out"),
+        ("layers.23.mlp", "blocks.23.mlp.hook_out"),
+        ("layers.23.self_attn", "blocks.23.attn.hook_out"),
+        ("model.layers.4", "blocks.4.hook_resid_post"),
+        ("model.language_model.layers.4.mlp", "blocks.4.mlp.hook_out"),
         ("layer_18", "blocks.18.hook_resid_post"),
         ("layers_7", "blocks.7.hook_resid_post"),
-        ("gpt_neox.layers.2.attention", "blocks.2.hook_attn_out"),
+        ("gpt_neox.layers.2.attention", "blocks.2.attn.hook_out"),
         ("transformer.h.5", "blocks.5.hook_resid_post"),
     ],
 )
@@ -334,8 +337,16 @@ def test_dictionary_learning_threshold_below_zero_is_relu(tmp_path: Path, load: 
         ("resid_post_layer_3", "out", "blocks.3.hook_resid_post"),
         (None, "out", "blocks.3.hook_resid_post"),
         ("resid_post_layer_3", "in", "blocks.3.hook_resid_pre"),
-        ("mlp_layer_3", "out", "blocks.3.hook_mlp_out"),
-        ("attention_layer_3", "out", "blocks.3.hook_attn_out"),
+        ("mlp_layer_3", "out", "blocks.3.mlp.hook_out"),
+        ("mlp_out_layer_3", "out", "blocks.3.mlp.hook_out"),
+        ("attention_layer_3", "out", "blocks.3.attn.hook_out"),
+        ("resid_pre_layer_3", "out", "blocks.3.hook_resid_pre"),
+        ("resid_mid_layer_3", "out", "blocks.3.hook_resid_mid"),
+        ("blocks.3.hook_resid_pre", "out", "blocks.3.hook_resid_pre"),
+        ("blocks.3.hook_resid_mid", "out", "blocks.3.hook_resid_mid"),
+        ("model.layers.3", "out", "blocks.3.hook_resid_post"),
+        ("model.layers.3", "in", "blocks.3.hook_resid_pre"),
+        ("gpt_neox.layers.3.mlp", "out", "blocks.3.mlp.hook_out"),
     ],
 )
 def test_dictionary_learning_hook_is_the_submodule_s_recorded_side(
@@ -352,8 +363,10 @@ def test_dictionary_learning_hook_is_the_submodule_s_recorded_side(
     [
         ({"dict_class": "CrossCoder"}, {}, "unknown architecture .dict_class 'CrossCoder'"),
         ({"dict_class": None}, {}, "dict_class must be a string"),
-        ({"layer": -1}, {}, "layer must be an integer from 0, got -1"),
-        ({"submodule_name": "mlp"}, {"io": "in"}, "unknown hook point 'blocks.3.hook_mlp_in'"),
+        ({"layer": -1}, {}, r"config\.json: unknown hook point 'resid_post_layer_3 of layer -1"),
+        ({"submodule_name": "mlp"}, {"io": "in"}, "input of the MLP is not supported: 'blocks.3.m"),
+        ({"submodule_name": "blocks.3.attn.hook_z"}, {}, r"json: attention's .* not supported"),
+        ({"submodule_name": "resid_post_layer_4"}, {}, "of which the name says layer 4"),
         ({}, {"io": "in_and_out"}, "this is a transcoder"),
         ({"activation_dim": 13}, {}, r"expected \[40, 13\]"),
     ],
@@ -543,3 +556,136 @@ def test_any_value_in_any_configuration_is_refused_or_understood(
         assert "\n" not in str(error)
     else:
         assert sae.encode(torch.ones(2, D_IN)).isfinite().all()
+
+
+# What a suite leaves open, or says in its own way
+
+
+@pytest.mark.parametrize("stated", [{}, {"hook": "blocks.0.hook_resid_pre"}])
+def test_embedding_of_gemma_scope_reads_the_stream_divided_by_root_d(
+    tmp_path: Path, load: Load, stated: dict[str, str]
+) -> None:
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6"
+    folder.parent.mkdir(parents=True)
+    write_gemma_scope(tmp_path / "written").rename(folder)
+    sae = load(folder, **stated)
+    assert sae.card.hook == "blocks.0.hook_resid_pre"
+    root = D_IN**0.5
+    assert_formula(sae, lambda x, w: jumprelu(x / root, w), scale=1 / root)
+    with pytest.raises(SAEError, match="contradicts"):
+        load(folder, hook="blocks.1.hook_resid_pre")
+
+
+@pytest.mark.parametrize("include", [True, False, None])
+def test_llama_scope_threshold_counts_the_decoder_norm_where_it_is_said_to(
+    tmp_path: Path, load: Load, include: bool | None
+) -> None:
+    sae = load(write_llama_scope(tmp_path, sparsity_include_decoder_norm=include))
+    s = D_IN**0.5 / 8.5
+
+    def f_of(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        h = s * x @ w["W_enc"].T + w["b_enc"]
+        measure = h * w["W_dec"].norm(dim=1) if include else h
+        return torch.where((measure > 0.9 * s) & (h > 0), h, 0)
+
+    assert_formula(sae, f_of, scale=s)
+    threshold = 0.9 * s / weights()["W_dec"][4].norm() if include else torch.tensor(0.9 * s)
+    torch.testing.assert_close(sae.rows([4]).threshold[0], threshold)
+
+
+def test_llama_scope_without_decoder_bias_has_none(tmp_path: Path, load: Load) -> None:
+    folder = write_llama_scope(tmp_path, use_decoder_bias=False)
+    path = folder / "checkpoints" / "final.safetensors"
+    stored = load_file(path)
+    save_file({name: stored[name] for name in stored if name != "decoder.bias"}, path)
+    sae = load(folder)
+    assert not sae.b_dec.any()
+    sae.scan_nonfinite()
+    assert sae.encode(torch.ones(2, D_IN)).isfinite().all()
+    assert not sae.decode(torch.zeros(2, D_SAE), torch.ones(2, D_IN)).any()
+
+
+def test_llama_scope_with_another_encoder_is_refused(tmp_path: Path, load: Load) -> None:
+    with pytest.raises(SAEError, match="use_glu_encoder is true"):
+        load(write_llama_scope(tmp_path, use_glu_encoder=True))
+
+
+@pytest.mark.parametrize("layer", ["", -1, True, 1.5, [3], "last"])
+def test_dictionary_learning_layer_that_is_none_leaves_it_to_the_hook(
+    tmp_path: Path, load: Load, layer: object
+) -> None:
+    folder = write_dictionary_learning(tmp_path, trainer={"layer": layer})
+    with pytest.raises(SAEError, match=r"config\.json: unknown hook point .*state it as .*,hook="):
+        load(folder)
+    assert load(folder, hook="model.layers.7").card.hook == "blocks.7.hook_resid_post"
+
+
+@pytest.mark.parametrize("layer", ["3", "03", 3, None])
+def test_dictionary_learning_layer_may_be_written_in_digits(
+    tmp_path: Path, load: Load, layer: object
+) -> None:
+    folder = write_dictionary_learning(tmp_path, trainer={"layer": layer})
+    assert load(folder).card.hook == HOOK
+
+
+@pytest.mark.parametrize(
+    ("trainer", "buffer"),
+    [
+        ({"submodule_name": "my_place"}, {}),
+        ({"submodule_name": ["resid"]}, {}),
+        ({"submodule_name": "router_layer_3"}, {}),
+        ({"submodule_name": "resid_mid_layer_3"}, {"io": "in"}),
+        ({}, {"io": "sideways"}),
+        ({}, {"io": 3}),
+    ],
+)
+def test_dictionary_learning_place_that_is_not_understood_is_asked_for(
+    tmp_path: Path, load: Load, trainer: dict[str, Any], buffer: dict[str, Any]
+) -> None:
+    folder = write_dictionary_learning(tmp_path, trainer=trainer, buffer=buffer)
+    with pytest.raises(SAEError, match=r"config\.json: unknown hook point"):
+        load(folder)
+    assert load(folder, hook=HOOK).card.hook == HOOK
+
+
+def test_dictionary_learning_in_safetensors_is_what_it_is(tmp_path: Path, load: Load) -> None:
+    folder = write_dictionary_learning(tmp_path)
+    (folder / "ae.pt").unlink()
+    save_file(dictionary_tensors("BatchTopKSAE"), folder / "ae.safetensors")
+    sae = load(folder)
+    assert (sae.card.format, sae.card.hook) == ("dictionary_learning", HOOK)
+    (folder / "config.json").unlink()
+    with pytest.raises(SAEError, match=r"no config\.json, which one of dictionary_learning has"):
+        load(folder)
+
+
+HOOK_KEYS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
+    "sae_lens": (lambda root: write_sae_lens(root / "x"), "cfg.json", "hook_name"),
+    "gemma_scope_2": (
+        lambda root: write_gemma_scope_2(root / "x", config=gemma_scope_2_config()),
+        "config.json",
+        "hf_hook_point_in",
+    ),
+    "llama_scope": (write_llama_scope, "hyperparams.json", "hook_point_in"),
+    "dictionary_learning": (write_dictionary_learning, "config.json", "submodule_name"),
+}
+
+
+@pytest.mark.parametrize("value", [3, ["blocks.3"], {"a": 1}, True, "", "somewhere", "layer 3"])
+@pytest.mark.parametrize("name", HOOK_KEYS)
+def test_hook_decides_over_whatever_a_configuration_says_and_nobody_understands(
+    tmp_path: Path, load: Load, name: str, value: object
+) -> None:
+    writer, file_name, key = HOOK_KEYS[name]
+    if (name, value) == ("dictionary_learning", ""):
+        pytest.skip("the library itself records no name, and means the stream")
+    folder = writer(tmp_path)
+    config = json.loads((folder / file_name).read_text())
+    for inside in (config, config.get("metadata", {}), config.get("trainer", {})):
+        if key in inside:
+            inside[key] = value
+    config.pop("hook_point_out", None)
+    (folder / file_name).write_text(json.dumps(config))
+    assert load(folder, hook="model.layers.7").card.hook == "blocks.7.hook_resid_post"
+    with pytest.raises(SAEError, match=rf"{file_name}: .*,hook=blocks\.LAYER"):
+        load(folder)

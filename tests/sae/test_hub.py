@@ -8,17 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sae import registry as registry_module
 from sae.errors import SAEError
 from sae.hub import HubAddress
-from sae.registry import look_up
+from sae.registry import RegistryFacts, find, find_on_disk, look_up
 from sae.sae import open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from tests.sae.fake_hub import COMMIT, FakeHub, serve
 from tests.sae.oracles import oracle
 from tests.sae.suites import (
@@ -75,19 +77,19 @@ def answers(hub: FakeHub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def resolve(answers: Callable[..., list[dict[str, Any]]]) -> Callable[..., SAEReference]:
+def resolve(answers: Callable[..., list[dict[str, Any]]]) -> Callable[..., ResolvedSAE]:
     """Resolve one source so; SAEError if it is refused."""
 
-    def run(source: str, **environment: str) -> SAEReference:
+    def run(source: str, **environment: str) -> ResolvedSAE:
         (answer,) = answers(source, **environment)
         if "refused" in answer:
             raise SAEError(answer["refused"])
-        return SAEReference.from_dict(answer)
+        return ResolvedSAE.from_dict(answer)
 
     return run
 
 
-Resolve = Callable[..., SAEReference]
+Resolve = Callable[..., ResolvedSAE]
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def suite(hub: FakeHub, tmp_path: Path) -> Path:
         (folder / "sparsity.safetensors").write_bytes(b"not needed")
         (folder / "runner_cfg.json").write_text("{}")
     (root / "README.md").write_text("three SAEs")
-    hub.repos["owner/suite"] = root
+    hub.repos["owner/suite"] = hub.repos["owner/other"] = root
     return root
 
 
@@ -242,7 +244,7 @@ def test_plain_names_are_decided_by_one_listing(
 def test_folder_name_survives_the_cache(hub: FakeHub, tmp_path: Path, resolve: Resolve) -> None:
     hub.repos["eleuther/sae"] = write_sparsify(tmp_path / "repo", module="layers.23.mlp").parent
     card = open_sae(resolve("hf://eleuther/sae/layers.23.mlp")).card
-    assert card.hook == "blocks.23.hook_mlp_out"
+    assert card.hook == "blocks.23.mlp.hook_out"
 
 
 def test_source_that_is_not_there_is_refused_in_one_line(
@@ -302,6 +304,22 @@ suite-v5:
   model: tiny
   conversion_func: null
   saes: [{id: blocks.3.hook_resid_post, path: layer_3.pt}]
+centered:
+  repo_id: owner/other
+  model: gpt2-small
+  conversion_func: null
+  config_overrides: {model_from_pretrained_kwargs: {center_writing_weights: true}}
+  saes: [{id: blocks.3.hook_resid_post, path: blocks.3}]
+heads:
+  repo_id: owner/heads
+  model: gpt2-small
+  conversion_func: connor_rob_hook_z
+  saes: [{id: blocks.3.hook_z, path: a.pt}]
+scope:
+  repo_id: google/gemma-scope-2-4b-pt
+  model: google/gemma-3-4b-pt
+  conversion_func: gemma_3
+  saes: [{id: layer_3, path: transcoder_all/layer_3}]
 suite-transcoders:
   repo_id: owner/suite
   model: tiny
@@ -313,6 +331,88 @@ suite-temporal:
   conversion_func: temporal
   saes: [{id: a, path: b}]
 """
+
+
+@pytest.mark.parametrize("source", ["hf://owner/suite/blocks.4", "sae_lens://suite-res/layer/4"])
+def test_facts_of_the_registry_hold_however_an_sae_is_named(
+    suite: Path, resolve: Resolve, registry: dict[str, str], source: str, tmp_path: Path
+) -> None:
+    ref = resolve(source, **registry)
+    assert ref.facts.norm_scaling_factor == 0.5
+    # The file itself, its place in the hub's cache, and a copy under the repository's name.
+    same = (f"{source}/sae_weights.safetensors",) if source.startswith("hf") else ()
+    copy = tmp_path / "copies" / "suite" / "blocks.4"
+    shutil.copytree(suite / "blocks.4", copy)
+    for other in (*same, ref.path, str(Path(ref.path).parent), str(copy)):
+        assert resolve(other, **registry).facts == ref.facts, other
+    assert resolve("hf://owner/suite/blocks.3", **registry).facts == RegistryFacts()
+    assert resolve(str(suite / "blocks.3"), **registry).facts == RegistryFacts()
+
+
+def test_centered_weights_are_told_by_the_registry(
+    suite: Path, resolve: Resolve, registry: dict[str, str]
+) -> None:
+    plain = open_sae(resolve("hf://owner/suite/blocks.3"))
+    for source in ("hf://owner/other/blocks.3", "sae_lens://centered/blocks.3.hook_resid_post"):
+        ref = resolve(source, **registry)
+        assert ref.facts.center_writing_weights
+        rows = plain.rows([3]).W_enc
+        centered = rows - rows.mean(dim=1, keepdim=True)
+        assert (open_sae(ref).rows([3]).W_enc == centered).all()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "hf://owner/transcoders/layer_3",
+        "hf://google/gemma-scope-2b-pt-att/layer_3",
+        "hf://owner/tracer",
+        "hf://owner/tracer/layer_0.safetensors",
+        "hf://owner/crosscoder-set",
+        "hf://owner/clt-model",
+        "hf://owner/set",
+        "hf://owner/shards",
+        "sae_lens://suite-transcoders/a",
+        "sae_lens://heads/blocks.3.hook_z",
+        "sae_lens://scope/layer_3",
+    ],
+)
+def test_nothing_is_downloaded_that_names_rule_out(
+    hub: FakeHub, tmp_path: Path, resolve: Resolve, registry: dict[str, str], source: str
+) -> None:
+    listings = {
+        "owner/tracer": ["config.yaml", "layer_0.safetensors", "layer_1.safetensors"],
+        "owner/crosscoder-set": ["params_layer_0.safetensors"],
+        "owner/clt-model": ["W_enc_0.safetensors"],
+        "owner/set": ["W_enc_0.safetensors", "W_dec_0.safetensors", "config.json"],
+        "owner/shards": ["sae-00001-of-00002.safetensors", "sae-00002-of-00002.safetensors"],
+    }
+    for repo, names in listings.items():
+        hub.repos[repo] = tmp_path / repo
+        hub.repos[repo].mkdir(parents=True)
+        for name in names:
+            (hub.repos[repo] / name).write_bytes(b"not to be fetched")
+    with pytest.raises(SAEError, match=r"transcoder|hook_z|crosscoder|shards"):
+        resolve(source, **registry)
+    assert hub.requests == []
+
+
+def test_run_of_sparsify_comes_with_its_folder(
+    hub: FakeHub, tmp_path: Path, resolve: Resolve
+) -> None:
+    root = write_sparsify(tmp_path / "repo", module="layers.3.mlp", transcode=None).parent
+    hub.repos["eleuther/run"] = root
+    (root / "config.json").write_text('{"transcode": true}')
+    with pytest.raises(SAEError, match="this is a transcoder"):
+        open_sae(resolve("hf://eleuther/run/layers.3.mlp"))
+    with pytest.raises(SAEError, match="this is a transcoder"):
+        open_sae(resolve("hf://eleuther/run/layers.3.mlp", HF_HUB_OFFLINE="1"))
+
+
+def test_factor_of_a_checkpoint_is_fetched(hub: FakeHub, suite: Path, resolve: Resolve) -> None:
+    (suite / "blocks.4" / "activation_scaler.json").write_text('{"scaling_factor": 0.5}')
+    with pytest.raises(SAEError, match=r"activation_scaler\.json: scaling_factor is 0\.5"):
+        open_sae(resolve("hf://owner/suite/blocks.4"))
 
 
 @pytest.fixture
@@ -331,7 +431,7 @@ def test_registry_names_the_repository_and_the_factor_to_fold(
 ) -> None:
     ref = resolve("sae_lens://suite-res/layer/4", **registry)
     assert f"/snapshots/{COMMIT}/blocks.4/sae_weights.safetensors" in str(ref.path)
-    assert ref.norm_scaling_factor == 0.5
+    assert ref.facts.norm_scaling_factor == 0.5
     unscaled = open_sae(resolve("hf://owner/suite/blocks.4"))
     scaled = open_sae(ref)
     assert (scaled.rows([3]).W_enc == unscaled.rows([3]).W_enc * 0.5).all()
@@ -389,5 +489,63 @@ def test_real_registry_agrees_with_sae_lens() -> None:
     for release, sae_id in releases.items():
         entry = look_up(f"sae_lens://{release}/{sae_id}")
         assert (entry.repo, entry.path) == directory.get_repo_id_and_folder_name(release, sae_id)
-        assert entry.norm_scaling_factor == directory.get_norm_scaling_factor(release, sae_id)
-    assert entry.normalize_activations == "constant_norm_rescale"
+        assert entry.facts.norm_scaling_factor == directory.get_norm_scaling_factor(release, sae_id)
+    assert entry.facts.normalize_activations == "constant_norm_rescale"
+
+
+@pytest.mark.parametrize(
+    ("repo", "path", "facts"),
+    [
+        (
+            "jbloom/GPT2-Small-SAEs-Reformatted",
+            "blocks.8.hook_resid_pre",
+            {"center_writing_weights": True},
+        ),
+        (
+            "jbloom/Gemma-2b-Residual-Stream-SAEs",
+            "gemma_2b_blocks.12.hook_resid_post_16384",
+            {"norm_scaling_factor": 0.21381938399317255},
+        ),
+        (
+            "JoshEngels/Mistral-7B-Residual-Stream-SAEs",
+            "mistral_7b_layer_8",
+            {"normalize_activations": "constant_norm_rescale"},
+        ),
+    ],
+)
+def test_real_registry_is_asked_by_place(repo: str, path: str, facts: dict[str, Any]) -> None:
+    oracle("sae_lens", "sae-lens")
+    on_disk = Path("/data", repo.rpartition("/")[2], path)
+    cached = Path("/hf", f"models--{repo.replace('/', '--')}", "snapshots", COMMIT, path)
+    found = (find(repo, path), find_on_disk(on_disk), find_on_disk(cached / "x.safetensors"))
+    for entry in found:
+        assert entry is not None
+        assert {name: getattr(entry.facts, name) for name in facts} == facts
+    assert find_on_disk(Path("/data/elsewhere", path)) is None
+
+
+def test_real_registry_tells_what_can_be_served_before_a_download() -> None:
+    """Of its entries, those refused: transcoders, per-head outputs, formats without a loader."""
+    oracle("sae_lens", "sae-lens")
+    counts: Counter[str] = Counter()
+    for release, values in registry_module._registry().items():
+        for sae in values["saes"]:
+            try:
+                look_up(f"sae_lens://{release}/{sae['id']}")
+            except SAEError as error:
+                kinds = ("cross-layer transcoder", "transcoder", "hook_z", "temporal", "R1-D", "qr")
+                counts[next(kind for kind in kinds if kind in str(error))] += 1
+            else:
+                counts["taken"] += 1
+    # Of SAELens 6.54; a later registry has more of each.
+    expected = {
+        "taken": 7441,
+        "transcoder": 3810,
+        "hook_z": 2480,
+        "R1-D": 96,
+        "cross-layer transcoder": 26,
+        "temporal": 3,
+        "qr": 1,
+    }
+    assert all(counts[kind] >= count for kind, count in expected.items()), counts
+    assert set(counts) <= set(expected)

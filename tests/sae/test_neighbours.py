@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sae.sae as sae_module
+import sae.weights as weights_module
 from sae.neighbours import interference, nearest
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
@@ -52,7 +52,7 @@ def test_ties_go_to_the_lower_index_across_parts(
 ) -> None:
     sae = sae_with(torch.ones(20, 2))
     for part in (1, 3, 20):
-        monkeypatch.setattr(sae_module, "WORKSPACE_BYTES", 4 * 2 * part)
+        monkeypatch.setattr(weights_module, "WORKSPACE_BYTES", 4 * 2 * part)
         assert [latent for latent, _ in nearest(sae, 2, count=4)] == [0, 1, 3, 4]
 
 
@@ -92,7 +92,7 @@ def test_interference_is_what_adding_one_unit_does_to_what_is_read_again(
 ) -> None:
     config = {"rescale_acts_by_decoder_norm": True} if rescaled and architecture == "topk" else {}
     sae = always_on(architecture, config=config)
-    monkeypatch.setattr(sae_module, "WORKSPACE_BYTES", 16 * 8 * 5)
+    monkeypatch.setattr(weights_module, "WORKSPACE_BYTES", 16 * 8 * 5)
     x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1))
     f = sae.encode(x)
     assert bool((f > 0).all())
@@ -117,7 +117,7 @@ def test_interferers_of_equal_size_come_by_lower_index(
 ) -> None:
     sae = sae_with(torch.ones(20, 2))  # whose encoder is zero
     for part in (1, 3, 20):
-        monkeypatch.setattr(sae_module, "WORKSPACE_BYTES", 16 * 2 * part)
+        monkeypatch.setattr(weights_module, "WORKSPACE_BYTES", 16 * 2 * part)
         own, others = interference(sae, 2, count=4)
         assert own == 0
         assert [latent for latent, _ in others] == [0, 1, 3, 4]

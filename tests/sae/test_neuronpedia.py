@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sae.card import UNIT_TIMES_DECODER_NORM
+from sae.card import UNIT_TIMES_DECODER_NORM, SAECard
 from sae.errors import SAEError
 from sae.features import Example, Feature, FeatureTable
-from sae.neuronpedia import ImportSummary, import_neuronpedia
+from sae.neuronpedia import BATCH, ImportSummary, import_neuronpedia, same
 from tests.sae.test_card import CARD as LARGE_CARD
 
 CARD = replace(LARGE_CARD, d_sae=3)
@@ -31,9 +31,9 @@ def export(tmp_path: Path) -> Path:
     root = tmp_path / "export"
     write(
         root / "features", "batch-0.jsonl.gz",
-        {"modelId": "m", "layer": "3-res", "index": "0", "maxActApprox": 3.0, "frac_nonzero": 0.01,
+        {"modelId": "m", "layer": "15-res", "index": "0", "maxActApprox": 3.0, "frac_nonzero": 0.01,
          "pos_str": ["a"], "pos_values": [1.0], "topkCosSimIndices": [1]},
-        {"modelId": "m", "layer": "3-res", "index": "2", "maxActApprox": 0.0, "frac_nonzero": 0},
+        {"modelId": "m", "layer": "15-res", "index": "2", "maxActApprox": 0.0, "frac_nonzero": 0},
     )  # fmt: skip
     write(root / "features", "batch-10.jsonl.gz", {"index": "1", "maxActApprox": 8})
     write(
@@ -147,3 +147,83 @@ def test_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
 def test_norms_of_another_sae_are_refused(export: Path, tmp_path: Path) -> None:
     with pytest.raises(SAEError, match="2 decoder norms for d_sae 3"):
         import_neuronpedia(export, tmp_path / "features.jsonl", CARD, [1.0, 1.0])
+
+
+# Of another SAE
+
+ROW = {"modelId": "gemma-2-2b", "layer": "15-gemmascope-res-16k", "index": "1", "maxActApprox": 8}
+ON = "to import it all the same, add --force"
+
+
+def import_row(tmp_path: Path, card: SAECard = CARD, force: bool = False, **changes: Any) -> Any:
+    write(tmp_path / "features", "batch-0.jsonl.gz", ROW | changes)
+    norms = [1.0] * card.d_sae
+    out = tmp_path / "features.jsonl"
+    return import_neuronpedia(tmp_path, out, card, norms, model="google/gemma-2-2b", force=force)
+
+
+@pytest.mark.parametrize(
+    ("changes", "card", "said"),
+    [
+        ({"modelId": "gpt2-small"}, {}, "of the model 'gpt2-small', the SAE of 'google/gemma-2-2b"),
+        ({"modelId": "gemma-2-2b-it"}, {}, "of the model 'gemma-2-2b-it'"),
+        ({"layer": "5-res-jb"}, {}, "of layer 5 .'5-res-jb'., the SAE is at blocks.15.hook_resid"),
+        ({"layer": 14}, {}, "of layer 14"),
+        ({"layer": "15-gemmascope-mlp-16k"}, {}, "of '15-gemmascope-mlp-16k', the SAE is at"),
+        ({"layer": "15-gemmascope-transcoder-16k"}, {}, "of '15-gemmascope-transcoder-16k'"),
+        ({}, {"hook": "blocks.15.attn.hook_out"}, "the SAE is at blocks.15.attn.hook_out"),
+        ({"index": "3"}, {}, r"index '3' not in \[0, 3\): not of this SAE"),
+    ],
+)
+def test_export_of_another_sae_is_refused_unless_told_to_go_on(
+    tmp_path: Path, changes: dict[str, Any], card: dict[str, Any], said: str
+) -> None:
+    other = replace(CARD, reads="", writes=(), **card)
+    with pytest.raises(SAEError, match=said) as caught:
+        import_row(tmp_path, other, **changes)
+    assert str(caught.value).endswith(ON)
+    assert not (tmp_path / "features.jsonl").exists()
+    kept = 0 if changes.get("index") == "3" else 1
+    assert import_row(tmp_path, other, force=True, **changes).features == kept
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"modelId": None, "layer": None}, {"layer": "15"}, {"layer": "15-res_fs768-jb"}],
+)
+def test_export_of_this_sae_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert import_row(tmp_path, **changes).features == 1
+
+
+@pytest.mark.parametrize(
+    ("exported", "model", "equal"),
+    [
+        ("gpt2-small", "openai-community/gpt2", True),
+        ("llama3.1-8b", "meta-llama/Llama-3.1-8B", True),
+        ("llama3.1-8b-it", "meta-llama/Llama-3.1-8B-Instruct", True),
+        ("llama3-8b-it", "meta-llama/Meta-Llama-3-8B-Instruct", True),
+        ("mistral-7b", "mistralai/Mistral-7B-v0.1", True),
+        ("gemma-3-1b", "google/gemma-3-1b-pt", True),
+        ("qwen3-1.7b", "Qwen/Qwen3-1.7B-Base", False),
+        ("gemma-2-2b", "gemma-2-9b", False),
+        ("gpt2-small", "gpt2-medium", False),
+    ],
+)
+def test_models_are_compared_by_name_in_either_spelling(
+    exported: str, model: str, equal: bool
+) -> None:
+    assert same(exported, model) is equal
+
+
+def test_complete_export_of_a_smaller_sae_is_refused(tmp_path: Path) -> None:
+    rows = [{"index": str(index), "maxActApprox": 1.0} for index in range(BATCH)]
+    write(tmp_path / "features", "batch-0.jsonl.gz", *rows)
+    card, out = replace(CARD, d_sae=2 * BATCH), tmp_path / "features.jsonl"
+    norms = [1.0] * card.d_sae
+    with pytest.raises(SAEError, match="features 0 to 1023, and the SAE has 2048") as caught:
+        import_neuronpedia(tmp_path, out, card, norms)
+    assert str(caught.value).endswith(ON)
+    assert import_neuronpedia(tmp_path, out, card, norms, force=True).features == BATCH
+    # One file is a part, and says nothing of the size.
+    part = tmp_path / "features" / "batch-0.jsonl.gz"
+    assert import_neuronpedia(part, out, card, norms).features == BATCH

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import sae.sae as sae_module
+import sae.weights as weights_module
 from sae.errors import SAEError
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
@@ -85,7 +85,7 @@ def test_chunked_passes_equal_whole_ones(any_sae: SAE, monkeypatch: pytest.Monke
     f = any_sae.encode(x)
     x_hat = any_sae.decode(f, x)
     some = any_sae.activations(x, [3, 39])
-    monkeypatch.setattr(sae_module, "WORKSPACE_BYTES", 4 * D_IN * 7)
+    monkeypatch.setattr(weights_module, "WORKSPACE_BYTES", 4 * D_IN * 7)
     assert len(list(any_sae.chunks())) == 6
     torch.testing.assert_close(any_sae.encode(x), f)
     torch.testing.assert_close(any_sae.decode(f, x), x_hat, atol=1e-3, rtol=1e-5)

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae import registry
-from sae.registry import RegistryEntry
+from sae.registry import RegistryFacts
 from sae.self_check import (
     ENOUGH_TOKENS,
     Measured,
@@ -22,7 +21,7 @@ from sae.self_check import (
     is_other_training,
     stated_by,
 )
-from sae.source import SAEReference, resolve
+from sae.source import ResolvedSAE, SAEReference, resolve
 from tests.models import make_tiny_sae
 from tests.sae.suites import write_gemma_scope
 from tests.sae.test_card import CARD
@@ -227,7 +226,7 @@ def test_demo_sae_states_its_values(demo_sae: Path) -> None:
 
 
 def test_folder_of_gemma_scope_states_l0(tmp_path: Path) -> None:
-    assert stated_of(write_gemma_scope(tmp_path)) == Stated(l0=20.0)
+    assert stated_of(write_gemma_scope(tmp_path)) == Stated(l0=20.0, model="gemma-2-2b")
 
 
 def test_sparsity_aimed_at_stands_in_for_l0(tmp_path: Path) -> None:
@@ -248,11 +247,30 @@ def test_value_that_can_be_none_is_passed_over(tmp_path: Path) -> None:
     assert stated_of(sae) == Stated()
 
 
-def test_registry_states_what_the_files_do_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registry_states_what_the_files_do_not(tmp_path: Path) -> None:
     sae = make_tiny_sae(tmp_path / "a", metadata={"model_name": None})
-    entry = RegistryEntry("o/r", "p", None, None, model="gemma-2-2b", l0=71, variance_explained=0.8)
-    monkeypatch.setattr(registry, "look_up", lambda source: entry)
-    reference = SAEReference("a", "sae_lens://release/id", path=str(sae))
+    facts = RegistryFacts(model="gemma-2-2b", l0=71, variance_explained=0.8)
+    reference = ResolvedSAE("a", "sae_lens://release/id", path=str(sae), facts=facts)
     assert stated_by(reference, exactly_k=False) == Stated(71, 0.8, "gemma-2-2b")
+
+
+@pytest.mark.parametrize(
+    ("repository", "model"),
+    [
+        ("gemma-scope-9b-it-res", "gemma-2-9b-it"),
+        ("models--google--gemma-scope-9b-it-res", "gemma-2-9b-it"),
+        ("gemma-scope-27b-pt-res", "gemma-2-27b"),
+    ],
+)
+def test_repository_of_gemma_scope_names_the_model_and_the_registry_does_not(
+    tmp_path: Path, repository: str, model: str
+) -> None:
+    folder = write_gemma_scope(tmp_path / "written")
+    moved = tmp_path / repository / "layer_3" / "width_16k" / "average_l0_20"
+    moved.parent.mkdir(parents=True)
+    folder.rename(moved)
+    source = "sae_lens://gemma-scope-9b-it-res/layer_3"
+    reference = ResolvedSAE("a", source, str(moved), facts=RegistryFacts(model="gemma-2-9b"))
+    stated = stated_by(replace(reference, hook="blocks.3.hook_resid_post"), exactly_k=False)
+    assert stated.model == model
+    assert is_other_training(model, f"google/{model}") is False

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.errors import SAEError
-from sae.source import FORMATS, SAEReference, parse_source, resolve
+from sae.registry import RegistryFacts
+from sae.source import FORMATS, ResolvedSAE, SAEReference, parse_source, resolve
 
 
 def test_flag_with_every_option() -> None:
@@ -79,17 +80,23 @@ def test_what_reads_like_an_option_is_part_of_a_path_that_exists(
 
 @given(
     st.builds(
-        SAEReference,
+        ResolvedSAE,
         name=st.just("l15"),
         source=st.text(min_size=1),
+        path=st.text(),
         hook=st.none() | st.just("blocks.1.hook_resid_pre"),
         format=st.none() | st.sampled_from(FORMATS),
         sink_norm=st.none() | st.floats(min_value=0.001, max_value=1e9),
-        path=st.none() | st.text(),
+        facts=st.builds(
+            RegistryFacts,
+            norm_scaling_factor=st.none() | st.floats(min_value=0.001, max_value=1e9),
+            center_writing_weights=st.booleans(),
+            model=st.none() | st.text(),
+        ),
     )
 )
-def test_reference_survives_json(ref: SAEReference) -> None:
-    assert SAEReference.from_dict(json.loads(json.dumps(ref.to_dict()))) == ref
+def test_resolved_reference_survives_json(ref: ResolvedSAE) -> None:
+    assert ResolvedSAE.from_dict(json.loads(json.dumps(ref.to_dict()))) == ref
 
 
 @given(st.text(max_size=60))
@@ -139,3 +146,42 @@ def test_path_that_cannot_be_looked_up_is_refused(source: str, message: str) -> 
 def test_missing_local_path_is_refused() -> None:
     with pytest.raises(SAEError, match="/no/such/folder: no such file or folder"):
         resolve(SAEReference.parse("a=/no/such/folder"))
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("https://huggingface.co/owner/repo", "hf://owner/repo"),
+        ("http://huggingface.co/owner/repo/", "hf://owner/repo"),
+        ("https://huggingface.co/owner/repo/tree/main", "hf://owner/repo"),
+        ("https://huggingface.co/owner/repo/tree/main/a/b", "hf://owner/repo/a/b"),
+        ("https://hf.co/owner/repo/blob/v1/a/ae.pt?download=true", "hf://owner/repo/a/ae.pt@v1"),
+        ("huggingface.co/owner/repo/tree/main/a", "hf://owner/repo/a"),
+        ("owner/repo", "hf://owner/repo"),
+        ("owner/repo/folder", "hf://owner/repo/folder"),
+    ],
+)
+def test_place_on_the_hub_is_refused_with_what_to_write(source: str, written: str) -> None:
+    with pytest.raises(SAEError) as caught:
+        resolve(SAEReference.parse(f"a={source}"))
+    assert str(caught.value).startswith(source)
+    assert f"write {written}" in f"{caught.value} "
+
+
+@pytest.mark.parametrize("source", ["./owner/repo", "/owner/repo", "repo", "../a/b"])
+def test_path_that_is_no_repository_is_only_missing(source: str) -> None:
+    with pytest.raises(SAEError, match=r"no such file or folder$"):
+        resolve(SAEReference.parse(f"a={source}"))
+
+
+@pytest.mark.parametrize(
+    ("written", "hook"),
+    [
+        ("model.layers.3", "blocks.3.hook_resid_post"),
+        ("model.layers.3.mlp", "blocks.3.mlp.hook_out"),
+        ("blocks.3.hook_resid_mid", "blocks.3.hook_resid_mid"),
+        ("blocks.3.ln2_post.hook_out", "blocks.3.hook_mlp_out"),
+    ],
+)
+def test_hook_may_be_written_in_any_vocabulary(written: str, hook: str) -> None:
+    assert SAEReference.parse(f"a=/path,hook={written}").hook == hook

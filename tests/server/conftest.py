@@ -10,7 +10,7 @@ import pytest
 import vllm.plugins
 from fastapi.testclient import TestClient
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server.plugin import SteeringEndpointPlugin
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
@@ -29,14 +29,13 @@ StartServer = Callable[..., Server]
 
 
 @pytest.fixture
-def references(tmp_path: Path) -> Callable[..., tuple[SAEReference, ...]]:
+def references(tmp_path: Path) -> Callable[..., tuple[ResolvedSAE, ...]]:
     """Write SAEs `NAME={settings of make_tiny_sae}` and refer to them."""
 
-    def write(**saes: dict[str, Any]) -> tuple[SAEReference, ...]:
+    def write(**saes: dict[str, Any]) -> tuple[ResolvedSAE, ...]:
         paths = {name: make_tiny_sae(tmp_path / name, **how) for name, how in saes.items()}
         return tuple(
-            SAEReference(name=name, source=str(path), path=str(path))
-            for name, path in paths.items()
+            ResolvedSAE(name=name, source=str(path), path=str(path)) for name, path in paths.items()
         )
 
     return write
@@ -44,7 +43,7 @@ def references(tmp_path: Path) -> Callable[..., tuple[SAEReference, ...]]:
 
 @pytest.fixture
 def start(
-    references: Callable[..., tuple[SAEReference, ...]], monkeypatch: pytest.MonkeyPatch
+    references: Callable[..., tuple[ResolvedSAE, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> StartServer:
     """Start an app with these SAEs (one, `a`, unless told), these flags and limits."""
     monkeypatch.setattr(

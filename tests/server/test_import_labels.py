@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.sae import open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE, SAEReference
 from server.__main__ import main
 from server.commands.import_labels import features_path
 from steering.config import SteeringConfig
@@ -47,7 +47,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 def catalog(sae: Path) -> Catalog:
     """What a server would make of the SAE."""
-    reference = SAEReference("a", str(sae), path=str(sae))
+    reference = ResolvedSAE("a", str(sae), path=str(sae))
     return Catalog.from_config(SteeringConfig((reference,), D_MODEL, NUM_LAYERS))
 
 
@@ -128,6 +128,26 @@ def test_export_of_another_sae_is_refused_and_labels_stay(
         "features.jsonl",
         "sae_weights.safetensors",
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"modelId": "gpt2-small"}, "of the model 'gpt2-small', the SAE of 'tiny'"),
+        ({"layer": "5-res-jb"}, "of layer 5 ('5-res-jb'), the SAE is at blocks.1.hook_resid_post"),
+        ({"index": "128"}, "index '128' not in [0, 128): not of this SAE"),
+    ],
+)
+def test_export_of_another_sae_is_imported_when_told_to(
+    sae: Path, export: Path, row: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(export / "features/batch-1.jsonl.gz", {"index": "2"} | row)
+    assert main(["import-labels", str(sae), str(export)]) == 1
+    line = refusal(capsys)
+    assert said in line
+    assert line.endswith("to import it all the same, add --force")
+    assert main(["import-labels", str(sae), str(export), "--force"]) == 0
+    assert catalog(sae).features("a").label(1) == "ships"
 
 
 def test_what_is_no_export_is_refused(

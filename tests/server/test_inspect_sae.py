@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from sae.self_check import Measured, Outcome, Stated
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server.__main__ import main
 from server.commands import inspect_sae as inspecting
 from server.commands.inspect_sae import inspect_sae
+from server.start import checked_sae
 from server.start.checked_sae import check_reference
 from server.start.errors import RefusedStartError
 from tests.models import make_tiny_model, make_tiny_sae
@@ -115,7 +116,7 @@ def test_source_is_printed_as_it_is_and_in_one_piece_where_nobody_looks_on(
 
 
 def outcome_of(sae: Path, **stated: Any) -> Outcome:
-    card = check_reference(SAEReference("a", str(sae), path=str(sae)), scan_limit=None).card
+    card = check_reference(ResolvedSAE("a", str(sae), path=str(sae)), scan_limit=None).card
     return Outcome(card, Measured(400, 1, 7.5, 0.75), Stated(**stated), "some/model-it")
 
 
@@ -152,3 +153,16 @@ def test_refusal_of_the_engine_exits_with_1(
     assert code == 1
     assert "SAE sae" in out
     assert capsys.readouterr().err == "vllm-sae: cannot run m: no memory\n"
+
+
+def test_what_the_files_leave_open_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stated = {"normalize_activations": "expected_average_only_in"}
+    sae = make_tiny_sae(tmp_path / "sae", config=stated)
+    monkeypatch.setattr(checked_sae.logger, "propagate", False)
+    monkeypatch.setattr(checked_sae.logger, "handlers", [caplog.handler])
+    caplog.set_level("WARNING", checked_sae.logger.name)
+    assert inspect_sae(str(sae)) == 0
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith(f"{sae}/cfg.json: trained with normalize_activations expected_average")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server.disconnect import unless_disconnected
 from server.reader import IN_FLIGHT, LAST, Finished, Reader, Run, Text
 from steering.config import SteeringConfig
@@ -20,7 +20,7 @@ from steering.vllm.door import catalog_for
 from tests.models import D_MODEL, NUM_LAYERS
 from tests.server.fakes import FakeEngine
 
-References = Callable[..., tuple[SAEReference, ...]]
+References = Callable[..., tuple[ResolvedSAE, ...]]
 TEXT = Text((7, 8, 9), (10, 11))
 EDIT = {"interventions": [{"feature": 5, "op": "add", "value": 1}], "report": True}
 

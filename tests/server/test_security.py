@@ -22,7 +22,7 @@ from vllm.entrypoints.serve.middleware import authenticate
 from vllm.entrypoints.serve.utils.api_utils import log_non_default_args
 
 from sae.self_check import Measured, Outcome, stated_by
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server.__main__ import main
 from server.commands.inspect_sae import outcome_table
 from server.routes.generate import ROUTES
@@ -271,7 +271,7 @@ def test_hostile_model_name_of_a_configuration_is_not_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_tiny_sae(tmp_path / "sae", metadata={"model_name": ESCAPES})
-    reference = SAEReference("a", str(folder), path=str(folder))
+    reference = ResolvedSAE("a", str(folder), path=str(folder))
     said = stated_by(reference, exactly_k=False)
     assert said.model is None
     outcome = Outcome(SimpleNamespace(id="a"), Measured(9, 0, 1.0, 0.5), said, "tiny")  # type: ignore[arg-type]

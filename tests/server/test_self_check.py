@@ -14,7 +14,7 @@ from starlette.datastructures import State
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from sae.self_check import TEXT, Measured
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from server import self_check
 from server.plugin import SteeringEndpointPlugin
 from server.reader import LAST
@@ -25,13 +25,13 @@ from steering.request.plan import SteeringPlan
 from tests.models import D_MODEL, NUM_LAYERS
 from tests.server.fakes import FakeEngine, serve_args
 
-References = Callable[..., tuple[SAEReference, ...]]
+References = Callable[..., tuple[ResolvedSAE, ...]]
 
 
 class CheckedEngine(FakeEngine):
     """An engine that measures the same of every SAE, or fails at it."""
 
-    def __init__(self, *saes: SAEReference, rank: int = 0, max_model_len: int = 512) -> None:
+    def __init__(self, *saes: ResolvedSAE, rank: int = 0, max_model_len: int = 512) -> None:
         super().__init__(SteeringConfig(saes, D_MODEL, NUM_LAYERS) if saes else None)
         self.vllm_config.parallel_config = SimpleNamespace(_api_process_rank=rank)
         self.vllm_config.model_config = SimpleNamespace(

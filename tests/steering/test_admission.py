@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.report import Ticket
@@ -61,7 +61,7 @@ Engine = Callable[[int | None], Any]
 def config(tmp_path: Path) -> Engine:
     """A `VllmConfig` whose steering has this limit."""
     path = make_tiny_sae(tmp_path / "a")
-    saes = (SAEReference("a", str(path), path=str(path)),)
+    saes = (ResolvedSAE("a", str(path), path=str(path)),)
 
     def make(max_read_values: int | None) -> Any:
         steering = SteeringConfig(saes, D_MODEL, NUM_LAYERS, max_read_values=max_read_values)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
 from steering.request import catalog as catalog_module
@@ -24,7 +24,7 @@ OTHER = {"interventions": [{"sae": "b", "feature": 3, "op": "ablate"}], "read": 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
     saes = tuple(
-        SAEReference(name, str(path), path=str(path))
+        ResolvedSAE(name, str(path), path=str(path))
         for name in ("a", "b")
         for path in [make_tiny_sae(tmp_path / name)]
     )
@@ -70,7 +70,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
         weights = load_file(file)
         weights["W_dec"][5, 0] = float("nan")
         save_file(weights, file)
-    saes = tuple(SAEReference(name, str(path), path=str(path)) for name, path in paths.items())
+    saes = tuple(ResolvedSAE(name, str(path), path=str(path)) for name, path in paths.items())
     return Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS))
 
 
@@ -129,7 +129,7 @@ def solvable(tmp_path: Path) -> Catalog:
     weights["W_dec"][:5] = rows[:5]
     weights["W_dec"][2] *= -1
     save_file(weights, file)
-    saes = (SAEReference("a", str(path), path=str(path)),)
+    saes = (ResolvedSAE("a", str(path), path=str(path)),)
     return Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS))
 
 
@@ -177,7 +177,7 @@ async def test_edits_that_can_be_solved_are_prepared(
 @pytest.mark.parametrize("architecture", ["gated", "topk"])
 def test_what_is_not_affine_cannot_be_solved(tmp_path: Path, architecture: str) -> None:
     path = make_tiny_sae(tmp_path / "a", architecture=architecture)
-    saes = (SAEReference("a", str(path), path=str(path)),)
+    saes = (ResolvedSAE("a", str(path), path=str(path)),)
     catalog = Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS))
     with pytest.raises(SteeringError) as refused:
         catalog.parse(reread(0))
@@ -192,7 +192,7 @@ def fingerprint(tmp_path: Path, folder: str = "one", **changes: Any) -> str:
     config = {k: changes.pop(k) for k in ("special_token_ids",) if k in changes}
     reference = {k: changes.pop(k) for k in ("sink_norm",) if k in changes}
     path = make_tiny_sae(tmp_path / folder, **changes)
-    saes = (SAEReference("a", str(path), path=str(path), **reference),)
+    saes = (ResolvedSAE("a", str(path), path=str(path), **reference),)
     catalog = Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS, **config))
     return catalog.prepare_now(catalog.parse(EDIT))["a"]
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 
 CONFIG = SteeringConfig(
-    saes=(SAEReference("a", "folder", path="/folder"),),
+    saes=(ResolvedSAE("a", "folder", path="/folder"),),
     d_model=64,
     num_layers=4,
     special_token_ids=(0, 2),

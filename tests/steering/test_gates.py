@@ -225,12 +225,12 @@ def saes(tmp_path_factory: pytest.TempPathFactory) -> list[SAE]:
     """At layers 1 and 2; the second one's activations need a whole encode."""
     folder = tmp_path_factory.mktemp("saes")
     from sae.sae import open_sae
-    from sae.source import SAEReference
+    from sae.source import ResolvedSAE
 
     path = make_tiny_sae(folder / "topk", architecture="topk", layer=2, seed=5, k=32)
     return [
         tied_sae(folder / "jumprelu", layer=1),
-        open_sae(SAEReference("topk", str(path), path=str(path))),
+        open_sae(ResolvedSAE("topk", str(path), path=str(path))),
     ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.card import HookPoint
 from sae.sae import SAE, open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.vllm.rehearsal import rehearse_full_passes
 from steering.worker import batch_parts
 from steering.worker.step import Step
@@ -33,7 +33,7 @@ def state(tmp_path: Path) -> SteeringState:
         {"d_sae": 32, "layer": 1, "architecture": "topk"},
     )
     paths = [make_tiny_sae(tmp_path / str(i), **kind) for i, kind in enumerate(kinds)]
-    saes = [open_sae(SAEReference(str(i), str(p), path=str(p))) for i, p in enumerate(paths)]
+    saes = [open_sae(ResolvedSAE(str(i), str(p), path=str(p))) for i, p in enumerate(paths)]
     zeros = torch.zeros(NUM_TOKENS, dtype=torch.int64)
     return SteeringState(
         saes,

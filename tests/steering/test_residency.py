@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.errors import SAEError
 from sae.sae import SAE, open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import RESIDENT_ALL, RESIDENT_CHOICES, RESIDENT_NONE, RESIDENT_TURNS
 from steering.worker import residency
 from steering.worker.residency import Residency
@@ -36,16 +36,16 @@ def saes(tmp_path: Path) -> dict[int, SAE]:
     )
     paths = [make_tiny_sae(tmp_path / str(i), **kind) for i, kind in enumerate(kinds)]
     return {
-        i: open_sae(SAEReference(str(i), str(path), path=str(path))) for i, path in enumerate(paths)
+        i: open_sae(ResolvedSAE(str(i), str(path), path=str(path))) for i, path in enumerate(paths)
     }
 
 
 def on_device(saes: dict[int, SAE], device: torch.device = HOST) -> set[int]:
-    return {i for i, sae in saes.items() if device in sae._resident}
+    return {i for i, sae in saes.items() if device in sae._weights._resident}
 
 
 def matrices(sae: SAE) -> tuple[Tensor, Tensor]:
-    return sae._resident[HOST]
+    return sae._weights._resident[HOST]
 
 
 def test_topk_saes_are_put_on_the_device_at_once_and_stay(saes: dict[int, SAE]) -> None:
@@ -66,8 +66,8 @@ def test_the_others_take_turns_in_one_place(saes: dict[int, SAE]) -> None:
         W_enc, W_dec = matrices(saes[index])
         places.append(W_enc.untyped_storage().data_ptr())
         assert W_dec.untyped_storage().data_ptr() == places[-1]
-        assert torch.equal(W_enc, saes[index]._stored("W_enc"))
-        assert torch.equal(W_dec, saes[index]._stored("W_dec"))
+        assert torch.equal(W_enc, saes[index]._weights._stored("W_enc"))
+        assert torch.equal(W_dec, saes[index]._weights._stored("W_dec"))
         assert W_enc.is_contiguous() and W_dec.is_contiguous()
     assert len(set(places)) == 1
 
@@ -117,12 +117,12 @@ def test_a_place_holds_matrices_of_two_dtypes(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["W_enc"] = tensors["W_enc"][:, :].half()
     save_file(tensors, file)
-    sae = open_sae(SAEReference("a", str(folder), path=str(folder)))
+    sae = open_sae(ResolvedSAE("a", str(folder), path=str(folder)))
     kept = Residency({0: sae}, HOST, RESIDENT_TURNS)
     kept.bring(0)
     W_enc, W_dec = matrices(sae)
     assert (W_enc.dtype, W_dec.dtype) == (torch.float16, torch.float32)
-    assert torch.equal(W_dec, sae._stored("W_dec"))
+    assert torch.equal(W_dec, sae._weights._stored("W_dec"))
 
 
 def test_a_device_without_room_is_named_in_one_line(
@@ -146,8 +146,8 @@ def test_weights_go_to_the_device_in_their_stored_dtype(saes: dict[int, SAE]) ->
     meta = torch.device("meta")
     sae = saes[TOPK]
     sae.resident(meta)
-    for name, made in zip(("W_enc", "W_dec"), sae._resident[meta], strict=True):
-        assert made.device == meta and made.dtype == sae._stored(name).dtype
+    for name, made in zip(("W_enc", "W_dec"), sae._weights._resident[meta], strict=True):
+        assert made.device == meta and made.dtype == sae._weights._stored(name).dtype
         assert made.is_contiguous()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from sae.errors import SAEError
 from sae.sae import SAE, open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.request.plan import RowKey
 from steering.worker.rows import RowPool
 from tests.models import make_tiny_sae
@@ -20,7 +20,7 @@ from tests.models import make_tiny_sae
 @pytest.fixture
 def tiny_sae(tmp_path: Path) -> SAE:
     path = make_tiny_sae(tmp_path / "sae")
-    return open_sae(SAEReference("a", str(path), path=str(path)))
+    return open_sae(ResolvedSAE("a", str(path), path=str(path)))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.sae import SAE, open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.report import features_read
 from steering.request.plan import (
     COVERS_GENERATION,
@@ -48,7 +48,7 @@ def saes(tmp_path_factory: pytest.TempPathFactory) -> list[SAE]:
     path = make_tiny_sae(folder / "topk", architecture="topk", layer=2, seed=5, k=32)
     return [
         tied_sae(folder / "jumprelu", layer=1),
-        open_sae(SAEReference("topk", str(path), path=str(path))),
+        open_sae(ResolvedSAE("topk", str(path), path=str(path))),
     ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sae.card import HookPoint
 from sae.sae import SAE, open_sae
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.worker.ops.buffers import Kernel
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
@@ -30,7 +30,7 @@ def tied_sae(folder: Path, architecture: str = "jumprelu", layer: int = 1, seed:
     noise = torch.randn(tensors["W_enc"].shape, generator=torch.Generator().manual_seed(seed + 1))
     W_enc = tensors["W_dec"].T + 0.5 * nn.functional.normalize(noise, dim=0)
     save_file({**tensors, "W_enc": 0.8 * W_enc.contiguous()}, file)
-    return open_sae(SAEReference(f"l{layer}", str(path), path=str(path)))
+    return open_sae(ResolvedSAE(f"l{layer}", str(path), path=str(path)))
 
 
 class TinyWorker:

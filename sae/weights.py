@@ -1,0 +1,223 @@
+"""An SAE's tensors in the form that it is computed with, read out of its memory-mapped file.
+
+In use are W_enc*s, W_dec/s and b_dec/s, s being the layout's scale, in float32. Where the SAE was
+trained on a stream without its mean, each row of W_enc has lost its own mean as well:
+(e - mean(e)) . x = e . (x - mean(x)). The subtraction of b_dec from the input is folded into the
+latents' biases in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sae.architectures import LATENT_VECTORS, VECTORS, LatentVectors
+from sae.card import SAECard
+from sae.errors import SAEError
+from sae.formats.layout import SAELayout
+from sae.tensors import TensorFile
+
+# Workspace of a pass over all latents or tokens: weights upcast, activations not kept.
+WORKSPACE_BYTES = 64 * 2**20
+# What an accelerator's products like a matrix to begin at.
+_ALIGNMENT = 256
+
+
+class Weights:
+    """The tensors of one SAE. Nothing is resident until asked for."""
+
+    def __init__(self, card: SAECard, layout: SAELayout, tensors: TensorFile) -> None:
+        self._card = card
+        self._layout = layout
+        self._tensors = tensors
+        self._mapped: dict[str, Tensor] = {}
+        self._resident: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def b_dec(self) -> Tensor:
+        """[d_in] float32, in the scale of the SAE's output."""
+        return self._b_dec().float()
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Size of W_enc and W_dec as they are stored."""
+        return sum(self._stored(name).nbytes for name in ("W_enc", "W_dec"))
+
+    def chunks(self, bytes_per_latent: int | None = None) -> Iterator[tuple[int, int]]:
+        """Ranges of latents whose float32 rows fit the workspace together."""
+        size = max(1, WORKSPACE_BYTES // (bytes_per_latent or 4 * self._card.d_in))
+        for start in range(0, self._card.d_sae, size):
+            yield start, min(start + size, self._card.d_sae)
+
+    def index(self, latents: Sequence[int]) -> Tensor:
+        """The latents as a tensor [n] int64. IndexError for one that is not in [0, d_sae)."""
+        for latent in latents:
+            if not 0 <= latent < self._card.d_sae:
+                raise IndexError(f"latent {latent} not in [0, {self._card.d_sae})")
+        return torch.tensor(latents, dtype=torch.long)
+
+    def rows(self, canonical: str, index: Tensor) -> Tensor:
+        """Rows of W_enc or W_dec as they are computed with: [n, d_in] float32, contiguous."""
+        return self._in_use(canonical, self._stored(canonical).index_select(0, index))
+
+    def matrix(self, canonical: str, start: int, stop: int, device: torch.device) -> Tensor:
+        """The same for a range of latents, on a device."""
+        resident = self._resident.get(device)
+        whole = self._stored(canonical) if resident is None else resident[canonical == "W_dec"]
+        part = whole[start:stop].to(device)
+        if device.type != "cpu":
+            # Contiguous wherever they come from, so that one kernel multiplies and rounds alike.
+            part = part.contiguous()
+        return self._in_use(canonical, part)
+
+    @property
+    def place_bytes(self) -> int:
+        """Size of a place for W_enc and W_dec as they are stored, one after the other."""
+        return _aligned(self._stored("W_enc").nbytes) + self._stored("W_dec").nbytes
+
+    def make_resident(self, device: torch.device, place: Tensor | None = None) -> None:
+        """Put W_enc and W_dec on a device in their stored dtype.
+
+        Args:
+            device: where to.
+            place: uint8 [at least place_bytes] on that device, to be overwritten with them; None
+                for memory of their own.
+        """
+        if device in self._resident:
+            return
+        stored = [self._stored(name) for name in ("W_enc", "W_dec")]
+        if place is None:
+            W_enc, W_dec = (torch.empty(m.shape, dtype=m.dtype, device=device) for m in stored)
+        else:
+            starts = (0, _aligned(stored[0].nbytes))
+            W_enc, W_dec = (
+                place[start : start + m.nbytes].view(m.dtype).view(m.shape)
+                for start, m in zip(starts, stored, strict=True)
+            )
+        for made, m in zip((W_enc, W_dec), stored, strict=True):
+            made.copy_(m)
+        self._resident[device] = (W_enc, W_dec)
+
+    def evict(self, device: torch.device) -> None:
+        """Let go of what `make_resident` put on a device."""
+        self._resident.pop(device, None)
+
+    def vectors(self, index: Tensor, W_enc: Tensor, W_dec: Tensor) -> LatentVectors:
+        """The vectors of these latents in float32, given their rows in use [n, d_in]."""
+        architecture = self._card.architecture
+        stored = {name: self.vector(name, index) for name in VECTORS[architecture]}
+        if self._layout.threshold_over_decoder_norm:
+            # W_dec in use is what is stored, divided by the scale.
+            stored["threshold"] /= W_dec.double().norm(dim=1) * self._layout.scale
+        vectors = LATENT_VECTORS[architecture](stored, self._shift(index, W_enc))
+        if self._card.rescale_acts_by_decoder_norm:
+            vectors = vectors.times(W_dec.double().norm(dim=1))
+        return vectors.cast()
+
+    def vectors_of_all(self) -> LatentVectors:
+        """The vectors of all latents, on the CPU."""
+        parts = []
+        # float64 rows take twice the workspace of float32 ones.
+        for start, stop in self.chunks(8 * self._card.d_in):
+            index = torch.arange(start, stop)
+            parts.append(self.vectors(index, self.rows("W_enc", index), self.rows("W_dec", index)))
+        return LatentVectors.join(parts)
+
+    def vector(self, name: str, index: Tensor) -> Tensor:
+        """A stored vector at these latents: [n] float64."""
+        constant = self._layout.constants.get(name)
+        if constant is not None:
+            return torch.full(index.shape, constant, dtype=torch.float64)
+        return self._stored(name).index_select(0, index).double()
+
+    def scan_nonfinite(self) -> None:
+        """Read every weight once; SAEError naming the tensor and the first latent that is bad.
+
+        What is tested is what is computed with: a float64 that is too large for float32 is bad.
+        """
+        for canonical, stored in self._layout.tensors.items():
+            bad = self._first_nonfinite(canonical)
+            if bad is not None:
+                place = "" if canonical == "b_dec" or stored.scalar else f" of feature {bad}"
+                raise SAEError(
+                    f"{self._tensors.path}: {stored.name}{place} has a value that is not finite"
+                    f"{' or whose exponential is not' if canonical == 'r_mag' else ''} in float32"
+                )
+
+    # Internals
+
+    def _stored(self, canonical: str) -> Tensor:
+        """A canonical tensor as a view of the file: stored dtype, [d_sae, d_in] for matrices."""
+        self._tensors.refuse_changed()
+        view = self._mapped.get(canonical)
+        if view is None:
+            stored = self._layout.tensors[canonical]
+            tensor = self._tensors.tensor(stored.name)
+            if stored.scalar:
+                tensor = tensor.reshape(1).expand(self._card.d_sae)
+            view = self._mapped[canonical] = tensor.T if stored.transposed else tensor
+        return view
+
+    def _b_dec(self) -> Tensor:
+        """[d_in] float64, in the scale of the SAE's output."""
+        constant = self._layout.constants.get("b_dec")
+        if constant is not None:
+            return torch.full((self._card.d_in,), constant, dtype=torch.float64)
+        return self._stored("b_dec").double() / self._layout.scale
+
+    def _shift(self, index: Tensor, W_enc: Tensor) -> Tensor:
+        """W_enc @ b_dec [n] float64, zero where b_dec is not subtracted from the input."""
+        if not self._card.apply_b_dec_to_input:
+            return torch.zeros(len(index), dtype=torch.float64)
+        rows = W_enc.double()
+        if self._layout.centered:
+            # b_dec is subtracted after the mean: its own stays.
+            stored = self._stored("W_enc").index_select(0, index)
+            rows = self._scaled("W_enc", stored.float()).double()
+        return rows @ self._b_dec()
+
+    def _in_use(self, canonical: str, stored: Tensor) -> Tensor:
+        """Rows [n, d_in] of a matrix as they are computed with, in float32."""
+        part = self._scaled(canonical, stored.float())
+        if canonical == "W_enc" and self._layout.centered:
+            part = part - part.mean(dim=1, keepdim=True)
+        return part
+
+    def _scaled(self, canonical: str, part: Tensor) -> Tensor:
+        scale = self._layout.scale
+        if scale == 1.0:
+            return part
+        return part * scale if canonical == "W_enc" else part / scale
+
+    def _first_nonfinite(self, canonical: str) -> int | None:
+        tensor = self._stored(canonical)
+        if tensor.dim() == 1:
+            finite = tensor.float().isfinite()
+            if canonical == "r_mag":  # used as a gain
+                finite &= tensor.double().exp().float().isfinite()
+            bad = (~finite).nonzero()
+            return int(bad[0]) if len(bad) else None
+        # In the order of the file: a strided walk would read every page many times.
+        by_latent = tensor.is_contiguous()
+        stored = tensor if by_latent else tensor.T
+        first: int | None = None
+        for start in range(0, len(stored), size := _rows_per_chunk(stored)):
+            part = self._scaled(canonical, stored[start : start + size].float())
+            if not bool(part.isfinite().all()):
+                bad = (~part.isfinite()).nonzero()
+                if by_latent:
+                    return start + int(bad[0, 0])
+                latent = int(bad[:, 1].min())
+                first = latent if first is None else min(first, latent)
+        return first
+
+
+def _aligned(size: int) -> int:
+    """Where what follows `size` bytes may begin, whatever its dtype."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _rows_per_chunk(matrix: Tensor) -> int:
+    return max(1, WORKSPACE_BYTES // (4 * matrix.shape[1]))
