@@ -54,8 +54,9 @@ def state(tmp_path: Path) -> SteeringState:
 def test_the_profile_run_makes_a_part_of_a_full_pass_with_the_largest_sae_of_each_kind(
     state: SteeringState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Eight tokens of 64 latents in a part, six of 96 and four of 128.
-    monkeypatch.setattr(batch_parts, "_WORKSPACE_ELEMENTS", 2 * 64 * 8 + 127)
+    # Eight tokens of 64 latents in a part, five of 96 and four of 128.
+    at_once = batch_parts._ENCODES_AT_ONCE
+    monkeypatch.setattr(batch_parts, "_WORKSPACE_ELEMENTS", at_once * 64 * 8 + 127)
     encoded: list[tuple[str, tuple[int, ...]]] = []
     decoded: list[str] = []
     encode, decode = SAE.encode, SAE.decode
