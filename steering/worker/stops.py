@@ -109,7 +109,7 @@ class GatedSlots:
         """
         if self._stopping is None:
             return None
-        req_ids, batch, is_stop = self._stopping
+        (req_ids, batch, is_stop), self._stopping = self._stopping, None
         start = positions[batch.first_token]
         first = state.first_held[batch.slots].long()
         # An earlier pass's event has ended the request already, if it was to be.

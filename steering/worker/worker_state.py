@@ -138,6 +138,8 @@ class SteeringState:
         # stages must choose the same kind of pass.
         self._full: dict[str, RunningRequest] = {}
         self._paused_gates: dict[str, Tensor] = {}
+        # Tokens that those have in the pass under way.
+        self._in_pass: list[tuple[str, int]] = []
         self._internal = 0  # those of the running that no client sent
 
     def _site(
@@ -251,7 +253,7 @@ class SteeringState:
             req_ids: the input batch's requests, in the runner's order.
             query_start_loc: ``[num_reqs + 1]`` offsets of their tokens.
         """
-        self._in_pass: list[tuple[str, int]] = []
+        self._in_pass = []
         if not self._running:
             self.step.begin((), query_start_loc[:1])
             self._gated.begin(self.step, self._gate_state)
@@ -293,8 +295,9 @@ class SteeringState:
     def stops(self) -> Stops | None:
         """Which requests of the last pass a ``stop_when`` ends, and where; see `Stops`.
 
-        To be asked after `end_step` and before the next `begin_step`. Nothing waits for the
-        device. None where no request of the pass has a ``stop_when``.
+        To be asked after `end_step` and before the next `begin_step`, once: a pass for nobody that
+        follows has no answer. Nothing waits for the device. None where no request of the pass has a
+        ``stop_when``.
         """
         return self._gated.stops(self.step.positions, self._gate_state, self._f)
 

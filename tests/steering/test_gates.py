@@ -443,5 +443,6 @@ def test_stops_name_the_first_position_of_the_pass_and_its_first_gate(
     stops = worker.state.stops()
     assert stops is not None
     assert stops.position.tolist() == [10]
+    assert worker.state.stops() is None
     worker.forward([("steered", 5, 6)], both)
     assert worker.state.stops() is None
