@@ -36,8 +36,11 @@ def owned_hook_points(
     return [point for point in points if not _is_placeholder(layers[point.layer])]
 
 
-def install(model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel: int) -> None:
+def install(model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel: int) -> bool:
     """Make the model call the op at ``point``.
+
+    Returns:
+        whether a compiled graph gives the op float32 (`registered.steer_wide`).
 
     Raises:
         UnsupportedModelError: where the structure is not understood.
@@ -59,15 +62,23 @@ def install(model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel
                 "would not see the edit; use hook_resid_post"
             )
         fused = "residual" in parameters
+        wide = fused and _is_sandwich(layer)
         if point.kind == "hook_resid_pre":
-            _wrap_input(layer, hook, parameters, fused)
+            _wrap_input(layer, hook, parameters, fused, wide)
         else:
-            _wrap_output(layer, hook, fused)
-        return
+            _wrap_output(layer, hook, fused, wide)
+        return wide
     submodule = _branch_output(layer, point)
     if tensor_parallel > 1:
         _refuse_partial_sums(submodule, hook)
-    _wrap_output(submodule, hook, fused=False)
+    wide = _is_sandwich(layer)
+    _wrap_output(submodule, hook, fused=False, wide=wide)
+    return wide
+
+
+def _is_sandwich(layer: nn.Module) -> bool:
+    """Whether a norm follows each branch, so that it makes what the layer returns."""
+    return hasattr(layer, "pre_feedforward_layernorm")
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -107,8 +118,7 @@ def _branch_output(layer: nn.Module, point: HookPoint) -> nn.Module:
     norm is the place, as in TransformerLens.
     """
     attention = point.kind == "hook_attn_out"
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
-    if sandwich:
+    if _is_sandwich(layer):
         name = "post_attention_layernorm" if attention else "post_feedforward_layernorm"
         return _child(layer, (name,), point)
     return _child(layer, _ATTENTION_NAMES if attention else _MLP_NAMES, point)
@@ -145,11 +155,16 @@ def _refuse_deferred_sums(layer: nn.Module, hook: str) -> None:
         )
 
 
-def _wrap_output(module: nn.Module, hook: str, fused: bool) -> None:
+def _wrap_output(module: nn.Module, hook: str, fused: bool, wide: bool) -> None:
     base = type(module)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = base.forward(self, *args, **kwargs)
+        if wide and fused:
+            hidden_states, residual = output
+            return registered.steer_wide(hidden_states, residual, hook), residual
+        if wide:
+            return registered.steer_wide(_only_tensor(output, hook), None, hook)
         if fused:
             hidden_states, residual = output
             registered.steer(hidden_states, residual, hook)
@@ -160,12 +175,20 @@ def _wrap_output(module: nn.Module, hook: str, fused: bool) -> None:
     _replace_forward(module, forward)
 
 
-def _wrap_input(module: nn.Module, hook: str, parameters: list[str], fused: bool) -> None:
+def _wrap_input(
+    module: nn.Module, hook: str, parameters: list[str], fused: bool, wide: bool
+) -> None:
     base = type(module)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden_states = _argument("hidden_states", parameters, args, kwargs)
         residual = _argument("residual", parameters, args, kwargs) if fused else None
+        if wide:
+            hidden_states = registered.steer_wide(hidden_states, residual, hook)
+            if "hidden_states" in kwargs:
+                return base.forward(self, *args, **{**kwargs, "hidden_states": hidden_states})
+            index = parameters.index("hidden_states")
+            return base.forward(self, *args[:index], hidden_states, *args[index + 1 :], **kwargs)
         registered.steer(hidden_states, residual, hook)
         return base.forward(self, *args, **kwargs)
 
