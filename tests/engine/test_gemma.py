@@ -41,6 +41,8 @@ MARGIN: Final = 1e-4
 SPECS: Final = 48
 LEAST_SPECS: Final = 36
 BLOCK: Final = 32  # tokens
+#: Six for every 32 tokens: layers share them in threes, and three of the 18 see the whole text.
+BLOCKS: Final = 150
 
 STRONG: Final = {"interventions": [{"sae": "a", "feature": 7, "op": "clamp", "value": 6.0}]}
 OTHER: Final = {"interventions": [{"sae": "c", "feature": 9, "op": "add", "value": 6.0}]}
@@ -84,7 +86,7 @@ def apart(expected: Tensor, made: Generated) -> float:
 
 @pytest.fixture(scope="module")
 def served(gemma_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The engine has 30 blocks of 32 tokens: six requests of 160 tokens do not fit, one of 700 does."""
+    """An engine whose blocks hold a request of 700 tokens, but not six of 160."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gemma_model)
@@ -107,7 +109,7 @@ def served(gemma_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         max_num_seqs=6,
         block_size=BLOCK,
         enable_prefix_caching=True,
-        kv_cache_memory_bytes=2**29,
+        num_gpu_blocks_override=BLOCKS,
     )
     saes = {name: ReferenceSAE(path) for name, path in folders.items()}
     yield Served(engine, model, saes, text)
