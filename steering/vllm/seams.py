@@ -273,6 +273,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
     "steering/vllm/worker.py": (
         Seam("tokenizers", "cached_tokenizer_from_config"),
         Seam("config.compilation", "CUDAGraphMode", fields=("NONE",)),
+        Seam("config.compilation", "CompilationMode", fields=("NONE",)),
         Seam("distributed.parallel_state", "get_tp_group"),
         Seam("distributed.parallel_state", "GroupCoordinator", fields=("is_first_rank",)),
         Seam("platforms", "current_platform"),
@@ -302,7 +303,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
         Seam("config.scheduler", "SchedulerConfig", fields=("max_num_seqs",)),
         Seam("config.parallel", "ParallelConfig", fields=("tensor_parallel_size", "worker_cls")),
-        Seam("config.compilation", "CompilationConfig", fields=("cudagraph_mode",)),
+        Seam("config.compilation", "CompilationConfig", fields=("cudagraph_mode", "mode")),
         Seam("config.model", "ModelConfig", fields=("get_vocab_size",)),
     ),
     "steering/vllm/support.py": (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config.compilation import CUDAGraphMode
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -135,7 +135,7 @@ class SteeringWorker(PlatformWorker):
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
             resident=config.resident if runner.device.type == "cuda" else None,
         )
-        for point in owned:
+        wide = [
             hook_points.install(
                 model,
                 point,
@@ -143,7 +143,12 @@ class SteeringWorker(PlatformWorker):
                 self.parallel_config.tensor_parallel_size,
                 self.vllm_config.model_config.dtype,
             )
-        state.compile_kernel(self.vllm_config.model_config.dtype, config.d_model)
+            for point in owned
+        ]
+        dtype = self.vllm_config.model_config.dtype
+        compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
+        hidden_dtypes = {dtype, torch.float32} if compiled and any(wide) else {dtype}
+        state.compile_kernel(dtype, config.d_model, hidden_dtypes)
         registered.make_current(state)
         adapter.attach(runner, state)
         keep_logits_finite(model, state)

@@ -175,17 +175,21 @@ class SteeringState:
             self._always_launch,
         )
 
-    def compile_kernel(self, dtype: torch.dtype, d_in: int) -> None:
+    def compile_kernel(
+        self, dtype: torch.dtype, d_in: int, hidden_dtypes: Iterable[torch.dtype]
+    ) -> None:
         """Have the kernel compiled before the first steered request, on a token without a slot.
 
         Args:
-            dtype: of the model.
+            dtype: of the model, and so of the residual.
             d_in: hidden size.
+            hidden_dtypes: of the hidden states that the op is given.
         """
+        residual = torch.zeros(1, d_in, dtype=dtype, device=self._touched.device)
         for site in self.hooks.values():
-            hidden_states = torch.zeros(1, d_in, dtype=dtype, device=self._touched.device)
-            for residual in (hidden_states.clone(), None):  # a kernel each
-                site.compile_kernel(hidden_states, residual)
+            for hidden_dtype in hidden_dtypes:
+                for other in (residual, None):  # a kernel each
+                    site.compile_kernel(torch.zeros_like(residual, dtype=hidden_dtype), other)
 
     def add_request(self, req_id: str, plan: SteeringPlan, child: int = 0) -> None:
         """A steered request enters the batch: take a slot, make its rows resident, fill tables."""

@@ -132,7 +132,7 @@ def test_a_module_whose_forward_nobody_calls_is_noticed() -> None:
     model = Model(Bypassing(), Bypassing())
     point = HookPoint(1, "mlp.hook_out")
     # As if reading the code had missed that its layer calls another method.
-    installation.install(model.layers[1], Place("mlp", output=True), str(point), [])
+    installation.install(model.layers[1], Place("mlp", output=True), str(point), [], wide=False)
     PassGuard(state_of((point,)), model, replayed=False)
     with pytest.raises(UnsupportedModelError, match="without calling the place"):
         model(torch.ones(4, WIDTH))

@@ -44,3 +44,25 @@ _library.impl("steer", _steer, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::steer", _steer_fake, lib=_library)
 
 steer = torch.ops.vllm_sae.steer
+
+
+def steer_wide(hidden_states: Tensor, residual: Tensor | None, hook: str) -> Tensor:
+    """`steer` where a norm, and no matrix product, makes ``hidden_states``; returns what goes on.
+
+    A compiled graph keeps a norm's output in float32 until it is stored, and the addition that
+    follows takes it from the registers. The op has it stored; stored in the model's dtype the
+    addition would read it rounded, and requests that nobody steers would differ from those of a
+    graph without the op. So it is stored in float32: the compiler leaves out conversions to the
+    model's dtype and back.
+
+    Args:
+        hidden_states: ``[num_tokens, d_in]`` model dtype; outside of torch.compile edited in place.
+        residual: the same shape, or None; only read.
+        hook: the hook point.
+    """
+    if hidden_states.dtype == torch.float32 or not torch.compiler.is_compiling():
+        steer(hidden_states, residual, hook)
+        return hidden_states
+    wide = hidden_states.float()
+    steer(wide, residual, hook)
+    return wide.to(hidden_states.dtype)
