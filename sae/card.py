@@ -8,14 +8,24 @@ from typing import Any
 
 from sae.errors import SAEError
 
-HOOK_KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+HOOK_KINDS = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_mlp_out",
+    "hook_attn_out",
+    "mlp.hook_out",
+    "attn.hook_out",
+)
+
+KIND_SAE = "sae"
 
 # The unit an activation is in. Libraries that fold the norm of the decoder row into the encoder
 # report f_i * |W_dec_i|; the others report f_i as it multiplies the decoder row.
 UNIT_PLAIN = "activation"
 UNIT_TIMES_DECODER_NORM = "activation_times_decoder_norm"
 
-_HOOK_POINT = re.compile(r"blocks\.(\d{1,5})\.(\w+)", re.ASCII)
+_HOOK_POINT = re.compile(r"blocks\.(\d{1,5})\.((?:mlp\.|attn\.)?\w+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class SAECard:
     """An SAE's public description, and what its arithmetic needs to know beside the weights.
 
     `exact_from_row` says whether one latent's encoder row is enough for its activation.
+    `reads` and `writes` are the hook points at which activations are read and edits added; left
+    out, both are `hook`, as for every SAE. `hook` is the first of `writes`.
     """
 
     id: str
@@ -71,6 +83,16 @@ class SAECard:
     apply_b_dec_to_input: bool = True
     rescale_acts_by_decoder_norm: bool = False
     activation_unit: str = UNIT_PLAIN
+    kind: str = KIND_SAE
+    reads: str = ""
+    writes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # The fields of a frozen dataclass are set this way while it is made.
+        if not self.reads:
+            object.__setattr__(self, "reads", self.hook)
+        if not self.writes:
+            object.__setattr__(self, "writes", (self.hook,))
 
     @property
     def exact_from_row(self) -> bool:
@@ -82,7 +104,10 @@ class SAECard:
         return {
             "id": self.id,
             "object": "sae",
+            "kind": self.kind,
             "hook": self.hook,
+            "reads": self.reads,
+            "writes": list(self.writes),
             "layer": self.layer,
             "architecture": self.architecture,
             "d_in": self.d_in,

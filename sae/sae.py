@@ -28,6 +28,8 @@ from sae.tensors import TensorFile
 
 # Workspace of a pass over all latents or tokens: weights upcast, activations not kept.
 WORKSPACE_BYTES = 64 * 2**20
+# What an accelerator's products like a matrix to begin at.
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class SAE:
     def decoder_rows(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """W_dec[start:stop] as [stop - start, d_in] float32 on the device."""
         target = _indexed(device)
-        return self._in_use("W_dec", self._matrix("W_dec", target)[start:stop].to(target))
+        return self._in_use("W_dec", self._part("W_dec", start, stop, target))
 
     def decoder_row_norms(self) -> Tensor:
         """|W_dec_i| of all latents: [d_sae] float32, CPU."""
@@ -117,10 +119,9 @@ class SAE:
         """All activations, exactly: x [n, d_in] float32, any device -> f [n, d_sae] float32."""
         x_in, _ = self.normalise(x)
         vectors = self._vectors_of_all(x.device)
-        W_enc = self._matrix("W_enc", x.device)
         f = x.new_empty(x.shape[0], self._card.d_sae)
         for start, stop in self.chunks():
-            rows = self._in_use("W_enc", W_enc[start:stop].to(x.device))
+            rows = self._in_use("W_enc", self._part("W_enc", start, stop, x.device))
             f[:, start:stop] = self._activate(product(x_in, rows), vectors.part(start, stop))
         if not self._card.exact_from_row:
             assert self._card.k is not None
@@ -157,15 +158,42 @@ class SAE:
         """Size of W_enc and W_dec as they are stored."""
         return sum(self._stored(name).nbytes for name in ("W_enc", "W_dec"))
 
-    def resident(self, device: torch.device | str) -> None:
-        """Put W_enc and W_dec on a device in their stored dtype, for full passes there."""
+    @property
+    def place_bytes(self) -> int:
+        """Size of a place for W_enc and W_dec as they are stored, one after the other."""
+        return _aligned(self._stored("W_enc").nbytes) + self._stored("W_dec").nbytes
+
+    def resident(self, device: torch.device | str, place: Tensor | None = None) -> None:
+        """Put W_enc and W_dec on a device in their stored dtype, for full passes there.
+
+        Args:
+            device: where to.
+            place: uint8 [at least place_bytes] on that device, to be overwritten with them; None
+                for memory of their own.
+        """
         target = _indexed(device)
-        if target not in self._resident:
-            W_enc, W_dec = (self._stored(name) for name in ("W_enc", "W_dec"))
-            self._resident[target] = (
-                W_enc.to(target, copy=True).contiguous(),
-                W_dec.to(target, copy=True).contiguous(),
+        if target in self._resident:
+            return
+        stored = [self._stored(name) for name in ("W_enc", "W_dec")]
+        if place is None:
+            W_enc, W_dec = (torch.empty(m.shape, dtype=m.dtype, device=target) for m in stored)
+        else:
+            starts = (0, _aligned(stored[0].nbytes))
+            W_enc, W_dec = (
+                place[start : start + m.nbytes].view(m.dtype).view(m.shape)
+                for start, m in zip(starts, stored, strict=True)
             )
+        for made, m in zip((W_enc, W_dec), stored, strict=True):
+            made.copy_(m)
+        self._resident[target] = (W_enc, W_dec)
+
+    def evict(self, device: torch.device | str) -> None:
+        """Let go of what `resident` put on a device."""
+        self._resident.pop(_indexed(device), None)
+
+    def prepare(self, device: torch.device | str) -> None:
+        """Work out on a device what else a full pass needs, which reads every weight once."""
+        self._vectors_of_all(_indexed(device))
 
     # Checks
 
@@ -214,6 +242,15 @@ class SAE:
         if resident is None:
             return self._stored(canonical)
         return resident[0] if canonical == "W_enc" else resident[1]
+
+    def _part(self, canonical: str, start: int, stop: int, device: torch.device) -> Tensor:
+        """Rows of a matrix on a device, in their stored dtype.
+
+        On an accelerator they are contiguous wherever they come from, so that one kernel multiplies
+        them and rounds alike.
+        """
+        part = self._matrix(canonical, device)[start:stop].to(device)
+        return part if device.type == "cpu" else part.contiguous()
 
     def _vector(self, name: str, index: Tensor) -> Tensor:
         """A stored vector at these latents: [n] float64."""
@@ -351,6 +388,11 @@ def check_fits(card: SAECard, d_model: int, num_layers: int) -> None:
 def _indexed(device: torch.device | str) -> torch.device:
     """The device as its tensors name it: cuda is cuda:0, say."""
     return torch.empty(0, device=device).device
+
+
+def _aligned(size: int) -> int:
+    """Where what follows `size` bytes may begin, whatever its dtype."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _rows_per_chunk(matrix: Tensor) -> int:

@@ -1,38 +1,51 @@
-"""Admission of one request: its `steering` is validated before the engine hears of it."""
+"""Admission of one request: its `steering` is accepted before the engine hears of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from server.metrics import count_accepted
 from server.protocol import Steerable
 from steering.errors import SteeringError
+from steering.report import wants_report
+from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
+from steering.request.plan import Inspection
 from steering.request.spec import SteeringSpec, nothing_loaded
-from steering.vllm.door import FIELD, INSPECT, RESERVED
+from steering.vllm.door import FIELD
 
 UNSUPPORTED: Final = "unsupported_combination"
 
 
 def refuse_smuggled(extra_args: object, param: str, catalog: Catalog) -> None:
-    """SteeringError where a client fills the engine's extra arguments with steering itself."""
+    """SteeringError if a client fills the engine's extra arguments with steering itself.
+
+    All that begins like the field is kept for it.
+    """
     if not isinstance(extra_args, Mapping):
         return
-    for key in RESERVED.intersection(extra_args):
+    for key in extra_args:
+        if not (isinstance(key, str) and key.startswith(FIELD)):
+            continue
         if not catalog.names:
             raise nothing_loaded()
         raise SteeringError(
             UNSUPPORTED,
             f"send `steering` as a field of the request, not in {param}",
-            f"{param}.{key}",
+            f"{param}.{key[:80]}",
         )
 
 
-async def admit(
-    request: Steerable, catalog: Catalog, inspect: Mapping[str, Any] | None = None
-) -> SteeringSpec | None:
-    """Validate a request's steering and hand it to the sampling parameters; None if it has none.
+async def accept(
+    request: Steerable, catalog: Catalog, inspection: Inspection | None = None
+) -> Accepted | None:
+    """Validate a request's steering, the only time that anything parses it; None if it has none.
+
+    Args:
+        request: whose sampling parameters are to carry what is accepted.
+        catalog: the SAEs.
+        inspection: how the request reads, if it comes from `inspect`.
 
     Raises:
         SteeringError: with the code and path of the error table.
@@ -42,12 +55,9 @@ async def admit(
         return None
     spec = catalog.parse(request.steering)
     _refuse_combinations(request, spec)
-    await catalog.prepare(spec)
-    request.extra_args[FIELD] = request.steering
-    if inspect is not None:
-        request.extra_args[INSPECT] = dict(inspect)
+    accepted = Accepted(spec, await catalog.prepare(spec), inspection)
     count_accepted(spec)
-    return spec
+    return accepted
 
 
 def _refuse_combinations(request: Steerable, spec: SteeringSpec) -> None:
@@ -55,7 +65,7 @@ def _refuse_combinations(request: Steerable, spec: SteeringSpec) -> None:
         raise _combination("beam search, which leaves and re-enters the engine at each token")
     if getattr(request, "prompt_embeds", None) is not None or _has_embeds(request):
         raise _combination("prompt_embeds, which have no tokens")
-    if getattr(request, "background", False) and (spec.report or spec.read is not None):
+    if getattr(request, "background", False) and wants_report(spec):
         raise _combination("a report or a read of a background response")
 
 

@@ -12,8 +12,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLargeError, refusal
+from server.errors import refusal
 from server.state import SteeringState
+from steering.errors import BodyTooLargeError
 
 
 class BodyLimit:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from server.json_response import TolerantJSONResponse
 from server.metrics import REJECTED
-from steering.errors import SteeringError
+from steering.errors import ErrorCode, SteeringError
 
 logger = logging.getLogger("vllm.sae.server")
 
@@ -27,7 +27,7 @@ _BODY: Final = {
                 "message": {"type": "string"},
                 "type": {"type": "string", "const": INVALID_REQUEST},
                 "param": {"type": ["string", "null"], "description": "Path of what is wrong."},
-                "code": {"type": "string"},
+                "code": {"type": "string", "enum": list(get_args(ErrorCode))},
             },
             "required": ["message", "type", "param", "code"],
         }
@@ -44,20 +44,6 @@ REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-class NotFoundError(SteeringError):
-    """A name or an index in the URL's path that does not exist: status 404."""
-
-
-class BodyTooLargeError(SteeringError):
-    """A request of more bytes than are read: status 413."""
-
-
-_STATUS: Final[dict[type[SteeringError], HTTPStatus]] = {
-    NotFoundError: HTTPStatus.NOT_FOUND,
-    BodyTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-}
-
-
 def install(app: FastAPI) -> None:
     """Answer every `SteeringError` that a route raises."""
     app.add_exception_handler(SteeringError, _answer)
@@ -65,7 +51,6 @@ def install(app: FastAPI) -> None:
 
 def refusal(path: str, error: SteeringError) -> Response:
     """The response to a refused request, counted and logged. `path` is the URL's."""
-    status = _STATUS.get(type(error), HTTPStatus.BAD_REQUEST)
     REJECTED.labels(code=error.code).inc()
     logger.info("refused %r: %s", path[:200], error.code)
     details = {
@@ -75,8 +60,8 @@ def refusal(path: str, error: SteeringError) -> Response:
         "code": error.code,
     }
     if "/v1/messages" in path:
-        return TolerantJSONResponse({"type": "error", "error": details}, status)
-    return TolerantJSONResponse({"error": details}, status)
+        return TolerantJSONResponse({"type": "error", "error": details}, error.status)
+    return TolerantJSONResponse({"error": details}, error.status)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""The body of POST /v1/saes/{sae}/inspect: a request that reads its prompt, generating nothing."""
+"""The body of POST /v1/saes/{sae}/inspect: a text, and how it is read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from server.protocol import SteerableChatCompletionRequest, SteerableCompletionRequest
 from steering.errors import SteeringError
+from steering.request import plan
 from steering.request.limits import DEFAULT_TOP_K, MAX_TOP_K
 
 AGGREGATES: Final = ("max", "mean", "frequency")
@@ -108,12 +109,12 @@ class Inspection:
             "read": {"sae": self.sae, "top_k": self.top_k},
         }
 
-    def engine_field(self) -> dict[str, Any]:
+    def how(self) -> plan.Inspection:
         """What the engine must know beside the read."""
-        return {"aggregate": self.aggregate, "special_tokens": self.special_tokens}
+        return plan.Inspection(self.aggregate, self.special_tokens)
 
     def to_request(self) -> SteerableChatCompletionRequest | SteerableCompletionRequest:
-        """The request to run: one token, which is thrown away.
+        """The request as which the text is rendered.
 
         Raises:
             pydantic.ValidationError: where the messages are not what vLLM takes.

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Final, Protocol
+from dataclasses import Field, fields
+from typing import Any, Final
 
 from prometheus_client import Counter, Gauge
 
 from steering.request.limits import OPS
 from steering.request.spec import SteeringSpec
+from steering.worker_stats import GROWS, HELP, WorkerStats
 
 logger = logging.getLogger("vllm.sae.server")
 
@@ -47,52 +49,17 @@ REQUESTS: Final = Counter(
 REJECTED: Final = Counter(
     "steering_rejected", "Refused requests, by the code of the error.", ["code"]
 )
-EDITED_TOKENS: Final = Counter(
-    "steering_edited_tokens", "Tokens edited, each time that one passes a hook point."
-)
-SKIPPED_TOKENS: Final = Counter(
-    "steering_skipped_tokens", "Tokens that edits left alone at a hook point as attention sinks."
-)
-OP_SECONDS: Final = Counter(
-    "steering_op_seconds",
-    "Time that the workers' processors spent in edits and reads at hook points; on a GPU this is "
-    "the time of launching them, and a replayed CUDA graph adds none.",
-)
-SLOTS_IN_USE: Final = Gauge(
-    "steering_slots_in_use", "Requests being steered.", multiprocess_mode="mostrecent"
-)
-SLOTS_CAPACITY: Final = Gauge(
-    "steering_slots_capacity",
-    "Requests that can be steered at once.",
-    multiprocess_mode="mostrecent",
-)
-ROWS_IN_USE: Final = Gauge(
-    "steering_rows_in_use",
-    "Features whose rows running requests hold on the device.",
-    multiprocess_mode="mostrecent",
-)
-ROWS_CAPACITY: Final = Gauge(
-    "steering_rows_capacity", "Rows that fit on the device.", multiprocess_mode="mostrecent"
-)
-
-RESULTS_HELD: Final = Gauge(
-    "steering_results_held",
-    "Reports and reads that the workers hold, of running requests or until they are fetched.",
-    multiprocess_mode="mostrecent",
-)
 
 
-class WorkerStats(Protocol):
-    """What the workers report: gauges as they are, counters since anyone last asked."""
+def _series(field: Field[Any]) -> Counter | Gauge:
+    name, meaning = f"steering_{field.name}", field.metadata[HELP]
+    if field.metadata[GROWS]:
+        return Counter(name, meaning)
+    return Gauge(name, meaning, multiprocess_mode="mostrecent")
 
-    slots_in_use: int
-    slots_capacity: int
-    rows_in_use: int
-    rows_capacity: int
-    results_held: int
-    edited_tokens: int
-    skipped_tokens: int
-    op_seconds: float
+
+#: By the names of `WorkerStats`' fields.
+WORKER_SERIES: Final = {field.name: _series(field) for field in fields(WorkerStats)}
 
 
 def start_series(saes: Iterable[str]) -> None:
@@ -140,11 +107,9 @@ class WorkerSeries:
         except Exception as error:  # a scrape is answered whatever state the engine is in
             logger.warning("the workers' steering statistics could not be fetched: %s", error)
             return
-        EDITED_TOKENS.inc(stats.edited_tokens)
-        SKIPPED_TOKENS.inc(stats.skipped_tokens)
-        OP_SECONDS.inc(stats.op_seconds)
-        SLOTS_IN_USE.set(stats.slots_in_use)
-        SLOTS_CAPACITY.set(stats.slots_capacity)
-        ROWS_IN_USE.set(stats.rows_in_use)
-        ROWS_CAPACITY.set(stats.rows_capacity)
-        RESULTS_HELD.set(stats.results_held)
+        for name, series in WORKER_SERIES.items():
+            value = getattr(stats, name)
+            if isinstance(series, Counter):
+                series.inc(value)
+            else:
+                series.set(value)

@@ -16,7 +16,8 @@ from server.commands.serve import DEFAULT_MAX_BODY_BYTES
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries, start_series
 from server.middleware import ForeignSteering, MetricsRefresh
-from server.routes import generate, saes
+from server.reader import Reader
+from server.routes import features, generate, inspect, saes
 from server.start import engine_death
 from server.state import SteeringState
 from server.unembedding import open_unembedding
@@ -43,7 +44,8 @@ class SteeringEndpointPlugin:
         # vLLM goes on without a general plugin that failed to load, and steering would be dropped.
         register()
         generate.attach(app)
-        app.include_router(saes.router)
+        for resource in (features, inspect, saes):  # the last has a path that takes all others
+            app.include_router(resource.router)
         app.add_middleware(ForeignSteering)
         app.add_middleware(BodyLimit)  # around the one before, which reads whole bodies
         app.add_middleware(MetricsRefresh)
@@ -62,7 +64,9 @@ class SteeringEndpointPlugin:
         details = FeatureDetails(partial(open_unembedding, engine_client.model_config, tokenizer))
         series = WorkerSeries(partial(worker_stats, engine_client)) if catalog.names else None
         limit = getattr(args, "steering_max_body_bytes", DEFAULT_MAX_BODY_BYTES)
-        SteeringState(catalog, details, series, limit if catalog.names else None).attach(state)
+        max_body_bytes = limit if catalog.names else None
+        reader = Reader(engine_client)
+        SteeringState(catalog, details, series, max_body_bytes, reader).attach(state)
         start_series(catalog.names)
         wanted = getattr(args, "steering_self_check", False)
         if series is not None and wanted is not False:

@@ -2,7 +2,7 @@
 
 It costs a prefill of some 400 tokens whose stream is encoded and decoded in full. Nothing waits for
 it: a server starts it once the engine runs and serves meanwhile, and each SAE waits for a moment in
-which nobody is served, within limits. It comes last where the scheduler knows priorities, takes no
+which nobody is served, within limits. It comes last if the scheduler knows priorities, takes no
 rows, shares no cached block, and no `steering_*` series counts it; of vLLM's own series it is one
 more request.
 """
@@ -12,16 +12,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import uuid
 from collections.abc import Iterator
 from typing import Any, Final
 
 from sae.self_check import TEXT, Measured, Outcome, stated_by
 from sae.source import SAEReference
+from server.reader import Finished, Reader, Run, Text, run_offline
 from steering.config import SteeringConfig
-from steering.request.plan import SELF_CHECK
-from steering.vllm import results
-from steering.vllm.door import FIELD, INSPECT, TICKET, catalog_for
+from steering.request.accepted import Accepted, accept
+from steering.request.plan import SELF_CHECK, Inspection
+from steering.vllm.door import catalog_for
 
 logger = logging.getLogger("vllm.sae.server")
 
@@ -29,8 +29,6 @@ CACHE_SALT: Final = "vllm-sae self-check"
 #: Seconds that an SAE waits for others' requests to end, and between looks.
 PATIENCE: Final = 60.0
 LOOK_EVERY: Final = 0.1
-#: Of vLLM's priorities the lowest number comes first.
-LAST: Final = 2**31 - 1
 
 # The event loop itself holds tasks weakly.
 _running: set[asyncio.Task[None]] = set()
@@ -69,7 +67,8 @@ async def check_all(engine: Any, max_bytes: int | None = None) -> None:
         except EngineDeadError:
             return  # vLLM says so itself, or is shutting down
         except Exception as error:  # whatever it is, requests are served
-            said = " ".join(str(error).split()) or type(error).__name__
+            cause = error.__cause__ or error  # vLLM wraps what went wrong in an error without words
+            said = " ".join(str(cause).split()) or type(cause).__name__
             logger.warning("SAE %r: the self-check failed: %.500s", reference.name, said)
             continue
         level = logging.WARNING if outcome.complaints else logging.INFO
@@ -85,12 +84,9 @@ async def check_all(engine: Any, max_bytes: int | None = None) -> None:
 
 def check_offline(llm: Any, reference: SAEReference) -> Outcome:
     """Check one SAE of a `vllm.LLM`."""
-    params = _sampling_params({FIELD: _field(reference.name), INSPECT: _INSPECTION})
     config = llm.llm_engine.vllm_config
-    prompt = _prompt(llm.get_tokenizer(), config.model_config)
-    (output,) = llm.generate([prompt], params, use_tqdm=False)
-    (result,) = results.results_of(llm, output, params)
-    return _outcome(config, reference, result)
+    run = _run(llm.get_tokenizer(), config, _accepted(config, reference))
+    return _outcome(config, reference, run_offline(llm, run))
 
 
 def _with_size(
@@ -115,46 +111,30 @@ async def _until_idle(engine: Any) -> None:
 
 
 async def _check(engine: Any, reference: SAEReference) -> Outcome:
-    ticket = results.open_ticket()
-    try:
-        params = _sampling_params(
-            {FIELD: _field(reference.name), INSPECT: _INSPECTION, TICKET: ticket}
-        )
-        prompt = _prompt(engine.get_tokenizer(), engine.vllm_config.model_config)
-        request_id = f"self-check-{uuid.uuid4().hex}"
-        async for _ in engine.generate(prompt, params, request_id, priority=LAST):
-            pass
-        (result,) = results.take(ticket)
-    finally:
-        results.discard(ticket)
-    return await asyncio.to_thread(_outcome, engine.vllm_config, reference, result)
+    config = engine.vllm_config
+    accepted = await asyncio.to_thread(_accepted, config, reference)
+    finished = await Reader(engine).run(_run(engine.get_tokenizer(), config, accepted))
+    return await asyncio.to_thread(_outcome, config, reference, finished)
 
 
-_INSPECTION: Final = {"aggregate": SELF_CHECK, "special_tokens": False}
+def _accepted(vllm_config: Any, reference: SAEReference) -> Accepted:
+    field = {"positions": {"generation": False}, "read": {"sae": reference.name, "top_k": 1}}
+    return accept(field, catalog_for(vllm_config), Inspection(SELF_CHECK, special_tokens=False))
 
 
-def _field(sae: str) -> dict[str, Any]:
-    return {"positions": {"generation": False}, "read": {"sae": sae, "top_k": 1}}
-
-
-def _sampling_params(extra_args: dict[str, Any]) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args)
-
-
-def _prompt(tokenizer: Any, model_config: Any) -> dict[str, Any]:
+def _run(tokenizer: Any, vllm_config: Any, accepted: Accepted) -> Run:
     """The text, or as much of it as the model takes beside the token that is generated."""
     # Not cut by the tokenizer: its truncation is a state that other threads' requests share.
-    ids = tokenizer.encode(TEXT)[: model_config.max_model_len - 1]
-    return {"prompt_token_ids": ids, "cache_salt": CACHE_SALT}
+    ids = tokenizer.encode(TEXT)[: vllm_config.model_config.max_model_len - 1]
+    return Run.of(Text(tuple(ids)), accepted, salt=CACHE_SALT)
 
 
-def _outcome(vllm_config: Any, reference: SAEReference, result: results.ChoiceResult) -> Outcome:
+def _outcome(vllm_config: Any, reference: SAEReference, finished: Finished) -> Outcome:
     card = catalog_for(vllm_config).card(reference.name)
+    measured = None if finished.report is None else finished.report.measured
     return Outcome(
         card=card,
-        measured=result.measured or Measured(0, 0, math.nan, math.nan),
+        measured=measured or Measured(0, 0, math.nan, math.nan),
         stated=stated_by(reference, exactly_k=not card.exact_from_row),
         model=vllm_config.model_config.model,
     )

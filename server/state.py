@@ -9,12 +9,13 @@ from starlette.requests import Request
 
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries
+from server.reader import Reader
 from steering.request.catalog import Catalog
 
 
 @dataclass(frozen=True)
 class SteeringState:
-    """The SAEs, what is computed about their features, and the workers' numbers.
+    """The SAEs, what is computed about their features, the workers' numbers, and the reader.
 
     `worker_series` and `max_body_bytes` are None where no SAE is loaded: plain vLLM workers have
     no numbers, and plain vLLM reads any body.
@@ -24,6 +25,13 @@ class SteeringState:
     details: FeatureDetails
     worker_series: WorkerSeries | None
     max_body_bytes: int | None = None
+    running_reader: Reader | None = None
+
+    @property
+    def reader(self) -> Reader:
+        """What runs texts; there is one wherever a route can be asked for it."""
+        assert self.running_reader is not None, "the engine does not run yet"
+        return self.running_reader
 
     def attach(self, state: State) -> None:
         """Make it the state of an app."""

@@ -4,60 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from steering.vllm import results
+from steering.report import Ticket
 
 FIELD: Final = "steering"
 _DONE: Final = "data: [DONE]"
 _ERROR: Final = 'data: {"error"'
 
-Splice = Callable[[AsyncIterable[str], "Outcome"], AsyncGenerator[str, None]]
+Splice = Callable[[AsyncIterable[str], Ticket], AsyncGenerator[str, None]]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The results of one request, to be taken once vLLM has finished with it.
+class ReportedStream(StreamingResponse):
+    """vLLM's stream with the report spliced in, closed however it ends."""
 
-    Attributes:
-        ticket: under which they lie.
-        report: whether they are to say what was edited.
-        turns: what lies there are turns of one conversation, as when vLLM calls its built-in tools:
-            each reads what the ones before it wrote, and the last stands for all.
-    """
-
-    ticket: str
-    report: bool
-    turns: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """The response's `steering` object: of one choice, or of several under `choices`."""
-        choices = [choice.to_json(self.report) for choice in results.take(self.ticket)]
-        if self.turns:
-            choices = choices[-1:]
-        if len(choices) == 1:
-            return dict(choices[0])
-        return {"choices": [{"index": i, **choice} for i, choice in enumerate(choices)]}
-
-    def discard(self) -> None:
-        """Forget the results; nothing happens where they have been taken."""
-        results.discard(self.ticket)
-
-
-class OutcomeStream(StreamingResponse):
-    """vLLM's stream with the outcome spliced in, closed however it ends."""
-
-    def __init__(self, original: StreamingResponse, outcome: Outcome, splice: Splice) -> None:
+    def __init__(self, original: StreamingResponse, ticket: Ticket, splice: Splice) -> None:
         events: Any = original.body_iterator
-        spliced = splice(events, outcome)
+        spliced = splice(events, ticket)
         super().__init__(spliced, original.status_code, background=original.background)
         self.raw_headers = original.raw_headers
-        self._outcome = outcome
         self._streams = (spliced, events)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,26 +34,24 @@ class OutcomeStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             # A client that leaves drops the generators, and dropped ones end when memory is tidied.
-            self._outcome.discard()
             for stream in self._streams:
                 if isinstance(stream, AsyncGenerator):
                     await stream.aclose()
 
 
-def with_outcome(response: Response | None, outcome: Outcome, splice: Splice) -> Response | None:
-    """`response` with the outcome in it. None stands for a client that is gone."""
+def with_report(response: Response | None, ticket: Ticket, splice: Splice) -> Response | None:
+    """`response` with what was reported in it. None stands for a client that is gone."""
     if isinstance(response, StreamingResponse):
-        return OutcomeStream(response, outcome, splice)
+        return ReportedStream(response, ticket, splice)
     if not isinstance(response, JSONResponse) or response.status_code != HTTPStatus.OK:
-        outcome.discard()
         return response
     content = json.loads(bytes(response.body))
-    content[FIELD] = outcome.to_json()
+    content[FIELD] = ticket.to_json()
     headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
     return JSONResponse(content, headers=headers, background=response.background)
 
 
-async def openai_chunks(events: AsyncIterable[str], outcome: Outcome) -> AsyncGenerator[str, None]:
+async def openai_chunks(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:
     """Chat and text completions: a chunk of its own, without choices, just before `[DONE]`."""
     head: dict[str, Any] = {}
     failed = False
@@ -94,29 +61,27 @@ async def openai_chunks(events: AsyncIterable[str], outcome: Outcome) -> AsyncGe
             chunk = json.loads(event.removeprefix("data: "))
             head = {key: chunk[key] for key in ("id", "object", "created", "model")}
         if head and not failed and event.startswith(_DONE):
-            yield f"data: {_dumps({**head, 'choices': [], FIELD: outcome.to_json()})}\n\n"
+            yield f"data: {_dumps({**head, 'choices': [], FIELD: ticket.to_json()})}\n\n"
         yield event
 
 
-async def response_events(
-    events: AsyncIterable[str], outcome: Outcome
-) -> AsyncGenerator[str, None]:
+async def response_events(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:
     """The Responses API: a field of the response inside the event `response.completed`."""
     async for event in events:
         name, _, data = event.partition("\ndata: ")
         if name == "event: response.completed":
             content = json.loads(data)
-            content["response"][FIELD] = outcome.to_json()
+            content["response"][FIELD] = ticket.to_json()
             event = f"{name}\ndata: {_dumps(content)}\n\n"
         yield event
 
 
-async def message_events(events: AsyncIterable[str], outcome: Outcome) -> AsyncGenerator[str, None]:
+async def message_events(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:
     """The Messages API: a field of the last event, `message_stop`."""
     async for event in events:
         name, _, data = event.partition("\ndata: ")
         if name == "event: message_stop":
-            event = f"{name}\ndata: {_dumps({**json.loads(data), FIELD: outcome.to_json()})}\n\n"
+            event = f"{name}\ndata: {_dumps({**json.loads(data), FIELD: ticket.to_json()})}\n\n"
         yield event
 
 

@@ -14,6 +14,12 @@ CONFIG_KEY: Final = "steering"
 DEFAULT_MAX_ROWS: Final = 4096
 #: At least as many features as this may be read by one request; and `MAX_TOP_K` over one context.
 LEAST_MAX_READ_VALUES: Final = 2**22
+#: Which SAEs' whole weights are on an accelerator: TopK ones always and one of the others at a
+#: time; all; or none, and every full pass copies them from the host's memory in chunks.
+RESIDENT_TURNS: Final = "turns"
+RESIDENT_ALL: Final = "all"
+RESIDENT_NONE: Final = "none"
+RESIDENT_CHOICES: Final = (RESIDENT_TURNS, RESIDENT_ALL, RESIDENT_NONE)
 #: Environment variable naming a file for the reason why a worker could not install steering.
 REFUSAL_VARIABLE: Final = "STEERING_REFUSAL_FILE"
 
@@ -31,6 +37,7 @@ class SteeringConfig:
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: how many features one request may have read, over all its tokens; None for
             `LEAST_MAX_READ_VALUES` or, where that is more, whatever one choice may ask for.
+        resident: which SAEs are on an accelerator whole, one of `RESIDENT_CHOICES`.
     """
 
     saes: tuple[SAEReference, ...]
@@ -39,6 +46,7 @@ class SteeringConfig:
     special_token_ids: tuple[int, ...] | None = None
     max_rows: int = DEFAULT_MAX_ROWS
     max_read_values: int | None = None
+    resident: str = RESIDENT_TURNS
 
     def __post_init__(self) -> None:
         if self.max_rows < MAX_INTERVENTIONS:
@@ -51,6 +59,8 @@ class SteeringConfig:
                 f"max_read_values {self.max_read_values} is less than the {MAX_TOP_K} features "
                 "that one token may have read"
             )
+        if self.resident not in RESIDENT_CHOICES:
+            raise ValueError(f"resident {self.resident!r} is none of {', '.join(RESIDENT_CHOICES)}")
 
     def read_limit(self, max_model_len: int) -> int:
         """How many features one request may have read, where a context has so many tokens."""
@@ -67,6 +77,7 @@ class SteeringConfig:
             "special_token_ids": self.special_token_ids and list(self.special_token_ids),
             "max_rows": self.max_rows,
             "max_read_values": self.max_read_values,
+            "resident": self.resident,
         }
 
     @classmethod
@@ -80,6 +91,7 @@ class SteeringConfig:
             special_token_ids=None if special is None else tuple(special),
             max_rows=raw["max_rows"],
             max_read_values=raw["max_read_values"],
+            resident=raw["resident"],
         )
 
     @classmethod
@@ -90,23 +102,10 @@ class SteeringConfig:
         return None
 
 
-def engine_arguments(config: SteeringConfig) -> dict[str, Any]:
-    """Arguments that make a vLLM engine steer: ``LLM(model, **engine_arguments(config))``.
+def __getattr__(name: str) -> Any:
+    # Version 0.1 had it here.
+    if name == "engine_arguments":
+        from steering.vllm.engine_arguments import engine_arguments
 
-    The hook points stand in the files, which may change under one path; a graph compiled for
-    others must not be taken from vLLM's cache, so they enter its hash beside the paths.
-
-    Raises:
-        UnsupportedEngineError: where the installed vLLM is not one that can be steered.
-        SAEError: if an SAE's file does not hold what it should.
-    """
-    from sae.sae import open_sae
-    from steering.vllm.seams import refuse_missing_seams
-
-    refuse_missing_seams()
-    hook_points = sorted({open_sae(ref).card.hook for ref in config.saes})
-    return {
-        "worker_cls": "steering.vllm.worker.SteeringWorker",
-        "scheduler_cls": "steering.vllm.scheduler.SteeringScheduler",
-        "additional_config": {CONFIG_KEY: {**config.to_dict(), "hook_points": hook_points}},
-    }
+        return engine_arguments
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

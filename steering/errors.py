@@ -1,22 +1,72 @@
-"""What a request may be refused for."""
+"""What a request may be refused for: every code, and the exceptions that carry them."""
 
 from __future__ import annotations
 
+from http import HTTPStatus
+from typing import Any, ClassVar, Literal
+
+#: Every `error.code` of this project's own answers.
+ErrorCode = Literal[
+    "body_too_large",
+    "budget_not_met",
+    "condition_too_late",
+    "duplicate_intervention",
+    "feature_out_of_range",
+    "ill_conditioned",
+    "invalid_type",
+    "invalid_value",
+    "invalid_weights",
+    "max_act_unknown",
+    "misplaced_steering",
+    "presets_read_only",
+    "sae_required",
+    "steering_unavailable",
+    "study_too_large",
+    "too_many_interventions",
+    "too_many_presets",
+    "unknown_field",
+    "unknown_preset",
+    "unknown_sae",
+    "unsupported_combination",
+    "unsupported_op",
+]
+
 
 class SteeringError(ValueError):
-    """A request's ``steering`` field cannot be honoured.
+    """A request cannot be honoured as it stands.
 
     Attributes:
-        code: one of the codes of the error table, e.g. ``feature_out_of_range``.
+        status: of the HTTP answer.
+        code: what is wrong, for programs.
         message: one readable sentence with the value and the limit.
         param: path of the offending part, e.g. ``steering.interventions[0].feature``.
     """
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    status: ClassVar[HTTPStatus] = HTTPStatus.BAD_REQUEST
+
+    def __init__(self, code: ErrorCode, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.code: ErrorCode = code
         self.message = message
         self.param = param
 
-    def __reduce__(self) -> tuple[type[SteeringError], tuple[str, str, str | None]]:
-        return (SteeringError, (self.code, self.message, self.param))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.code, self.message, self.param))
+
+
+class NotFoundError(SteeringError):
+    """A name or an index in the URL's path does not exist."""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class ForbiddenError(SteeringError):
+    """This server does not allow what the request asks for."""
+
+    status = HTTPStatus.FORBIDDEN
+
+
+class BodyTooLargeError(SteeringError):
+    """The request has more bytes than are read."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE

@@ -44,6 +44,39 @@ forward(self, x): return self.decode(self.encode(x)) What is the capital of Fran
 of France is Paris. How many words are there in this sentence?
 """
 
+_MOE_SHARED: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+_GATED_DELTA_NET: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_GRANITE_FACTORS: dict[str, Any] = {
+    "residual_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+_GRANITE_HYBRID: dict[str, Any] = {
+    **_GRANITE_FACTORS,
+    "num_attention_heads": 2,
+    "shared_intermediate_size": 2 * D_MODEL,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "position_embedding_type": "rope",
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+
 # transformers config class, config arguments that differ from the shared ones
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -78,6 +111,61 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
             "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            **_MOE_SHARED,
+            **_GATED_DELTA_NET,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "phi3": ("Phi3Config", {"num_attention_heads": 2, "sliding_window": None}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "glm4": ("Glm4Config", {"partial_rotary_factor": 0.5}),
+    "olmo2": ("Olmo2Config", {"num_attention_heads": 2}),
+    "cohere": ("CohereConfig", {"num_attention_heads": 2, "tie_word_embeddings": True}),
+    "cohere2": (
+        "Cohere2Config",
+        {"num_attention_heads": 2, "tie_word_embeddings": True, "sliding_window": 64},
+    ),
+    "exaone4": (
+        "Exaone4Config",
+        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "granite": ("GraniteConfig", {"num_attention_heads": 2, **_GRANITE_FACTORS}),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        {**_GRANITE_HYBRID, "layer_types": ["attention"] * NUM_LAYERS},
+    ),
+    "granite_mamba": (
+        "GraniteMoeHybridConfig",
+        {**_GRANITE_HYBRID, "layer_types": ["mamba", "attention"] * 2},
+    ),
+    "stablelm": ("StableLmConfig", {"num_attention_heads": 2, "partial_rotary_factor": 0.5}),
+    "falcon_h1": (
+        "FalconH1Config",
+        {
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 16,
         },
     ),
 }

@@ -36,8 +36,6 @@ _NORMALIZE = {
 _BRIDGE_HOOKS = {
     "hook_in": "hook_resid_pre",
     "hook_out": "hook_resid_post",
-    "mlp.hook_out": "hook_mlp_out",
-    "attn.hook_out": "hook_attn_out",
 }
 _HOOK_KEYS = ("hook_name", "hook_point")
 _LAYER_KEYS = ("hook_layer", "hook_point_layer")

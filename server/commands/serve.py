@@ -30,11 +30,11 @@ from steering.config import (
     LEAST_MAX_READ_VALUES,
     REFUSAL_VARIABLE,
     SteeringConfig,
-    engine_arguments,
 )
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
 from steering.request.special_tokens import special_token_ids
+from steering.vllm.engine_arguments import engine_arguments
 from steering.vllm.seams import refuse_missing_seams
 from steering.vllm.support import UnsupportedEngineError
 

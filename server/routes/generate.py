@@ -17,9 +17,8 @@ from vllm.entrypoints.anthropic.api_router import create_messages
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.responses.api_router import create_responses
-from vllm.v1.engine.exceptions import EngineGenerateError
 
-from server.admission import admit
+from server.admission import accept
 from server.protocol import (
     Steerable,
     SteerableChatCompletionRequest,
@@ -29,16 +28,15 @@ from server.protocol import (
 )
 from server.state import steering_state
 from server.streaming import (
-    Outcome,
     Splice,
     message_events,
     openai_chunks,
     response_events,
-    with_outcome,
+    with_report,
 )
 from steering.errors import SteeringError
-from steering.vllm import results
-from steering.vllm.door import TICKET, refuse_long_results
+from steering.report import Ticket, wants_report
+from steering.vllm.door import FIELD, refusal_in, refuse_long_results
 
 VLLMRoute = Callable[[Any, Request], Awaitable[Response | None]]
 
@@ -160,40 +158,32 @@ async def _keep_refusal(
         return await create(request, *args, **options)
     except Exception as error:
         if isinstance(request, Steerable):
-            request.refusal = _refusal_in(error)
+            request.refusal = refusal_in(error)
         raise
 
 
 async def _serve(
     route: VLLMRoute, splice: Splice, request: Steerable, raw_request: Request
 ) -> Response | None:
-    spec = await admit(request, steering_state(raw_request).catalog)
-    if spec is None or not (spec.report or spec.read is not None):
-        return await call_vllm(route, request, raw_request)
-    outcome = Outcome(results.open_ticket(), spec.report, turns=route is create_responses)
-    request.extra_args[TICKET] = outcome.ticket
-    try:
-        response = await call_vllm(route, request, raw_request)
-        return with_outcome(response, outcome, splice)
-    except BaseException:
-        outcome.discard()
-        raise
+    accepted = await accept(request, steering_state(raw_request).catalog)
+    if accepted is None:
+        return await _call(route, request, raw_request)
+    if not wants_report(accepted.spec):
+        request.extra_args[FIELD] = accepted
+        return await _call(route, request, raw_request)
+    ticket = Ticket(accepted.spec.report, turns=route is create_responses)
+    request.extra_args[FIELD] = accepted.reporting_to(ticket)
+    return with_report(await _call(route, request, raw_request), ticket, splice)
 
 
-async def call_vllm(route: VLLMRoute, request: Steerable, raw_request: Request) -> Response | None:
+async def _call(route: VLLMRoute, request: Steerable, raw_request: Request) -> Response | None:
     """Call a route of vLLM's; a refusal inside the engine comes out as it was raised."""
     try:
         response = await route(request, raw_request)
-    except EngineGenerateError as error:
-        if refusal := _refusal_in(error):
+    except Exception as error:
+        if refusal := refusal_in(error):
             raise refusal from None
         raise
     if request.refusal is not None:
         raise request.refusal
     return response
-
-
-def _refusal_in(error: Exception) -> SteeringError | None:
-    """The refusal that an exception is, or that the engine wrapped in it."""
-    cause = error.__cause__ if isinstance(error, EngineGenerateError) else error
-    return cause if isinstance(cause, SteeringError) else None

@@ -1,1 +1,1 @@
-"""What runs in the front end: a request's ``steering`` field, from JSON to a plan. Free of vLLM."""
+"""Runs in the front end: a request's ``steering`` field, from JSON to a plan. Free of vLLM."""

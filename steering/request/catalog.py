@@ -3,37 +3,86 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Final
 
 from sae.card import SAECard
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
+from sae.solve import IllConditionedError, is_affine, solve
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
-from steering.request.spec import SteeringSpec, parse_spec
+from steering.request.condition_rules import refuse_across_stages
+from steering.request.parse import parse_spec
+from steering.request.spec import SteeringSpec
 
 #: Weights up to this size are scanned for non-finite values at start; larger ones row by row.
 SCAN_LIMIT_BYTES = 10**9
 
+#: What a card says that no arithmetic depends on; the rest is part of an SAE's fingerprint.
+_NO_ARITHMETIC: Final = frozenset(
+    {"id", "source", "sha256", "error_term", "has_labels", "has_max_activations"}
+)
+#: Sets of edits of which it is remembered that they can be solved together.
+MAX_SOLVABLE: Final = 4096
+
 
 @dataclass(frozen=True)
 class LoadedSAE:
-    """One opened SAE beside its features' labels and statistics."""
+    """One opened SAE beside its features' labels and statistics.
+
+    Attributes:
+        sae: the opened SAE.
+        features: labels and statistics.
+        stated: what its reference states beside the card that its arithmetic depends on.
+    """
 
     sae: SAE
     features: FeatureTable
+    stated: tuple[float | str | None, ...] = ()
 
     @property
     def hook(self) -> str:
         return self.sae.card.hook
 
     @property
+    def reads(self) -> str:
+        return self.sae.card.reads
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return self.sae.card.writes
+
+    @property
     def d_sae(self) -> int:
         return self.sae.card.d_sae
+
+    @property
+    def error_term(self) -> bool:
+        return self.sae.card.error_term
+
+    @property
+    def affine(self) -> bool:
+        """Whether pre-activations are affine in the stream that is edited."""
+        card = self.sae.card
+        return is_affine(card) and card.writes == (card.reads,)
+
+    def fingerprint(self, special_token_ids: Sequence[int] | None) -> str:
+        """SHA-256 of all that this SAE's part in an edit depends on: weights, place, sinks, flags.
+
+        Raises:
+            SAEError: if the weight file has changed since it was opened.
+        """
+        sha256 = self.sae.sha256()
+        card = {k: v for k, v in asdict(self.sae.card).items() if k not in _NO_ARITHMETIC}
+        facts = [sha256, sorted(card.items()), self.stated, special_token_ids]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def max_activation(self, feature: int) -> float | None:
         """The recorded maximum activation in raw units, None if unknown."""
@@ -43,14 +92,21 @@ class LoadedSAE:
 class Catalog:
     """The loaded SAEs by name, in the order of their indices. Opening costs headers only.
 
-    Attributes:
+    Args:
+        loaded: the SAEs by name.
         max_read_values: how many features one request may have read, over all its tokens.
+        special_token_ids: tokens that edits leave alone; None for those of the model's tokenizer.
     """
 
     def __init__(
-        self, loaded: Mapping[str, LoadedSAE], max_read_values: int = LEAST_MAX_READ_VALUES
+        self,
+        loaded: Mapping[str, LoadedSAE],
+        max_read_values: int = LEAST_MAX_READ_VALUES,
+        special_token_ids: Sequence[int] | None = None,
     ) -> None:
         self.max_read_values = max_read_values
+        self._special_token_ids = special_token_ids
+        self._fingerprints: dict[str, str] = {}
         self._loaded = dict(loaded)
         # Rows already found finite, in SAEs too large to be scanned at start.
         self._checked: dict[str, set[int]] = {
@@ -58,7 +114,8 @@ class Catalog:
             for name, item in self._loaded.items()
             if item.sae.weight_bytes > SCAN_LIMIT_BYTES
         }
-        # What a scan of all of such an SAE found, where a request has needed one.
+        self._solvable: set[tuple[str, frozenset[int], frozenset[int]]] = set()
+        # What a scan of all of such an SAE found, if a request has needed one.
         self._scanned: dict[str, str | None] = {}
 
     @classmethod
@@ -67,7 +124,7 @@ class Catalog:
 
         Args:
             config: what to serve.
-            max_model_len: tokens of a context, where known; see `SteeringConfig.read_limit`.
+            max_model_len: tokens of a context, if known; see `SteeringConfig.read_limit`.
 
         Raises:
             SAEError: if a file does not hold what it should.
@@ -78,8 +135,10 @@ class Catalog:
         for ref in config.saes:
             sae = open_sae(ref)
             assert ref.path is not None, "references are resolved before they are handed down"
-            loaded[ref.name] = LoadedSAE(sae, FeatureTable.open(ref.path, sae.card.d_sae))
-        return cls(loaded, config.read_limit(max_model_len))
+            features = FeatureTable.open(ref.path, sae.card.d_sae)
+            stated = (ref.norm_scaling_factor, ref.normalize_activations)
+            loaded[ref.name] = LoadedSAE(sae, features, stated)
+        return cls(loaded, config.read_limit(max_model_len), config.special_token_ids)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,42 +162,96 @@ class Catalog:
         """Labels and statistics of one SAE. Raises SteeringError ``unknown_sae``."""
         return self._get(name).features
 
-    def parse(self, raw: object) -> SteeringSpec:
-        """Validate a ``steering`` field against these SAEs. Raises SteeringError."""
-        return parse_spec(raw, self._loaded)
-
-    async def prepare(self, spec: SteeringSpec) -> None:
-        """Do off the event loop what may read whole files: checksums and row checks.
+    def parse(self, raw: object, *, empty_allowed: bool = False) -> SteeringSpec:
+        """Validate a ``steering`` field against these SAEs; see `parse_spec`.
 
         Raises:
-            SteeringError: ``invalid_weights`` where a row holds NaN or infinity, or where a file
-                has changed since it was opened.
+            SteeringError: with the code and path of what is wrong.
         """
-        self._refuse_changed(spec)
-        pending = any(self.sae(name).card.sha256 is None for name in spec.saes)
-        unchecked = any(edit.sae in self._checked for edit in spec.edits)
-        if pending or unchecked or (spec.read is not None and spec.read.sae in self._checked):
-            await asyncio.to_thread(self.prepare_now, spec)
+        return parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
+
+    def refuse_across_stages(self, spec: SteeringSpec, stage_of: Callable[[str], int]) -> None:
+        """Refuse conditions that another pipeline stage reads than the one that makes the edit.
+
+        Args:
+            spec: the validated field.
+            stage_of: the pipeline stage that holds a hook point.
+
+        Raises:
+            SteeringError: ``unsupported_combination``.
+        """
+        edits = ((edit.sae, edit.when) for edit in spec.edits)
+        refuse_across_stages(edits, self._loaded, stage_of)
+
+    async def prepare(self, spec: SteeringSpec) -> dict[str, str]:
+        """As `prepare_now`, but off the event loop what may read whole files.
+
+        Raises:
+            SteeringError: ``invalid_weights`` if a row holds NaN or infinity, or if a file has
+                changed since it was opened; ``ill_conditioned`` if edits cannot be solved.
+        """
+        unknown = any(name not in self._fingerprints for name in spec.kv_saes)
+        unchecked = not self._checked.keys().isdisjoint(spec.all_saes)
+        if unknown or unchecked or spec.reread:
+            return await asyncio.to_thread(self.prepare_now, spec)
+        return self.prepare_now(spec)
 
     def prepare_now(self, spec: SteeringSpec) -> dict[str, str]:
-        """Check the rows that ``spec`` needs and return the checksums of its SAEs.
+        """Check the rows that ``spec`` needs and fingerprint the SAEs that its edits depend on.
+
+        Returns:
+            Fingerprints by the names in ``spec.kv_saes``: equal ones make equal edits.
 
         Raises:
             SteeringError: as `prepare`.
         """
         self._refuse_changed(spec)
         for i, edit in enumerate(spec.edits):
-            self.check_row(edit.sae, edit.feature, f"steering.interventions[{i}].feature")
-            if not self.sae(edit.sae).card.exact_from_row:
-                self._check_all(edit.sae, f"steering.interventions[{i}].sae")
-            elif not spec.error_term:
+            path = f"steering.interventions[{i}]"
+            self._check_feature(edit.sae, edit.feature, f"{path}.feature", f"{path}.sae")
+            if not spec.error_term:
                 self._check_all(edit.sae, "steering.error_term")
+            if edit.when is not None:
+                for condition in edit.when.conditions:
+                    self._check_feature(condition.sae, condition.feature, edit.when.path)
+        for condition in spec.stop_when:
+            self._check_feature(condition.sae, condition.feature, "steering.stop_when")
+        for i, (name, feature) in enumerate(spec.protect):
+            self.check_row(name, feature, f"steering.protect[{i}]")
         if spec.read is not None:
             self._check_all(spec.read.sae, "steering.read")
-        return {name: self._sha256(name) for name in spec.saes}
+        if spec.reread:
+            self._refuse_unsolvable(spec)
+        return {name: self._fingerprint(name) for name in spec.kv_saes}
+
+    def _refuse_unsolvable(self, spec: SteeringSpec) -> None:
+        """SteeringError ``ill_conditioned`` if the edits of some SAE cannot be solved together."""
+        for name in spec.saes:
+            edited = frozenset(edit.feature for edit in spec.edits if edit.sae == name)
+            protected = frozenset(feature for sae, feature in spec.protect if sae == name)
+            key = (name, edited, protected)
+            if key in self._solvable:
+                continue
+            sae = self.sae(name)
+            try:
+                solve(sae, sorted(edited), [(sae, i) for i in sorted(protected)], reread=True)
+            except IllConditionedError as error:
+                raise SteeringError("ill_conditioned", str(error), "steering.match") from None
+            if len(self._solvable) >= MAX_SOLVABLE:
+                self._solvable.clear()
+            self._solvable.add(key)
+
+    def _check_feature(self, name: str, feature: int, param: str, whole: str | None = None) -> None:
+        """Check what the activation of one feature needs: its row, or all of them for top-k.
+
+        ``whole`` is the path to name if others' rows are at fault; ``param`` if left out.
+        """
+        self.check_row(name, feature, param)
+        if not self.sae(name).card.exact_from_row:
+            self._check_all(name, whole or param)
 
     def check_row(self, name: str, feature: int, param: str) -> None:
-        """SteeringError ``invalid_weights`` where the weights of a feature are not finite."""
+        """SteeringError ``invalid_weights`` if the weights of a feature are not finite."""
         checked = self._checked.get(name)
         if checked is None or feature in checked:
             return
@@ -151,7 +264,7 @@ class Catalog:
         checked.add(feature)
 
     def _check_all(self, name: str, param: str) -> None:
-        """The same for every row, where a request encodes or decodes in full."""
+        """The same for every row, for a request that encodes or decodes in full."""
         if name not in self._checked:
             return
         if name not in self._scanned:
@@ -169,18 +282,20 @@ class Catalog:
             )
 
     def refuse_changed(self, name: str, param: str | None = None) -> None:
-        """SteeringError ``invalid_weights`` where an SAE's file changed since it was opened."""
+        """SteeringError ``invalid_weights`` if an SAE's file changed since it was opened."""
         with _unchanged(name, param):
             self.sae(name).refuse_changed()
 
     def _refuse_changed(self, spec: SteeringSpec) -> None:
-        read = () if spec.read is None else (spec.read.sae,)
-        for name in {*spec.saes, *read}:
+        for name in spec.all_saes:
             self.refuse_changed(name, "steering")
 
-    def _sha256(self, name: str) -> str:
-        with _unchanged(name, "steering"):
-            return self.sae(name).sha256()
+    def _fingerprint(self, name: str) -> str:
+        if name not in self._fingerprints:
+            with _unchanged(name, "steering"):
+                made = self._get(name).fingerprint(self._special_token_ids)
+            self._fingerprints[name] = made
+        return self._fingerprints[name]
 
     def _get(self, name: str) -> LoadedSAE:
         if name not in self._loaded:

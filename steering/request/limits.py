@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal, get_args
 
-OPS: Final = ("clamp", "ablate", "scale", "add", "floor", "cap")
-UNITS: Final = ("raw", "max_act")
+Op = Literal["clamp", "ablate", "scale", "add", "floor", "cap"]
+Unit = Literal["raw", "max_act"]
+Scope = Literal["token", "so_far", "prompt"]
+Match = Literal["delta", "reread"]
+
+OPS: Final[tuple[str, ...]] = get_args(Op)
+UNITS: Final[tuple[str, ...]] = get_args(Unit)
 MAX_INTERVENTIONS: Final = 64
 #: Distinct conditions of one request, those of ``stop_when`` among them.
 MAX_GATES: Final = 8
+#: Conditions of one list, equal ones counted.
+MAX_CONDITIONS: Final = 64
+MAX_PROTECTED: Final = 64
 MAX_TOP_K: Final = 64
 DEFAULT_TOP_K: Final = 5
 VALUE_LIMIT: Final = 1e6
+#: The largest share of the stream's norm that ``max_share`` may state.
+SHARE_LIMIT: Final = 10.0
 #: End of a window that was left open; positions are int32 on the device.
 POSITION_LIMIT: Final = 2**31 - 1
 FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
+from steering.request.conditions import ABOVE, PROMPT, SO_FAR, STOP, TOKEN, Condition
+from steering.request.edits import Edit
+from steering.request.float32 import float32
 from steering.request.limits import OPS
-from steering.request.spec import Positions, SteeringSpec, float32
+from steering.request.positions import Positions
+from steering.request.spec import SteeringSpec
 
 # Bits of an edit's coverage.
 COVERS_PROMPT: Final = 1
@@ -37,6 +41,12 @@ GATE_ABOVE, GATE_BELOW = range(2)  # f > threshold, f <= threshold
 
 # Over which tokens a gate decides: see `PlannedGate`.
 SCOPE_TOKEN, SCOPE_SO_FAR, SCOPE_PROMPT, SCOPE_STOP = range(4)
+_SCOPE_CODES: Final = {
+    TOKEN: SCOPE_TOKEN,
+    SO_FAR: SCOPE_SO_FAR,
+    PROMPT: SCOPE_PROMPT,
+    STOP: SCOPE_STOP,
+}
 
 
 @dataclass(frozen=True)
@@ -162,12 +172,12 @@ class SteeringPlan:
             "key": self.key,
             "children": self.children,
             "prompt_len": self.prompt_len,
-            "edits": [list(astuple(edit)) for edit in self.edits],
+            "edits": [_fields(edit) for edit in self.edits],
             "error_term": self.error_term,
             "report": self.report,
-            "read": None if self.read is None else list(astuple(self.read)),
+            "read": None if self.read is None else _fields(self.read),
             "awaited": self.awaited,
-            "gates": [list(astuple(gate)) for gate in self.gates],
+            "gates": [_fields(gate) for gate in self.gates],
             "reread": self.reread,
             "protect": [list(pair) for pair in self.protect],
             "max_share": self.max_share,
@@ -210,19 +220,14 @@ def make_plan(
     *,
     awaited: bool = False,
 ) -> SteeringPlan:
-    """Compile a validated spec: names become indices, values float32, positions bits."""
-    edits = tuple(
-        PlannedEdit(
-            sae=sae_index[edit.sae],
-            latent=edit.feature,
-            op=_OP_CODES[edit.op],
-            value=float32(edit.effective_value),
-            coverage=_coverage(edit.positions),
-            start=edit.positions.start,
-            end=edit.positions.end,
-        )
-        for edit in spec.edits
-    )
+    """Compile a validated spec: names become indices, values float32, positions bits.
+
+    Raises:
+        SteeringError: ``duplicate_intervention``, see `SteeringSpec.at`.
+    """
+    spec = spec.at(prompt_len)
+    gates = spec.gates
+    bits = {condition: 1 << i for i, condition in enumerate(gates)}
     read = None
     if spec.read is not None:
         coverage = _coverage(spec.positions)
@@ -235,10 +240,52 @@ def make_plan(
             start=spec.positions.start,
             end=spec.positions.end,
             aggregate=inspection.aggregate if inspection is not None else None,
+            stream=spec.read.stream,
         )
     return SteeringPlan(
-        key, children, prompt_len, edits, spec.error_term, spec.report, read, awaited
+        key,
+        children,
+        prompt_len,
+        tuple(_planned_edit(edit, sae_index[edit.sae], bits) for edit in spec.edits),
+        spec.error_term,
+        spec.report,
+        read,
+        awaited,
+        gates=tuple(_planned_gate(gate, sae_index[gate.sae]) for gate in gates),
+        reread=spec.reread,
+        protect=tuple((sae_index[name], feature) for name, feature in spec.protect),
+        max_share=None if spec.max_share is None else float32(spec.max_share),
     )
+
+
+def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int]) -> PlannedEdit:
+    conditions = () if edit.when is None else edit.when.conditions
+    return PlannedEdit(
+        sae=sae,
+        latent=edit.feature,
+        op=_OP_CODES[edit.op],
+        value=float32(edit.effective_value),
+        coverage=_coverage(edit.positions),
+        start=edit.positions.start,
+        end=edit.positions.end,
+        gates=sum(bits[condition] for condition in conditions),
+        any_gate=edit.when is not None and edit.when.any,
+    )
+
+
+def _planned_gate(condition: Condition, sae: int) -> PlannedGate:
+    return PlannedGate(
+        sae=sae,
+        latent=condition.feature,
+        sense=GATE_ABOVE if condition.sense == ABOVE else GATE_BELOW,
+        threshold=condition.threshold,
+        scope=_SCOPE_CODES[condition.scope],
+    )
+
+
+def _fields(item: PlannedEdit | PlannedGate | PlannedRead) -> list[Any]:
+    """The values in the order of the fields; `dataclasses.astuple` would copy each deeply."""
+    return list(vars(item).values())
 
 
 def _coverage(where: Positions) -> int:

@@ -1,29 +1,27 @@
-"""The one door: every request that reaches the engine is validated, salted and planned here.
+"""The one door: every request that reaches the engine gets its salt and its plan here.
 
 ``InputProcessor.process_inputs`` is what ``LLM``, ``AsyncLLM`` and vLLM's HTTP handlers share, so
-wrapping it catches a request whichever way it came in.
+wrapping it catches a request whichever way it came in. What comes over HTTP was accepted before;
+what comes otherwise is accepted here at the latest.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, Final
 
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
+from steering.request.accepted import Accepted, accept
 from steering.request.cache_salt import cache_salt, unsteered_salt
 from steering.request.catalog import Catalog
-from steering.request.plan import SELF_CHECK, Inspection, SteeringPlan, make_plan
-from steering.request.spec import SteeringSpec
+from steering.request.plan import SELF_CHECK, SteeringPlan, make_plan
 from steering.vllm.tracing import SPAN, span_attributes
 
-#: `SamplingParams.extra_args` key of the public field's JSON value.
+#: `SamplingParams.extra_args` key of the public field: its JSON value, or what was `Accepted`.
 FIELD: Final = "steering"
-#: Key of a ticket, where the caller wants results back.
-TICKET: Final = "steering_ticket"
-#: Key of what `inspect` adds to a read: `{"aggregate": str, "special_tokens": bool}`.
-INSPECT: Final = "steering_inspect"
 #: Key under which the workers and the scheduler find the plan.
 PLAN: Final = "steering_plan"
 
@@ -31,7 +29,7 @@ PLAN: Final = "steering_plan"
 MAX_REPORT_VALUES: Final = 2**25
 
 #: Keys that no client may fill; offline, `FIELD` is the caller's.
-RESERVED: Final = frozenset({FIELD, TICKET, INSPECT, PLAN, SPAN})
+RESERVED: Final = frozenset({FIELD, PLAN, SPAN})
 
 
 @functools.lru_cache(maxsize=8)
@@ -45,11 +43,40 @@ def catalog_for(vllm_config: Any) -> Catalog:
     return _catalog(config, vllm_config.model_config.max_model_len)
 
 
-def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
-    """Turn the public field in an ``EngineCoreRequest``'s parameters into a salted plan.
+def accepted_of(params: Any) -> Accepted | None:
+    """What was accepted of a request with these ``SamplingParams``; None if nothing was."""
+    field = _field(params)
+    return field if isinstance(field, Accepted) else None
 
-    Does nothing to a request that has no ``steering``. The request's parameters are its own copy.
-    Where it is ``traced``, the attributes of its span go along.
+
+def with_accepted(params: Any, vllm_config: Any) -> Any:
+    """``params`` with their ``steering`` accepted: a copy if it was not yet, else themselves.
+
+    Raises:
+        SteeringError: if it is not valid.
+    """
+    field = _field(params)
+    if field is None or isinstance(field, Accepted):
+        return params
+    return carrying(params, accept(field, catalog_for(vllm_config)))
+
+
+def carrying(params: Any, accepted: Accepted) -> Any:
+    """A copy of ``SamplingParams`` with this ``steering``; the caller's own stay as they are."""
+    copied = copy(params)
+    copied.extra_args = {**(params.extra_args or {}), FIELD: accepted}
+    return copied
+
+
+def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepted | None:
+    """Turn what was accepted of an ``EngineCoreRequest`` into its salt and plan.
+
+    Only what needs the prompt's length is done here. Nothing happens to a request without
+    ``steering``. The request's parameters are its own copy; what was accepted is taken out of them,
+    since only plain types go on to the engine. If it is ``traced``, its span's attributes go along.
+
+    Returns:
+        What was accepted.
 
     Raises:
         SteeringError: a ``ValueError``, before anything of the request has run.
@@ -58,12 +85,54 @@ def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
     params = request.sampling_params
     extra = params.extra_args if params is not None else None
     if not extra or not RESERVED & extra.keys():
-        return
+        return None
     rest = {k: v for k, v in extra.items() if k not in RESERVED}
     params.extra_args = rest or None
-    if extra.get(FIELD) is None:
+    field = extra.get(FIELD)
+    if field is None:
+        return None
+    accepted = field if isinstance(field, Accepted) else accept(field, catalog)
+    _refuse_what_has_no_tokens(request)
+    length = len(request.prompt_token_ids)
+    _refuse_long(accepted, params, length, catalog.max_read_values)
+    spec = accepted.spec
+    prompt_len = length if accepted.prompt_len is None else accepted.prompt_len
+    request.cache_salt = cache_salt(spec, accepted.fingerprints, prompt_len, request.cache_salt)
+    if spec.skips_prefix_cache:
+        params.skip_reading_prefix_cache = True
+    plan = make_plan(
+        spec,
+        catalog.index,
+        key=result_key(accepted, request.request_id),
+        children=params.n,
+        prompt_len=prompt_len,
+        inspection=accepted.inspection,
+        awaited=accepted.awaited,
+    )
+    params.extra_args = {**rest, PLAN: plan.to_wire()}
+    if traced:
+        params.extra_args[SPAN] = span_attributes(spec)
+    return accepted
+
+
+def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
+    """Refuse a read or a report that `complete` would, before the engine is handed its request.
+
+    When `complete` sees it, its response may have begun to stream, or others of its batch may run.
+
+    Args:
+        prompt: as vLLM has rendered it; if it has not, `complete` refuses.
+        params: the ``SamplingParams``, with what was accepted in them.
+        vllm_config: the engine's.
+    """
+    accepted = accepted_of(params)
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+    if accepted is None or ids is None or params.max_tokens is None:
         return
-    spec = catalog.parse(extra[FIELD])
+    _refuse_long(accepted, params, len(ids), catalog_for(vllm_config).max_read_values)
+
+
+def _refuse_what_has_no_tokens(request: Any) -> None:
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         raise SteeringError(
             "unsupported_combination", "steering needs a prompt of tokens, not embeddings", FIELD
@@ -72,68 +141,43 @@ def admit(request: Any, catalog: Catalog, *, traced: bool = False) -> None:
         raise SteeringError(
             "unsupported_combination", "steering does not work with streamed input", FIELD
         )
-    prompt_len = len(request.prompt_token_ids)
-    _refuse_long_read(spec, extra.get(INSPECT), params, prompt_len, catalog.max_read_values)
-    _refuse_long_report(spec, params, prompt_len)
-    checksums = catalog.prepare_now(spec)
-    request.cache_salt = cache_salt(spec, checksums, prompt_len, request.cache_salt)
-    if spec.read is not None:
-        params.skip_reading_prefix_cache = True
-    plan = make_plan(
-        spec,
-        catalog.index,
-        key=result_key(extra.get(TICKET), request.request_id),
-        children=params.n,
-        prompt_len=prompt_len,
-        inspection=_inspection(extra.get(INSPECT)),
-        awaited=TICKET in extra,
-    )
-    params.extra_args = {**rest, PLAN: plan.to_wire()}
-    if traced:
-        params.extra_args[SPAN] = span_attributes(spec)
 
 
-def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
-    """Refuse a read or a report that `admit` would, before its request is handed to the engine.
-
-    When `admit` sees it, its response may have begun to stream, or others of its batch may run.
+def _refuse_long(accepted: Accepted, params: Any, length: int, max_read_values: int) -> None:
+    """Refuse results of more values than are kept.
 
     Args:
-        prompt: as vLLM has rendered it; where it has not, `admit` refuses.
-        params: the ``SamplingParams``.
-        vllm_config: the engine's.
+        accepted: what is asked for.
+        params: the request's.
+        length: tokens in vLLM's prompt.
+        max_read_values: how many features one request may have read.
     """
-    extra = getattr(params, "extra_args", None)
-    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-    if not extra or extra.get(FIELD) is None or ids is None or params.max_tokens is None:
-        return
-    catalog = catalog_for(vllm_config)
-    spec = catalog.parse(extra[FIELD])
-    _refuse_long_read(spec, extra.get(INSPECT), params, len(ids), catalog.max_read_values)
-    _refuse_long_report(spec, params, len(ids))
+    _refuse_long_read(accepted, params, length, max_read_values)
+    _refuse_long_report(accepted, params, length)
 
 
-def _refuse_long_report(spec: SteeringSpec, params: Any, prompt_len: int) -> None:
-    if not spec.report:
+def _refuse_long_report(accepted: Accepted, params: Any, length: int) -> None:
+    edits = len(accepted.spec.edits)
+    if not accepted.spec.report:
         return
     # Activations are kept until the last choice ends: where a choice will end is not known.
-    tokens = prompt_len + params.max_tokens
-    values = tokens * len(spec.edits) * params.n
+    tokens = length + params.max_tokens
+    values = tokens * edits * params.n
     if params.n > 1 and values > MAX_REPORT_VALUES:
         raise SteeringError(
             "invalid_value",
-            f"a report of {len(spec.edits)} edits of up to {tokens} tokens in {params.n} choices "
+            f"a report of {edits} edits of up to {tokens} tokens in {params.n} choices "
             f"is of {values} activations, the limit is {MAX_REPORT_VALUES}: lower max_tokens or n",
             "steering.report",
         )
 
 
-def _refuse_long_read(
-    spec: SteeringSpec, inspect: Mapping[str, Any] | None, params: Any, prompt_len: int, limit: int
-) -> None:
-    if spec.read is None or (inspect is not None and inspect["aggregate"] == SELF_CHECK):
+def _refuse_long_read(accepted: Accepted, params: Any, length: int, limit: int) -> None:
+    spec, inspection = accepted.spec, accepted.inspection
+    if spec.read is None or (inspection is not None and inspection.aggregate == SELF_CHECK):
         return
-    tokens = spec.positions.count(prompt_len, prompt_len + params.max_tokens)
+    prompt_len = length if accepted.prompt_len is None else accepted.prompt_len
+    tokens = spec.positions.count(prompt_len, length + params.max_tokens)
     values = tokens * spec.read.top_k * params.n
     if values > limit:
         choices = f" in {params.n} choices" if params.n > 1 else ""
@@ -142,9 +186,17 @@ def _refuse_long_read(
             "invalid_value",
             f"a read of {spec.read.top_k} features of up to {tokens} tokens{choices} is {values} "
             f"values, the limit is {limit}: "
-            + (remedy if inspect is None else "lower top_k, or send less text"),
-            "steering.read" if inspect is None else "top_k",
+            + (remedy if inspection is None else "lower top_k, or send less text"),
+            "steering.read" if inspection is None else "top_k",
         )
+
+
+def refusal_in(error: BaseException) -> SteeringError | None:
+    """The refusal that an exception is, or that vLLM's engine wrapped in its own."""
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    cause = error.__cause__ if isinstance(error, EngineGenerateError) else error
+    return cause if isinstance(cause, SteeringError) else None
 
 
 def plan_of(params: Any) -> SteeringPlan | None:
@@ -154,9 +206,9 @@ def plan_of(params: Any) -> SteeringPlan | None:
     return None if wire is None else SteeringPlan.from_wire(wire)
 
 
-def result_key(ticket: str | None, request_id: str) -> str:
+def result_key(accepted: Accepted, request_id: str) -> str:
     """What names a request's results: tickets keep clients' equal request ids apart."""
-    return request_id if ticket is None else f"{ticket}/{request_id}"
+    return request_id if accepted.ticket is None else f"{accepted.ticket.id}/{request_id}"
 
 
 def child_index(plan: SteeringPlan, req_id: str) -> int:
@@ -164,5 +216,6 @@ def child_index(plan: SteeringPlan, req_id: str) -> int:
     return int(req_id.split("_", 1)[0]) if plan.children > 1 else 0
 
 
-def _inspection(raw: Mapping[str, Any] | None) -> Inspection | None:
-    return None if raw is None else Inspection(raw["aggregate"], raw["special_tokens"])
+def _field(params: Any) -> object:
+    extra = getattr(params, "extra_args", None)
+    return extra.get(FIELD) if extra else None

@@ -7,9 +7,10 @@ for ever, and its client with it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any, Final
 
 #: The utility call, and the workers' method, that fetches a request's results.
@@ -18,6 +19,8 @@ TAKE: Final = "steering_take_results"
 PATIENCE: Final = 5.0
 #: Seconds between two looks at what came in, while an engine has nothing else to do.
 PAUSE: Final = 0.001
+#: Attribute of an engine core: futures of results that were asked for beside a batch in flight.
+_TAKES: Final = "steering_takes"
 
 
 class Unfetched:
@@ -58,18 +61,52 @@ def stay_for_results() -> None:
     )
 
 
-def _take(core: Any, key: str, limits: dict[int, int]) -> list[Any]:
-    """Each worker's records of a request, which are then forgotten."""
-    found: list[Any] = core.collective_rpc(TAKE, args=(key, limits))
+def _take(core: Any, key: str, limits: dict[int, int]) -> Any:
+    """Each worker's records of a request, which are then forgotten; or a future of them.
+
+    While a batch is in flight an answer from workers in processes of their own comes behind that
+    batch's. To wait for it would keep the engine from scheduling the next batch meanwhile; as it
+    is, whoever waits for a later batch finds it on the way.
+    """
     unfetched = _unfetched(core)
-    if unfetched is not None:
-        unfetched.discard(key)
-    return found
+
+    def forget(_: object = None) -> None:
+        if unfetched is not None:
+            unfetched.discard(key)
+
+    if not (core.batch_queue and _answers_in_order(core.model_executor)):
+        found = core.collective_rpc(TAKE, args=(key, limits))
+        forget()
+        return found
+    future = core.model_executor.collective_rpc(TAKE, args=(key, limits), non_block=True)
+    future.add_done_callback(forget)
+    takes: deque[Any] = core.__dict__.setdefault(_TAKES, deque())
+    while takes and takes[0].done():
+        takes.popleft()
+    takes.append(future)
+    return future
+
+
+def _answers_in_order(executor: Any) -> bool:
+    """Whether a future of this executor's is completed by waiting for any later one."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    return isinstance(executor, MultiprocExecutor)
+
+
+def _finish_takes(core: Any) -> None:
+    """Once no batch is in flight, no later one need come: complete what is not complete."""
+    takes = core.__dict__.get(_TAKES)
+    while takes and not core.batch_queue:
+        # What went wrong is told to whoever asked, by the future's callback.
+        with contextlib.suppress(Exception):
+            takes.popleft().result()
 
 
 def _staying(has_work: Any) -> Any:
     @functools.wraps(has_work)
     def wrapper(self: Any) -> bool:
+        _finish_takes(self)
         if has_work(self):
             return True
         drains = not self.is_running() and self.vllm_config.shutdown_timeout > 0

@@ -1,28 +1,23 @@
-"""Where in a vLLM model a hook point is, found by the model's structure.
-
-vLLM's decoder layers come in two forms. Fused ones take and return ``(hidden_states, residual)``
-and the stream is their sum; plain ones take and return the stream itself. Which one a layer is
-shows in whether its ``forward`` has a parameter named ``residual``.
-"""
+"""From the name of a hook point to the op in a loaded model."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sae.card import HookPoint
-from steering.worker.ops import registered
+from steering.vllm import installation
+from steering.vllm.decoder_layers import decoder_layers, is_placeholder
+from steering.vllm.forward_trace import NotUnderstood
+from steering.vllm.layer_form import Layer, Place
+from steering.vllm.layer_source import LayerSource, original_class
+from steering.vllm.unsupported import UnsupportedModelError
 
-_ATTENTION_NAMES: Final = ("self_attn", "attn", "attention", "self_attention")
-_MLP_NAMES: Final = ("mlp", "block_sparse_moe", "feed_forward", "ffn")
-
-
-class UnsupportedModelError(ValueError):
-    """The model's structure is not one that this project knows how to hook."""
+_LAYER_POINTS: Final = ("hook_resid_pre", "hook_resid_post")
 
 
 def owned_hook_points(
@@ -33,100 +28,65 @@ def owned_hook_points(
     Under pipeline parallelism a stage holds placeholders for the layers of the others.
     """
     layers = decoder_layers(model, num_layers)
-    return [point for point in points if not _is_placeholder(layers[point.layer])]
+    return [point for point in points if not is_placeholder(layers[point.layer])]
 
 
-def install(model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel: int) -> None:
+def install(
+    model: nn.Module,
+    point: HookPoint,
+    num_layers: int,
+    tensor_parallel: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Make the model call the op at ``point``.
+
+    Args:
+        model: as vLLM loaded it.
+        point: of a layer that this worker holds.
+        num_layers: of the model.
+        tensor_parallel: ranks of a tensor-parallel group.
+        dtype: of the model.
 
     Raises:
         UnsupportedModelError: where the structure is not understood.
     """
-    layer = decoder_layers(model, num_layers)[point.layer]
-    hook = str(point)
-    if point.kind in ("hook_resid_pre", "hook_resid_post"):
-        parameters = list(inspect.signature(type(layer).forward).parameters)[1:]
-        if "hidden_states" not in parameters:
-            raise UnsupportedModelError(
-                f"{type(layer).__name__}.forward has no parameter hidden_states; "
-                f"its stream cannot be found for {hook}"
-            )
-        if tensor_parallel > 1:
-            _refuse_deferred_sums(layer, hook)
-        if "attn_in" in parameters and point == HookPoint(0, "hook_resid_pre"):
-            raise UnsupportedModelError(
-                f"{hook}: {type(layer).__name__} may take its attention's input ready-made, which "
-                "would not see the edit; use hook_resid_post"
-            )
-        fused = "residual" in parameters
-        if point.kind == "hook_resid_pre":
-            _wrap_input(layer, hook, parameters, fused)
-        else:
-            _wrap_output(layer, hook, fused)
-        return
-    submodule = _branch_output(layer, point)
+    layers = decoder_layers(model, num_layers)
+    _refuse_mixed_forms(layers, dtype)
+    module = layers[point.layer]
+    layer = _layer(module, point.layer, dtype, tensor_parallel)
     if tensor_parallel > 1:
-        _refuse_partial_sums(submodule, hook)
-    _wrap_output(submodule, hook, fused=False)
+        _refuse_deferred_sums(module, str(point))
+    place = layer.place(point)
+    if tensor_parallel > 1 and point.kind not in _LAYER_POINTS:
+        _refuse_partial_sums(module, place, str(point))
+    installation.install(module, place, str(point), layer.parameters())
 
 
-def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The list of decoder layers, placeholders included.
+def _layer(module: nn.Module, index: int, dtype: Any, tensor_parallel: int) -> Layer:
+    name = original_class(module).__name__
+    return Layer(LayerSource(module), name, dtype, tensor_parallel, first=index == 0)
 
-    Raises:
-        UnsupportedModelError: if there is not exactly one candidate.
-    """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num_layers
-        and all(_is_placeholder(child) or _looks_like_a_layer(child) for child in module)
-    ]
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
+
+def _refuse_mixed_forms(layers: nn.ModuleList, dtype: torch.dtype) -> None:
+    """What one layer returns is what the next one takes: all carry the stream in one form."""
+    forms: dict[bool, str] = {}
+    for index, module in enumerate(layers):
+        if not is_placeholder(module):
+            layer = _layer(module, index, dtype, 1)
+            try:
+                forms[layer.fused()] = layer.name
+            except NotUnderstood as error:
+                raise UnsupportedModelError(f"{layer.name}: {error}") from None
+    if len(forms) > 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected one list of {num_layers} decoder layers, "
-            f"found {names}"
+            f"{forms[True]} carries the stream as the sum of two tensors, {forms[False]} as one"
         )
-    return found[0][1]
 
 
-def _looks_like_a_layer(module: nn.Module) -> bool:
-    return any(hasattr(module, name) for name in _ATTENTION_NAMES)
-
-
-def _is_placeholder(module: nn.Module) -> bool:
-    return type(module).__name__ == "PPMissingLayer"
-
-
-def _branch_output(layer: nn.Module, point: HookPoint) -> nn.Module:
-    """The module whose output the layer adds to its stream.
-
-    Sandwich-norm layers (Gemma-2 and 3) normalise a branch's output before it is added; there the
-    norm is the place, as in TransformerLens.
-    """
-    attention = point.kind == "hook_attn_out"
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
-    if sandwich:
-        name = "post_attention_layernorm" if attention else "post_feedforward_layernorm"
-        return _child(layer, (name,), point)
-    return _child(layer, _ATTENTION_NAMES if attention else _MLP_NAMES, point)
-
-
-def _child(layer: nn.Module, names: tuple[str, ...], point: HookPoint) -> nn.Module:
-    for name in names:
-        module = getattr(layer, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise UnsupportedModelError(
-        f"{type(layer).__name__} has none of {', '.join(names)}; {point} cannot be found"
-    )
-
-
-def _refuse_partial_sums(module: nn.Module, hook: str) -> None:
+def _refuse_partial_sums(layer: nn.Module, place: Place, hook: str) -> None:
     """Under tensor parallelism every rank must hold the whole output, not its share of the sum."""
-    for name, child in module.named_modules():
+    searched = layer.get_submodule(place.path) if place.output else layer
+    for name, child in searched.named_modules():
         if getattr(child, "reduce_results", True) is False:
             raise UnsupportedModelError(
                 f"{hook}: {name} leaves partial sums on each tensor-parallel rank; "
@@ -136,76 +96,14 @@ def _refuse_partial_sums(module: nn.Module, hook: str) -> None:
 
 def _refuse_deferred_sums(layer: nn.Module, hook: str) -> None:
     """Where the next layer's norm adds up the ranks' shares, none of them holds the stream."""
-    forward = inspect.unwrap(type(layer).forward)
+    cls = original_class(layer)
+    forward = inspect.unwrap(cls.forward)
     names = {*forward.__code__.co_names, *forward.__code__.co_freevars}
     if hasattr(layer, "ffn_all_reduce_deferred") or any("fused_allreduce" in n for n in names):
         raise UnsupportedModelError(
-            f"{hook}: {type(layer).__name__} leaves the sum over tensor-parallel ranks to the next "
+            f"{hook}: {cls.__name__} leaves the sum over tensor-parallel ranks to the next "
             "layer's norm, so that no rank holds the stream"
         )
 
 
-def _wrap_output(module: nn.Module, hook: str, fused: bool) -> None:
-    base = type(module)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = base.forward(self, *args, **kwargs)
-        if fused:
-            hidden_states, residual = output
-            registered.steer(hidden_states, residual, hook)
-        else:
-            registered.steer(_only_tensor(output, hook), None, hook)
-        return output
-
-    _replace_forward(module, forward)
-
-
-def _wrap_input(module: nn.Module, hook: str, parameters: list[str], fused: bool) -> None:
-    base = type(module)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden_states = _argument("hidden_states", parameters, args, kwargs)
-        residual = _argument("residual", parameters, args, kwargs) if fused else None
-        registered.steer(hidden_states, residual, hook)
-        return base.forward(self, *args, **kwargs)
-
-    _replace_forward(module, forward)
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give one instance a forward of its own by giving it a class of its own.
-
-    Unlike an instance attribute or a forward hook this is an ordinary method to torch.compile, and
-    unlike a wrapper module it leaves the names of parameters as checkpoints and LoRA know them.
-    """
-    base = type(module)
-    if "forward" in vars(module):
-        raise UnsupportedModelError(
-            f"{base.__name__}: something else has given this module a forward of its own "
-            "(--offload-backend does, for one), behind which the edit would be lost"
-        )
-    module.__class__ = type(base.__name__, (base,), {"forward": forward})
-
-
-def _argument(
-    name: str, parameters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    if name in kwargs:
-        found: Tensor = kwargs[name]
-        return found
-    return args[parameters.index(name)]  # type: ignore[no-any-return]
-
-
-def _only_tensor(output: Any, hook: str) -> Tensor:
-    if isinstance(output, torch.Tensor):
-        return output
-    if (
-        isinstance(output, tuple)
-        and isinstance(output[0], torch.Tensor)
-        and not any(
-            isinstance(other, torch.Tensor) and other.shape == output[0].shape
-            for other in output[1:]
-        )
-    ):
-        return output[0]
-    raise UnsupportedModelError(f"{hook}: the module returns {type(output).__name__}, not a tensor")
+__all__ = ["Place", "UnsupportedModelError", "install", "owned_hook_points"]

@@ -10,8 +10,8 @@ _MARK = "_steered_by_vllm_sae"
 
 
 def register() -> None:
-    """Put the door into ``InputProcessor``, result collection into ``AsyncLLM``, patience into
-    ``EngineCore`` and attributes of spans into ``OutputProcessor``.
+    """Put the door into ``InputProcessor``, the fetching of results into ``AsyncLLM`` and its
+    client, patience into ``EngineCore`` and attributes of spans into ``OutputProcessor``.
 
     vLLM may call this several times in a process.
     """
@@ -20,6 +20,7 @@ def register() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     from steering.vllm.drain import stay_for_results
+    from steering.vllm.results import remember_engines
     from steering.vllm.tracing import describe_spans
 
     if not hasattr(InputProcessor.process_inputs, _MARK):
@@ -29,17 +30,22 @@ def register() -> None:
         )
         AsyncLLM.generate = _collecting(AsyncLLM.generate)
         stay_for_results()
+        remember_engines()
         describe_spans()
 
 
 def _admitting(process_inputs: Any) -> Any:
-    from steering.vllm.door import admit, catalog_for
+    from steering.vllm.door import catalog_for, complete
+    from steering.vllm.results import remember_accepted
     from steering.vllm.tracing import is_traced
 
     @functools.wraps(process_inputs)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        admit(request, catalog_for(self.vllm_config), traced=is_traced(self.vllm_config))
+        catalog = catalog_for(self.vllm_config)
+        accepted = complete(request, catalog, traced=is_traced(self.vllm_config))
+        if accepted is not None:
+            remember_accepted(self, request.request_id, accepted)
         return request
 
     setattr(wrapper, _MARK, True)
@@ -48,20 +54,17 @@ def _admitting(process_inputs: Any) -> Any:
 
 def _validating(add_requests: Any) -> Any:
     """Refuse a batch of ``LLM``'s before its first request runs, whichever of them is invalid."""
-    from steering.vllm.door import FIELD, catalog_for, refuse_long_results
+    from steering.report import wants_report
+    from steering.vllm.door import accepted_of, refuse_long_results, with_accepted
 
     @functools.wraps(add_requests)
     def wrapper(self: Any, prompts: Any, params: Any, **kwargs: Any) -> Any:
         vllm_config = self.llm_engine.vllm_config
-        long = False
-        for one in {id(one): one for one in params}.values():
-            extra = getattr(one, "extra_args", None)
-            if extra and extra.get(FIELD) is not None:
-                catalog = catalog_for(vllm_config)
-                spec = catalog.parse(extra[FIELD])
-                catalog.prepare_now(spec)
-                long = long or spec.report or spec.read is not None
-        if long:
+        # Prompts often share their parameters, which are then accepted once.
+        of_each = {id(one): with_accepted(one, vllm_config) for one in params}
+        params = [of_each[id(one)] for one in params]
+        accepted = map(accepted_of, of_each.values())
+        if any(one is not None and wants_report(one.spec) for one in accepted):
             prompts = list(prompts)
             for prompt, one in zip(prompts, params, strict=False):
                 refuse_long_results(prompt, one, vllm_config)
@@ -71,26 +74,20 @@ def _validating(add_requests: Any) -> Any:
 
 
 def _collecting(generate: Any) -> Any:
-    from steering.vllm.door import FIELD, catalog_for, refuse_long_results
-    from steering.vllm.results import collect, wants_collection
+    from steering.vllm.door import accepted_of, refuse_long_results, with_accepted
+    from steering.vllm.results import collect
 
     @functools.wraps(generate)
     def wrapper(
         self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        collects = wants_collection(sampling_params)
-        extra = getattr(sampling_params, "extra_args", None) or {}
+        # If no server stands before this call: vLLM would wrap what its generator raises.
+        params = with_accepted(sampling_params, self.vllm_config)
+        accepted = accepted_of(params)
+        collects = accepted is not None and accepted.ticket is not None
         if collects:
-            refuse_long_results(prompt, sampling_params, self.vllm_config)
-        elif extra.get(FIELD) is not None:
-            # No server stands before this call, and vLLM wraps what its generator raises.
-            catalog = catalog_for(self.vllm_config)
-            catalog.prepare_now(catalog.parse(extra[FIELD]))
-        outputs: AsyncGenerator[Any, None] = generate(
-            self, prompt, sampling_params, request_id, **kwargs
-        )
-        if collects:
-            return collect(self, outputs, sampling_params, request_id)
-        return outputs
+            refuse_long_results(prompt, params, self.vllm_config)
+        outputs: AsyncGenerator[Any, None] = generate(self, prompt, params, request_id, **kwargs)
+        return collect(self, outputs, params, request_id) if collects else outputs
 
     return wrapper

@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from steering.vllm.door import child_index, plan_of
+from steering.vllm.piecewise import runs_between_pieces
 from steering.worker.ops import registered
 from steering.worker.worker_state import SteeringState
 
@@ -52,13 +53,13 @@ def attach(runner: Any, state: SteeringState) -> None:
             state.pause_request(req_id)
         for req_id in scheduler_output.finished_req_ids:
             state.remove_request(req_id)
-        _eager.needed = lambda: state.needs_full(scheduler_output.num_scheduled_tokens)
+        _full_pass.needed = lambda: state.needs_full(scheduler_output.num_scheduled_tokens)
         try:
             return execute_model(scheduler_output, *args, **kwargs)
         finally:
             # Dummy passes that follow must find nothing to steer.
             state.end_step()
-            _eager.needed = _never
+            _full_pass.needed = _never
 
     model_state.add_request = _add_request
     model_state.preprocess_state = _preprocess_state
@@ -70,28 +71,62 @@ def _never() -> bool:
     return False
 
 
-class _EagerPass:
-    """Whether the pass that is about to be dispatched must run outside CUDA graphs."""
+class _FullPass:
+    """Whether the pass that is about to be dispatched needs a full encode."""
 
     needed: Callable[[], bool] = staticmethod(_never)
 
 
-_eager = _EagerPass()
+_full_pass = _FullPass()
 
 
 @functools.cache
 def _intercept_dispatch() -> None:
-    """A full encode allocates and decides on the host: such a pass must not replay a graph.
+    """A full encode allocates and decides on the host: such a pass must not replay it in a graph.
 
     The runner decides between graphs and eager execution in one imported function, and gives it no
     other say from outside.
     """
     from vllm.v1.worker.gpu import model_runner
 
-    dispatch = model_runner.dispatch_cg_and_sync_dp
+    model_runner.dispatch_cg_and_sync_dp = _without_full_graphs(
+        model_runner.dispatch_cg_and_sync_dp
+    )
+
+
+def _without_full_graphs(dispatch: Callable[..., Any]) -> Callable[..., Any]:
+    """``dispatch`` that gives a full pass no graph with the op in it.
+
+    Where there are graphs of the pieces between ops, the batch is passed off as one that no full
+    graph fits, and takes those; so do other data-parallel ranks, who agree on its shape. Else it
+    runs eagerly, and so do they.
+    """
 
     @functools.wraps(dispatch)
-    def wrapper(*args: Any, need_eager: bool = False, **kwargs: Any) -> Any:
-        return dispatch(*args, need_eager=need_eager or _eager.needed(), **kwargs)
+    def wrapper(
+        manager: Any,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        *args: Any,
+        max_query_len: int | None = None,
+        need_eager: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if _full_pass.needed():
+            if runs_between_pieces(manager):
+                uniform_token_count = max_query_len = None
+            else:
+                need_eager = True
+        return dispatch(
+            manager,
+            num_reqs,
+            num_tokens,
+            uniform_token_count,
+            *args,
+            max_query_len=max_query_len,
+            need_eager=need_eager,
+            **kwargs,
+        )
 
-    model_runner.dispatch_cg_and_sync_dp = wrapper
+    return wrapper

@@ -12,6 +12,7 @@ from vllm.v1.request import Request, RequestStatus
 from steering.config import DEFAULT_MAX_ROWS, SteeringConfig
 from steering.vllm.door import plan_of
 from steering.vllm.drain import Unfetched
+from steering.vllm.kv_transfer import connects_by_request, guard_transfers, stamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,6 +34,9 @@ class _RowLimits:
         self._held: dict[str, Request] = {}  # in the order of their arrival
         self._by_priority = vllm_config.scheduler_config.policy == "priority"
         self.unfetched = Unfetched()
+        self._gives_by_request = connects_by_request(vllm_config.kv_transfer_config)
+        if self._gives_by_request:
+            guard_transfers(self)
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request.sampling_params)
@@ -67,6 +71,8 @@ class _RowLimits:
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        if self._gives_by_request:
+            stamp(freed[0], request)
         plan = plan_of(request.sampling_params)
         if plan is not None and plan.wants_results:
             self.unfetched.add(plan.key)

@@ -55,6 +55,8 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "SamplingParams",
             fields=("extra_args", "n", "max_tokens", "skip_reading_prefix_cache"),
         ),
+        Seam("sampling_params", "SamplingParams.clone", mentions=("deepcopy",)),
+        Seam("v1.engine.exceptions", "EngineGenerateError"),
         Seam("inputs.engine", "TokensInput", fields=("prompt_token_ids",)),
         Seam("v1.core.kv_cache_utils", "", mentions=("cache_salt",)),
         Seam("v1.request", "Request", mentions=("skip_reading_prefix_cache",)),
@@ -67,10 +69,15 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam(
             "v1.engine.async_llm",
             "AsyncLLM",
-            fields=("engine_core", "vllm_config", "get_tokenizer"),
+            fields=("engine_core", "get_tokenizer"),
         ),
         Seam("v1.engine.async_llm", "AsyncLLM", fields=("errored", "dead_error")),
         Seam("v1.engine.core_client", "AsyncMPClient", fields=("core_engines",)),
+        Seam(
+            "v1.engine.core_client",
+            "DPLBAsyncMPClient.get_core_engine_for_request",
+            first=("request",),
+        ),
         Seam("v1.engine.core_client", "DPLBAsyncMPClient.call_utility_all_async"),
         Seam("v1.engine.core_client", "AsyncMPClient.call_utility_all_async", first=("method",)),
         Seam(
@@ -85,7 +92,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             first=("method", "timeout", "args", "kwargs"),
         ),
         Seam("entrypoints.llm", "LLM", fields=("llm_engine", "get_tokenizer")),
-        Seam("v1.engine.llm_engine", "LLMEngine", fields=("vllm_config",)),
+        Seam("v1.engine.llm_engine", "LLMEngine", fields=("input_processor",)),
         Seam("entrypoints.llm", "LLM.collective_rpc", first=("method",), parameters=("args",)),
         Seam(
             "outputs",
@@ -94,8 +101,39 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
         Seam("outputs", "CompletionOutput", fields=("index", "token_ids")),
     ),
+    "steering/vllm/offline.py": (
+        Seam("", "LLM"),
+        Seam("", "EngineArgs"),
+        Seam("", "SamplingParams"),
+        Seam("engine.arg_utils", "EngineArgs.create_model_config"),
+        Seam("entrypoints.llm", "LLM.generate", first=("prompts", "sampling_params")),
+        Seam("entrypoints.llm", "LLM.chat", first=("messages", "sampling_params")),
+        Seam("entrypoints.llm", "LLM.get_default_sampling_params"),
+    ),
+    "steering/vllm/engine_arguments.py": (
+        Seam(
+            "config.model",
+            "ModelConfig",
+            fields=("get_hidden_size", "get_total_num_hidden_layers"),
+        ),
+    ),
     "steering/vllm/drain.py": (
-        Seam("v1.engine.core", "EngineCore", fields=("scheduler", "vllm_config")),
+        Seam(
+            "v1.engine.core",
+            "EngineCore",
+            fields=("scheduler", "vllm_config", "batch_queue", "model_executor"),
+        ),
+        Seam(
+            "v1.engine.core",
+            "EngineCoreProc._invoke_utility_method",
+            mentions=("Future", "add_done_callback"),
+        ),
+        Seam(
+            "v1.executor.multiproc_executor",
+            "MultiprocExecutor.collective_rpc",
+            parameters=("args", "non_block"),
+        ),
+        Seam("v1.executor.multiproc_executor", "FutureWrapper.result", mentions=("futures_queue",)),
         Seam("v1.engine.core", "EngineCoreProc.has_work", first=()),
         Seam("v1.engine.core", "EngineCoreProc._handle_shutdown", mentions=("has_work",)),
         Seam("v1.engine.core", "EngineCoreProc.is_running", first=()),
@@ -148,11 +186,88 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.request", "Request.__lt__", mentions=("priority", "arrival_time")),
         Seam("v1.request", "RequestStatus"),
         Seam("v1.engine.core", "EngineCore", mentions=("get_scheduler_cls", "finish_requests")),
-        Seam("config.vllm", "VllmConfig", fields=("additional_config", "scheduler_config")),
+        Seam(
+            "config.vllm",
+            "VllmConfig",
+            fields=("additional_config", "scheduler_config", "kv_transfer_config"),
+        ),
         Seam(
             "config.scheduler",
             "SchedulerConfig",
             fields=("scheduler_cls", "async_scheduling", "policy"),
+        ),
+    ),
+    "steering/vllm/kv_transfer.py": (
+        Seam(
+            "config.kv_transfer",
+            "KVTransferConfig",
+            fields=("kv_connector", "kv_connector_module_path", "kv_connector_extra_config"),
+        ),
+        *(
+            Seam("distributed.kv_transfer.kv_connector.factory", "", mentions=(name,))
+            for name in (
+                *("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector"),
+                *("LMCacheMPConnector", "NixlConnector", "MooncakeConnector", "MultiConnector"),
+            )
+        ),
+        Seam(
+            "distributed.kv_transfer.kv_connector.v1.multi_connector",
+            "",
+            mentions=("connectors", "kv_connector_extra_config"),
+        ),
+        Seam(
+            "distributed.kv_transfer.kv_connector.v1.base",
+            "KVConnectorBase_V1.get_num_new_matched_tokens",
+            first=("request", "num_computed_tokens"),
+        ),
+        *(
+            Seam(f"distributed.kv_transfer.kv_connector.v1.{module}", "", mentions=(word,))
+            for module, word in (
+                ("offloading.scheduler", "block_hashes"),
+                ("mooncake.store.scheduler", "block_hashes"),
+                ("lmcache_mp_connector", "cache_salt"),
+                ("nixl.pull_scheduler", "do_remote_prefill"),
+                ("nixl.pull_scheduler", "remote_block_ids"),
+                ("nixl.push_scheduler", "do_remote_prefill"),
+                ("mooncake.mooncake_connector", "do_remote_prefill"),
+            )
+        ),
+        Seam("v1.simple_kv_offload.manager", "", mentions=("block_hashes",)),
+        Seam("v1.core.sched.scheduler", "Scheduler", fields=("connector",)),
+        Seam("v1.core.sched.scheduler", "Scheduler", mentions=("get_num_new_matched_tokens",)),
+        Seam("v1.request", "Request", fields=("kv_transfer_params", "cache_salt")),
+    ),
+    "steering/vllm/piecewise.py": (
+        Seam("compilation.breakable_cudagraph", "is_breakable_cudagraph_enabled"),
+        Seam("config.compilation", "CompilationMode", fields=("VLLM_COMPILE",)),
+        Seam("config.compilation", "CUDAGraphMode", fields=("PIECEWISE",)),
+        Seam("config.compilation", "CUDAGraphMode.has_piecewise_cudagraphs"),
+        Seam("config.compilation", "CUDAGraphMode.mixed_mode"),
+        Seam(
+            "config.compilation",
+            "CompilationConfig",
+            fields=(
+                *("mode", "cudagraph_mode", "use_inductor_graph_partition", "splitting_ops"),
+                "splitting_ops_contain_attention",
+            ),
+        ),
+        Seam("compilation.backends", "", mentions=("splitting_ops", "split_graph")),
+        Seam(
+            "v1.worker.gpu.cudagraph_utils",
+            "CudaGraphManager",
+            fields=("cudagraph_mode", "compilation_config"),
+        ),
+    ),
+    "steering/vllm/finite_logits.py": (
+        Seam("v1.worker.gpu_model_runner", "GPUModelRunner", mentions=("compute_logits",)),
+        Seam("v1.worker.gpu.model_runner", "GPUModelRunner", mentions=("compute_logits",)),
+        Seam("v1.worker.gpu.model_runner", "", mentions=("compute_logits_local",)),
+    ),
+    "steering/vllm/rehearsal.py": (
+        Seam("v1.worker.gpu_model_runner", "GPUModelRunner.profile_run"),
+        Seam("v1.worker.gpu.model_runner", "GPUModelRunner.profile_run"),
+        Seam(
+            "v1.worker.gpu_worker", "Worker.determine_available_memory", mentions=("profile_run",)
         ),
     ),
     "steering/vllm/worker.py": (
@@ -177,7 +292,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "VllmConfig",
             fields=(
                 *("additional_config", "model_config", "scheduler_config"),
-                "compilation_config",
+                *("compilation_config", "kv_transfer_config"),
             ),
         ),
         Seam("config.scheduler", "SchedulerConfig", fields=("max_num_seqs",)),
@@ -202,6 +317,12 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.cache", "CacheConfig", fields=("kv_sharing_fast_prefill",)),
         Seam("config.speculative", "SpeculativeConfig", fields=("enable_adaptive_verification",)),
         Seam("config.model", "ModelConfig", fields=("is_encoder_decoder", "runner_type")),
+        Seam("envs", "VLLM_FLOAT32_MATMUL_PRECISION"),
+        Seam(
+            "model_executor.models.deepseek_v2",
+            "DeepseekV2DecoderLayer.forward",
+            mentions=("routed_scaling_factor", "float16"),
+        ),
     ),
     "steering/vllm/hook_points.py": (
         Seam("model_executor.models.utils", "PPMissingLayer"),
@@ -267,7 +388,12 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "SchedulerOutput",
             fields=("finished_req_ids", "preempted_req_ids", "num_scheduled_tokens"),
         ),
-        Seam("v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp", parameters=("need_eager",)),
+        Seam(
+            "v1.worker.gpu.dp_utils",
+            "dispatch_cg_and_sync_dp",
+            first=("cudagraph_manager", "num_reqs", "num_tokens", "uniform_token_count"),
+            parameters=("max_query_len", "need_eager"),
+        ),
         Seam(
             "v1.worker.gpu.model_states.interface",
             "ModelState.add_request",
@@ -346,7 +472,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
                 ("entrypoints.anthropic.api_router", "create_messages"),
             )
         ),
-        Seam("v1.engine.exceptions", "EngineGenerateError"),
         Seam(
             "entrypoints.openai.responses.serving",
             "OpenAIServingResponses._generate_with_builtin_tools",
@@ -421,23 +546,51 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
     ),
     "server/self_check.py": (
         Seam("v1.engine.async_llm", "AsyncLLM", fields=("output_processor",)),
-        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("priority",)),
         Seam("v1.engine.output_processor", "OutputProcessor.has_unfinished_requests"),
+        Seam("v1.engine.exceptions", "EngineDeadError"),
+        Seam("config.parallel", "ParallelConfig", fields=("_api_process_rank",)),
+        Seam("config.model", "ModelConfig", fields=("max_model_len", "model")),
+    ),
+    "server/reader.py": (
+        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("lora_request", "priority")),
         Seam("", "SamplingParams"),
         Seam(
             "sampling_params",
             "SamplingParams",
-            fields=("max_tokens", "temperature", "detokenize", "extra_args"),
+            fields=(
+                *("max_tokens", "temperature", "detokenize", "skip_reading_prefix_cache"),
+                "extra_args",
+            ),
         ),
         Seam("inputs", "TokensPrompt", fields=("prompt_token_ids", "cache_salt")),
-        Seam("v1.engine.exceptions", "EngineDeadError"),
-        Seam("config.parallel", "ParallelConfig", fields=("_api_process_rank",)),
-        Seam("config.model", "ModelConfig", fields=("max_model_len", "model")),
+        Seam("inputs.engine", "TokensInput", fields=("type", "prompt_token_ids")),
         Seam(
             "entrypoints.llm",
             "LLM.generate",
             first=("prompts", "sampling_params"),
             parameters=("use_tqdm",),
+        ),
+    ),
+    "server/rendering.py": (
+        Seam("entrypoints.serve.engine.protocol", "ErrorResponse", fields=("error",)),
+        *(
+            Seam(f"entrypoints.openai.{api}.serving", name, first=("request",))
+            for api, name in (
+                ("chat_completion", "OpenAIServingChat.render_chat_request"),
+                ("completion", "OpenAIServingCompletion.render_completion_request"),
+            )
+        ),
+        Seam(
+            "entrypoints.openai.chat_completion.api_router", "", mentions=("openai_serving_chat",)
+        ),
+        Seam(
+            "entrypoints.openai.completion.api_router", "", mentions=("openai_serving_completion",)
+        ),
+        Seam(
+            "entrypoints.serve.engine.serving",
+            "BaseServing._maybe_get_adapters",
+            first=("request",),
+            parameters=("supports_default_mm_loras",),
         ),
     ),
     "server/start/checked_sae.py": (
@@ -449,15 +602,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
     ),
     "server/unembedding.py": (
         Seam("config.model", "ModelConfig", fields=("model", "revision", "hf_text_config")),
-    ),
-    "server/routes/saes.py": (
-        *(
-            Seam(module, name, first=("request", "raw_request"))
-            for module, name in (
-                ("entrypoints.openai.chat_completion.api_router", "create_chat_completion"),
-                ("entrypoints.openai.completion.api_router", "create_completion"),
-            )
-        ),
     ),
 }
 

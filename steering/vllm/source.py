@@ -60,6 +60,18 @@ class Source:
         found = re.search(r"""\bversion = ['"]([^'"]+)""", text)
         return found.group(1) if found else "of unknown version"
 
+    def definition(self, module: str, name: str) -> tuple[str, ast.AST] | None:
+        """The module where a name of ``module`` is defined, through re-exports, and its node."""
+        return self._find(module, name)
+
+    def line(self, module: str, name: str) -> list[tuple[str, ast.ClassDef]]:
+        """A class and the classes of this package that it inherits from, nearest first.
+
+        Each with the module that it is defined in; empty if there is no such class.
+        """
+        found = self._find(module, name)
+        return [] if found is None else list(self._line(*found))
+
     def lacking(self, seams: Mapping[str, Iterable[Seam]]) -> list[str]:
         """What of the seams is not there, each in a few words.
 

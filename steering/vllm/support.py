@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 class UnsupportedEngineError(ValueError):
     """An engine setting would make edits wrong or drop them."""
@@ -62,6 +64,13 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "adaptive verification, which drops tokens on the device",
         ),
     )
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        raise UnsupportedEngineError(
+            f"SAE steering does not work with a float32 matmul precision of {precision}, in which "
+            "activations would not be read in float32; unset VLLM_FLOAT32_MATMUL_PRECISION, or "
+            "call torch.set_float32_matmul_precision('highest')"
+        )
     for refused, what in refusals:
         if refused:
             raise UnsupportedEngineError(f"SAE steering does not work with {what}")

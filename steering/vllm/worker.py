@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,17 @@ from sae.sae import open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
+from steering.vllm.finite_logits import keep_logits_finite
+from steering.vllm.kv_transfer import refuse_unsalted_connectors
+from steering.vllm.pass_guard import PassGuard
+from steering.vllm.piecewise import split_at_steer
+from steering.vllm.rehearsal import rehearse_full_passes
 from steering.vllm.support import (
     UnsupportedEngineError,
     refuse_unknown_runner,
     refuse_unsupported,
 )
+from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import Kernel, registered
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
@@ -42,18 +50,40 @@ class SteeringWorker(PlatformWorker):
     """A worker that steers; name it as ``worker_cls``."""
 
     steering: SteeringState | None = None
+    _guard: PassGuard | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, then put the op at every hook point that this worker holds."""
-        super().load_model(**kwargs)
         config = SteeringConfig.from_additional_config(self.vllm_config.additional_config)
-        if config is not None and config.saes:
-            try:
-                refuse_unsupported(self.vllm_config)
-                self.steering = self._install(config)
-            except (UnsupportedEngineError, hook_points.UnsupportedModelError, SAEError) as error:
-                _leave_word(error)
-                raise
+        if config is None or not config.saes:
+            super().load_model(**kwargs)
+            return
+        with _last_word():
+            refuse_unsupported(self.vllm_config)
+            refuse_unsalted_connectors(self.vllm_config.kv_transfer_config)
+            split_at_steer(self.vllm_config.compilation_config)
+            super().load_model(**kwargs)
+            self.steering = self._install(config)
+
+    def determine_available_memory(self) -> int:
+        """Profile the largest pass, in which every installed op must be called."""
+        with _last_word():
+            found: int = super().determine_available_memory()
+            if self._guard is not None:
+                self._guard.check()
+        return found
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile and capture; then no pass is watched any more."""
+        with _last_word():
+            times = super().compile_or_warm_up_model()
+            if self._guard is not None:
+                if self._guard.passes == 0:
+                    self.model_runner._dummy_run(1)
+                self._guard.check()
+                self._guard.leave()
+                self._guard = None
+        return times
 
     def steering_take_results(
         self, key: str, limits: dict[int, int]
@@ -79,11 +109,6 @@ class SteeringWorker(PlatformWorker):
             return config.special_token_ids
         return special_token_ids(cached_tokenizer_from_config(self.vllm_config.model_config))
 
-    def _free_bytes(self) -> int:
-        """Device memory that nobody holds, less what vLLM keeps free for its largest pass."""
-        free: int = torch.cuda.mem_get_info(self.device)[0]
-        return free - int(getattr(self, "peak_activation_memory", 0))
-
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner
         model = runner.get_model()
@@ -107,23 +132,36 @@ class SteeringWorker(PlatformWorker):
             kernel=_kernel(runner.device, self.vllm_config.model_config.dtype),
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
-            free_bytes=None if runner.device.type != "cuda" else self._free_bytes,
+            resident=config.resident if runner.device.type == "cuda" else None,
         )
         for point in owned:
             hook_points.install(
-                model, point, config.num_layers, self.parallel_config.tensor_parallel_size
+                model,
+                point,
+                config.num_layers,
+                self.parallel_config.tensor_parallel_size,
+                self.vllm_config.model_config.dtype,
             )
         state.compile_kernel(self.vllm_config.model_config.dtype, config.d_model)
         registered.make_current(state)
         adapter.attach(runner, state)
+        keep_logits_finite(model, state)
+        if runner.device.type == "cuda":
+            rehearse_full_passes(runner, state)
+        self._guard = PassGuard(state, model, replayed=state.graphs)
         return state
 
 
-def _leave_word(error: Exception) -> None:
+@contextmanager
+def _last_word() -> Iterator[None]:
     """Tell the command line why the engine did not start; vLLM passes on only that it did not."""
-    file = os.environ.get(REFUSAL_VARIABLE)
-    if file is not None:
-        Path(file).write_text(str(error), encoding="utf-8")
+    try:
+        yield
+    except (UnsupportedEngineError, UnsupportedModelError, SAEError) as error:
+        file = os.environ.get(REFUSAL_VARIABLE)
+        if file is not None:
+            Path(file).write_text(str(error), encoding="utf-8")
+        raise
 
 
 def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:

@@ -128,8 +128,7 @@ class BatchParts:
         token_np = np.flatnonzero(has_work[step.token_slot_np] & (step.token_slot_np >= 0))
         full = {sae for s in present for sae in self.work[s].full}
         width = int(self.table.count_np[present].max()) if present else 0
-        per_token = max([self.rows.W_enc.shape[1], *(2 * self.saes[s].card.d_sae for s in full)])
-        chunk = max(1, _WORKSPACE_ELEMENTS // per_token)
+        chunk = self.tokens_in_part(full)
         if len(token_np) > chunk:
             return (
                 self._part(step, token_np[start : start + chunk], width)
@@ -138,6 +137,11 @@ class BatchParts:
         part = self._part(step, token_np, width) if len(token_np) else None
         self._laid_out = (step.token_slot_np, part)
         return () if part is None else (part,)
+
+    def tokens_in_part(self, full: Iterable[int]) -> int:
+        """Most tokens of a part in which these SAEs are encoded in full."""
+        per_token = max([self.rows.W_enc.shape[1], *(2 * self.saes[s].card.d_sae for s in full)])
+        return max(1, _WORKSPACE_ELEMENTS // per_token)
 
     def _part(self, step: Step, token_np: IntArray, width: int) -> BatchPart:
         device = self.prompt_len.device

@@ -8,7 +8,7 @@ that counts is cut off when the record is fetched.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -111,8 +111,8 @@ class RequestRecord:
         """What was recorded on positions below ``limit``, in plain types.
 
         ``edits`` has one entry an edit, None where this worker does not hold its layer; ``read`` is
-        for `features_read`; ``cached`` counts the prompt's tokens that no pass of this request
-        computed, None where none is known.
+        for `steering.report.features_read`; ``cached`` counts the prompt's tokens that no pass of
+        this request computed, None where none is known.
         """
         edits: list[dict[str, Any] | None] = []
         for column in range(self._status.shape[1]):
@@ -177,24 +177,6 @@ class RequestRecord:
         self._status, self._f = grown(self._status), grown(self._f)
         self._was_read = grown(self._was_read)
         self._top_latents, self._top_values = grown(self._top_latents), grown(self._top_values)
-
-
-def features_read(read: Sequence[bytes]) -> Iterator[tuple[int, list[list[float]]]]:
-    """Each position of a summary's ``read`` with its ``[latent, value]`` pairs, best first.
-
-    Left out are values that are not above 0, which stand where fewer features fired than were asked
-    for, and infinite ones, which JSON cannot hold.
-    """
-    if not read[0]:
-        return
-    positions = np.frombuffer(read[0], dtype=np.int64)
-    shape = (len(positions), -1)
-    latents = np.frombuffer(read[1], dtype=np.int32).reshape(shape)
-    values = np.frombuffer(read[2], dtype=np.float32).reshape(shape)
-    for position, its_latents, its_values in zip(positions, latents, values, strict=True):
-        kept = (its_values > 0) & (its_values < np.inf)
-        pairs = zip(its_latents[kept].tolist(), its_values[kept].tolist(), strict=True)
-        yield int(position), [list(pair) for pair in pairs]
 
 
 def _finite(value: np.floating[Any]) -> float | None:

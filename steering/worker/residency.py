@@ -1,46 +1,84 @@
-"""Whether an SAE's whole weights are kept on the device, for the passes that read all of them."""
+"""Where the whole weights of SAEs are when a pass reads all of them.
+
+On an accelerator they must be on the device. Those that full passes of every kind need (TopK) are
+put there when the model is loaded, before the engine measures what memory is left for its KV cache;
+the others take turns in one place of the largest one's size, a copy each time that it changes
+hands. All this follows from the configuration and the batches, which the ranks of a tensor-parallel
+group share, and not from how much memory is free: weights that lie elsewhere are multiplied by
+another kernel, and rounding would part the ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from sae.errors import SAEError
 from sae.sae import SAE
-
-#: Most of the free memory that one SAE may take; its copy passes through twice its size.
-MOST_OF_FREE: Final = 0.5
+from steering.config import RESIDENT_ALL, RESIDENT_NONE, RESIDENT_TURNS
 
 
 class Residency:
-    """Puts the matrices of SAEs on an accelerator when a request first needs all of them.
-
-    Without it a full pass copies them from the memory map in chunks, every time.
+    """Puts the matrices of SAEs on an accelerator.
 
     Args:
-        saes: index to SAE.
+        saes: index to SAE, those whose layer this worker holds.
         device: where the model runs.
-        free_bytes: memory that nobody holds on the device now; None where weights in the host's
-            memory are as near as they can be.
+        choice: one of `config.RESIDENT_CHOICES`; None where weights in the host's memory are as
+            near as they can be.
+
+    Raises:
+        SAEError: in one line, if the device has no room for them.
     """
 
-    def __init__(
-        self,
-        saes: Mapping[int, SAE],
-        device: torch.device,
-        free_bytes: Callable[[], int] | None,
-    ) -> None:
+    def __init__(self, saes: Mapping[int, SAE], device: torch.device, choice: str | None) -> None:
         self._saes = saes
         self._device = device
-        self._free_bytes = free_bytes
-        self._decided: set[int] = set()
+        self._place: Tensor | None = None
+        self._in_place: int | None = None
+        kept = set() if choice is None else {i for i in saes if self._is_kept(i, choice)}
+        self._taking_turns = (
+            frozenset(saes) - kept if choice == RESIDENT_TURNS else frozenset[int]()
+        )
+        for index in sorted(kept):
+            self._keep(index)
+        if self._taking_turns:
+            self._make_place()
 
     def bring(self, index: int) -> None:
-        """Make an SAE resident if there is room; what is decided the first time stays so."""
-        if self._free_bytes is None or index in self._decided:
+        """Have an SAE's matrices on the device for the whole encode or decode that comes next."""
+        if index not in self._taking_turns or index == self._in_place:
             return
-        self._decided.add(index)
+        if self._in_place is not None:
+            self._saes[self._in_place].evict(self._device)
+        self._saes[index].resident(self._device, self._place)
+        self._in_place = index
+
+    def _is_kept(self, index: int, choice: str) -> bool:
+        if choice == RESIDENT_TURNS:
+            return not self._saes[index].card.exact_from_row
+        return choice == RESIDENT_ALL
+
+    def _keep(self, index: int) -> None:
         sae = self._saes[index]
-        if sae.matrix_bytes <= MOST_OF_FREE * self._free_bytes():
+        try:
             sae.resident(self._device)
+            sae.prepare(self._device)
+        except torch.OutOfMemoryError as error:
+            raise self._no_room(f"SAE {sae.card.id!r}", sae.matrix_bytes) from error
+
+    def _make_place(self) -> None:
+        size = max(self._saes[index].place_bytes for index in self._taking_turns)
+        try:
+            self._place = torch.empty(size, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as error:
+            raise self._no_room("the largest SAE", size) from error
+
+    def _no_room(self, what: str, size: int) -> SAEError:
+        return SAEError(
+            f"{self._device}: no room for the {size / 2**30:.2f} GiB of {what} beside the model; "
+            f"with --steering-resident {RESIDENT_NONE} weights stay on the host, and requests with "
+            "read, error_term false or edits of a TopK SAE become slow"
+        )

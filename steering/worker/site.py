@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.arrays import FloatArray, IntArray
 from sae.sae import SAE
+from steering.request.limits import MAX_TOP_K
 from steering.request.plan import COVERS_SINKS, COVERS_SPECIAL, SELF_CHECK, SteeringPlan
 from steering.worker.batch_parts import BatchPart, BatchParts, FullPart, SlotWork
 from steering.worker.kernel_reports import KernelReports, ReportPart
@@ -98,8 +99,6 @@ class HookRuntime:
         )
         decode = None if plan.error_term or not edits else edits[0][1].sae
         full &= self.saes.keys()
-        for sae in full:
-            self.residency.bring(sae)
         self.work.pop(slot, None)
         self._full_slots.discard(slot)
         if edits or full:
@@ -172,7 +171,7 @@ class HookRuntime:
             reports.copy(step.positions[index], self.kernel.report_f[index, :width], parts)
 
     def _apply_part(self, hidden_states: Tensor, stream: Stream, part: BatchPart) -> None:
-        encoded = [(full, self.saes[full.sae].encode(stream.x[full.index])) for full in part.full]
+        encoded = [(full, self._encode(full.sae, stream.x[full.index])) for full in part.full]
         edits = part.edits
         delta = None
         if edits is not None:
@@ -200,6 +199,27 @@ class HookRuntime:
                     hidden_states, stream, delta, None if num_touched == len(delta) else touched
                 )
 
+    @torch.inference_mode()
+    def rehearse(self, sae: int, hidden_states: Tensor) -> None:
+        """Take the memory that one part of a full pass takes, and give it back; nothing is edited.
+
+        Args:
+            sae: one of those here.
+            hidden_states: ``[num_tokens, d_in]`` model dtype, of the largest pass.
+        """
+        x = hidden_states[: self._parts.tokens_in_part([sae])].float()
+        f = self._encode(sae, x)
+        strongest(f, MAX_TOP_K)
+        self._decode(sae, f, x)
+
+    def _encode(self, sae: int, x: Tensor) -> Tensor:
+        self.residency.bring(sae)
+        return self.saes[sae].encode(x)
+
+    def _decode(self, sae: int, f: Tensor, x: Tensor) -> Tensor:
+        self.residency.bring(sae)
+        return self.saes[sae].decode(f, x)
+
     def _reconstruct(
         self,
         delta: Tensor,
@@ -221,7 +241,7 @@ class HookRuntime:
             for column, edit in tokens.columns:
                 f_new[:, edit.latent] += difference[here, column]
             x = stream.x[here]
-            delta[here] = self.saes[full.sae].decode(f_new, x) - x
+            delta[here] = self._decode(full.sae, f_new, x) - x
 
     def _record_edits(self, stream: Stream, part: BatchPart, coverage: Coverage, f: Tensor) -> None:
         if not part.reports:
@@ -267,7 +287,7 @@ class HookRuntime:
             position_np = position[covered].cpu().numpy()
             if read.aggregate == SELF_CHECK:
                 x = stream.x[here][covered]
-                x_hat = self.saes[full.sae].decode(f, x)
+                x_hat = self._decode(full.sae, f, x)
                 l0 = (f != 0).sum(dim=1)
                 record.observed().put(position_np, *(t.cpu().numpy() for t in (x, x_hat, l0)))
                 continue

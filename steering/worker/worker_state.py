@@ -6,9 +6,9 @@ The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ from steering.worker.rows import RowPool
 from steering.worker.site import Counters, HookRuntime, KernelPath
 from steering.worker.slots import NO_SLOT, EditTable, SlotAllocator
 from steering.worker.step import Step
+
+#: Token ids past the vocabulary that a runner may still see: multimodal models put placeholders
+#: of images and sound there.
+SPARE_TOKEN_IDS: Final = 1024
 
 
 @dataclass
@@ -52,7 +56,7 @@ class SteeringState:
         device: where the model runs.
         kernel: for passes in which rows alone are enough; None where no kernel runs.
         graphs: CUDA graphs hold the op, so it is launched in idle passes too.
-        free_bytes: see `Residency`.
+        resident: which SAEs are kept on the device whole, see `Residency`.
     """
 
     def __init__(
@@ -70,26 +74,30 @@ class SteeringState:
         device: torch.device,
         kernel: Kernel | None,
         graphs: bool,
-        free_bytes: Callable[[], int] | None = None,
+        resident: str | None = None,
     ) -> None:
         self.step = step
+        self.graphs = graphs
         self._always_launch = kernel is not None and graphs
         self.slots = SlotAllocator(num_slots)
         self.rows = RowPool(saes, max_rows, d_in, device)
         self.records = RecordStore()
         self.counters = Counters()
-        self._d_in = d_in
+        self.d_in = d_in
+        self.max_num_tokens = len(step.token_slot)
         self._record = record
         self._kernel_reports = KernelReports()
         # Tokens edited and kept off by a sink, counted by the kernel.
         self._touched = torch.zeros(2, dtype=torch.int64, device=device)
         self.prompt_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        is_special = torch.zeros(vocab_size, dtype=torch.bool)
-        is_special[[t for t in special_token_ids if t < vocab_size]] = True
+        is_special = torch.zeros(vocab_size + SPARE_TOKEN_IDS, dtype=torch.bool)
+        is_special[[t for t in special_token_ids if t < len(is_special)]] = True
         is_special = is_special.to(device)
         by_index = dict(enumerate(saes))
-        residency = Residency(by_index, device, free_bytes)
         tables = {str(point): EditTable(num_slots, device) for point in owned}
+        residency = Residency(
+            {i: sae for i, sae in by_index.items() if sae.card.hook in tables}, device, resident
+        )
         self.hooks = {
             hook: HookRuntime(
                 saes={i: sae for i, sae in by_index.items() if sae.card.hook == hook},
@@ -197,11 +205,13 @@ class SteeringState:
             return
         started = time.perf_counter()
         if hidden_states.dim() != 2:  # some layers carry a batch axis of one
+            assert hidden_states.dim() == 3 and hidden_states.shape[0] == 1, hidden_states.shape
             hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
             residual = None if residual is None else residual.view(-1, residual.shape[-1])
         num_tokens, d_in = hidden_states.shape
         # A stream that is not whole here (sharded by tokens, say) would be edited in wrong rows.
-        assert num_tokens >= self.step.num_tokens and d_in == self._d_in, (num_tokens, d_in)
+        assert num_tokens >= self.step.num_tokens and d_in == self.d_in, (num_tokens, d_in)
+        assert num_tokens <= self.max_num_tokens, (num_tokens, self.max_num_tokens)
         self.hooks[hook].apply(hidden_states, residual, self.step)
         # Beside a self-check nearly all of the time is that one's, and no client asked for it.
         if not self._self_checks:
@@ -214,7 +224,10 @@ class SteeringState:
             key: the plan's key.
             limits: child index to the number of positions that entered the model for good.
         """
-        self._kernel_reports.drain(wait=True)
+        # No need to wait for the pass under way. A position's copy is made on the stream before the
+        # next token is sampled (or sent to the next pipeline stage), and whoever asks has seen the
+        # last token: the copies of all positions that count have happened.
+        self._kernel_reports.drain(wait=False)
         return [
             record.summary(limit)
             for child, limit in limits.items()

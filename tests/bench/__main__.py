@@ -27,6 +27,7 @@ SCRIPTS: Final = (
     "idle",
     "throughput",
     "over_http",
+    "reports",
     "peers",
 )
 

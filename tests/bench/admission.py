@@ -23,7 +23,7 @@ from sae.sae import open_sae
 from sae.source import SAEReference
 from steering.config import SteeringConfig
 from steering.request.catalog import Catalog
-from steering.vllm.door import admit, plan_of
+from steering.vllm.door import complete, plan_of
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
 from tests.bench.cases import SAE_NAME, steering
@@ -83,13 +83,13 @@ def measure(edits: int, rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {
         part: [] for part in ("admit", "enter_new_rows", "enter_rows_in_the_pool", "leave")
     }
-    admit(request(0, steering(1, edits)[0]), catalog)  # the weights' checksum, once
+    complete(request(0, steering(1, edits)[0]), catalog)  # the weights' checksum, once
     for _ in range(rounds):
         state = worker_state(reference)
         for again in (False, True):
             for i, field in enumerate(steering(CONFIGURATIONS, edits)):
                 asked = request(i, field)
-                found["admit"].append(clock(partial(admit, asked, catalog)))
+                found["admit"].append(clock(partial(complete, asked, catalog)))
                 plan = plan_of(asked.sampling_params)
                 assert plan is not None
                 part = "enter_rows_in_the_pool" if again else "enter_new_rows"

@@ -39,8 +39,8 @@ FLAGS: Final = (
 )
 
 
-def serve(saes: dict[str, Path], log: Path) -> LiveServer:
-    """Start the server; it does not answer yet."""
+def serve(saes: dict[str, Path], log: Path, *flags: str) -> LiveServer:
+    """Start the server; it does not answer yet. `flags` overrule `FLAGS`."""
     model = ensure_demo_model()
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -50,7 +50,7 @@ def serve(saes: dict[str, Path], log: Path) -> LiveServer:
     with log.open("wb") as file:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "server", "serve", str(model), *FLAGS),
+                *(sys.executable, "-m", "server", "serve", str(model), *FLAGS, *flags),
                 *(word for name, path in saes.items() for word in ("--sae", f"{name}={path}")),
                 *("--port", str(port)),
             ],

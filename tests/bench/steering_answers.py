@@ -11,6 +11,8 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import cross_entropy
 
+from sae.arrays import FloatArray
+from sae.discovery import attribution
 from sae.sae import open_sae
 from sae.source import SAEReference
 from server.commands.demo_model import ensure_demo_model
@@ -106,7 +108,7 @@ class Bench:
         parts = zip(prompts, texts, tokens, ids, nlls, reads, strict=True)
         return [Answer(*its_parts) for its_parts in parts]
 
-    def attribution(self, answer: Answer, words: re.Match[str]) -> torch.Tensor:
+    def attribution(self, answer: Answer, words: re.Match[str]) -> FloatArray:
         """What every feature adds to the log-probability of matched words, to first order.
 
         Returns:
@@ -135,7 +137,8 @@ class Bench:
         x = kept[0].detach()[0].float()
         covered = (ids[0] >= SPECIAL_TOKENS) & (x.norm(dim=-1) <= (self.sae.card.sink_norm or inf))
         f = self.sae.encode(x[covered])
-        return (f * (gradient[0].float()[covered] @ self.W_dec.T)).sum(dim=0)
+        gradients = gradient[0].float()[covered].numpy()
+        return attribution(f.numpy(), gradients, self.W_dec.numpy())
 
     def nll(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
         """Mean negative log-likelihood of each answer after its prompt, in nats."""

@@ -28,8 +28,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, Final
 
-import torch
+import numpy as np
 
+from sae.arrays import FloatArray
+from sae.discovery import contrast, pooled, strongest
 from sae.features import FeatureTable
 from sae.training.labels import Label, read_labels
 from tests.bench.cases import D_SAE
@@ -189,15 +191,15 @@ def amplify(bench: Bench, labels: Sequence[Label], record: Record) -> list[dict[
     return rows
 
 
-def activations(answer: Answer, d_sae: int) -> torch.Tensor:
+def activations(answer: Answer, d_sae: int) -> FloatArray:
     """Mean activation of every feature over an answer's tokens: `[d_sae]`."""
     assert answer.read is not None
-    total = torch.zeros(d_sae)
     generated = [token for token in answer.read["tokens"] if token["phase"] == "generation"]
-    for token in generated:
+    f = np.zeros((max(1, len(generated)), d_sae), dtype=np.float32)
+    for of_token, token in zip(f, generated, strict=False):
         for feature, value in token["features"]:
-            total[feature] += value
-    return total / max(1, len(generated))
+            of_token[feature] = value
+    return pooled(f, "mean")
 
 
 def rankings(bench: Bench, behaviour: Behaviour, others: Sequence[Answer]) -> dict[str, list[int]]:
@@ -220,14 +222,16 @@ def rankings(bench: Bench, behaviour: Behaviour, others: Sequence[Answer]) -> di
         with_it, without = own_with, own_without
     if not with_it or not without:
         return {}
-    difference = torch.stack([activations(answer, D_SAE) for answer in with_it]).mean(dim=0)
-    difference -= torch.stack([activations(answer, D_SAE) for answer in without]).mean(dim=0)
-    attributed = torch.stack(
+    difference = contrast(
+        np.stack([activations(answer, D_SAE) for answer in with_it]),
+        np.stack([activations(answer, D_SAE) for answer in without]),
+    ).difference
+    attributed = np.stack(
         [bench.attribution(answer, behaviour.found_in(answer.text)) for answer in with_it]
-    ).mean(dim=0)
+    ).mean(axis=0, dtype=np.float64)
     return {
-        "contrast": difference.argsort(descending=True).tolist(),
-        "attribution": attributed.argsort(descending=True).tolist(),
+        "contrast": strongest(difference, difference, D_SAE).tolist(),
+        "attribution": strongest(attributed, attributed, D_SAE).tolist(),
     }
 
 

@@ -19,6 +19,7 @@ NOTES: Final = "notes.md"
 ORDER: Final = (
     "throughput",
     "over_http",
+    "reports",
     "idle",
     "op_share",
     "op_alone",

@@ -36,7 +36,8 @@ def samples(kind: str, name: str) -> list[str]:
 
 def steering_series() -> dict[str, set[str]]:
     """Scraped names of server/metrics.py, with their labels."""
-    found = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
+    values = (*vars(metrics).values(), *metrics.WORKER_SERIES.values())
+    found = [value for value in values if isinstance(value, MetricWrapperBase)]
     return {
         sample: set(metric._labelnames)
         for metric in found

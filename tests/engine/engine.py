@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sae.source import SAEReference
-from steering.config import SteeringConfig, engine_arguments
+from steering.config import SteeringConfig
+from steering.vllm.engine_arguments import engine_arguments
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
 SPECIAL_TOKEN_IDS = (0, 1, 2, 3)

@@ -59,7 +59,7 @@ MUTATIONS = {
         TRAPS + "test_a_read_sees_prompt_tokens_that_the_prefix_cache_holds",
     ),
     "configuration outside the compile hash": Mutation(
-        "steering/config.py",
+        "steering/vllm/engine_arguments.py",
         '"additional_config": {CONFIG_KEY: {**config.to_dict(), "hook_points": hook_points}},',
         # Empty to vLLM's hash, as plain vLLM's is, and yet readable.
         '"additional_config": type("Unhashed", (__import__("collections").UserDict,), '
@@ -68,7 +68,7 @@ MUTATIONS = {
         COMPILED,
     ),
     "hook points outside the compile hash": Mutation(
-        "steering/config.py",
+        "steering/vllm/engine_arguments.py",
         '{**config.to_dict(), "hook_points": hook_points}',
         "config.to_dict()",
         COMPILED,

@@ -25,7 +25,7 @@ class ReferenceSAE:
             k: v.float() for k, v in load_file(folder / "sae_weights.safetensors").items()
         }
         hook = self.config.get("metadata", self.config)["hook_name"]
-        _, layer, self.kind = hook.split(".")
+        _, layer, self.kind = hook.split(".", 2)
         self.layer = int(layer)
         self.sink_norm = sink_norm
 
@@ -90,16 +90,36 @@ class ReferenceSAE:
 
 
 class ReferenceModel:
-    """A transformers model whose stream can be edited."""
+    """A transformers model whose stream can be edited.
 
-    def __init__(self, folder: Path, special_token_ids: Sequence[int]) -> None:
+    Args:
+        folder: the checkpoint.
+        special_token_ids: tokens that edits leave alone.
+        places: by kind of hook point, a module below the layer and whether its output is meant, or
+            else its input; kinds that are left out are where most families have them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        special_token_ids: Sequence[int],
+        places: Mapping[str, tuple[str, bool]] | None = None,
+    ) -> None:
         import transformers
 
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        (architecture,) = transformers.AutoConfig.from_pretrained(folder).architectures
+        self.model = (
+            getattr(transformers, architecture)
+            .from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+            .eval()
+        )
         self.special = set(special_token_ids)
-        inner = self.model.base_model
+        self.places = places or {}
+        # An engine of vLLM's backend for transformers changes the class that they share.
+        inner, cls = self.model.base_model, type(self.model.base_model)
+        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        inner.__class__ = type(cls.__name__, cls.__bases__, own)
+        inner = getattr(inner, "language_model", inner)
         self.layers = inner.layers if hasattr(inner, "layers") else inner.h
 
     @torch.inference_mode()
@@ -152,9 +172,20 @@ class ReferenceModel:
                 return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
 
             return layer.register_forward_pre_hook(before, with_kwargs=True)
-        if sae.kind == "hook_mlp_out":
+        if sae.kind in self.places and not self.places[sae.kind][1]:
+
+            def within(_: Any, args: Any, kwargs: Any) -> None:
+                # In place: what is given to the module is also what is added to its output.
+                stream = args[0] if args else kwargs["hidden_states"]
+                stream.copy_(edit(stream))
+
+            reader = layer.get_submodule(self.places[sae.kind][0])
+            return reader.register_forward_pre_hook(within, with_kwargs=True)
+        if sae.kind in self.places:
+            layer = layer.get_submodule(self.places[sae.kind][0])
+        elif sae.kind == "hook_mlp_out":
             layer = getattr(layer, "post_feedforward_layernorm", layer.mlp)
-        if sae.kind == "hook_attn_out":
+        elif sae.kind == "hook_attn_out":
             sandwich = hasattr(layer, "pre_feedforward_layernorm")
             attention = layer.attn if hasattr(layer, "attn") else layer.self_attn
             layer = layer.post_attention_layernorm if sandwich else attention

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sae.self_check import TEXT, Outcome
 from sae.source import SAEReference
 from server.self_check import check_offline
-from steering.request.plan import COVERS_PROMPT, SELF_CHECK, SteeringPlan
+from steering.request.plan import COVERS_PROMPT, SELF_CHECK, PlannedRead, SteeringPlan
 from tests.engine import engine as engines
 from tests.engine import server as servers
 from tests.engine.engine import Engine
@@ -120,20 +121,9 @@ def test_check_shares_no_cached_block_and_leaves_no_trace(smollm2: Engine) -> No
 
 def test_check_beside_steered_requests_is_not_counted_among_them(smollm2: Engine) -> None:
     state = smollm2.state
-    plan = {
-        "edits": [],
-        "error_term": True,
-        "report": False,
-        "children": 1,
-        "prompt_len": 4,
-        "awaited": True,
-    }
-    own = SteeringPlan.from_wire(
-        {**plan, "key": "check", "read": [0, 1, COVERS_PROMPT, 0, 4, SELF_CHECK]}
-    )
-    clients = SteeringPlan.from_wire(
-        {**plan, "key": "client", "read": [0, 1, COVERS_PROMPT, 0, 4, None]}
-    )
+    check = PlannedRead(0, 1, COVERS_PROMPT, 0, 4, SELF_CHECK)
+    own = SteeringPlan("check", 1, 4, (), True, False, check, awaited=True)
+    clients = replace(own, key="client", read=replace(check, aggregate=None))
     state.add_request("check", own)
     state.add_request("client", clients)
     assert state.take_stats()["slots_in_use"] == 1

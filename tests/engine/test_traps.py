@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from sae.source import SAEReference
-from steering.config import SteeringConfig, engine_arguments
+from steering.config import SteeringConfig
 from steering.vllm.door import catalog_for
+from steering.vllm.engine_arguments import engine_arguments
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, Generated
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 

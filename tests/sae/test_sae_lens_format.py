@@ -136,8 +136,8 @@ def test_configurations_older_than_v6_agree(
     [
         ("blocks.3.hook_in", "blocks.3.hook_resid_pre"),
         ("blocks.3.hook_out", "blocks.3.hook_resid_post"),
-        ("blocks.3.mlp.hook_out", "blocks.3.hook_mlp_out"),
-        ("blocks.3.attn.hook_out", "blocks.3.hook_attn_out"),
+        ("blocks.3.mlp.hook_out", "blocks.3.mlp.hook_out"),
+        ("blocks.3.attn.hook_out", "blocks.3.attn.hook_out"),
     ],
 )
 def test_names_of_the_bridge_are_the_same_places(

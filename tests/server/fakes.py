@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+import numpy as np
 from fastapi import FastAPI
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.launchers.app import build_app
@@ -19,14 +21,17 @@ from vllm.entrypoints.openai.responses.protocol import (
     ResponseCreatedEvent,
     ResponsesResponse,
 )
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.plugin import SteeringEndpointPlugin
 from steering.config import SteeringConfig
-from steering.vllm import results
-from steering.vllm.door import TICKET
-from steering.vllm.results import ChoiceResult
+from steering.report import Summary
+from steering.request.accepted import Accepted
+from steering.request.plan import SteeringPlan
+from steering.vllm.door import catalog_for, complete, plan_of
 
 #: As vLLM hands every prompt to its engine here.
 PROMPT = {"type": "token", "prompt_token_ids": [7, 8, 9]}
@@ -45,74 +50,99 @@ ENTRY = {
     "mean_activation": 0.25,
     "max_activation": 1.0,
 }
+#: What a worker tells of it.
+FIGURES = {key: ENTRY[key] for key in list(ENTRY)[5:]}
 READ = {
     "sae": "a",
     "tokens": [
-        {"position": 1, "id": 9, "text": "x", "phase": "prompt", "features": [[3, 2.0], [8, 1.0]]}
+        {"position": 1, "id": 8, "text": "x", "phase": "prompt", "features": [[3, 2.0], [8, 1.0]]}
     ],
 }
+READ_BYTES = [
+    np.array([1], np.int64).tobytes(),
+    np.array([3, 8], np.int32).tobytes(),
+    np.array([2, 1], np.float32).tobytes(),
+]
 
 
 class Recorder:
     """What the handlers saw, and how they are to answer."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
-        self.sampling_params: list[Any] = []
         self.requests: list[Any] = []
         self.error: BaseException | None = None
         self.error_response: Any = None
         self.break_stream = False
-        self.choices = 1
+        self.turns = 1
+        self.open_streams = 0
 
     @property
     def extra_args(self) -> dict[str, Any]:
-        """The extra arguments of the only request."""
-        (params,) = self.sampling_params
+        """The extra arguments of the only request, as the engine was handed them."""
+        (params,) = self.engine.params
         return dict(params.extra_args or {})
 
     @property
-    def ticket(self) -> str:
-        return str(self.extra_args[TICKET])
+    def accepted(self) -> Accepted:
+        """What was accepted of it."""
+        accepted = self.extra_args["steering"]
+        assert isinstance(accepted, Accepted)
+        return accepted
 
-    def run(self, request: Any, generate: Callable[..., Any] | None = None) -> None:
-        """Do what the engine would with a request, up to its results.
+    def see(self, request: Any) -> None:
+        """Take note of one of vLLM's four kinds of requests, and fail if told to."""
+        self.requests.append(request)
+        if self.error is not None:
+            raise self.error
+
+    async def run(self, request: Any, generate: Callable[..., Any] | None = None) -> Any:
+        """Do with a request what its handler does with the engine.
 
         Args:
             request: one of vLLM's four kinds.
-            generate: what begins it, if not the engine itself; nothing iterates what it returns.
+            generate: what begins it, if not the engine itself.
+
+        Returns:
+            The sampling parameters.
         """
-        self.requests.append(request)
         params = request.to_sampling_params(5, {})
-        self.sampling_params.append(params)
         if generate is None:
-            AsyncLLM.generate(self.engine, PROMPT, params, "1")
+            outputs = self.engine.generate(PROMPT, params, "1")
         else:
-            generate(engine_input=PROMPT, sampling_params=params)
-        if self.error is not None:
-            raise self.error
-        if ticket := (params.extra_args or {}).get(TICKET):
-            read = READ if params.extra_args["steering"].get("read") else None
-            results._tickets[ticket] = [
-                [ChoiceResult([ENTRY], read, 2, [[3, 2.0], [8, 1.0]]) for _ in range(self.choices)]
-            ]
+            outputs = generate(engine_input=PROMPT, sampling_params=params)
+        self.see(request)
+        async for _ in outputs:
+            pass
+        return params
 
     async def chunks(self, head: dict[str, Any], usage: bool) -> AsyncGenerator[str, None]:
         """The server-sent events of a completion."""
-        yield _data({**head, "choices": [CHOICE]})
-        if self.break_stream:
-            yield _data({"error": {"message": "broken", "code": 500}})
-        elif usage:
-            yield _data({**head, "choices": [], "usage": USAGE})
-        yield "data: [DONE]\n\n"
+        self.open_streams += 1
+        try:
+            yield _data({**head, "choices": [CHOICE]})
+            if self.break_stream:
+                yield _data({"error": {"message": "broken", "code": 500}})
+            elif usage:
+                yield _data({**head, "choices": [], "usage": USAGE})
+            yield "data: [DONE]\n\n"
+        finally:
+            self.open_streams -= 1
 
 
 class FakeChat:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
+    def _maybe_get_adapters(self, request: Any, supports_default_mm_loras: bool = False) -> None:
+        """There are none."""
+
+    async def render_chat_request(self, request: Any) -> Any:
+        self.recorder.see(request)
+        return self.recorder.error_response or ([], [PROMPT])
+
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
-        self.recorder.run(request)
+        await self.recorder.run(request)
         if self.recorder.error_response is not None:
             return self.recorder.error_response
         if request.stream:
@@ -123,8 +153,14 @@ class FakeChat:
 
 
 class FakeCompletion(FakeChat):
+    async def render_completion_request(self, request: Any) -> Any:
+        self.recorder.see(request)
+        return self.recorder.error_response or [PROMPT]
+
     async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
-        self.recorder.run(request)
+        prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+        for _ in prompts:
+            await self.recorder.run(request)
         if request.stream:
             return self.recorder.chunks({**HEAD, "object": "text_completion"}, False)
         choice = {"index": 0, "text": "hi"}
@@ -133,29 +169,32 @@ class FakeCompletion(FakeChat):
 
 class FakeResponses(FakeChat):
     async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
-        self.recorder.run(request, self._generate_with_builtin_tools)
+        params = await self.recorder.run(request, self._generate_with_builtin_tools)
         if request.stream:
-            return self._events(request)
-        return self._response(request, "completed")
+            return self._events(request, params)
+        return self._response(request, params)
 
-    def _generate_with_builtin_tools(self, *, engine_input: Any, sampling_params: Any) -> None:
-        """vLLM's calls the engine only once it is iterated."""
+    async def _generate_with_builtin_tools(
+        self, *, engine_input: Any, sampling_params: Any
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's asks the engine once for each turn, with the same parameters."""
+        for turn in range(self.recorder.turns):
+            name = f"1_{turn}"
+            async for output in self.recorder.engine.generate(engine_input, sampling_params, name):
+                yield output
 
-    async def _events(self, request: Any) -> AsyncGenerator[Any, None]:
+    async def _events(self, request: Any, params: Any) -> AsyncGenerator[Any, None]:
         for kind, event in (
             ("created", ResponseCreatedEvent),
             ("completed", ResponseCompletedEvent),
         ):
             yield event(
-                type=f"response.{kind}",
-                sequence_number=0,
-                response=self._response(request, "completed"),
+                type=f"response.{kind}", sequence_number=0, response=self._response(request, params)
             )
 
-    def _response(self, request: Any, status: str) -> Any:
-        (params,) = self.recorder.sampling_params
+    def _response(self, request: Any, params: Any) -> Any:
         return ResponsesResponse.from_request(
-            request, params, model_name="tiny", created_time=1, output=[], status=status
+            request, params, model_name="tiny", created_time=1, output=[], status="completed"
         )
 
 
@@ -166,7 +205,13 @@ class FakeMessages(FakeChat, AnthropicServingMessages):
 
 
 class FakeEngine:
-    """What the plugin asks of an engine client."""
+    """An engine client without an engine: vLLM's own `generate` and our door, and made-up tokens.
+
+    Every choice has two tokens. Its worker finds `ENTRY`'s figures for each edit, and reads `READ`.
+    """
+
+    log_requests = False
+    dead_error = EngineDeadError()
 
     def __init__(self, config: SteeringConfig | None, model_config: Any = None) -> None:
         additional = {} if config is None else {"steering": config.to_dict()}
@@ -176,15 +221,87 @@ class FakeEngine:
         self.model_config = model_config or SimpleNamespace(model="/nowhere", revision=None)
         self.renderer = SimpleNamespace(tokenizer=None)
         self.engine_core = self
+        self.core_engines = ["0"]
         self.stats: list[dict[str, float]] = []
         self.errored = False
+        #: What `generate` was called with.
+        self.params: list[Any] = []
+        self.prompts: list[Any] = []
+        self.priorities: list[int] = []
+        #: What the door made of it, until the results are fetched.
+        self.plans: dict[str, SteeringPlan] = {}
+        self.aborted: list[str] = []
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing runs."""
 
+    def get_tokenizer(self) -> Any:
+        return SimpleNamespace(decode=lambda ids: "x")
+
+    def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        outputs: AsyncGenerator[Any, None] = AsyncLLM.generate(self, *args, **kwargs)
+        return outputs
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *, priority: int = 0, **options: Any
+    ) -> FakeCollector:
+        """What `AsyncLLM.add_request` and the engine behind it do."""
+        self.params.append(params)
+        self.prompts.append(prompt)
+        self.priorities.append(priority)
+        request = SimpleNamespace(
+            request_id=request_id,
+            sampling_params=params.clone(),
+            prompt_token_ids=list(prompt["prompt_token_ids"]),
+            prompt_embeds=None,
+            resumable=False,
+            cache_salt=prompt.get("cache_salt"),
+        )
+        complete(request, catalog_for(self.vllm_config))
+        msgspec.msgpack.encode(request.sampling_params.extra_args)
+        if (plan := plan_of(request.sampling_params)) is not None and plan.wants_results:
+            self.plans[plan.key] = plan
+        return FakeCollector(request_id, request.prompt_token_ids, params.n)
+
+    async def abort(self, request_id: str, internal: bool = False) -> None:
+        self.aborted.append(request_id)
+
     async def call_utility_all_async(self, *call: Any) -> list[list[dict[str, float]]]:
         assert call[1] == "steering_take_stats"
         return [[self.stats.pop(0) if self.stats else {}]]
+
+    async def _call_utility_async(
+        self, method: str, key: str, limits: dict[int, int], engine: str
+    ) -> list[list[dict[str, Any]]]:
+        assert (method, engine) == ("steering_take_results", "0")
+        if (plan := self.plans.pop(key, None)) is None:
+            return [[]]
+        return [[self.summary(plan, child).to_wire() for child in limits]]
+
+    def summary(self, plan: SteeringPlan, child: int) -> Summary:
+        """What a worker would have recorded of a choice."""
+        return Summary(
+            child=child,
+            cached=2,
+            edits=[FIGURES] * len(plan.edits),
+            read=None if plan.read is None else READ_BYTES,
+            aggregate=[[3, 2.0], [8, 1.0]],
+        )
+
+
+class FakeCollector:
+    """Where vLLM's `generate` finds its outputs: here, one."""
+
+    def __init__(self, request_id: str, prompt: list[int], n: int) -> None:
+        self.request_id = request_id
+        choices = [CompletionOutput(i, "hi", [5, 6], None, None) for i in range(n)]
+        self._output = RequestOutput(request_id, None, prompt, None, choices, finished=True)
+
+    def get_nowait(self) -> RequestOutput:
+        return self._output
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def serve_args(*flags: str) -> Namespace:

@@ -13,7 +13,6 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.v1.engine.exceptions import EngineGenerateError
 
 from steering.errors import SteeringError
-from steering.vllm import results
 from tests.server.conftest import Server, StartServer
 from tests.server.fakes import CHOICE, ENTRY, HEAD, READ
 
@@ -62,16 +61,20 @@ def test_null_steering_is_left_out(start: StartServer, path: str) -> None:
 
 
 @routes
-def test_steering_reaches_the_sampling_parameters_unchanged(server: Server, path: str) -> None:
+def test_what_was_accepted_reaches_the_sampling_parameters(server: Server, path: str) -> None:
     steering = {"interventions": [{**EDIT, "value": 2.5, "sae": "a"}], "error_term": True}
     assert ask(server, path, steering).status_code == 200
-    assert server.recorder.extra_args == {"steering": steering}
+    assert server.recorder.extra_args.keys() == {"steering"}
+    (edit,) = server.recorder.accepted.spec.edits
+    assert (edit.sae, edit.feature, edit.effective_value) == ("a", 5, 2.5)
+    assert server.recorder.accepted.fingerprints.keys() == {"a"}
 
 
 @routes
 def test_other_extra_arguments_stay_beside_steering(server: Server, path: str) -> None:
     assert ask(server, path, {"interventions": [EDIT]}, vllm_xargs={"k": 1}).status_code == 200
-    assert server.recorder.extra_args == {"k": 1, "steering": {"interventions": [EDIT]}}
+    assert server.recorder.extra_args.keys() == {"k", "steering"}
+    assert server.recorder.extra_args["k"] == 1
 
 
 # What comes back
@@ -87,7 +90,6 @@ def test_report_is_a_field_of_the_response(server: Server, path: str) -> None:
     response = ask(server, path, REPORTED)
     assert response.json()["steering"] == REPORT
     assert int(response.headers["content-length"]) == len(response.content)
-    assert results._tickets == {}
 
 
 @routes
@@ -96,7 +98,6 @@ def test_read_alone_comes_without_a_report(server: Server, path: str) -> None:
 
 
 def test_several_choices_are_listed_by_index(server: Server) -> None:
-    server.recorder.choices = 2
     body = ask(server, "/v1/chat/completions", REPORTED, n=2).json()
     assert body["steering"] == {"choices": [{"index": 0, **REPORT}, {"index": 1, **REPORT}]}
 
@@ -112,7 +113,6 @@ def test_chat_stream_ends_with_a_chunk_of_its_own(server: Server, usage: bool) -
         (False, True),
     ]
     assert data(chunks[-1]) == {**HEAD, "choices": [], "steering": REPORT}
-    assert results._tickets == {}
 
 
 def test_text_completion_stream_keeps_its_object(server: Server) -> None:
@@ -145,7 +145,6 @@ def test_broken_stream_has_no_report(server: Server) -> None:
     *_, error, done = events(ask(server, "/v1/chat/completions", REPORTED, stream=True).text)
     assert "error" in data(error)
     assert done == "data: [DONE]"
-    assert results._tickets == {}
 
 
 def test_vllms_own_refusal_passes_through(server: Server) -> None:
@@ -154,10 +153,9 @@ def test_vllms_own_refusal_passes_through(server: Server) -> None:
     )
     response = ask(server, "/v1/chat/completions", REPORTED)
     assert response.status_code == 404
-    assert results._tickets == {}
 
 
-async def test_client_that_leaves_a_stream_leaves_no_ticket(server: Server) -> None:
+async def test_stream_ends_when_its_client_leaves(server: Server) -> None:
     body = json.dumps({**BODIES["/v1/completions"], "steering": REPORTED, "stream": True})
     received = [{"type": "http.request", "body": body.encode(), "more_body": False}]
 
@@ -183,7 +181,7 @@ async def test_client_that_leaves_a_stream_leaves_no_ticket(server: Server) -> N
     app: Any = server.client.app
     with contextlib.suppress(ClientDisconnect, OSError):
         await app(scope, receive, send)
-    assert results._tickets == {}
+    assert server.recorder.open_streams == 0
 
 
 # Refusals
@@ -327,7 +325,6 @@ def test_refusal_inside_the_engine_comes_out_the_same_way(
     response = ask(server, path, REPORTED)
     assert _refused(response) == ("invalid_weights", "steering.x")
     assert response.json()["error"]["type"] == "invalid_request_error"
-    assert results._tickets == {}
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -341,7 +338,6 @@ def test_read_of_too_many_values_is_refused_before_a_stream_begins(
     response = ask(server, path, read, stream=stream)
     assert _refused(response) == ("invalid_value", "steering.read")
     assert f"is {values} values, the limit is {values - 1}" in response.json()["error"]["message"]
-    assert results._tickets == {}
     assert ask(start(max_read_values=values), path, read, stream=stream).status_code == 200
 
 
@@ -375,16 +371,26 @@ def test_api_key_is_asked_for_before_anything_is_read(start: StartServer) -> Non
 def test_openapi_shows_the_field(server: Server, path: str) -> None:
     schema = server.client.get("/openapi.json").json()
     content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-    name = content["schema"]["$ref"].rpartition("/")[2]
-    steering = schema["components"]["schemas"][name]["properties"]["steering"]
+    schemas = schema["components"]["schemas"]
+
+    def named(reference: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = schemas[reference["$ref"].rpartition("/")[2]]
+        return found
+
+    field = named(content["schema"])["properties"]["steering"]
+    assert field["anyOf"][1] == {"type": "null"}
+    steering = named(field["anyOf"][0])
+    assert steering["additionalProperties"] is False
     assert steering["properties"].keys() == {
-        "interventions",
-        "positions",
-        "error_term",
-        "report",
-        "read",
+        *("interventions", "positions", "error_term", "match", "protect", "max_share"),
+        *("when", "stop_when", "report", "read"),
     }
-    assert steering["properties"]["interventions"]["items"]["required"] == ["feature", "op"]
+    intervention = named(steering["properties"]["interventions"]["anyOf"][0]["items"])
+    assert intervention["required"] == ["feature", "op"]
+    assert intervention["properties"]["feature"]["minimum"] == 0
+    when = steering["properties"]["when"]["anyOf"]
+    assert {"const": "always", "type": "string"} in when
+    assert {"type": "null"} in when
 
 
 def _send(server: Server, steering: str) -> Any:

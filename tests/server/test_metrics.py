@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import REGISTRY
 
-from server.metrics import SLOTS_IN_USE, WorkerSeries
+from server.metrics import WorkerSeries
+from steering.worker_stats import WorkerStats
 from tests.server.conftest import Server, StartServer
 
 STATS: dict[str, Any] = {
@@ -96,7 +96,7 @@ async def test_slow_workers_do_not_hold_up_a_scrape_and_lose_nothing() -> None:
         nonlocal asked
         asked += 1
         await answer.wait()
-        return SimpleNamespace(**STATS)
+        return WorkerStats(**STATS)
 
     edited = value("steering_edited_tokens_total")
     series = WorkerSeries(fetch, timeout=0.01)
@@ -113,17 +113,20 @@ async def test_dead_engine_leaves_the_last_values() -> None:
     async def fetch() -> Any:
         raise RuntimeError("engine dead")
 
-    SLOTS_IN_USE.set(7)
+    async def alive() -> WorkerStats:
+        return WorkerStats(slots_in_use=7)
+
+    await WorkerSeries(alive).refresh()
     await WorkerSeries(fetch).refresh()
     assert value("steering_slots_in_use") == 7
 
 
 ONE_PROCESS = """
 import asyncio, sys
-from types import SimpleNamespace
 from server.metrics import REQUESTS, WorkerSeries
+from steering.worker_stats import WorkerStats
 async def fetch():
-    return SimpleNamespace(slots_in_use=int(sys.argv[1]), slots_capacity=8, rows_in_use=1,
+    return WorkerStats(slots_in_use=int(sys.argv[1]), slots_capacity=8, rows_in_use=1,
         rows_capacity=2, results_held=0, edited_tokens=10, skipped_tokens=0, op_seconds=0.0)
 REQUESTS.labels(sae="a", op="add").inc()
 asyncio.run(WorkerSeries(fetch).refresh())
@@ -134,6 +137,11 @@ from prometheus_client import generate_latest
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 print(generate_latest(get_prometheus_registry()).decode())
 """
+
+
+def test_numbers_of_several_workers_add_up() -> None:
+    told = [{**STATS, "op_seconds": 0.5}, {"edited_tokens": 2}]
+    assert WorkerStats.total(told) == WorkerStats(**{**STATS, "edited_tokens": 42})
 
 
 def test_api_servers_add_up_their_counters(tmp_path: Path) -> None:

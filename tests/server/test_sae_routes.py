@@ -9,8 +9,11 @@ import pytest
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
 
+from server import models
 from steering.request import catalog
-from steering.vllm import results
+from steering.request.plan import Inspection
+from steering.request.positions import Positions
+from steering.request.spec import Read
 from tests.server.conftest import Server, StartServer
 
 FEATURES = [
@@ -36,8 +39,18 @@ def test_cards_are_listed(labelled: Server) -> None:
     (card,) = body["data"]
     assert body["object"] == "list"
     assert [*card] == [
-        *("id", "object", "hook", "layer", "architecture", "d_in", "d_sae", "dtype", "source"),
-        *("format", "sha256", "sink_norm", "error_term", "has_labels", "has_max_activations"),
+        *("id", "object", "kind", "hook", "reads", "writes", "layer", "architecture", "d_in"),
+        *(
+            "d_sae",
+            "dtype",
+            "source",
+            "format",
+            "sha256",
+            "sink_norm",
+            "error_term",
+            "has_labels",
+            "has_max_activations",
+        ),
     ]
     assert (card["id"], card["hook"], card["sha256"]) == ("a", "blocks.1.hook_resid_post", None)
     assert labelled.client.get("/v1/saes/a").json() == card
@@ -165,7 +178,7 @@ def test_prompt_is_read_and_nothing_generated(labelled: Server) -> None:
         "tokens": [
             {
                 "position": 1,
-                "id": 9,
+                "id": 8,
                 "text": "x",
                 "phase": "prompt",
                 "features": [[3, 2.0], [8, 1.0]],
@@ -178,13 +191,12 @@ def test_prompt_is_read_and_nothing_generated(labelled: Server) -> None:
     }
     (request,) = labelled.recorder.requests
     assert (request.prompt, request.max_tokens) == ("rain", 1)
-    extra = labelled.recorder.extra_args
-    assert extra["steering"] == {
-        "positions": {"generation": False, "special_tokens": False},
-        "read": {"sae": "a", "top_k": 2},
-    }
-    assert extra["steering_inspect"] == {"aggregate": "max", "special_tokens": False}
-    assert results._tickets == {}
+    accepted = labelled.recorder.accepted
+    assert accepted.spec.positions == Positions(generation=False)
+    assert accepted.spec.read == Read("a", 2)
+    assert accepted.inspection == Inspection("max", special_tokens=False)
+    (params,) = labelled.recorder.engine.params
+    assert params.max_tokens == 1
 
 
 def test_messages_are_rendered_without_a_generation_prompt(labelled: Server) -> None:
@@ -196,9 +208,9 @@ def test_messages_are_rendered_without_a_generation_prompt(labelled: Server) -> 
     assert labelled.client.post("/v1/saes/a/inspect", json=body).status_code == 200
     (request,) = labelled.recorder.requests
     assert request.add_generation_prompt is False
-    extra = labelled.recorder.extra_args
-    assert extra["steering_inspect"] == {"aggregate": "frequency", "special_tokens": True}
-    assert extra["steering"]["positions"]["special_tokens"] is True
+    accepted = labelled.recorder.accepted
+    assert accepted.inspection == Inspection("frequency", special_tokens=True)
+    assert accepted.spec.positions.special_tokens is True
 
 
 def test_prompt_may_be_token_ids(labelled: Server) -> None:
@@ -216,13 +228,12 @@ def test_token_id_outside_the_vocabulary_is_refused_as_completions_refuse_it(
     completed = labelled.client.post("/v1/completions", json={"prompt": [7, 2**70]})
     assert inspected.status_code == completed.status_code == 400
     assert inspected.json() == completed.json()
-    assert results._tickets == {}
 
 
 def test_null_is_left_out(labelled: Server) -> None:
     body = {"prompt": "x", "messages": None, "top_k": None, "aggregate": None, "model": None}
     assert labelled.client.post("/v1/saes/a/inspect", json=body).status_code == 200
-    assert labelled.recorder.extra_args["steering"]["read"]["top_k"] == 5
+    assert labelled.recorder.accepted.spec.read == Read("a", 5)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +287,6 @@ def test_text_of_too_many_values_is_refused_by_the_fields_that_inspect_has(
     assert response.json()["error"]["message"].endswith(
         "is 99 values, the limit is 96: lower top_k, or send less text"
     )
-    assert results._tickets == {}
 
 
 def test_weights_that_cannot_be_used_are_refused_without_a_path_into_a_steering_field(
@@ -291,7 +301,6 @@ def test_weights_that_cannot_be_used_are_refused_without_a_path_into_a_steering_
         inspected = client.post("/v1/saes/a/inspect", json=body)
         assert refused(inspected) == ("invalid_weights", None)
         assert inspected.json()["error"]["message"] == read.json()["error"]["message"]
-    assert results._tickets == {}
 
 
 def test_unknown_sae_is_not_found_before_the_body_is_read(labelled: Server) -> None:
@@ -307,7 +316,6 @@ def test_vllms_refusal_of_the_prompt_passes_through(labelled: Server) -> None:
     response = labelled.client.post("/v1/saes/a/inspect", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "too long"
-    assert results._tickets == {}
 
 
 def test_openapi_documents_refusals(labelled: Server) -> None:
@@ -322,3 +330,28 @@ def test_openapi_documents_refusals(labelled: Server) -> None:
     }
     for path, (method,) in ours.items():
         assert {"400", "404"} <= paths[path][method]["responses"].keys()
+
+
+def test_openapi_describes_what_the_routes_return(labelled: Server) -> None:
+    paths = labelled.client.get("/openapi.json").json()
+    asked: dict[str, tuple[type[models.Answer], Any]] = {
+        "/v1/saes": (models.CardList, labelled.client.get("/v1/saes")),
+        "/v1/saes/{sae}": (models.Card, labelled.client.get("/v1/saes/a")),
+        "/v1/saes/{sae}/features": (
+            models.FeatureList,
+            labelled.client.get("/v1/saes/a/features"),
+        ),
+        "/v1/saes/{sae}/features/{feature}": (
+            models.FeatureDetail,
+            labelled.client.get("/v1/saes/a/features/1"),
+        ),
+        "/v1/saes/{sae}/inspect": (
+            models.InspectAnswer,
+            labelled.client.post("/v1/saes/a/inspect", json={"prompt": "rain"}),
+        ),
+    }
+    for path, (model, response) in asked.items():
+        (operation,) = paths["paths"][path].values()
+        described = operation["responses"]["200"]["content"]["application/json"]["schema"]
+        assert described["$ref"].rpartition("/")[2] == model.__name__
+        model.model_validate_json(response.content, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,11 @@ from sae.self_check import TEXT, Measured
 from sae.source import SAEReference
 from server import self_check
 from server.plugin import SteeringEndpointPlugin
+from server.reader import LAST
 from steering.config import SteeringConfig
+from steering.report import Summary
 from steering.request.catalog import SCAN_LIMIT_BYTES
-from steering.vllm import results
-from steering.vllm.door import TICKET
-from steering.vllm.results import ChoiceResult
+from steering.request.plan import SteeringPlan
 from tests.models import D_MODEL, NUM_LAYERS
 from tests.server.fakes import FakeEngine, serve_args
 
@@ -40,28 +41,26 @@ class CheckedEngine(FakeEngine):
         self.error: BaseException | None = None
         self.output_processor = self
         self.busy_looks = 0  # how often somebody else's request is found in the engine
-        self.asked: list[tuple[Any, Any, int]] = []
 
     def has_unfinished_requests(self) -> bool:
         self.busy_looks -= 1
         return self.busy_looks >= 0
 
     def get_tokenizer(self) -> Any:
-        return SimpleNamespace(encode=lambda text: list(text.encode()))
+        return SimpleNamespace(encode=lambda text: list(text.encode()), decode=str)
 
-    async def generate(
-        self, prompt: Any, params: Any, request_id: str, *, priority: int
-    ) -> AsyncGenerator[Any, None]:
-        self.asked.append((prompt, params, priority))
+    async def add_request(self, *args: Any, **options: Any) -> Any:
+        collector = await super().add_request(*args, **options)
         if self.error is not None:
             raise self.error
-        ticket = params.extra_args[TICKET]
-        results._tickets[ticket] = [[ChoiceResult([], None, 0, measured=self.measured)]]
-        yield None
+        return collector
+
+    def summary(self, plan: SteeringPlan, child: int) -> Summary:
+        return Summary(child, measured=asdict(self.measured))
 
     @property
     def saes_asked(self) -> list[str]:
-        return [params.extra_args["steering"]["read"]["sae"] for _, params, _ in self.asked]
+        return [params.extra_args["steering"].spec.read.sae for params in self.params]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +85,6 @@ def test_each_sae_gets_a_line(references: References, logged: pytest.LogCaptureF
         " SAE 'b' at blocks.2.hook_resid_post",
     ]
     assert [record.levelno for record in logged.records] == [logging.INFO] * 2
-    assert results._tickets == {}
 
 
 def test_misfit_is_a_warning(references: References, logged: pytest.LogCaptureFixture) -> None:
@@ -101,10 +99,10 @@ def test_misfit_is_a_warning(references: References, logged: pytest.LogCaptureFi
 def test_request_comes_last_shares_no_block_and_fits_the_model(references: References) -> None:
     engine = CheckedEngine(*references(a={}), max_model_len=64)
     asyncio.run(self_check.check_all(engine))
-    ((prompt, params, priority),) = engine.asked
+    (prompt,), (params,), (priority,) = engine.prompts, engine.params, engine.priorities
     assert prompt["prompt_token_ids"] == list(TEXT.encode())[:63]
     assert prompt["cache_salt"] == self_check.CACHE_SALT
-    assert priority == self_check.LAST
+    assert priority == LAST
     assert params.max_tokens == 1
 
 
@@ -133,7 +131,6 @@ def test_failure_of_one_is_a_line_and_the_next_is_checked(
         "SAE 'b': the self-check failed: out of memory",
     ]
     assert all(record.exc_info is None for record in logged.records)
-    assert results._tickets == {}
 
 
 def test_dead_engine_ends_it_without_a_word(
@@ -163,7 +160,6 @@ def test_shutdown_cancels_it_without_a_word(
 
     asyncio.run(run())
     assert self_check._running == set()
-    assert results._tickets == {}
     assert logged.records == []
 
 
@@ -175,7 +171,7 @@ def test_no_more_weights_are_read_than_allowed(
     asyncio.run(self_check.check_all(engine, max_bytes=200_000))
     assert engine.saes_asked == ["a", "c"]
     assert logged.records[-1].getMessage().startswith("self-check: left out 'b', 'd', to read no")
-    engine.asked.clear()
+    engine.params.clear()
     asyncio.run(self_check.check_all(engine))
     assert engine.saes_asked == ["a", "b", "c", "d"]
 

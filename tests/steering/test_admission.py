@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from sae.source import SAEReference
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
+from steering.report import Ticket
+from steering.request.accepted import Accepted, accept
 from steering.request.catalog import Catalog
-from steering.request.plan import SELF_CHECK
+from steering.request.plan import SELF_CHECK, Inspection
 from steering.vllm.door import (
-    INSPECT,
     MAX_REPORT_VALUES,
-    TICKET,
-    admit,
     catalog_for,
+    complete,
     plan_of,
 )
 from steering.vllm.plugin import _collecting, _validating
@@ -34,11 +37,9 @@ VALUES = 210
 REPORT = {"interventions": [{"feature": 1, "op": "ablate"}], "report": True}
 
 
-def params(
-    field: Any, extra: Any = None, *, n: int = 1, max_tokens: int | None = MAX_TOKENS
-) -> Any:
+def params(field: Any, *, n: int = 1, max_tokens: int | None = MAX_TOKENS) -> Any:
     """A request's parameters, as far as steering looks at them."""
-    extra_args = {"steering": field, **(extra or {})}
+    extra_args = {"steering": field}
     return SimpleNamespace(extra_args=extra_args, n=n, max_tokens=max_tokens, output_kind=None)
 
 
@@ -93,17 +94,17 @@ def test_read_of_as_many_values_as_the_limit_is_admitted_and_one_more_is_not(
     config: Engine, field: Any, more: dict[str, int], values: int
 ) -> None:
     admitted = request(params(field, **more))
-    admit(admitted, catalog(config(values)))
+    complete(admitted, catalog(config(values)))
     assert plan_of(admitted.sampling_params) is not None
     with pytest.raises(ValueError) as refused:
-        admit(request(params(field, **more)), catalog(config(values - 1)))
+        complete(request(params(field, **more)), catalog(config(values - 1)))
     assert isinstance(refused.value, SteeringError)
     assert (refused.value.code, refused.value.param) == ("invalid_value", "steering.read")
 
 
 def test_refusal_gives_the_number_the_limit_and_a_remedy(config: Engine) -> None:
     with pytest.raises(SteeringError) as refused:
-        admit(request(params(READ, n=2)), catalog(config(400)))
+        complete(request(params(READ, n=2)), catalog(config(400)))
     assert refused.value.message == (
         "a read of 7 features of up to 30 tokens in 2 choices is 420 values, the limit is 400: "
         "lower max_tokens, top_k or n, or narrow positions with start and end"
@@ -111,7 +112,7 @@ def test_refusal_gives_the_number_the_limit_and_a_remedy(config: Engine) -> None
 
 
 def test_only_what_is_read_counts(config: Engine) -> None:
-    admit(request(params(REPORT, n=8, max_tokens=CONTEXT)), catalog(config(64)))
+    complete(request(params(REPORT, n=8, max_tokens=CONTEXT)), catalog(config(64)))
 
 
 def test_one_choice_may_read_all_that_a_context_has_unless_told(config: Engine) -> None:
@@ -119,25 +120,27 @@ def test_one_choice_may_read_all_that_a_context_has_unless_told(config: Engine) 
     assert catalog_for(config(None)).max_read_values == 64 * CONTEXT
     assert catalog_for(config(2**22)).max_read_values == 2**22
     wide = {"read": {"top_k": 64}}
-    admit(request(params(wide, max_tokens=CONTEXT - PROMPT_LEN)), catalog_for(config(None)))
+    complete(request(params(wide, max_tokens=CONTEXT - PROMPT_LEN)), catalog_for(config(None)))
     with pytest.raises(SteeringError):
-        admit(request(params(wide, max_tokens=CONTEXT)), catalog_for(config(None)))
+        complete(request(params(wide, max_tokens=CONTEXT)), catalog_for(config(None)))
 
 
 def test_report_of_more_activations_than_are_kept_is_refused(config: Engine) -> None:
     fits = MAX_REPORT_VALUES // 2 - PROMPT_LEN
-    admit(request(params(REPORT, n=2, max_tokens=fits)), catalog(config(64)))
+    complete(request(params(REPORT, n=2, max_tokens=fits)), catalog(config(64)))
     with pytest.raises(SteeringError, match="lower max_tokens or n") as refused:
-        admit(request(params(REPORT, n=2, max_tokens=fits + 1)), catalog(config(64)))
+        complete(request(params(REPORT, n=2, max_tokens=fits + 1)), catalog(config(64)))
     assert (refused.value.code, refused.value.param) == ("invalid_value", "steering.report")
     # The only choice of a request is never refused for its length.
-    admit(request(params(REPORT, max_tokens=2 * fits)), catalog(config(64)))
+    complete(request(params(REPORT, max_tokens=2 * fits)), catalog(config(64)))
 
 
 def test_what_has_a_ticket_is_awaited(config: Engine) -> None:
-    for extra, awaited in (({}, False), ({TICKET: "t"}, True)):
-        admitted = request(params(REPORT, extra))
-        admit(admitted, catalog(config(64)))
+    saes = catalog(config(64))
+    accepted = accept(REPORT, saes)
+    for field, awaited in ((accepted, False), (accepted.reporting_to(Ticket(True)), True)):
+        admitted = request(params(field))
+        complete(admitted, saes)
         plan = plan_of(admitted.sampling_params)
         assert plan is not None
         assert plan.awaited is awaited
@@ -145,13 +148,69 @@ def test_what_has_a_ticket_is_awaited(config: Engine) -> None:
 
 def test_inspection_is_counted_and_a_self_check_is_not(config: Engine) -> None:
     field = {**READ, "positions": {"generation": False}}
-    inspect = {INSPECT: {"aggregate": "max", "special_tokens": True}}
-    admit(request(params(field, inspect)), catalog(config(70)))
+
+    def inspected(vllm_config: Any, aggregate: str) -> Any:
+        saes = catalog(vllm_config)
+        return request(params(accept(field, saes, Inspection(aggregate, True)))), saes
+
+    complete(*inspected(config(70), "max"))
     with pytest.raises(SteeringError, match="lower top_k, or send less text") as refused:
-        admit(request(params(field, inspect)), catalog(config(69)))
+        complete(*inspected(config(69), "max"))
     assert refused.value.param == "top_k"
-    check = {INSPECT: {"aggregate": SELF_CHECK, "special_tokens": False}}
-    admit(request(params(field, check)), catalog(config(64)))
+    complete(*inspected(config(64), SELF_CHECK))
+
+
+def test_of_a_whole_text_that_is_the_prompt_a_part_may_count_as_generation(config: Engine) -> None:
+    field = {
+        "interventions": [{"feature": 1, "op": "ablate"}],
+        "positions": {"prompt": False},
+    }
+    saes = catalog(config(64))
+    plans, salts = [], []
+    for accepted in (accept(field, saes), replace(accept(field, saes), prompt_len=4)):
+        admitted = request(params(accepted))
+        complete(admitted, saes)
+        plans.append(plan_of(admitted.sampling_params))
+        salts.append(admitted.cache_salt)
+    assert [plan.prompt_len for plan in plans if plan is not None] == [PROMPT_LEN, 4]
+    # The same tokens, but edited from another one on.
+    assert len(set(salts)) == 2
+
+
+def test_values_of_a_read_are_counted_from_where_generation_begins(config: Engine) -> None:
+    saes = catalog(config(64))
+    read = {"read": {"top_k": 20}}
+    for field, values in (
+        ({**read, "positions": {"prompt": False}}, (30 - 4) * 20),
+        ({**read, "positions": {"generation": False}}, 4 * 20),
+    ):
+        accepted = replace(accept(field, saes), prompt_len=4)
+        complete(request(params(accepted)), catalog(config(values)))
+        with pytest.raises(SteeringError):
+            complete(request(params(accepted)), catalog(config(values - 1)))
+
+
+def test_what_was_accepted_stays_one_object_and_does_not_go_on_to_the_engine(
+    config: Engine,
+) -> None:
+    saes = catalog(config(VALUES))
+    accepted = accept(READ, saes)
+    assert copy.deepcopy({"steering": accepted})["steering"] is accepted
+    admitted = request(params(accepted))
+    assert complete(admitted, saes) is accepted
+    assert admitted.sampling_params.extra_args.keys() == {"steering_plan"}
+    assert msgspec.msgpack.encode(admitted.sampling_params.extra_args)
+
+
+def test_parameters_that_a_caller_uses_again_are_not_changed(config: Engine) -> None:
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config(VALUES)))
+    given = params(READ)
+    handed: list[Any] = []
+    add = _validating(lambda self, prompts, params: handed.extend(params))
+    add(llm, prompts=[rendered(), rendered()], params=[given, given])
+    assert given.extra_args == {"steering": READ}
+    assert isinstance(handed[0].extra_args["steering"], Accepted)
+    assert handed[0] is handed[1]
 
 
 # In time
@@ -171,11 +230,14 @@ def rendered(length: int = PROMPT_LEN) -> dict[str, Any]:
 
 def test_engine_that_streams_is_not_called_for_a_read_that_is_too_long(config: Engine) -> None:
     generate = _collecting(begin)
-    read = params(READ, {TICKET: "t"})
+
+    def ticketed(field: Any) -> Any:
+        return params(accept(field, catalog(config(None))).reporting_to(Ticket(True)))
+
     with pytest.raises(SteeringError, match="the limit is 209"):
-        generate(SimpleNamespace(vllm_config=config(VALUES - 1)), rendered(), read, "1")
+        generate(SimpleNamespace(vllm_config=config(VALUES - 1)), rendered(), ticketed(READ), "1")
     with pytest.raises(Started):
-        generate(SimpleNamespace(vllm_config=config(VALUES)), rendered(), read, "1")
+        generate(SimpleNamespace(vllm_config=config(VALUES)), rendered(), ticketed(READ), "1")
 
 
 def test_engine_that_streams_refuses_an_invalid_field_as_a_value_error(config: Engine) -> None:
@@ -191,10 +253,15 @@ def test_prompt_whose_length_is_not_known_yet_is_left_to_the_door(
     config: Engine, prompt: Any
 ) -> None:
     engine = SimpleNamespace(vllm_config=config(64))
+
+    def ticketed(field: Any, **more: Any) -> Any:
+        accepted = accept(field, catalog(config(64)))
+        return params(accepted.reporting_to(Ticket(True)), **more)
+
     with pytest.raises(Started):
-        _collecting(begin)(engine, prompt, params(READ, {TICKET: "t"}), "1")
+        _collecting(begin)(engine, prompt, ticketed(READ), "1")
     with pytest.raises(Started):
-        unset = params(READ, {TICKET: "t"}, max_tokens=None)
+        unset = ticketed(READ, max_tokens=None)
         _collecting(begin)(engine, rendered(), unset, "1")
 
 

@@ -85,8 +85,15 @@ def one(sae: str, feature: int) -> dict[str, Any]:
         ({**one("c", 3), "error_term": False}, "steering.error_term"),
         ({"read": {"sae": "c"}}, "steering.read"),
         (one("b", 3), "steering.interventions[0].sae"),
+        ({**one("a", 3), "when": {"sae": "c", "feature": 5, "above": 1}}, "steering.when"),
+        ({**one("a", 3), "when": {"sae": "b", "feature": 3, "above": 1}}, "steering.when"),
+        ({"stop_when": {"sae": "c", "feature": 5, "above": 1}}, "steering.stop_when"),
+        ({**one("c", 3), "protect": [{"sae": "c", "feature": 5}]}, "steering.protect[0]"),
     ],
-    ids=["its row", "a reconstruction", "a read", "a TopK"],
+    ids=[
+        *("its row", "a reconstruction", "a read", "a TopK"),
+        *("a condition", "a TopK condition", "a stop", "a protected one"),
+    ],
 )
 async def test_damaged_row_of_a_large_sae_is_refused_when_it_is_first_used(
     large: Catalog, field: dict[str, Any], param: str
@@ -105,3 +112,103 @@ async def test_damaged_row_of_a_large_sae_disturbs_nobody_who_does_not_use_it(
     large: Catalog, field: dict[str, Any]
 ) -> None:
     await large.prepare(large.parse(field))
+
+
+# Edits that are solved
+
+
+@pytest.fixture
+def solvable(tmp_path: Path) -> Catalog:
+    """Features 0 and 1 write what they read and are nearly one; feature 2 writes its opposite."""
+    path = make_tiny_sae(tmp_path / "a")
+    file = path / "sae_weights.safetensors"
+    weights = load_file(file)
+    rows = weights["W_enc"].T.contiguous()
+    rows[1] = rows[0] + 1e-4 * rows[3]
+    weights["W_enc"] = rows.T.contiguous()
+    weights["W_dec"][:5] = rows[:5]
+    weights["W_dec"][2] *= -1
+    save_file(weights, file)
+    saes = (SAEReference("a", str(path), path=str(path)),)
+    return Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS))
+
+
+def reread(*features: int, **more: Any) -> dict[str, Any]:
+    edits = [{"feature": feature, "op": "ablate"} for feature in features]
+    return {"interventions": edits, "match": "reread", **more}
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (reread(2), "moves it by only"),
+        (reread(0, 1), "condition number"),
+        (reread(0, protect=[{"feature": 1}]), "moves it by only"),
+    ],
+    ids=["gain", "condition", "protected"],
+)
+async def test_edits_that_cannot_be_solved_are_refused(
+    solvable: Catalog, field: dict[str, Any], said: str
+) -> None:
+    spec = solvable.parse(field)
+    for _ in range(2):
+        with pytest.raises(SteeringError, match=said) as refused:
+            await solvable.prepare(spec)
+        assert (refused.value.code, refused.value.param) == ("ill_conditioned", "steering.match")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        reread(0),
+        reread(0, 3),
+        reread(1, protect=[{"feature": 4}]),
+        {**reread(2), "match": "delta"},
+        {**reread(0, protect=[{"feature": 1}]), "match": "delta"},
+    ],
+)
+async def test_edits_that_can_be_solved_are_prepared(
+    solvable: Catalog, field: dict[str, Any]
+) -> None:
+    for _ in range(2):
+        await solvable.prepare(solvable.parse(field))
+
+
+@pytest.mark.parametrize("architecture", ["gated", "topk"])
+def test_what_is_not_affine_cannot_be_solved(tmp_path: Path, architecture: str) -> None:
+    path = make_tiny_sae(tmp_path / "a", architecture=architecture)
+    saes = (SAEReference("a", str(path), path=str(path)),)
+    catalog = Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS))
+    with pytest.raises(SteeringError) as refused:
+        catalog.parse(reread(0))
+    assert (refused.value.code, refused.value.param) == ("unsupported_op", "steering.match")
+
+
+# What a restart may change
+
+
+def fingerprint(tmp_path: Path, folder: str = "one", **changes: Any) -> str:
+    """Of an SAE that is opened anew."""
+    config = {k: changes.pop(k) for k in ("special_token_ids",) if k in changes}
+    reference = {k: changes.pop(k) for k in ("sink_norm",) if k in changes}
+    path = make_tiny_sae(tmp_path / folder, **changes)
+    saes = (SAEReference("a", str(path), path=str(path), **reference),)
+    catalog = Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS, **config))
+    return catalog.prepare_now(catalog.parse(EDIT))["a"]
+
+
+def test_what_a_restart_changes_of_an_sae_parts_requests(tmp_path: Path) -> None:
+    found = {
+        fingerprint(tmp_path),
+        fingerprint(tmp_path, sink_norm=9.0),
+        fingerprint(tmp_path, sink_norm=10.0),
+        fingerprint(tmp_path, layer=0),
+        fingerprint(tmp_path, special_token_ids=(1, 2)),
+        fingerprint(tmp_path, special_token_ids=(1,)),
+        fingerprint(tmp_path, config={"apply_b_dec_to_input": False}),
+        fingerprint(tmp_path, config={"normalize_activations": "layer_norm"}),
+        fingerprint(tmp_path, seed=1),
+    }
+    assert len(found) == 9
+    labels = [{"index": 1, "label": "rain", "max_activation": 2.0}]
+    assert fingerprint(tmp_path) == fingerprint(tmp_path, "two", features=labels)

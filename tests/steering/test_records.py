@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from steering.report import features_read
 from steering.request.plan import PlannedEdit, PlannedRead, SteeringPlan
 from steering.worker import record as records
-from steering.worker.record import Aggregate, RecordStore, RequestRecord, features_read
+from steering.worker.record import Aggregate, RecordStore, RequestRecord
 
 EDIT = PlannedEdit(0, 3, 0, 1.0, 3, 0, 100)
 

@@ -1,52 +1,155 @@
-"""When an SAE's weights are put on the device whole."""
+"""Which SAEs' whole weights are on the device, and whose they are in the place that takes turns.
+
+The device is another one than the host's only by name (``meta``), or not at all: what is copied
+where is seen on the host, whose copies are those of any device.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
+from sae.errors import SAEError
+from sae.sae import SAE, open_sae
+from sae.source import SAEReference
+from steering.config import RESIDENT_ALL, RESIDENT_CHOICES, RESIDENT_NONE, RESIDENT_TURNS
+from steering.worker import residency
 from steering.worker.residency import Residency
+from tests.models import make_tiny_sae
 
-DEVICE = torch.device("meta")
-
-
-class Weights:
-    """An SAE that notes where it was put."""
-
-    def __init__(self, matrix_bytes: int) -> None:
-        self.matrix_bytes = matrix_bytes
-        self.put_on: list[torch.device] = []
-
-    def resident(self, device: torch.device) -> None:
-        self.put_on.append(device)
+HOST = torch.device("cpu")
+RELU, TOPK, SMALL = 0, 1, 2
 
 
-def residency(saes: Any, free: SimpleNamespace | None) -> Residency:
-    return Residency(dict(enumerate(saes)), DEVICE, None if free is None else lambda: free.bytes)
+@pytest.fixture
+def saes(tmp_path: Path) -> dict[int, SAE]:
+    """A JumpReLU SAE, a TopK one, and another JumpReLU one of half the size."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {},
+        {"architecture": "topk"},
+        {"d_sae": 64, "seed": 5},
+    )
+    paths = [make_tiny_sae(tmp_path / str(i), **kind) for i, kind in enumerate(kinds)]
+    return {
+        i: open_sae(SAEReference(str(i), str(path), path=str(path))) for i, path in enumerate(paths)
+    }
 
 
-def test_weights_that_fit_half_of_what_is_free_are_put_on_the_device_once() -> None:
-    small, large = Weights(50), Weights(51)
-    free = SimpleNamespace(bytes=100)
-    kept = residency([small, large], free)
-    for index in (0, 1, 0):
+def on_device(saes: dict[int, SAE], device: torch.device = HOST) -> set[int]:
+    return {i for i, sae in saes.items() if device in sae._resident}
+
+
+def matrices(sae: SAE) -> tuple[Tensor, Tensor]:
+    return sae._resident[HOST]
+
+
+def test_topk_saes_are_put_on_the_device_at_once_and_stay(saes: dict[int, SAE]) -> None:
+    kept = Residency(saes, HOST, RESIDENT_TURNS)
+    assert on_device(saes) == {TOPK}
+    kept.bring(TOPK)
+    kept.bring(RELU)
+    kept.bring(SMALL)
+    assert TOPK in on_device(saes)
+
+
+def test_the_others_take_turns_in_one_place(saes: dict[int, SAE]) -> None:
+    kept = Residency(saes, HOST, RESIDENT_TURNS)
+    places = []
+    for index in (RELU, SMALL, RELU):
         kept.bring(index)
-    assert (small.put_on, large.put_on) == ([DEVICE], [])
+        assert on_device(saes) == {TOPK, index}
+        W_enc, W_dec = matrices(saes[index])
+        places.append(W_enc.untyped_storage().data_ptr())
+        assert W_dec.untyped_storage().data_ptr() == places[-1]
+        assert torch.equal(W_enc, saes[index]._stored("W_enc"))
+        assert torch.equal(W_dec, saes[index]._stored("W_dec"))
+        assert W_enc.is_contiguous() and W_dec.is_contiguous()
+    assert len(set(places)) == 1
 
 
-def test_what_did_not_fit_is_not_tried_in_every_request() -> None:
-    weights = Weights(60)
-    free = SimpleNamespace(bytes=100)
-    kept = residency([weights], free)
+def test_an_sae_reads_the_same_wherever_its_weights_are(saes: dict[int, SAE]) -> None:
+    x = torch.randn(5, saes[RELU].card.d_in, generator=torch.Generator().manual_seed(0))
+    expected = [(f := sae.encode(x), sae.decode(f, x)) for sae in saes.values()]
+    kept = Residency(saes, HOST, RESIDENT_TURNS)
+    for _ in range(2):
+        for (f, x_hat), index in zip(expected, saes, strict=True):
+            kept.bring(index)
+            torch.testing.assert_close(saes[index].encode(x), f)
+            torch.testing.assert_close(saes[index].decode(f, x), x_hat)
+
+
+def test_nothing_is_copied_while_an_sae_keeps_its_turn(
+    saes: dict[int, SAE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Residency(saes, HOST, RESIDENT_TURNS)
+    kept.bring(RELU)
+    monkeypatch.setattr(SAE, "resident", lambda *_: pytest.fail("copied again"))
+    kept.bring(RELU)
+
+
+def test_all_are_kept_where_that_is_chosen(saes: dict[int, SAE]) -> None:
+    kept = Residency(saes, HOST, RESIDENT_ALL)
+    assert on_device(saes) == set(saes)
+    kept.bring(RELU)
+    assert kept._place is None
+
+
+@pytest.mark.parametrize("choice", [RESIDENT_NONE, None])
+def test_none_is_kept_where_that_is_chosen_or_the_host_is_the_device(
+    saes: dict[int, SAE], choice: str | None
+) -> None:
+    kept = Residency(saes, HOST, choice)
+    for index in saes:
+        kept.bring(index)
+    assert not on_device(saes)
+
+
+def test_a_place_holds_matrices_of_two_dtypes(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_tiny_sae(tmp_path / "a", d_sae=33)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["W_enc"] = tensors["W_enc"][:, :].half()
+    save_file(tensors, file)
+    sae = open_sae(SAEReference("a", str(folder), path=str(folder)))
+    kept = Residency({0: sae}, HOST, RESIDENT_TURNS)
     kept.bring(0)
-    free.bytes = 1000
-    kept.bring(0)
-    assert weights.put_on == []
+    W_enc, W_dec = matrices(sae)
+    assert (W_enc.dtype, W_dec.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(W_dec, sae._stored("W_dec"))
 
 
-def test_on_the_host_they_stay_in_the_memory_map() -> None:
-    weights = Weights(1)
-    residency([weights], None).bring(0)
-    assert weights.put_on == []
+def test_a_device_without_room_is_named_in_one_line(
+    saes: dict[int, SAE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a great deal.")
+
+    monkeypatch.setattr(SAE, "resident", full)
+    with pytest.raises(
+        SAEError, match=r"no room for .* GiB of SAE '1' .* --steering-resident none"
+    ):
+        Residency(saes, HOST, RESIDENT_TURNS)
+    del saes[TOPK]
+    monkeypatch.setattr(residency, "torch", SimpleNamespace(**{**vars(torch), "empty": full}))
+    with pytest.raises(SAEError, match=r"no room for .* GiB of the largest SAE"):
+        Residency(saes, HOST, RESIDENT_TURNS)
+
+
+def test_weights_go_to_the_device_in_their_stored_dtype(saes: dict[int, SAE]) -> None:
+    meta = torch.device("meta")
+    sae = saes[TOPK]
+    sae.resident(meta)
+    for name, made in zip(("W_enc", "W_dec"), sae._resident[meta], strict=True):
+        assert made.device == meta and made.dtype == sae._stored(name).dtype
+        assert made.is_contiguous()
+
+
+def test_choices_are_distinct() -> None:
+    assert len(set(RESIDENT_CHOICES)) == 3

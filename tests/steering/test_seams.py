@@ -138,7 +138,8 @@ def test_server_on_another_vllm_is_refused_in_one_line(doctor: Doctor) -> None:
 def test_engine_on_another_vllm_is_refused_before_it_is_made(doctor: Doctor) -> None:
     file, (old, new), line = CHANGES["a class that moved"]
     code = (
-        "from steering.config import SteeringConfig, engine_arguments\n"
+        "from steering.config import SteeringConfig\n"
+        "from steering.vllm.engine_arguments import engine_arguments\n"
         "engine_arguments(SteeringConfig(saes=(), d_model=64, num_layers=4))\n"
     )
     done = run(doctor(file, old, new), "-c", code)

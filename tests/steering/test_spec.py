@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from steering.errors import SteeringError
 from steering.request.limits import POSITION_LIMIT
-from steering.request.spec import Positions, SteeringSpec, parse_spec
+from steering.request.parse import parse_spec
+from steering.request.positions import Positions
+from steering.request.spec import SteeringSpec
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,17 @@ class Facts:
 
     hook: str = "blocks.1.hook_resid_post"
     d_sae: int = 10
+    error_term: bool = True
+    affine: bool = True
+    read_at: str | None = None
+
+    @property
+    def reads(self) -> str:
+        return self.read_at or self.hook
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.hook,)
 
     def max_activation(self, feature: int) -> float | None:
         return {5: 0.0}.get(feature, 2.5) if feature < 6 else None
@@ -85,8 +98,9 @@ HERE = "steering.interventions[0]"
         (edit(op="scale", unit="max_act"), "invalid_value", f"{HERE}.unit"),
         ({"read": {"top_k": 0}}, "invalid_value", "steering.read.top_k"),
         ({"read": {"top_k": 65}}, "invalid_value", "steering.read.top_k"),
-        (edit(positions={"start": -1}), "invalid_value", f"{HERE}.positions.start"),
-        (edit(positions={"end": -5}), "invalid_value", f"{HERE}.positions.end"),
+        (edit(positions={"start": 2**31}), "invalid_value", f"{HERE}.positions.start"),
+        (edit(positions={"end": -(2**31) - 1}), "invalid_value", f"{HERE}.positions.end"),
+        (edit(positions={"end": 10**400}), "invalid_value", f"{HERE}.positions.end"),
         ({}, "invalid_value", "steering.interventions"),
         ({"interventions": []}, "invalid_value", "steering.interventions"),
         ({"interventions": None}, "invalid_value", "steering.interventions"),
@@ -98,6 +112,9 @@ HERE = "steering.interventions[0]"
         ),
         (edit(positions={"start": 5, "end": 5}), "invalid_value", f"{HERE}.positions"),
         (edit(positions={"end": 0}), "invalid_value", f"{HERE}.positions"),
+        (edit(positions={"start": -2, "end": -2}), "invalid_value", f"{HERE}.positions"),
+        (edit(positions={"start": -2, "end": 0}), "invalid_value", f"{HERE}.positions"),
+        (edit(positions={"prompt": False, "end": -1}), "invalid_value", f"{HERE}.positions"),
         (
             {**edit(), "positions": {"start": 7, "end": 6}},
             "invalid_value",

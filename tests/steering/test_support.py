@@ -1,4 +1,4 @@
-"""What is refused at start: engine settings, runners and models whose stream would be missed."""
+"""What is refused at start: engine settings and runners that would lose edits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from sae.card import HookPoint
-from steering.vllm import hook_points, runner_v1, runner_v2
-from steering.vllm.hook_points import UnsupportedModelError
+from steering.vllm import runner_v1, runner_v2
 from steering.vllm.support import (
     UnsupportedEngineError,
     refuse_unknown_runner,
@@ -83,110 +80,11 @@ def test_a_runner_is_known_by_its_class_or_one_above_it(known: tuple[str, str]) 
         refuse_unknown_runner(stranger(), known)
 
 
-class Attention(nn.Module):
-    """Returns what it is told to."""
-
-    def __init__(self, output: Any = None) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        return hidden_states if self.output is None else self.output
-
-
-class Layer(nn.Module):
-    """A plain decoder layer."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.self_attn = attention
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-
-class Nameless(Layer):
-    """A layer whose stream has another name."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def model(*layers: nn.Module) -> nn.Module:
-    found = nn.Module()
-    found.layers = nn.ModuleList(layers)
-    return found
-
-
-def test_two_lists_that_could_be_the_layers_are_refused() -> None:
-    twice = nn.Module()
-    twice.encoder, twice.decoder = model(Layer(Attention())), model(Layer(Attention()))
-    with pytest.raises(UnsupportedModelError, match=r"found encoder\.layers, decoder\.layers"):
-        hook_points.decoder_layers(twice, 1)
-    with pytest.raises(UnsupportedModelError, match=r"expected one list of 3 .* found none"):
-        hook_points.decoder_layers(twice, 3)
-
-
-def test_a_layer_without_a_stream_by_name_is_refused() -> None:
-    point = HookPoint.parse("blocks.0.hook_resid_post")
-    with pytest.raises(UnsupportedModelError, match="has no parameter hidden_states"):
-        hook_points.install(model(Nameless(Attention())), point, 1, tensor_parallel=1)
-
-
-def test_a_layer_without_the_branch_is_refused() -> None:
-    point = HookPoint.parse("blocks.0.hook_mlp_out")
-    with pytest.raises(UnsupportedModelError, match="has none of mlp"):
-        hook_points.install(model(Layer(Attention())), point, 1, tensor_parallel=1)
-
-
-def test_partial_sums_are_refused_under_tensor_parallelism_only() -> None:
-    attention = Attention()
-    attention.o_proj = nn.Linear(2, 2)
-    attention.o_proj.reduce_results = False  # type: ignore[assignment]
-    point = HookPoint.parse("blocks.0.hook_attn_out")
-    with pytest.raises(UnsupportedModelError, match="o_proj leaves partial sums"):
-        hook_points.install(model(Layer(attention)), point, 1, tensor_parallel=2)
-    hook_points.install(model(Layer(attention)), point, 1, tensor_parallel=1)
-
-
-class Deferring(Layer):
-    """Leaves its sum to the next layer's norm."""
-
-    def forward(self, hidden_states: Tensor, attn_in: Tensor | None = None) -> Tensor:
-        return fused_allreduce_rms_norm(hidden_states)
-
-
-def fused_allreduce_rms_norm(hidden_states: Tensor) -> Tensor:
-    """As vLLM names it."""
-    return hidden_states
-
-
-@pytest.mark.parametrize("kind", ["hook_resid_pre", "hook_resid_post"])
-def test_sums_left_to_the_next_layer_are_refused_under_tensor_parallelism_only(kind: str) -> None:
-    point = HookPoint(1, kind)
-    two = model(Deferring(Attention()), Deferring(Attention()))
-    with pytest.raises(UnsupportedModelError, match="leaves the sum over tensor-parallel ranks"):
-        hook_points.install(two, point, 2, tensor_parallel=2)
-    hook_points.install(two, point, 2, tensor_parallel=1)
-
-
-def test_an_input_that_bypasses_the_edit_is_refused() -> None:
-    two = model(Deferring(Attention()), Deferring(Attention()))
-    with pytest.raises(UnsupportedModelError, match="may take its attention's input ready-made"):
-        hook_points.install(two, HookPoint(0, "hook_resid_pre"), 2, tensor_parallel=1)
-
-
-def test_a_forward_that_somebody_else_has_put_in_front_is_refused() -> None:
-    layer = Layer(Attention())
-    layer.forward = lambda hidden_states: hidden_states  # type: ignore[method-assign]
-    with pytest.raises(UnsupportedModelError, match="--offload-backend"):
-        hook_points.install(model(layer), HookPoint(0, "hook_resid_post"), 1, tensor_parallel=1)
-
-
-@pytest.mark.parametrize("output", ["text", (torch.ones(2, 3), torch.ones(2, 3))])
-def test_an_output_that_could_be_either_tensor_is_refused(output: Any) -> None:
-    point = HookPoint.parse("blocks.0.hook_attn_out")
-    attention = Attention(output)
-    hook_points.install(model(Layer(attention)), point, 1, tensor_parallel=1)
-    with pytest.raises(UnsupportedModelError, match="the module returns"):
-        attention(torch.ones(2, 3))
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_matmul_precision_below_float32_is_refused(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(UnsupportedEngineError, match=f"{precision}.*VLLM_FLOAT32_MATMUL"):
+            refuse_unsupported(engine_config())
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,211 @@
+"""Texts through the engine, for whoever wants to know what happens inside: inspect, the
+self-checks, studies.
+
+A text is teacher-forced: all of it is the prompt of one engine request that generates a single
+token, but what it calls its completion is generation to edits, conditions and salt. Runs of studies
+come after served traffic, since few of them are in flight at a time and, if the scheduler knows
+priorities, they are last of all. A run is salted like any other request, so blocks are shared with
+equal ones only; none is taken from the cache, so that everything is computed and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from steering.report import Report, Ticket, wants_report
+from steering.request.accepted import Accepted
+from steering.vllm.door import carrying, refusal_in
+from steering.vllm.results import results_of
+
+#: Engine requests of one study at a time.
+IN_FLIGHT: Final = 8
+#: Of vLLM's priorities the lowest number comes first.
+LAST: Final = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids; those of the completion count as generation."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One text's way through the engine.
+
+    Attributes:
+        prompt: vLLM's engine input, or a `prompt_token_ids` (and a `cache_salt`).
+        accepted: how it is steered and read; None for the model as it is.
+        sampling: of vLLM's sampling parameters those that differ from one greedy token, such as
+            `prompt_logprobs`.
+        lora_request: vLLM's, None for the model itself.
+        priority: vLLM's; served requests have 0.
+    """
+
+    prompt: Mapping[str, Any]
+    accepted: Accepted | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    lora_request: Any = None
+    priority: int = LAST
+
+    @classmethod
+    def of(
+        cls,
+        text: Text,
+        accepted: Accepted | None = None,
+        *,
+        last_enters: bool = True,
+        salt: str | None = None,
+        **sampling: Any,
+    ) -> Run:
+        """A run of a text.
+
+        Args:
+            text: of at least one token, two if the last does not enter.
+            accepted: how it is steered and read.
+            last_enters: whether the last token enters the model, as where a text is only read;
+                scored, it is like a last sampled token, which does not.
+            salt: kept apart from runs with another one, as a client's `cache_salt` is.
+            sampling: see `Run.sampling`.
+        """
+        ids = [*text.prompt, *text.completion]
+        if not last_enters:
+            ids.pop()
+        assert ids, "nothing would enter the model"
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        if accepted is not None and text.completion:
+            accepted = replace(accepted, prompt_len=len(text.prompt))
+        return cls(prompt, accepted, sampling)
+
+    def params(self, ticket: Ticket | None) -> Any:
+        """vLLM's sampling parameters, with what was accepted in them."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            **{
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "detokenize": False,
+                "skip_reading_prefix_cache": True,
+                **self.sampling,
+            }
+        )
+        if self.accepted is None:
+            return params
+        accepted = self.accepted if ticket is None else self.accepted.reporting_to(ticket)
+        return carrying(params, accepted)
+
+    def ticket(self) -> Ticket | None:
+        """Where its report goes; None if it has none."""
+        if self.accepted is None or not wants_report(self.accepted.spec):
+            return None
+        return Ticket(self.accepted.spec.report)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came of a run.
+
+    Attributes:
+        output: vLLM's `RequestOutput`, the last one.
+        report: what was edited and read, if the run asked.
+    """
+
+    output: Any
+    report: Report | None
+
+
+class Reader:
+    """Runs texts through a running `AsyncLLM`.
+
+    Args:
+        engine: the engine client.
+        in_flight: most runs of one call that are in the engine at a time.
+    """
+
+    def __init__(self, engine: Any, in_flight: int = IN_FLIGHT) -> None:
+        self._engine = engine
+        self._in_flight = in_flight
+
+    async def run(self, run: Run) -> Finished:
+        """Run one text. Cancelled, its request leaves the engine.
+
+        Raises:
+            SteeringError: if the engine's door refuses it.
+        """
+        ticket = run.ticket()
+        prompt = {"type": "token", **run.prompt}
+        outputs = self._engine.generate(
+            prompt,
+            run.params(ticket),
+            f"read-{uuid.uuid4().hex}",
+            lora_request=run.lora_request,
+            priority=run.priority,
+        )
+        last = None
+        try:
+            async for output in outputs:
+                last = output
+        except Exception as error:
+            if refusal := refusal_in(error):
+                raise refusal from None
+            raise
+        finally:
+            await outputs.aclose()
+        reports = [] if ticket is None else ticket.reports
+        return Finished(last, reports[0] if reports else None)
+
+    async def each(self, runs: Iterable[Run]) -> AsyncIterator[tuple[int, Finished]]:
+        """Run many texts, and yield each with its place as it is done, in no order.
+
+        Runs are taken from the iterable when there is room for them. Closing the iterator, or
+        cancelling who waits for it, takes those in flight out of the engine, as the first failure
+        does.
+        """
+        waiting = enumerate(runs)
+        running: dict[asyncio.Task[Finished], int] = {}
+        try:
+            while True:
+                while len(running) < self._in_flight and (taken := next(waiting, None)):
+                    place, run = taken
+                    running[asyncio.create_task(self.run(run))] = place
+                if not running:
+                    return
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield running.pop(task), task.result()
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def all(
+        self, runs: Iterable[Run], progress: Callable[[int], None] | None = None
+    ) -> list[Finished]:
+        """Run many texts; what came of each, in their order.
+
+        Args:
+            runs: see `each`. What comes of all of them is held at once.
+            progress: is told how many are done, after each.
+        """
+        found: dict[int, Finished] = {}
+        async for place, finished in self.each(runs):
+            found[place] = finished
+            if progress is not None:
+                progress(len(found))
+        return [found[place] for place in sorted(found)]
+
+
+def run_offline(llm: Any, run: Run) -> Finished:
+    """Run one text through a `vllm.LLM`."""
+    (output,) = llm.generate([dict(run.prompt)], run.params(None), use_tqdm=False)
+    wanted = run.accepted is not None and wants_report(run.accepted.spec)
+    return Finished(output, results_of(llm, output)[0] if wanted else None)

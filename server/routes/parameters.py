@@ -1,0 +1,45 @@
+"""Parameters in paths and queries: taken as text, so that a wrong one is refused in our shape."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from sae.sae import SAE
+from server.state import SteeringState
+from steering.errors import NotFoundError, SteeringError
+
+#: More digits than any index has; Python refuses to convert very long ones.
+MAX_DIGITS: Final = 18
+
+
+def known_sae(state: SteeringState, name: str) -> SAE:
+    """The SAE of this name. Raises NotFoundError: it stands in the URL's path."""
+    try:
+        return state.catalog.sae(name)
+    except SteeringError as error:
+        raise NotFoundError(error.code, error.message, "sae") from None
+
+
+def feature_index(text: str, d_sae: int) -> int:
+    """The index that stands in a path. Raises NotFoundError if it is not in `[0, d_sae)`."""
+    if not re.fullmatch(r"-?[0-9]+", text):
+        raise SteeringError("invalid_type", f"expected an integer, got {text[:40]!r}", "feature")
+    if len(text) > MAX_DIGITS or not 0 <= int(text) < d_sae:
+        raise NotFoundError(
+            "feature_out_of_range", f"feature {text[:40]} not in [0, {d_sae})", "feature"
+        )
+    return int(text)
+
+
+def whole_number(name: str, text: str | None, default: int, lowest: int, highest: int) -> int:
+    """The value of a query's parameter. Raises SteeringError if it is not in the range."""
+    if text is None:
+        return default
+    if not re.fullmatch(r"-?[0-9]+", text):
+        raise SteeringError("invalid_type", f"expected an integer, got {text[:40]!r}", name)
+    if len(text) > MAX_DIGITS or not lowest <= int(text) <= highest:
+        raise SteeringError(
+            "invalid_value", f"{name} {text[:40]} not in [{lowest}, {highest}]", name
+        )
+    return int(text)

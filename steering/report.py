@@ -1,0 +1,276 @@
+"""What steering did to a request: the workers' summaries, joined to the response's ``steering``.
+
+A worker keeps a record while a request runs, and sums it up when it is asked for it. The front end
+joins the summaries of all pipeline stages to a report for each choice.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from sae.self_check import Measured
+from steering.request.edits import Edit
+from steering.request.spec import SteeringSpec
+
+#: Named figures of an edit or of a hook point, as the contract names them.
+Figures = Mapping[str, Any]
+#: A position, and the ``[latent, activation]`` pairs that were read there, best first.
+FeaturesAt = tuple[int, list[list[float]]]
+
+#: Of an edit that no worker saw a token for.
+_NOTHING: Figures = {
+    "tokens_edited": 0,
+    "tokens_skipped": 0,
+    "tokens_active": 0,
+    "mean_activation": None,
+    "max_activation": None,
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one worker recorded of one choice. A figure that it did not record is None.
+
+    Attributes:
+        child: index of the choice.
+        cached: tokens of the prompt that no pass of this choice computed.
+        edits: figures of each edit; None if this worker does not hold the edit's layer.
+        edited: figures of each hook point where a token was edited, in the order of the pass.
+        protected: what is left of the edits beside protected features.
+        stopped: which condition ended the choice, and where.
+        read: ``[n]`` int64 positions, ``[n, top_k]`` int32 latents and ``[n, top_k]`` float32
+            activations, best first, as bytes.
+        aggregate: ``[latent, score]`` of the strongest features over the text, best first.
+        measured: the fields of `sae.self_check.Measured`.
+    """
+
+    child: int
+    cached: int | None = None
+    edits: Sequence[Figures | None] = ()
+    edited: Sequence[Figures] | None = None
+    protected: Figures | None = None
+    stopped: Figures | None = None
+    read: Sequence[bytes] | None = None
+    aggregate: list[list[float]] | None = None
+    measured: Mapping[str, Any] | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain types, for vLLM's RPC."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Summary:
+        """The inverse of `to_wire`; what is left out was not recorded."""
+        return cls(**wire)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens of one choice.
+
+    Attributes:
+        prompt: token ids of vLLM's prompt.
+        generated: token ids that were sampled.
+        prompt_len: where generation begins, as edits see it.
+        cached: prompt tokens from the prefix cache, as vLLM counts them.
+    """
+
+    prompt: Sequence[int]
+    generated: Sequence[int]
+    prompt_len: int
+    cached: int = 0
+
+    @property
+    def entered(self) -> int:
+        """Positions that entered the model for good: the last sampled token never does."""
+        return len(self.prompt) + max(len(self.generated) - 1, 0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one choice's steering did, in the shapes of the contract.
+
+    ``aggregate`` and ``measured`` are for `inspect` and the self-check, and no part of a response's
+    ``steering``.
+    """
+
+    interventions: list[dict[str, Any]]
+    tokens_cached: int
+    read: dict[str, Any] | None = None
+    edited: list[dict[str, Any]] | None = None
+    protected: dict[str, Any] | None = None
+    stopped: dict[str, Any] | None = None
+    aggregate: list[list[float]] | None = None
+    measured: Measured | None = None
+
+    @classmethod
+    def of(
+        cls,
+        spec: SteeringSpec,
+        choice: Choice,
+        summaries: Sequence[Summary],
+        read: Iterable[FeaturesAt],
+        decode: Callable[[list[int]], str],
+    ) -> Report:
+        """Join the workers' summaries of one choice.
+
+        Args:
+            spec: what the request asked for.
+            choice: its tokens.
+            summaries: one of each pipeline stage that recorded something, in their order.
+            read: what `features_read` makes of the summaries' ``read``.
+            decode: the text of token ids.
+        """
+        cached = _first(s.cached for s in summaries)
+        edited = [dict(figures) for s in summaries for figures in s.edited or ()]
+        measured = _first(s.measured for s in summaries)
+        return cls(
+            interventions=[
+                _entry(edit, (s.edits[i] for s in summaries if s.edits))
+                for i, edit in enumerate(spec.edits)
+            ],
+            # vLLM tells one number for all choices of a request, and none again after a preemption.
+            tokens_cached=choice.cached if cached is None else int(cached),
+            read=_read(spec, choice, read, decode),
+            edited=edited if any(s.edited is not None for s in summaries) else None,
+            protected=_first(s.protected for s in summaries),
+            stopped=_first(s.stopped for s in summaries),
+            aggregate=_first(s.aggregate for s in summaries),
+            measured=None if measured is None else Measured(**measured),
+        )
+
+    def to_json(self, with_report: bool) -> dict[str, Any]:
+        """This choice's part of the response's ``steering``.
+
+        Args:
+            with_report: whether the request asked what was edited, and not only for a read.
+        """
+        body: dict[str, Any] = {}
+        if with_report:
+            body["interventions"] = self.interventions
+            body["tokens_cached"] = self.tokens_cached
+            if self.edited is not None:
+                body["edited"] = self.edited
+            if self.protected is not None:
+                body["protected"] = self.protected
+        if self.stopped is not None:
+            body["stopped"] = self.stopped
+        if self.read is not None:
+            body["read"] = self.read
+        return body
+
+
+def response_object(reports: Sequence[Report], with_report: bool) -> dict[str, Any]:
+    """A response's ``steering``: of its only choice, or of several under ``choices``."""
+    choices = [report.to_json(with_report) for report in reports]
+    if len(choices) == 1:
+        return choices[0]
+    return {"choices": [{"index": i, **choice} for i, choice in enumerate(choices)]}
+
+
+class Ticket:
+    """Where the reports of one HTTP request are put, from which its response takes them.
+
+    The request carries it, so it goes when the request does, however that ends.
+
+    Args:
+        report: whether the response is to say what was edited.
+        turns: whether its engine requests are turns of one conversation, as when vLLM calls its
+            built-in tools: each reads what those before it wrote, and the last stands for all.
+    """
+
+    def __init__(self, report: bool, *, turns: bool = False) -> None:
+        #: Names the request among those of other clients, who may choose equal request ids.
+        self.id = uuid.uuid4().hex
+        self._report = report
+        self._turns = turns
+        self._reports: list[list[Report]] = []
+
+    def expect(self) -> int:
+        """A place for the next engine request of this HTTP request, in the order of its prompts."""
+        self._reports.append([])
+        return len(self._reports) - 1
+
+    def put(self, place: int, reports: list[Report]) -> None:
+        """Lay down the reports of an engine request's choices."""
+        self._reports[place] = reports
+
+    @property
+    def reports(self) -> list[Report]:
+        """All that has come in, in the order of the response's choices."""
+        taken = self._reports[-1:] if self._turns else self._reports
+        return [report for of_one in taken for report in of_one]
+
+    def to_json(self) -> dict[str, Any]:
+        """The response's ``steering``."""
+        return response_object(self.reports, self._report)
+
+    def __repr__(self) -> str:
+        return f"Ticket({self.id})"
+
+
+def wants_report(spec: SteeringSpec) -> bool:
+    """Whether a response says something about its steering."""
+    return spec.report or spec.read is not None
+
+
+def _entry(edit: Edit, figures: Iterable[Figures | None]) -> dict[str, Any]:
+    """One of ``interventions``; each pipeline stage knows the edits at its own layers."""
+    known = _first(figures)
+    return {
+        "sae": edit.sae,
+        "feature": edit.feature,
+        "op": edit.op,
+        "value": edit.value,
+        "effective_value": edit.effective_value,
+        **(_NOTHING if known is None else known),
+    }
+
+
+def _read(
+    spec: SteeringSpec,
+    choice: Choice,
+    read: Iterable[FeaturesAt],
+    decode: Callable[[list[int]], str],
+) -> dict[str, Any] | None:
+    if spec.read is None:
+        return None
+    ids = [*choice.prompt, *choice.generated]
+    tokens = [
+        {
+            "position": position,
+            "id": ids[position],
+            "text": decode([ids[position]]),
+            "phase": "prompt" if position < choice.prompt_len else "generation",
+            "features": features,
+        }
+        for position, features in read
+    ]
+    return {"sae": spec.read.sae, "tokens": tokens}
+
+
+def features_read(read: Sequence[bytes]) -> Iterator[FeaturesAt]:
+    """Each position of a summary's ``read`` with its ``[latent, value]`` pairs, best first.
+
+    Left out are values that are not above 0, which stand where fewer features fired than were asked
+    for, and infinite ones, which JSON cannot hold.
+    """
+    if not read[0]:
+        return
+    positions = np.frombuffer(read[0], dtype=np.int64)
+    shape = (len(positions), -1)
+    latents = np.frombuffer(read[1], dtype=np.int32).reshape(shape)
+    values = np.frombuffer(read[2], dtype=np.float32).reshape(shape)
+    for position, its_latents, its_values in zip(positions, latents, values, strict=True):
+        kept = (its_values > 0) & (its_values < np.inf)
+        pairs = zip(its_latents[kept].tolist(), its_values[kept].tolist(), strict=True)
+        yield int(position), [list(pair) for pair in pairs]
+
+
+def _first(values: Iterable[Any]) -> Any:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,56 @@
+"""A request's ``steering`` after validation, on its way from the route to the engine's door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from steering.report import Ticket
+from steering.request.catalog import Catalog
+from steering.request.plan import Inspection
+from steering.request.spec import SteeringSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Accepted:
+    """What a valid ``steering`` field asks for; nothing after this parses the field again.
+
+    It travels as an object in ``SamplingParams.extra_args``, as far as the door, which makes a plan
+    of it. vLLM copies those parameters deeply, and every copy shares this one.
+
+    Attributes:
+        spec: the validated field.
+        fingerprints: of the weights of each SAE in ``spec.saes``, for the cache salt.
+        inspection: how `inspect` and the self-check read; None for a client's own request.
+        prompt_len: where generation begins, if not at the end of vLLM's prompt: the reader puts a
+            whole text there, of which a part counts as generated.
+        ticket: where the reports go; None if nobody asked for any, or if they are fetched by hand.
+        awaited: whether what is recorded will be fetched, or forgotten by name, in any case.
+    """
+
+    spec: SteeringSpec
+    fingerprints: Mapping[str, str]
+    inspection: Inspection | None = None
+    prompt_len: int | None = None
+    ticket: Ticket | None = None
+    awaited: bool = False
+
+    def reporting_to(self, ticket: Ticket) -> Accepted:
+        """The same, with its reports put under ``ticket``."""
+        return replace(self, ticket=ticket, awaited=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Accepted:
+        return self
+
+
+def accept(raw: object, catalog: Catalog, inspection: Inspection | None = None) -> Accepted:
+    """Validate a ``steering`` field and check the weights that it needs.
+
+    This may read whole files: an event loop awaits `Catalog.prepare` instead.
+
+    Raises:
+        SteeringError: with the code and path of the error table.
+    """
+    spec = catalog.parse(raw)
+    return Accepted(spec, catalog.prepare_now(spec), inspection)

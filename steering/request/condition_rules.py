@@ -1,0 +1,139 @@
+"""What ``when`` and ``stop_when`` of a request mean, and where they cannot be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from steering.errors import SteeringError
+from steering.request.conditions import ABOVE, BELOW, PROMPT, STOP, TOKEN, Condition, When
+from steering.request.facts import SAEs, named_feature, named_sae, raw_value
+from steering.request.float32 import float32
+from steering.request.hook_order import place_in_pass
+from steering.request.limits import MAX_GATES
+from steering.request.shape import AnyShape, ConditionShape, StopShape
+
+WhenValue = ConditionShape | list[ConditionShape] | AnyShape | str
+
+
+def parse_when(raw: WhenValue, path: str, saes: SAEs) -> When | None:
+    """A ``when`` that is there; None if it says "always".
+
+    Raises:
+        SteeringError: with the code and path of what is wrong.
+    """
+    if isinstance(raw, str):
+        return None
+    if isinstance(raw, ConditionShape):
+        found = {_condition(raw, path, saes)}
+    else:
+        items, where = (raw.any, f"{path}.any") if isinstance(raw, AnyShape) else (raw, path)
+        found = {_condition(item, f"{where}[{i}]", saes) for i, item in enumerate(items)}
+    one = isinstance(raw, AnyShape) and len(found) > 1
+    return When(tuple(sorted(found)), one, path)
+
+
+def parse_stop_when(raw: StopShape | list[StopShape] | None, saes: SAEs) -> tuple[Condition, ...]:
+    """The conditions of which any ends the answer, sorted and distinct.
+
+    Raises:
+        SteeringError: with the code and path of what is wrong.
+    """
+    path = "steering.stop_when"
+    if raw is None:
+        return ()
+    if isinstance(raw, StopShape):
+        return (_stop(raw, path, saes),)
+    return tuple(sorted({_stop(item, f"{path}[{i}]", saes) for i, item in enumerate(raw)}))
+
+
+def refuse_too_many(whens: Iterable[When | None], stops: tuple[Condition, ...]) -> None:
+    """SteeringError ``invalid_value`` if a request has more distinct conditions than are kept."""
+    distinct: set[Condition] = set()
+    parts = [(when.conditions, when.path) for when in whens if when is not None]
+    for conditions, path in (*parts, (stops, "steering.stop_when")):
+        distinct.update(conditions)
+        if len(distinct) > MAX_GATES:
+            raise SteeringError(
+                "invalid_value",
+                f"more than {MAX_GATES} distinct conditions, those of stop_when among them",
+                path,
+            )
+
+
+def refuse_too_late(when: When, sae: str, covers_prompt: bool, saes: SAEs) -> None:
+    """Refuse a condition that is not known yet where an edit of ``sae`` is made.
+
+    Raises:
+        SteeringError: ``condition_too_late`` if it is read at a later hook point; ``invalid_value``
+            if it is of the whole prompt, and the edit covers the prompt.
+    """
+    made = min(saes[sae].writes, key=place_in_pass)
+    for condition in when.conditions:
+        if condition.scope == PROMPT:
+            if covers_prompt:
+                raise SteeringError(
+                    "invalid_value",
+                    "a condition of scope prompt is decided at the prompt's end, so its edit may "
+                    "cover generation only: set positions.prompt to false",
+                    when.path,
+                )
+            continue
+        reads = saes[condition.sae].reads
+        if place_in_pass(reads) > place_in_pass(made):
+            raise SteeringError(
+                "condition_too_late",
+                f"feature {condition.feature} of SAE {condition.sae!r} is read at {reads}, after "
+                f"the edit at {made}; only scope prompt may read later",
+                when.path,
+            )
+
+
+def refuse_across_stages(
+    edits: Iterable[tuple[str, When | None]], saes: SAEs, stage_of: Callable[[str], int]
+) -> None:
+    """Refuse conditions that another pipeline stage reads than the one that makes the edit.
+
+    Args:
+        edits: the SAE and the conditions of each edit.
+        saes: the loaded ones.
+        stage_of: the pipeline stage that holds a hook point.
+
+    Raises:
+        SteeringError: ``unsupported_combination``.
+    """
+    for name, when in edits:
+        stages = {stage_of(hook) for hook in saes[name].writes}
+        for condition in () if when is None else when.conditions:
+            reads = saes[condition.sae].reads
+            if {stage_of(reads)} != stages:
+                assert when is not None
+                raise SteeringError(
+                    "unsupported_combination",
+                    f"the condition at {reads} and the edit at {saes[name].hook} are on different "
+                    "pipeline stages; serve without pipeline parallelism, or use hook points of "
+                    "one stage",
+                    when.path,
+                )
+
+
+def _condition(raw: ConditionShape, path: str, saes: SAEs) -> Condition:
+    if raw.above is not None and raw.below is not None:
+        raise SteeringError("invalid_value", "give above or below, not both", f"{path}.below")
+    if raw.below is not None:
+        return _made(raw, BELOW, raw.below, raw.scope or TOKEN, path, saes)
+    if raw.above is None:
+        raise SteeringError("invalid_value", "a condition needs above or below", f"{path}.above")
+    return _made(raw, ABOVE, raw.above, raw.scope or TOKEN, path, saes)
+
+
+def _stop(raw: StopShape, path: str, saes: SAEs) -> Condition:
+    return _made(raw, ABOVE, raw.above, STOP, path, saes)
+
+
+def _made(
+    raw: ConditionShape | StopShape, sense: str, bound: float, scope: str, path: str, saes: SAEs
+) -> Condition:
+    name = named_sae(raw.sae, path, saes)
+    feature = named_feature(raw.feature, path, saes[name])
+    threshold = raw_value(bound, raw.unit, name, feature, path, sense, saes)
+    return Condition(name, feature, sense, float32(threshold) + 0.0, scope)

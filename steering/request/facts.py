@@ -1,0 +1,116 @@
+"""What validation must know of a loaded SAE, and how its features are named in a request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from steering.errors import SteeringError
+from steering.request.limits import FLOAT32_MAX
+from steering.request.shape_errors import shown
+
+
+class SAEFacts(Protocol):
+    """One loaded SAE.
+
+    Attributes:
+        hook: the hook point of its edits, the first of ``writes``.
+        reads: the hook point at which its activations are read.
+        writes: the hook points to which its edits are added.
+        d_sae: number of its features.
+        error_term: whether its full reconstruction is defined.
+        affine: whether its pre-activations are affine in the stream that it edits.
+    """
+
+    @property
+    def hook(self) -> str: ...
+
+    @property
+    def reads(self) -> str: ...
+
+    @property
+    def writes(self) -> tuple[str, ...]: ...
+
+    @property
+    def d_sae(self) -> int: ...
+
+    @property
+    def error_term(self) -> bool: ...
+
+    @property
+    def affine(self) -> bool: ...
+
+    def max_activation(self, feature: int) -> float | None:
+        """The recorded maximum activation in raw units, None if unknown."""
+        ...
+
+
+SAEs = Mapping[str, SAEFacts]
+
+
+def named_sae(name: str | None, path: str, saes: SAEs) -> str:
+    """The SAE that a request means; the only one if it names none.
+
+    Raises:
+        SteeringError: ``unknown_sae``, or ``sae_required`` if several are loaded.
+    """
+    if name is None:
+        if len(saes) > 1:
+            raise SteeringError(
+                "sae_required",
+                f"{len(saes)} SAEs are loaded, name one: {', '.join(saes)}",
+                f"{path}.sae",
+            )
+        return next(iter(saes))
+    if name not in saes:
+        raise SteeringError(
+            "unknown_sae",
+            f"no SAE {shown(name)} is loaded, only {', '.join(saes)}",
+            f"{path}.sae",
+        )
+    return name
+
+
+def named_feature(feature: int, path: str, sae: SAEFacts) -> int:
+    """The same index. Raises SteeringError ``feature_out_of_range``."""
+    if not 0 <= feature < sae.d_sae:
+        raise SteeringError(
+            "feature_out_of_range",
+            f"feature {shown(feature)} not in [0, {sae.d_sae})",
+            f"{path}.feature",
+        )
+    return feature
+
+
+def raw_value(
+    value: float, unit: str | None, name: str, feature: int, path: str, key: str, saes: SAEs
+) -> float:
+    """``value`` in raw units: times the feature's recorded maximum if ``unit`` is max_act.
+
+    Args:
+        value: as the request states it, in the member ``key`` of the object at ``path``.
+        unit: raw if left out.
+        name: of the SAE.
+        feature: its index.
+        path: of the object.
+        key: of the value.
+        saes: the loaded ones.
+
+    Raises:
+        SteeringError: ``max_act_unknown`` if no maximum above 0 is recorded, ``invalid_value`` if
+            float32 cannot hold the result.
+    """
+    if unit != "max_act":
+        factor, text = 1.0, ""
+    else:
+        maximum = saes[name].max_activation(feature)
+        if maximum is None or not maximum > 0:
+            raise SteeringError(
+                "max_act_unknown",
+                f"feature {feature} of SAE {name!r} has no recorded maximum activation above 0",
+                f"{path}.unit",
+            )
+        factor, text = maximum, f" times the maximum of feature {feature}, {maximum},"
+    if abs(value * factor) > FLOAT32_MAX:
+        raise SteeringError("invalid_value", f"{value}{text} exceeds float32", f"{path}.{key}")
+    return value * factor

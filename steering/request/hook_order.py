@@ -1,0 +1,34 @@
+"""In which order a forward pass comes by the hook points."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_HOOK_POINT: Final = re.compile(r"blocks\.(\d+)\.([\w.]+)", re.ASCII)
+
+#: Within one layer. A module's own output stands before what a later norm makes of it.
+_WITHIN_LAYER: Final = (
+    "hook_resid_pre",
+    "attn.hook_z",
+    "attn.hook_out",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "ln2.hook_normalized",
+    "mlp.hook_in",
+    "mlp.hook_out",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+
+
+def layer_of(hook: str) -> int:
+    """The layer of a hook point that a card names."""
+    return place_in_pass(hook)[0]
+
+
+def place_in_pass(hook: str) -> tuple[int, int]:
+    """What orders hook points as a pass comes by them: layer, then place within the layer."""
+    match = _HOOK_POINT.fullmatch(hook)
+    assert match is not None, hook
+    return int(match[1]), _WITHIN_LAYER.index(match[2])

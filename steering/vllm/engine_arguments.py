@@ -1,0 +1,71 @@
+"""What makes a vLLM engine steer: its worker, its scheduler and its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sae.errors import SAEError
+from sae.sae import check_fits, open_sae
+from sae.source import SAEReference, resolve
+from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, SteeringConfig
+from steering.request.catalog import SCAN_LIMIT_BYTES
+from steering.vllm.seams import refuse_missing_seams
+
+
+def engine_arguments(config: SteeringConfig) -> dict[str, Any]:
+    """Arguments that make a vLLM engine steer: ``LLM(model, **engine_arguments(config))``.
+
+    The hook points stand in the files, which may change under one path; a graph compiled for
+    others must not be taken from vLLM's cache, so they enter its hash beside the paths.
+
+    Raises:
+        UnsupportedEngineError: if the installed vLLM is not one that can be steered.
+        SAEError: if an SAE's file does not hold what it should.
+    """
+    refuse_missing_seams()
+    hook_points = sorted({open_sae(ref).card.hook for ref in config.saes})
+    return {
+        "worker_cls": "steering.vllm.worker.SteeringWorker",
+        "scheduler_cls": "steering.vllm.scheduler.SteeringScheduler",
+        "additional_config": {CONFIG_KEY: {**config.to_dict(), "hook_points": hook_points}},
+    }
+
+
+def offline_config(
+    saes: Sequence[str],
+    model_config: Any,
+    *,
+    max_rows: int = DEFAULT_MAX_ROWS,
+    max_read_values: int | None = None,
+) -> SteeringConfig:
+    """The configuration of an engine that steers a model through SAEs, checked against it.
+
+    Args:
+        saes: each as ``--sae`` takes it, ``NAME=SOURCE[,hook=HOOK]...``.
+        model_config: vLLM's, which says what size the model has.
+        max_rows: how many features may be in use at once over all running requests.
+        max_read_values: see `SteeringConfig`.
+
+    Raises:
+        SAEError: if an SAE cannot be used, or not with this model.
+    """
+    d_model = int(model_config.get_hidden_size())
+    num_layers = int(model_config.get_total_num_hidden_layers())
+    references: dict[str, SAEReference] = {}
+    for flag in saes:
+        reference = resolve(SAEReference.parse(flag))
+        if reference.name in references:
+            raise SAEError(f"two SAEs are named {reference.name!r}")
+        sae = open_sae(reference)
+        check_fits(sae.card, d_model, num_layers)
+        if sae.weight_bytes <= SCAN_LIMIT_BYTES:
+            sae.scan_nonfinite()
+        references[reference.name] = reference
+    return SteeringConfig(
+        tuple(references.values()),
+        d_model,
+        num_layers,
+        max_rows=max_rows,
+        max_read_values=max_read_values,
+    )

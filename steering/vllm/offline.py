@@ -1,0 +1,139 @@
+"""Steering without a server: vLLM's own ``LLM``, with SAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from vllm import LLM, EngineArgs, SamplingParams
+
+from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS
+from steering.report import response_object, wants_report
+from steering.request.accepted import Accepted, accept
+from steering.request.catalog import Catalog
+from steering.vllm.door import FIELD, accepted_of, carrying, catalog_for
+from steering.vllm.engine_arguments import engine_arguments, offline_config
+from steering.vllm.plugin import register
+from steering.vllm.results import results_of
+
+#: The ``steering`` field of one request.
+Field = Mapping[str, Any]
+
+
+class SteeringLLM(LLM):
+    """vLLM's ``LLM`` with SAEs: each request may steer, and its output says what that did.
+
+    ``generate`` and ``chat`` take a field ``steering`` as the HTTP routes do, one for all prompts
+    or a list with one, or None, for each. An output then has ``output.steering``: what a response
+    would have as ``steering``, or None if the request asked for neither report nor read.
+
+    Args:
+        model: as for ``LLM``.
+        saes: each as ``--sae`` takes it: ``["l14=path/to/sae"]``.
+        max_rows: how many features may be in use at once over all running requests.
+        max_read_values: how many features one request may have read, over all its tokens.
+        engine_args: whatever else ``LLM`` takes.
+
+    Raises:
+        SAEError: if an SAE cannot be used, or not with this model.
+        UnsupportedEngineError: if this vLLM cannot be steered.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        saes: Sequence[str],
+        *,
+        max_rows: int = DEFAULT_MAX_ROWS,
+        max_read_values: int | None = None,
+        **engine_args: Any,
+    ) -> None:
+        register()  # vLLM goes on without a plugin that failed to load
+        config = offline_config(
+            saes,
+            _model_config(model, engine_args),
+            max_rows=max_rows,
+            max_read_values=max_read_values,
+        )
+        steered = engine_arguments(config)
+        own = engine_args.pop("additional_config", None) or {}
+        if CONFIG_KEY in own:
+            raise ValueError(f"additional_config: {CONFIG_KEY!r} is taken")
+        steered["additional_config"] = {**own, **steered["additional_config"]}
+        super().__init__(model, **engine_args, **steered)
+
+    @property
+    def catalog(self) -> Catalog:
+        """The SAEs: their cards, and their features' labels and statistics."""
+        return catalog_for(self.llm_engine.vllm_config)
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Any = None,
+        *,
+        steering: Field | Sequence[Field | None] | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """As ``LLM.generate``; see the class for ``steering``.
+
+        Raises:
+            ValueError: if a field is not valid, before anything runs.
+        """
+        params = self._steered(sampling_params, steering)
+        return self._with_reports(super().generate(prompts, params, **options), params)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *,
+        steering: Field | Sequence[Field | None] | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """As ``LLM.chat``; see the class for ``steering``.
+
+        Raises:
+            ValueError: if a field is not valid, before anything runs.
+        """
+        params = self._steered(sampling_params, steering)
+        return self._with_reports(super().chat(messages, params, **options), params)
+
+    def _steered(
+        self, given: Any, steering: Field | Sequence[Field | None] | None
+    ) -> SamplingParams | list[SamplingParams]:
+        """The sampling parameters with what is accepted of each field in them."""
+        if given is None:
+            given = self.get_default_sampling_params()
+        if steering is None or isinstance(steering, Mapping):
+            if isinstance(given, SamplingParams):
+                return self._carrying(given, steering)
+            return [self._carrying(params, steering) for params in given]
+        if isinstance(given, SamplingParams):
+            given = [given] * len(steering)
+        return [self._carrying(*both) for both in zip(given, steering, strict=True)]
+
+    def _carrying(self, params: SamplingParams, steering: Field | None) -> SamplingParams:
+        field = steering if steering is not None else (params.extra_args or {}).get(FIELD)
+        if field is None:
+            return params
+        accepted = field if isinstance(field, Accepted) else accept(field, self.catalog)
+        # All are fetched below, so none may be dropped, however many there are.
+        return carrying(params, replace(accepted, awaited=wants_report(accepted.spec)))
+
+    def _with_reports(self, outputs: list[Any], params: Any) -> list[Any]:
+        of_each = params if isinstance(params, list) else [params] * len(outputs)
+        for output, one in zip(outputs, of_each, strict=True):
+            accepted = accepted_of(one)
+            output.steering = None
+            if accepted is not None and wants_report(accepted.spec):
+                reports = results_of(self, output)
+                output.steering = response_object(reports, accepted.spec.report)
+        return outputs
+
+
+def _model_config(model: str, engine_args: Mapping[str, Any]) -> Any:
+    known = {field.name for field in fields(EngineArgs)}
+    args = {name: value for name, value in engine_args.items() if name in known}
+    return EngineArgs(model=model, **args).create_model_config()

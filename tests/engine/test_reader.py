@@ -1,0 +1,85 @@
+"""A text that is read is treated, token by token, as when the model wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.reader import Run, Text, run_offline
+from steering.request.accepted import Accepted, accept
+from steering.vllm.door import catalog_for
+from tests.engine.engine import Engine, tiny_engine
+from tests.engine.test_traps import tokens
+from tests.models import make_tiny_model
+
+PROMPT = tokens(5, 20)
+EDIT = {"feature": 3, "op": "clamp", "value": 6}
+FIELDS = [
+    {"interventions": [EDIT], "positions": {"prompt": False}, "report": True},
+    {"interventions": [EDIT], "positions": {"generation": False}, "report": True},
+    {"interventions": [{**EDIT, "positions": {"start": 4, "end": 24}}], "report": True},
+]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("reader")
+    made = tiny_engine(make_tiny_model(folder / "llama", "llama"), folder)
+    yield made
+    made.shut_down()
+
+
+def accepted(engine: Engine, field: dict[str, Any]) -> Accepted:
+    return accept(field, catalog_for(engine.llm.llm_engine.vllm_config))
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=["generation", "prompt", "window"])
+def test_scored_text_has_the_probabilities_and_the_report_of_its_generation(
+    engine: Engine, field: dict[str, Any]
+) -> None:
+    (written,) = engine.generate([PROMPT], [field], max_tokens=8)
+    text = Text(tuple(PROMPT), tuple(written.tokens))
+    run = Run.of(text, accepted(engine, field), last_enters=False, prompt_logprobs=0, logprobs=1)
+    read = run_offline(engine.llm, run)
+    scored = [*read.output.prompt_logprobs[len(PROMPT) :], read.output.outputs[0].logprobs[0]]
+    found = [of_one[token].logprob for token, of_one in zip(written.tokens, scored, strict=True)]
+    assert found == pytest.approx(written.logprobs, abs=1e-4)
+    assert read.report is not None
+    (entry,), (expected,) = read.report.interventions, written.steering[0].interventions
+    counts = ("tokens_edited", "tokens_skipped", "tokens_active")
+    assert [entry[name] for name in counts] == [expected[name] for name in counts]
+    assert entry["mean_activation"] == pytest.approx(expected["mean_activation"], abs=1e-4)
+
+
+def test_phase_of_a_token_that_was_read_is_its_texts(engine: Engine) -> None:
+    field = {"read": {"top_k": 1}}
+    read = run_offline(
+        engine.llm, Run.of(Text(tuple(PROMPT), (7, 8, 9)), accepted(engine, field))
+    ).report
+    assert read is not None and read.read is not None
+    phases = {token["position"]: token["phase"] for token in read.read["tokens"]}
+    assert phases[len(PROMPT) - 1] == "prompt"
+    assert phases[len(PROMPT)] == phases[len(PROMPT) + 2] == "generation"
+
+
+def test_text_that_differs_only_in_where_generation_begins_shares_no_block(
+    engine: Engine,
+) -> None:
+    field = FIELDS[0]
+    alone = {
+        split: run_offline(engine.llm, _scored(engine, field, split)).output.prompt_logprobs
+        for split in (8, 16)
+    }
+    assert alone[8][12:] != alone[16][12:]
+    # In the other order, so that each finds the other's blocks if it could.
+    for split in (16, 8):
+        again = run_offline(engine.llm, _scored(engine, field, split)).output.prompt_logprobs
+        assert again == alone[split]
+
+
+def _scored(engine: Engine, field: dict[str, Any], split: int) -> Run:
+    ids = tuple(tokens(9, 40))
+    text = Text(ids[:split], ids[split:])
+    return Run.of(text, accepted(engine, field), prompt_logprobs=0)

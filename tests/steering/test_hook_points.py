@@ -1,0 +1,297 @@
+"""Where the op goes in a layer, and which layers are refused: no model is edited wrongly unseen."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sae.card import HOOK_KINDS, HookPoint
+from steering.vllm import hook_points
+from steering.vllm.decoder_layers import decoder_layers
+from steering.vllm.unsupported import UnsupportedModelError
+from steering.worker.ops import registered
+from tests.steering import layers
+from tests.steering.layers import WIDTH, Fused, Half, Model, NormAfter, Parallel, Plain
+
+RESIDUAL_KINDS = ("hook_resid_pre", "hook_resid_post")
+
+
+def install(model: nn.Module, point: str, tensor_parallel: int = 1, **kwargs: Any) -> None:
+    stack = model.get_submodule("layers")
+    assert isinstance(stack, nn.ModuleList)
+    hook_points.install(model, HookPoint.parse(point), len(stack), tensor_parallel, **kwargs)
+
+
+class Recorder:
+    """Stands for the worker's state: keeps what the op sees, and adds to the stream if asked."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.order: list[str] = []
+        self.add: dict[str, float] = {}
+
+    def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """As `SteeringState.apply_at`."""
+        stream = hidden_states if residual is None else hidden_states + residual
+        self.seen[hook] = stream.clone()
+        self.order.append(hook)
+        hidden_states += self.add.get(hook, 0.0)
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    found = Recorder()
+    registered.make_current(found)
+    yield found
+    registered._current.clear()
+
+
+def norm(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def stream_before() -> Tensor:
+    return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def places(kind: str, x: Tensor, factor: float = 1.0) -> dict[str, Tensor]:
+    """What each hook point of one layer reads, worked out from the layer's definition."""
+    if kind == "parallel":
+        attention = mlp = norm(x) * 0.5
+        return {
+            "hook_resid_pre": x,
+            "hook_attn_out": attention,
+            "attn.hook_out": attention,
+            "hook_mlp_out": mlp,
+            "mlp.hook_out": mlp,
+            "hook_resid_post": x + attention + mlp,
+        }
+    if kind == "after":
+        own = x * 0.5
+        middle = x + norm(own)
+        own_mlp = middle * 0.5
+        return {
+            "hook_resid_pre": x,
+            "attn.hook_out": own,
+            "hook_attn_out": norm(own),
+            "hook_resid_mid": middle,
+            "mlp.hook_out": own_mlp,
+            "hook_mlp_out": norm(own_mlp),
+            "hook_resid_post": middle + norm(own_mlp),
+        }
+    attention = norm(x) * 0.5
+    middle = x + attention * factor
+    mlp = norm(middle) * 0.5
+    found = {
+        "hook_resid_pre": x,
+        "attn.hook_out": attention,
+        "hook_resid_mid": middle,
+        "mlp.hook_out": mlp,
+        "hook_resid_post": middle + mlp * factor,
+    }
+    if factor == 1.0:
+        found |= {"hook_attn_out": attention, "hook_mlp_out": mlp}
+    return found
+
+
+FORMS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
+    "fused": (Fused, "plain", 1.0),
+    "stale residual": (Parallel, "parallel", 1.0),
+    "plain": (Plain, "plain", 1.0),
+    "stale second value": (lambda: Plain(stale=True), "plain", 1.0),
+    "factor": (lambda: Plain(0.25), "plain", 0.25),
+    "norm after": (NormAfter, "after", 1.0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", HOOK_KINDS)
+def test_each_place_reads_what_the_layers_definition_says_and_edits_reach_the_stream(
+    form: str, kind: str, recorder: Recorder
+) -> None:
+    make, definition, factor = FORMS[form]
+    x = stream_before()
+    first = Model(make())
+    second_input = first(x.clone())
+    expected = places(definition, second_input, factor)
+    model, hook = Model(make(), make()), f"blocks.1.{kind}"
+    if kind not in expected:
+        with pytest.raises(UnsupportedModelError, match=rf"^{hook}: "):
+            install(model, hook)
+        return
+    install(model, hook)
+    unedited = model(x.clone())
+    assert recorder.order == [hook]
+    torch.testing.assert_close(recorder.seen[hook], expected[kind])
+    recorder.add[hook] = 1.0
+    change = model(x.clone()) - unedited
+    if kind in ("hook_resid_post", "hook_mlp_out"):
+        torch.testing.assert_close(change, torch.ones_like(change))
+    assert change.abs().max() > 0.01
+
+
+def test_two_points_on_one_layer_and_the_next_ones_are_called_in_the_order_of_the_stream(
+    recorder: Recorder,
+) -> None:
+    for make in (Fused, Plain, Parallel):
+        model = Model(make(), make())
+        hooks = [
+            f"blocks.{layer}.{kind}"
+            for layer, kind in itertools.product((0, 1), ("hook_resid_pre", "hook_resid_post"))
+        ]
+        for hook in (hooks[3], hooks[0], hooks[2], hooks[1]):
+            install(model, hook)
+        recorder.order.clear()
+        model(stream_before())
+        assert recorder.order == hooks
+        torch.testing.assert_close(recorder.seen[hooks[1]], recorder.seen[hooks[2]])
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "one way or the other": (layers.Mixed, "hook_resid_post", "now as one tensor, now as the sum"),
+    "more than a tensor": (layers.Deferred, "hook_resid_post", "may be more than the first"),
+    "another method": (layers.Bypassing, "hook_mlp_out", "mlp is not called by its forward"),
+    "another method, own": (layers.Bypassing, "mlp.hook_out", "mlp is not called by its forward"),
+    "a list of branches": (layers.Twice, "hook_attn_out", "made of several calls"),
+    "a factor": (lambda: Plain(0.5), "hook_mlp_out", "multiplied by a factor"),
+    "no attention": (layers.Mixer, "hook_attn_out", "has no attention by the names"),
+    "run several times": (layers.Looped, "hook_resid_post", "more than once in a pass"),
+    "another name": (layers.Nameless, "hook_resid_post", "no list|expected one list"),
+    "ready-made input": (layers.Deferring, "hook_resid_pre", "ready-made"),
+    "parallel": (Parallel, "hook_resid_mid", "read the same stream"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_understood_is_refused_before_a_pass(case: str) -> None:
+    make, kind, words = REFUSED[case]
+    with pytest.raises(UnsupportedModelError, match=words) as refusal:
+        install(Model(make()), f"blocks.0.{kind}")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_stream_that_float16_scales_is_refused_in_float16_only() -> None:
+    install(Model(layers.Scaling()), "blocks.0.hook_resid_post", dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="use bfloat16"):
+        install(Model(layers.Scaling()), "blocks.0.hook_resid_post", dtype=torch.float16)
+
+
+def test_layers_of_two_forms_in_one_model_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="Fused carries the stream as the sum"):
+        install(Model(Fused(), Plain()), "blocks.0.hook_resid_post")
+
+
+def test_layers_without_attention_by_name_are_served(recorder: Recorder) -> None:
+    model = Model(layers.Mixer(), Plain())
+    install(model, "blocks.0.hook_resid_post")
+    install(model, "blocks.0.hook_mlp_out")
+
+
+class Tower(nn.Module):
+    """An image encoder beside a language model."""
+
+    def __init__(self, name: str, tower: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        setattr(self, name, tower)
+        self.language_model = text
+
+
+class Multimodal(Tower):
+    """One that says which its language model is, as vLLM's do."""
+
+    def get_language_model(self) -> nn.Module:
+        """As vLLM's ``SupportsMultiModal``."""
+        return self.language_model
+
+
+def test_a_tower_of_equal_depth_is_not_taken_for_the_language_model() -> None:
+    text = Model(Plain(), Plain())
+    for model in (
+        Multimodal("other", Model(Plain(), Plain()), text),
+        Tower("vision_tower", Model(Plain(), Plain()), text),
+        Tower("visual", Model(Plain(), Plain()), text),
+    ):
+        assert decoder_layers(model, 2) is text.layers
+
+
+def test_two_lists_of_the_same_layers_are_one() -> None:
+    model = Model(Plain(), Plain())
+    model.decoder = nn.Module()
+    model.decoder.layers = model.layers[:]
+    assert decoder_layers(model, 2)[1] is model.layers[1]
+
+
+def test_lists_within_layers_are_no_candidates() -> None:
+    assert len(decoder_layers(Model(layers.Twice(), layers.Twice()), 2)) == 2
+
+
+def test_two_lists_that_could_be_the_layers_are_refused() -> None:
+    twice = nn.Module()
+    twice.one, twice.other = Model(Plain()), Model(Plain())
+    with pytest.raises(UnsupportedModelError, match=r"found one\.layers, other\.layers"):
+        decoder_layers(twice, 1)
+    with pytest.raises(UnsupportedModelError, match=r"expected one list of 3 .* found none"):
+        decoder_layers(twice, 3)
+
+
+def test_partial_sums_are_refused_under_tensor_parallelism_only() -> None:
+    def model() -> Model:
+        layer = Plain()
+        layer.self_attn.o_proj = nn.Linear(2, 2)
+        layer.self_attn.o_proj.reduce_results = False  # type: ignore[assignment]
+        return Model(layer)
+
+    for kind in ("hook_attn_out", "hook_resid_mid"):
+        with pytest.raises(UnsupportedModelError, match="o_proj leaves partial sums"):
+            install(model(), f"blocks.0.{kind}", tensor_parallel=2)
+        install(model(), f"blocks.0.{kind}")
+    install(model(), "blocks.0.hook_resid_post", tensor_parallel=2)
+
+
+@pytest.mark.parametrize("kind", RESIDUAL_KINDS)
+def test_sums_left_to_the_next_layer_are_refused_under_tensor_parallelism_only(kind: str) -> None:
+    def model() -> Model:
+        return Model(layers.Deferring(), layers.Deferring())
+
+    with pytest.raises(UnsupportedModelError, match="leaves the sum over tensor-parallel ranks"):
+        install(model(), f"blocks.1.{kind}", tensor_parallel=2)
+    install(model(), f"blocks.1.{kind}")
+
+
+def test_a_forward_that_somebody_else_has_put_in_front_is_refused() -> None:
+    layer = Plain()
+    layer.forward = lambda *args: args[1]  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedModelError, match="--offload-backend"):
+        install(Model(layer), "blocks.0.hook_resid_post")
+
+
+def test_a_rewritten_method_bound_to_the_module_is_wrapped_where_it_is(recorder: Recorder) -> None:
+    layer = Plain()
+
+    def rewritten(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        return hidden_states * 0.5
+
+    layer.mlp.forward = rewritten.__get__(layer.mlp)  # type: ignore[method-assign]
+    install(Model(layer), "blocks.0.hook_mlp_out")
+    x = stream_before()
+    Model(layer)(x.clone())
+    torch.testing.assert_close(
+        recorder.seen["blocks.0.hook_mlp_out"], places("plain", x)["hook_mlp_out"]
+    )
+
+
+def test_a_module_that_returns_no_tensor_is_refused() -> None:
+    class Text(Half):
+        def forward(self, hidden_states: Tensor) -> Any:
+            return "text"
+
+    layer = Plain()
+    layer.self_attn = Text()
+    install(Model(layer), "blocks.0.attn.hook_out")
+    with pytest.raises(UnsupportedModelError, match="the module returns str"):
+        layer.self_attn(stream_before())
