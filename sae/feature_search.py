@@ -1,4 +1,6 @@
-"""Full-text search over feature labels: an inverted index in memory, ranked by BM25.
+"""Which features a list shows first: those whose labels match a query, or of the largest figure.
+
+Full-text search over feature labels is an inverted index in memory, ranked by BM25.
 
 A query is words, nothing in it is syntax. Every word may be the beginning of a label's word; whole
 words count more. Labels with all of the words come first; where there are none, labels with any of
@@ -22,6 +24,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +39,37 @@ WHOLE_WORD = 3.0
 _TOKEN = re.compile(r"\w+")
 _AFTER_ANY_CHARACTER = "\U0010ffff"
 
+#: The recorded figures by which a list of features may be ordered.
+ORDERS: Final = ("output_score", "density", "max_activation")
+
 Scores = npt.NDArray[np.float64]  # [labels]
+
+
+class Figures(Protocol):
+    """What is recorded of a feature, None where nothing is."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def output_score(self) -> float | None: ...
+    @property
+    def density(self) -> float | None: ...
+    @property
+    def max_activation(self) -> float | None: ...
+
+
+F = TypeVar("F", bound=Figures)
+
+
+def ordered(features: Iterable[F], order: str) -> list[F]:
+    """Features by one of `ORDERS`: highest first, those without it last, ties by index."""
+    assert order in ORDERS, order
+
+    def place(feature: F) -> tuple[bool, float, int]:
+        value: float | None = getattr(feature, order)
+        return value is None, -(value or 0.0), feature.index
+
+    return sorted(features, key=place)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 One JSON object a line; every part but the index may be missing or null, unknown keys are ignored:
 
-    {"index": 0, "label": "...", "max_activation": 6.1, "density": 0.003,
+    {"index": 0, "label": "...", "max_activation": 6.1, "density": 0.003, "output_score": 0.2,
      "examples": [{"text": "...", "activation": 6.0}]}
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from sae import json_lines
 from sae.errors import SAEError
-from sae.feature_search import LabelIndex
+from sae.feature_search import LabelIndex, ordered
 from sae.files import CHECKPOINTS, FEATURES_NAME, find_weights
 
 # A key of a JSON object: inside a string the quotes would be escaped.
@@ -42,6 +42,7 @@ class Feature:
     label: str | None = None
     max_activation: float | None = None
     density: float | None = None
+    output_score: float | None = None
     examples: tuple[Example, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -51,6 +52,7 @@ class Feature:
             "label": self.label,
             "max_activation": self.max_activation,
             "density": self.density,
+            "output_score": self.output_score,
         }
 
 
@@ -76,6 +78,7 @@ class FeatureTable:
         self.has_max_activations = _contains(path, _HAS_MAX_ACTIVATION)
         self._lock = threading.Lock()
         self._table: _Table | None = None
+        self._rankings: dict[str, list[int]] = {}
 
     @classmethod
     def open(cls, weights: Path | str, d_sae: int) -> FeatureTable:
@@ -109,17 +112,44 @@ class FeatureTable:
             return feature
         return replace(feature, examples=found.examples) if found.index == index else feature
 
-    def page(self, limit: int, offset: int) -> tuple[list[Feature], int]:
-        """Features by index without their examples, and how many there are in all."""
-        stop = min(offset + limit, self.d_sae)
-        return [self._row(index) for index in range(offset, stop)], self.d_sae
+    def page(self, limit: int, offset: int, order: str | None = None) -> tuple[list[Feature], int]:
+        """Features without their examples, and how many there are in all.
 
-    def search(self, query: str, limit: int, offset: int) -> tuple[list[Feature], int]:
-        """Features whose label matches, best first, and how many match; all for a blank query."""
+        Args:
+            order: one of `sae.feature_search.ORDERS`, highest first; None for by index.
+        """
+        stop = min(offset + limit, self.d_sae)
+        if order is None:
+            return [self._row(index) for index in range(offset, stop)], self.d_sae
+        ranking = self._ranking(order)
+        return [self._row(ranking[place]) for place in range(offset, stop)], self.d_sae
+
+    def search(
+        self, query: str, limit: int, offset: int, order: str | None = None
+    ) -> tuple[list[Feature], int]:
+        """Features whose label matches, and how many match; all for a blank query.
+
+        Args:
+            order: as for `page`; None for the best match first.
+        """
         if not query.strip():
-            return self.page(limit, offset)
-        indices, total = self._loaded().labels.search(query, limit, offset)
-        return [self._row(index) for index in indices], total
+            return self.page(limit, offset, order)
+        if order is None:
+            indices, total = self._loaded().labels.search(query, limit, offset)
+            return [self._row(index) for index in indices], total
+        indices, total = self._loaded().labels.search(query, self.d_sae, 0)
+        matching = ordered(map(self._row, indices), order)
+        return matching[offset : offset + limit], total
+
+    def _ranking(self, order: str) -> list[int]:
+        """The indices of all features in an order, sorted once."""
+        with self._lock:
+            known = self._rankings.get(order)
+        if known is None:
+            known = [f.index for f in ordered(map(self._row, range(self.d_sae)), order)]
+            with self._lock:
+                self._rankings[order] = known
+        return known
 
     def _row(self, index: int) -> Feature:
         if not 0 <= index < self.d_sae:
@@ -165,7 +195,11 @@ def _read(path: Path | None, d_sae: int) -> _Table:
             raise SAEError(f"{where}: feature {feature.index} a second time")
         offsets[feature.index] = offset
         features[feature.index] = Feature(
-            feature.index, feature.label, feature.max_activation, feature.density
+            feature.index,
+            feature.label,
+            feature.max_activation,
+            feature.density,
+            feature.output_score,
         )
     labels = ((index, f.label) for index, f in features.items() if f.label is not None)
     return _Table(features, offsets, LabelIndex(labels))
@@ -193,6 +227,7 @@ def _parse(where: str, line: bytes, d_sae: int) -> Feature:
         label=label or None,
         max_activation=json_lines.number_of(where, values, "max_activation"),
         density=json_lines.number_of(where, values, "density"),
+        output_score=json_lines.number_of(where, values, "output_score"),
         examples=tuple(_examples(where, values.get("examples"))),
     )
 

@@ -1,4 +1,4 @@
-"""Which features write in nearly the same direction."""
+"""Which features write in nearly the same direction, and which read what one writes."""
 
 from __future__ import annotations
 
@@ -32,3 +32,37 @@ def nearest(sae: SAE, latent: int, count: int = 10) -> list[tuple[int, float]]:
         best_latents = torch.cat([best_latents, latents[kept]])[order]
         best_cosines = cosines[order]
     return list(zip(best_latents.tolist(), best_cosines.tolist(), strict=True))
+
+
+def interference(
+    sae: SAE, latent: int, count: int = 10
+) -> tuple[float | None, list[tuple[int, float]]]:
+    """What one unit of a latent's activation, once written, adds to pre-activations.
+
+    G_ij = gain_i W_enc_i . W_dec_j decoder_scale_j, every scale of the SAE folded in
+
+    Returns:
+        G_jj, the latent's own, and `[(i, G_ij)]` of the `count` others that move most by size,
+        largest first, ties by lower index. None and nothing if the SAE reads another width than it
+        writes. One pass over the weights in parts of the workspace.
+
+    Raises:
+        IndexError: if the latent is not in [0, d_sae).
+    """
+    row = sae.rows([latent])
+    written = row.W_dec[0] * row.decoder_scale  # [d_out] float32
+    if row.W_enc.shape[1] != len(written):
+        return None, []
+    own = float(row.gain * (row.W_enc[0] @ written))
+    best_changes, best_latents = torch.empty(0), torch.empty(0, dtype=torch.long)
+    # Both matrices, and a copy of one in float64, from which `rows` makes the vectors.
+    for start, stop in sae.chunks(16 * len(written)):
+        rows = sae.rows(range(start, stop))
+        changes = rows.gain * (rows.W_enc @ written)  # [stop - start]
+        latents = torch.arange(start, stop)
+        kept = (latents != latent) & changes.isfinite()
+        changes = torch.cat([best_changes, changes[kept]])
+        order = changes.abs().sort(descending=True, stable=True).indices[:count]
+        best_latents = torch.cat([best_latents, latents[kept]])[order]
+        best_changes = changes[order]
+    return own, list(zip(best_latents.tolist(), best_changes.tolist(), strict=True))

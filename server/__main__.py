@@ -4,24 +4,47 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
+COMMANDS: Final = ("serve", "run-batch", "inspect-sae", "import-labels", "demo")
 REFUSED: Final = 2
+FAILED: Final = 1
+
+EXAMPLES: Final = """\
+examples:
+  vllm-sae demo
+  vllm-sae inspect-sae hf://OWNER/REPO/SUBFOLDER
+  vllm-sae serve MODEL --sae NAME=hf://OWNER/REPO/SUBFOLDER --port 8000
+  vllm-sae serve --help
+  vllm-sae run-batch -i IN.jsonl -o OUT.jsonl --model MODEL --sae NAME=SOURCE"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # The flags of these two are vLLM's, whose parser is slow to import.
+    # The flags of these three are vLLM's, whose parser is slow to import.
     if words[:1] == ["serve"]:
-        return _serve(words[1:])
+        from server.commands.serve import serve
+
+        return _run(serve, words[1:])
+    if words[:1] == ["run-batch"]:
+        from server.commands.run_batch import run_batch
+
+        return _run(run_batch, words[1:])
     if words[:1] == ["demo"] and not {"-h", "--help"}.intersection(words):
         from server.commands.demo import demo
 
         return demo(words[1:])
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        return _failed(_unknown(words[0], words), REFUSED)
     parser = _parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return REFUSED
     args, flags = parser.parse_known_args(words)
     if flags and getattr(args, "model", None) is None:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
@@ -34,29 +57,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     return inspect_sae(args.source, args.model, flags)
 
 
-def _serve(argv: Sequence[str]) -> int:
-    from server.commands.serve import RefusedStartError, serve
+def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Run a command of vLLM's; whatever ends it is the last line on stderr."""
     from server.start.engine_death import EngineDiedError
+    from server.start.errors import EngineStartError, RefusedStartError, in_one_line
 
     try:
-        serve(argv)
+        command(argv)
     except RefusedStartError as error:
-        print(f"vllm-sae: error: {error}", file=sys.stderr, flush=True)
-        return REFUSED
-    except EngineDiedError as error:
-        print(f"vllm-sae: error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return _failed(str(error), REFUSED)
+    except (EngineDiedError, EngineStartError) as error:
+        return _failed(str(error), FAILED)
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(in_one_line(error), FAILED)
     return 0
+
+
+def _failed(why: str, code: int) -> int:
+    print(f"vllm-sae: error: {why}", file=sys.stderr, flush=True)
+    return code
+
+
+def _unknown(word: str, words: Sequence[str]) -> str:
+    """What was probably meant instead of a command that does not exist."""
+    if close := get_close_matches(word, COMMANDS, n=1):
+        return f"unknown command {word!r}; did you mean `vllm-sae {close[0]}`?"
+    if any(each == "--sae" or each.startswith("--sae=") for each in words):
+        return f"unknown command {word!r}; did you mean `vllm-sae serve {word} --sae ...`?"
+    return f"unknown command {word!r}; the commands are {', '.join(COMMANDS)}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm-sae", description="Serve a model that each request may steer."
+        prog="vllm-sae",
+        description="Serve a model that each request may steer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vllm-sae {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
         "serve", help="serve MODEL --sae NAME=SOURCE [any vllm serve flag]", add_help=False
+    )
+    commands.add_parser(
+        "run-batch",
+        help="answer a file of requests: -i INPUT.jsonl -o OUTPUT.jsonl --model MODEL "
+        "--sae NAME=SOURCE",
+        add_help=False,
     )
     inspect = commands.add_parser(
         "inspect-sae",

@@ -8,20 +8,20 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from sae.neighbours import nearest
+from sae.neighbours import interference, nearest
 from sae.sae import SAE
 from server.unembedding import Unembedding
 
-#: Neighbours, promoted and suppressed tokens shown of a feature.
+#: Neighbours, interferers, promoted and suppressed tokens shown of a feature.
 NUM_SHOWN: Final = 10
-#: Features remembered; each is three short lists.
+#: Features remembered; each is four short lists.
 MAX_REMEMBERED: Final = 4096
 
-Details = dict[str, list[list[Any]]]
+Details = dict[str, Any]
 
 
 class FeatureDetails:
-    """Neighbours by decoder cosine, and tokens by the logit lens.
+    """Neighbours by decoder cosine, interferers by encoder, and tokens by the logit lens.
 
     One thread of its own does the work, from memory-mapped weights and a bounded part at a time:
     it is never in the way of the event loop, and two requests never compete for the disk.
@@ -35,9 +35,11 @@ class FeatureDetails:
         self._remembered: OrderedDict[tuple[str, int], Details] = OrderedDict()
 
     async def get(self, sae: SAE, feature: int) -> Details:
-        """`nearest` [[feature, cosine]], `promoted` and `suppressed` [[token, score]].
+        """What a feature is near to, what it moves, and which tokens it writes.
 
-        The latter two are empty where the model's checkpoint does not show its unembedding.
+        `nearest` is [[feature, cosine]], `self_gain` a number, `interferers` [[feature, change]],
+        `promoted` and `suppressed` [[token, score]]. The latter two are empty if the model's
+        checkpoint does not show its unembedding.
         """
         key = (sae.card.id, feature)
         if key not in self._remembered:
@@ -56,7 +58,10 @@ class FeatureDetails:
         suppressed: list[list[Any]] = []
         if self._unembedding is not None:
             promoted, suppressed = self._unembedding.strongest(direction, NUM_SHOWN)
+        self_gain, interferers = interference(sae, feature, NUM_SHOWN)
         return {
+            "self_gain": self_gain,
+            "interferers": [list(pair) for pair in interferers],
             "nearest": [list(pair) for pair in nearest(sae, feature, NUM_SHOWN)],
             "promoted": promoted,
             "suppressed": suppressed,

@@ -19,6 +19,7 @@ from server.routes.generate import ROUTES
 from server.state import SteeringState
 from steering.errors import SteeringError
 from steering.request.catalog import Catalog
+from steering.request.misplaced import refuse_misplaced
 from steering.request.spec import nothing_loaded
 from steering.vllm.door import FIELD
 
@@ -80,6 +81,7 @@ def refuse_foreign(body: bytes, catalog: Catalog) -> None:
         return
     if content.get(FIELD) is not None:
         raise _cannot_carry(catalog)
+    refuse_misplaced(content, any_sae=bool(catalog.names))
     refuse_smuggled(content.get("vllm_xargs"), "vllm_xargs", catalog)
     sampling_params = content.get("sampling_params")
     if isinstance(sampling_params, Mapping):
@@ -104,8 +106,12 @@ _FORM_FIELD: Final = re.compile(f'; ?name="{FIELD}"'.encode())
 
 
 def _path(scope: Scope) -> str:
+    """The path as routes are matched: without `--root-path`, whether or not a proxy cut it off."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")).rstrip("/")
+    root: str = scope.get("root_path", "")
+    if path == root or path.startswith(f"{root}/"):
+        path = path.removeprefix(root)
+    return path.rstrip("/")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

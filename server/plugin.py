@@ -12,13 +12,13 @@ from starlette.datastructures import State
 
 from server import errors, self_check
 from server.body_limit import BodyLimit
-from server.commands.serve import DEFAULT_MAX_BODY_BYTES
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries, start_series
 from server.middleware import ForeignSteering, MetricsRefresh
 from server.reader import Reader
 from server.routes import features, generate, inspect, saes
 from server.start import engine_death
+from server.start.flags import ServerOptions
 from server.state import SteeringState
 from server.unembedding import open_unembedding
 from steering.request.catalog import SCAN_LIMIT_BYTES, Catalog
@@ -63,11 +63,11 @@ class SteeringEndpointPlugin:
         tokenizer = getattr(engine_client.renderer, "tokenizer", None)
         details = FeatureDetails(partial(open_unembedding, engine_client.model_config, tokenizer))
         series = WorkerSeries(partial(worker_stats, engine_client)) if catalog.names else None
-        limit = getattr(args, "steering_max_body_bytes", DEFAULT_MAX_BODY_BYTES)
-        max_body_bytes = limit if catalog.names else None
-        reader = Reader(engine_client)
-        SteeringState(catalog, details, series, max_body_bytes, reader).attach(state)
+        options = ServerOptions.of(args)
+        limit = options.max_body_bytes if catalog.names else None
+        SteeringState(catalog, details, series, limit, Reader(engine_client)).attach(state)
         start_series(catalog.names)
+        # Only our own command has the flag; plain vLLM is left as it is.
         wanted = getattr(args, "steering_self_check", False)
         if series is not None and wanted is not False:
             # The gauges have their values before a scrape might find the workers busy.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sae.source import SAEReference
-from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
+from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS, MAX_TOP_K
 
 #: Key of this project's part of ``additional_config``; being there, it enters vLLM's compile hash.
 CONFIG_KEY: Final = "steering"
@@ -61,6 +61,11 @@ class SteeringConfig:
             )
         if self.resident not in RESIDENT_CHOICES:
             raise ValueError(f"resident {self.resident!r} is none of {', '.join(RESIDENT_CHOICES)}")
+
+    @property
+    def row_capacity(self) -> int:
+        """Rows on the device: a request's edits and conditions together always fit."""
+        return max(self.max_rows, MAX_INTERVENTIONS + MAX_GATES)
 
     def read_limit(self, max_model_len: int) -> int:
         """How many features one request may have read, where a context has so many tokens."""

@@ -66,12 +66,16 @@ def test_what_runs_beside_the_model_parses_no_request() -> None:
 SERVER_FILES_ON_VLLM = {
     "allow_list.py",
     "commands/inspect_sae.py",
+    "commands/run_batch.py",
     "commands/serve.py",
     "protocol.py",
     "reader.py",
     "rendering.py",
     "routes/generate.py",
     "self_check.py",
+    "start/arguments.py",
+    "start/cpu_memory.py",
+    "start/engine.py",
 }
 
 

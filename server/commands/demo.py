@@ -20,6 +20,7 @@ import httpx
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import sae
@@ -70,7 +71,7 @@ def demo(flags: Sequence[str]) -> int:
     """
     console = Console()
     try:
-        with console.status("preparing the model (the first time takes a minute)"):
+        with phase(console, "preparing the model (the first time takes a minute)"):
             model = ensure_demo_model()
         with _serving(model, flags, console) as (base_url, process):
             show(base_url, api_key(flags, os.environ), console)
@@ -82,6 +83,22 @@ def demo(flags: Sequence[str]) -> int:
     except KeyboardInterrupt:
         pass
     return 0
+
+
+@contextmanager
+def phase(console: Console, what: str) -> Iterator[None]:
+    """Show what goes on and for how long it has; a line with the seconds that it took stays."""
+    begun = time.monotonic()
+    if console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            progress.add_task(what, total=None)
+            yield
+    else:
+        console.print(f"{what} ...", soft_wrap=True, highlight=False, markup=False)
+        yield
+    took = f"{what}: {time.monotonic() - begun:.0f} s"
+    console.print(took, soft_wrap=True, highlight=False, markup=False)
 
 
 def show(base_url: str, key: str | None, console: Console) -> None:
@@ -98,7 +115,7 @@ def show(base_url: str, key: str | None, console: Console) -> None:
     try:
         model = client.models.list().data[0].id  # as the user's flags may have named it
         for way, interventions in WAYS.items():
-            with console.status(f"asking: {way}"):
+            with phase(console, f"asking: {way}"):
                 answer = Text(ask(client, model, interventions))
                 panels.append(Panel(answer, title=way, width=_width(console)))
     except OpenAIError as error:
@@ -167,7 +184,7 @@ def _serving(
     for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell had us ignore Ctrl-C
         signal.signal(stop, _interrupt)
     try:
-        with console.status(f"starting the server, log in {log.name}"):
+        with phase(console, f"starting the server, log in {log.name}"):
             _wait_until_ready(process, f"http://localhost:{port}", Path(log.name))
         yield f"http://localhost:{port}", process
     finally:

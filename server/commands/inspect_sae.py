@@ -16,17 +16,12 @@ from sae.errors import SAEError
 from sae.self_check import Outcome
 from sae.source import parse_source
 from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
-from server.commands.serve import (
-    DEFAULT_MAX_BODY_BYTES,
-    RefusedStartError,
-    engine_for,
-    refuse_flags,
-    steer,
-    worker_refusals,
-)
 from server.self_check import check_offline
+from server.start.arguments import merge_into, refuse_flags
 from server.start.checked_sae import CheckedSAE, check_reference
-from steering.config import DEFAULT_MAX_ROWS
+from server.start.engine import naming_the_cause, steering_arguments
+from server.start.errors import EngineStartError, RefusedStartError
+from server.start.flags import ServerOptions
 
 #: For a text that is read once: more than its blocks take in any model that is known.
 KV_CACHE_BYTES: Final = 2**30
@@ -103,7 +98,7 @@ def check_on_model(checked: CheckedSAE, model: str, flags: Sequence[str]) -> Out
 
     try:
         engine_args = _engine_args(checked, model, flags)
-        with worker_refusals():
+        with naming_the_cause():
             llm = LLM.from_engine_args(engine_args)
         try:
             return check_offline(llm, checked.reference)
@@ -111,6 +106,8 @@ def check_on_model(checked: CheckedSAE, model: str, flags: Sequence[str]) -> Out
             llm.llm_engine.engine_core.shutdown(timeout=STOP_SECONDS)
     except (SAEError, RefusedStartError):
         raise
+    except EngineStartError as error:
+        raise RefusedStartError(f"cannot run {model}: {error}") from error
     except Exception as error:
         # vLLM's own: a model that is not there, a flag that does not go with it, no memory.
         said = " ".join(str(error).split())
@@ -128,18 +125,11 @@ def _engine_args(checked: CheckedSAE, model: str, flags: Sequence[str]) -> Any:
         max_num_seqs=1,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         disable_log_stats=True,
-        grpc=False,
-        steering_max_rows=DEFAULT_MAX_ROWS,
-        steering_max_read_values=None,
-        steering_max_body_bytes=DEFAULT_MAX_BODY_BYTES,
     )
     args = parser.parse_args(["--model", model, *flags])
     refuse_flags(args, rust_frontend=False)
     vllm_config = EngineArgs.from_cli_args(args).create_engine_config()
     if args.max_model_len is None:
         args.max_model_len = min(MAX_MODEL_LEN, vllm_config.model_config.max_model_len)
-    steer(
-        args,
-        engine_for([checked], vllm_config, args.steering_max_rows, args.steering_max_read_values),
-    )
+    merge_into(args, steering_arguments([checked], vllm_config, ServerOptions()))
     return EngineArgs.from_cli_args(args)

@@ -9,11 +9,13 @@ from fastapi import APIRouter, Request
 from pydantic import WithJsonSchema
 from starlette.responses import Response
 
+from sae.feature_search import ORDERS
 from server.errors import REFUSALS
 from server.json_response import TolerantJSONResponse
 from server.models import FeatureDetail, FeatureList, answers
 from server.routes.parameters import MAX_DIGITS, feature_index, known_sae, whole_number
 from server.state import steering_state
+from steering.errors import SteeringError
 
 router = APIRouter(tags=["saes"], responses=REFUSALS)
 
@@ -27,6 +29,7 @@ _Limit = Annotated[
     ),
 ]
 _Offset = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0, "default": 0})]
+_Order = Annotated[str | None, WithJsonSchema({"type": "string", "enum": list(ORDERS)})]
 _Index = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0})]
 
 
@@ -37,13 +40,18 @@ async def list_features(
     query: str | None = None,
     limit: _Limit = None,
     offset: _Offset = None,
+    order: _Order = None,
 ) -> Response:
     state = steering_state(raw_request)
     known_sae(state, sae)
     count = whole_number("limit", limit, DEFAULT_LIMIT, 1, MAX_LIMIT)
     start = whole_number("offset", offset, 0, 0, 10**MAX_DIGITS)
+    if order is not None and order not in ORDERS:
+        raise SteeringError(
+            "invalid_value", f"order {order[:40]!r} is not one of {', '.join(ORDERS)}", "order"
+        )
     table = state.catalog.features(sae)
-    features, total = await asyncio.to_thread(table.search, query or "", count, start)
+    features, total = await asyncio.to_thread(table.search, query or "", count, start, order)
     return TolerantJSONResponse(
         {
             "object": "list",

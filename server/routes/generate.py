@@ -19,6 +19,7 @@ from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.responses.api_router import create_responses
 
 from server.admission import accept
+from server.misplaced import refuse_misplaced_in
 from server.protocol import (
     Steerable,
     SteerableChatCompletionRequest,
@@ -77,6 +78,7 @@ class SteerableRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
+            await refuse_misplaced_in(request)
             try:
                 return await handler(request)
             except HTTPException as error:

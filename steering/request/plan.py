@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from steering.request.conditions import ABOVE, PROMPT, SO_FAR, STOP, TOKEN, Condition
 from steering.request.edits import Edit
 from steering.request.float32 import float32
-from steering.request.limits import OPS
+from steering.request.limits import OPS, POSITION_LIMIT
 from steering.request.positions import Positions
 from steering.request.spec import SteeringSpec
 
@@ -20,7 +20,7 @@ COVERS_SPECIAL: Final = 4
 #: Only `inspect` sets it: sinks are read like any other token.
 COVERS_SINKS: Final = 8
 
-#: A read's aggregate by which an engine checks an SAE itself (`sae.self_check`); no client's.
+#: `Inspection.aggregate` by which an engine checks an SAE itself (`sae.self_check`); no client's.
 SELF_CHECK: Final = "self_check"
 
 # Codes of the operations on the device. `ablate` arrives as a clamp to zero.
@@ -93,10 +93,12 @@ class PlannedEdit:
 
 @dataclass(frozen=True)
 class PlannedRead:
-    """Features to return: ``top_k`` per covered token, and over all if ``aggregate`` is named.
+    """What to return of the covered tokens: the ``top_k`` strongest features of each.
 
-    With ``SELF_CHECK`` as aggregate it is the SAE's fit on the covered tokens instead. With
-    ``stream`` what each pass reads is handed out as soon as it is known.
+    Attributes:
+        aggregate: over which figure the strongest of all tokens together are returned as well.
+        stream: what each pass reads is handed out as soon as it is known.
+        fit: nothing of all that, but how well the SAE reconstructs the tokens.
     """
 
     sae: int
@@ -106,6 +108,23 @@ class PlannedRead:
     end: int
     aggregate: str | None
     stream: bool = False
+    fit: bool = False
+
+
+class RowKey(NamedTuple):
+    """What a row on the device is made of: requests share rows whose keys are equal.
+
+    Attributes:
+        sae: index of the SAE.
+        latent: index of the latent.
+        solved_with: with `reread`, the latents of the SAE's edits, this one among them, ascending.
+        protected: the (SAE, latent) pairs that the decoder row must not move, ascending.
+    """
+
+    sae: int
+    latent: int
+    solved_with: tuple[int, ...] = ()
+    protected: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,7 @@ class SteeringPlan:
         protect: (SAE, latent) pairs whose pre-activations the edits must not move.
         max_share: the largest share of the stream's norm that a token's whole change at one hook
             point may be; None for no limit.
+        internal: no client sent this; metrics leave it out.
     """
 
     key: str
@@ -136,11 +156,30 @@ class SteeringPlan:
     reread: bool = False
     protect: tuple[tuple[int, int], ...] = ()
     max_share: float | None = None
+    internal: bool = False
 
     @property
-    def latents(self) -> frozenset[tuple[int, int]]:
-        """The (SAE, latent) pairs whose rows the device must hold."""
-        return frozenset((edit.sae, edit.latent) for edit in self.edits)
+    def edit_rows(self) -> tuple[RowKey, ...]:
+        """The row of each edit."""
+        with_sae: dict[int, list[int]] = {}
+        if self.reread:
+            for edit in self.edits:
+                with_sae.setdefault(edit.sae, []).append(edit.latent)
+        protected = tuple(sorted(self.protect))
+        return tuple(
+            RowKey(edit.sae, edit.latent, tuple(sorted(with_sae.get(edit.sae, ()))), protected)
+            for edit in self.edits
+        )
+
+    @property
+    def gate_rows(self) -> tuple[RowKey, ...]:
+        """The row of each gate."""
+        return tuple(RowKey(gate.sae, gate.latent) for gate in self.gates)
+
+    @property
+    def rows(self) -> frozenset[RowKey]:
+        """All rows that the device must hold for this request."""
+        return frozenset(self.edit_rows + self.gate_rows)
 
     def encoded(self, exact_from_row: Callable[[int], bool]) -> frozenset[int]:
         """The SAEs that must encode this request's tokens in full.
@@ -148,23 +187,45 @@ class SteeringPlan:
         Args:
             exact_from_row: whether an SAE's activations are known from their own encoder rows.
         """
-        found = {
-            edit.sae
-            for edit in self.edits
-            if not self.error_term
-            or (not exact_from_row(edit.sae) and (edit.op != OP_ADD or self.report))
-        }
+        found = {edit.sae for edit in self.edits if self._encodes(edit, exact_from_row)}
+        found |= {gate.sae for gate in self.gates if not exact_from_row(gate.sae)}
         return frozenset(found if self.read is None else found | {self.read.sae})
+
+    def encoded_until(self, exact_from_row: Callable[[int], bool]) -> int:
+        """The position from which on no token needs a full encode.
+
+        Args:
+            exact_from_row: as `encoded` takes it.
+        """
+        ends = [self._end(e) for e in self.edits if self._encodes(e, exact_from_row)]
+        if self.read is not None:
+            ends.append(self._end(self.read))
+        for i, gate in enumerate(self.gates):
+            if exact_from_row(gate.sae):
+                continue
+            if gate.scope == SCOPE_PROMPT:
+                ends.append(self.prompt_len)
+            elif gate.scope == SCOPE_STOP:
+                ends.append(POSITION_LIMIT)
+            else:
+                ends += [self._end(edit) for edit in self.edits if edit.gates >> i & 1]
+        return max(ends, default=0)
+
+    def _encodes(self, edit: PlannedEdit, exact_from_row: Callable[[int], bool]) -> bool:
+        if not self.error_term:
+            return True
+        return not exact_from_row(edit.sae) and (edit.op != OP_ADD or self.report)
+
+    def _end(self, where: PlannedEdit | PlannedRead) -> int:
+        """One past the last position that is covered."""
+        if where.coverage & COVERS_GENERATION:
+            return where.end
+        return min(where.end, self.prompt_len)
 
     @property
     def wants_results(self) -> bool:
         """Whether something is recorded for this request."""
         return self.report or self.read is not None
-
-    @property
-    def is_self_check(self) -> bool:
-        """Whether no client sent this: metrics leave it out."""
-        return self.read is not None and self.read.aggregate == SELF_CHECK
 
     def to_wire(self) -> dict[str, Any]:
         """Plain types for ``SamplingParams.extra_args``."""
@@ -181,6 +242,7 @@ class SteeringPlan:
             "reread": self.reread,
             "protect": [list(pair) for pair in self.protect],
             "max_share": self.max_share,
+            "internal": self.internal,
         }
 
     @classmethod
@@ -199,6 +261,7 @@ class SteeringPlan:
             reread=wire["reread"],
             protect=tuple((sae, latent) for sae, latent in wire["protect"]),
             max_share=wire["max_share"],
+            internal=wire["internal"],
         )
 
 
@@ -229,6 +292,7 @@ def make_plan(
     gates = spec.gates
     bits = {condition: 1 << i for i, condition in enumerate(gates)}
     read = None
+    fit = inspection is not None and inspection.aggregate == SELF_CHECK
     if spec.read is not None:
         coverage = _coverage(spec.positions)
         if inspection is not None and inspection.special_tokens:
@@ -239,8 +303,9 @@ def make_plan(
             coverage=coverage,
             start=spec.positions.start,
             end=spec.positions.end,
-            aggregate=inspection.aggregate if inspection is not None else None,
+            aggregate=None if inspection is None or fit else inspection.aggregate,
             stream=spec.read.stream,
+            fit=fit,
         )
     return SteeringPlan(
         key,
@@ -255,6 +320,7 @@ def make_plan(
         reread=spec.reread,
         protect=tuple((sae_index[name], feature) for name, feature in spec.protect),
         max_share=None if spec.max_share is None else float32(spec.max_share),
+        internal=fit,
     )
 
 

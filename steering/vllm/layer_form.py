@@ -168,6 +168,7 @@ def _branch(names: tuple[str, ...], what: str) -> Callable[[Layer], Place]:
 def _own_output(names: tuple[str, ...], what: str) -> Callable[[Layer], Place]:
     def find(layer: Layer) -> Place:
         layer.parameters()
+        layer.fused()
         paths = set()
         for trace in layer._traces():
             call = _projected(trace, _one_call(trace, names, what))

@@ -79,7 +79,8 @@ def norm_kind(cls: type[nn.Module]) -> str | None:
         return None
     if any(base.__module__ == ADDING_NORMS for base in cls.__mro__):
         return "adds"
-    tree = function_tree(inspect.unwrap(cls.forward))
+    # vLLM's custom ops say in `forward_native` what they do.
+    tree = function_tree(inspect.unwrap(getattr(cls, "forward_native", cls.forward)))
     return "one" if tree is None else norm_kind_of(tree)
 
 

@@ -20,8 +20,12 @@ def register() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     from steering.vllm.drain import stay_for_results
+    from steering.vllm.ignored import refuse_ignored_steering
     from steering.vllm.results import remember_engines
+    from steering.vllm.start_failure import leave_word_of_failure
     from steering.vllm.tracing import describe_spans
+
+    leave_word_of_failure()
 
     if not hasattr(InputProcessor.process_inputs, _MARK):
         InputProcessor.process_inputs = _admitting(InputProcessor.process_inputs)
@@ -32,6 +36,7 @@ def register() -> None:
         stay_for_results()
         remember_engines()
         describe_spans()
+        refuse_ignored_steering()
 
 
 def _admitting(process_inputs: Any) -> Any:

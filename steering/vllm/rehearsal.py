@@ -33,7 +33,7 @@ def rehearse_full_passes(runner: Any, state: SteeringState) -> None:
         try:
             return profile_run(*args, **kwargs)
         finally:
-            del state.apply_at
+            state.apply_at = apply_at  # type: ignore[method-assign]
 
     runner.profile_run = _profile_run
 

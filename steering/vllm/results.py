@@ -14,7 +14,7 @@ from steering.report import Choice, FeaturesAt, Report, Summary, features_read, 
 from steering.request.accepted import Accepted
 from steering.vllm.door import PLAN, accepted_of, result_key
 from steering.vllm.drain import TAKE
-from steering.worker.record import MAX_FINISHED_RECORDS
+from steering.worker.record_store import MAX_FINISHED_RECORDS
 from steering.worker_stats import WorkerStats
 
 #: Seconds between two looks at whether the engine that is asked for results still lives.

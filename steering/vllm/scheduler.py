@@ -10,6 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from steering.config import DEFAULT_MAX_ROWS, SteeringConfig
+from steering.request.plan import RowKey
 from steering.vllm.door import plan_of
 from steering.vllm.drain import Unfetched
 from steering.vllm.kv_transfer import connects_by_request, guard_transfers, stamp
@@ -28,9 +29,9 @@ class _RowLimits:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         config = SteeringConfig.from_additional_config(vllm_config.additional_config)
-        self._max_rows = DEFAULT_MAX_ROWS if config is None else config.max_rows
-        self._row_users: Counter[tuple[int, int]] = Counter()
-        self._rows_of: dict[str, frozenset[tuple[int, int]]] = {}
+        self._max_rows = DEFAULT_MAX_ROWS if config is None else config.row_capacity
+        self._row_users: Counter[RowKey] = Counter()
+        self._rows_of: dict[str, frozenset[RowKey]] = {}
         self._held: dict[str, Request] = {}  # in the order of their arrival
         self._by_priority = vllm_config.scheduler_config.policy == "priority"
         self.unfetched = Unfetched()
@@ -40,7 +41,7 @@ class _RowLimits:
 
     def add_request(self, request: Request) -> None:
         plan = plan_of(request.sampling_params)
-        if plan is None or not plan.latents or request.request_id in self.requests:  # type: ignore[attr-defined]
+        if plan is None or not plan.rows or request.request_id in self.requests:  # type: ignore[attr-defined]
             super().add_request(request)  # type: ignore[misc]
             return
         self._held[request.request_id] = request
@@ -91,12 +92,12 @@ class _RowLimits:
             req_id = request.request_id
             plan = plan_of(request.sampling_params)
             assert plan is not None
-            more = sum(latent not in self._row_users for latent in plan.latents)
+            more = sum(row not in self._row_users for row in plan.rows)
             if len(self._row_users) + more > self._max_rows:
                 return
             del self._held[req_id]
-            self._row_users.update(plan.latents)
-            self._rows_of[req_id] = plan.latents
+            self._row_users.update(plan.rows)
+            self._rows_of[req_id] = plan.rows
             super().add_request(request)  # type: ignore[misc]
 
     def _next_held(self) -> Request:

@@ -278,8 +278,13 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("platforms", "current_platform"),
         Seam("platforms.interface", "Platform", fields=("is_cpu", "is_cuda", "device_name")),
         Seam("triton_utils", "HAS_TRITON"),
-        Seam("v1.worker.cpu_worker", "CPUWorker.load_model"),
-        Seam("v1.worker.gpu_worker", "Worker.load_model"),
+        *(
+            Seam(f"v1.worker.{module}", f"{worker}.{method}")
+            for module, worker in (("cpu_worker", "CPUWorker"), ("gpu_worker", "Worker"))
+            for method in ("load_model", "determine_available_memory", "compile_or_warm_up_model")
+        ),
+        Seam("v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run", first=("num_tokens",)),
+        Seam("v1.worker.gpu.model_runner", "GPUModelRunner._dummy_run", first=("num_tokens",)),
         Seam(
             "v1.worker.gpu_worker",
             "Worker",
@@ -325,8 +330,23 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
     ),
     "steering/vllm/hook_points.py": (
-        Seam("model_executor.models.utils", "PPMissingLayer"),
         Seam("model_executor.layers.linear", "RowParallelLinear", fields=("reduce_results",)),
+    ),
+    "steering/vllm/decoder_layers.py": (
+        Seam("model_executor.models.utils", "PPMissingLayer"),
+        Seam("model_executor.models.interfaces", "SupportsMultiModal.get_language_model"),
+    ),
+    "steering/vllm/layer_source.py": (
+        Seam("model_executor.layers.layernorm", "RMSNorm.forward_native", first=("x", "residual")),
+        Seam("model_executor.layers.layernorm", "GemmaRMSNorm"),
+    ),
+    "steering/vllm/installation.py": (
+        Seam(
+            "model_executor.models.transformers.fusers.base",
+            "RewriteFuser.fuse",
+            first=("module",),
+            mentions=("MethodType", "forward"),
+        ),
     ),
     "steering/vllm/runner_v1.py": (
         Seam(
@@ -493,10 +513,57 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             mentions=("to_chat_completion_request",),
         ),
     ),
+    "steering/vllm/ignored.py": tuple(
+        Seam(f"entrypoints.openai.{module}.protocol", f"{name}.to_sampling_params")
+        for module, name in (
+            ("chat_completion", "ChatCompletionRequest"),
+            ("completion", "CompletionRequest"),
+            ("responses", "ResponsesRequest"),
+        )
+    ),
+    "steering/vllm/start_failure.py": (
+        Seam("v1.engine.core", "", mentions=("EngineCore failed to start.",)),
+        Seam("v1.executor.multiproc_executor", "", mentions=("WorkerProc failed to start.",)),
+    ),
     "server/commands/serve.py": (
         Seam("entrypoints.cli.serve", "ServeSubcommand.cmd"),
         Seam("entrypoints.cli.serve", "ServeSubcommand.subparser_init", first=("subparsers",)),
         Seam("entrypoints.cli.serve", "ServeSubcommand.validate", first=("args",)),
+    ),
+    "server/commands/run_batch.py": (
+        Seam("entrypoints.cli.run_batch", "RunBatchSubcommand"),
+        Seam(
+            "entrypoints.cli.run_batch", "RunBatchSubcommand.subparser_init", first=("subparsers",)
+        ),
+        Seam("entrypoints.launchers.run_batch", "", mentions=("ChatCompletionRequest",)),
+        Seam("entrypoints.launchers.run_batch", "main", first=("args",), mentions=("run_batch",)),
+        Seam("entrypoints.launchers.run_batch", "run_batch", first=("engine_client",)),
+        Seam(
+            "entrypoints.launchers.run_batch",
+            "run_request",
+            first=("serving_engine_func", "request"),
+        ),
+        Seam(
+            "entrypoints.launchers.run_batch", "handle_endpoint_request", mentions=("run_request",)
+        ),
+        Seam("entrypoints.launchers.run_batch", "BatchRequestOutput", fields=("response", "error")),
+    ),
+    "server/start/cpu_memory.py": (
+        Seam("platforms", "current_platform"),
+        Seam("platforms.interface", "Platform.is_cpu"),
+        Seam("utils.cpu_resource_utils", "get_memory_node_info", first=("node_id",)),
+        Seam("utils.cpu_resource_utils", "get_visible_memory_node"),
+        Seam(
+            "engine.arg_utils",
+            "EngineArgs",
+            fields=(
+                *("gpu_memory_utilization", "kv_cache_memory_bytes", "tensor_parallel_size"),
+                *("pipeline_parallel_size", "data_parallel_size"),
+            ),
+        ),
+    ),
+    "server/start/engine.py": (Seam("tokenizers", "cached_tokenizer_from_config"),),
+    "server/start/arguments.py": (
         Seam(
             "entrypoints.common.startup",
             "cli_env_setup",
@@ -516,7 +583,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             ),
         ),
         Seam("engine.arg_utils", "EngineArgs.create_engine_config", parameters=("headless",)),
-        Seam("tokenizers", "cached_tokenizer_from_config"),
     ),
     "server/commands/inspect_sae.py": (
         Seam("", "LLM"),

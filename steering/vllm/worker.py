@@ -32,7 +32,8 @@ from steering.vllm.support import (
     refuse_unsupported,
 )
 from steering.vllm.unsupported import UnsupportedModelError
-from steering.worker.ops import Kernel, registered
+from steering.worker.ops import registered
+from steering.worker.ops.buffers import Kernel
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
 
@@ -122,7 +123,7 @@ class SteeringWorker(PlatformWorker):
             saes,
             owned,
             num_slots=self.vllm_config.scheduler_config.max_num_seqs,
-            max_rows=config.max_rows,
+            max_rows=config.row_capacity,
             d_in=config.d_model,
             step=Step(positions.shape[0], positions, input_ids, runner.device),
             special_token_ids=self._special_token_ids(config),

@@ -1,8 +1,12 @@
-"""A batch at one hook point, laid out: which of its tokens have work, and what that work is."""
+"""A batch at one hook point, laid out: which of its tokens have work, and what that work is.
+
+Indices are named by what they count in: ``in_batch``, the pass's tokens; ``in_part``, those of one
+part, which all have work; ``in_encode``, those of a part for which one SAE is encoded in full.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,51 +15,80 @@ from torch import Tensor
 
 from sae.arrays import IntArray
 from sae.sae import SAE
-from steering.request.plan import PlannedEdit, SteeringPlan
-from steering.worker.ops import batched
-from steering.worker.ops.batched import CompiledEdits
+from steering.request.plan import (
+    COVERS_SINKS,
+    COVERS_SPECIAL,
+    PlannedEdit,
+    PlannedGate,
+    PlannedRead,
+)
+from steering.worker.ops import compiled
+from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.compiled import CompiledEdits, CompiledGates, Covers
 from steering.worker.record import RequestRecord
-from steering.worker.rows import RowPool
-from steering.worker.slots import EditTable
 from steering.worker.step import Step
 
 #: Elements that the float32 streams, or the full encodes, of one part of a batch may take.
 _WORKSPACE_ELEMENTS = 16 * 2**20
+#: Arrays as large as a full encode that a pass holds at once: it, the edited one, the ranked one.
+_ENCODES_AT_ONCE = 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class SlotWork:
-    """What one slot does at one hook point, beyond its edits' table.
+    """What one slot does at one hook point, beyond its entries in the tables.
 
     Attributes:
         edits: ``(index in the request, edit)`` at this hook point.
+        gates: ``(index in the request, gate)`` that are read at this hook point.
         full: SAEs that must be encoded in full for this slot's tokens.
         decode: the SAE whose reconstruction replaces the stream (``error_term: false``).
-        plan: the request.
-        record: where results go; None if nothing is recorded.
+        read: what is read at this hook point.
+        prompt_len: tokens of the request's original prompt.
+        record: where what is read goes; None if nothing is recorded.
     """
 
     edits: list[tuple[int, PlannedEdit]]
+    gates: list[tuple[int, PlannedGate]]
     full: frozenset[int]
     decode: int | None
-    plan: SteeringPlan
+    read: PlannedRead | None
+    prompt_len: int
     record: RequestRecord | None
 
 
 @dataclass(frozen=True)
-class SlotTokens:
-    """The tokens of one slot among those of a full encode.
+class Exact:
+    """Entries whose activations are taken from a full encode; all ``[m, e]``.
 
     Attributes:
-        columns: ``(column of the slot's edits, edit)`` at the SAE that is encoded.
-        local: ``[m]`` int64, where they are in the encode.
-        here: ``[m]`` int64, where they are in the part.
+        latent: int64.
+        own: bool, the entry is at the SAE that is encoded.
     """
 
-    work: SlotWork
-    columns: list[tuple[int, PlannedEdit]]
-    local: Tensor
-    here: Tensor
+    latent: Tensor
+    own: Tensor
+
+
+@dataclass(frozen=True)
+class ReadTokens:
+    """The tokens of a full encode that are read, of all requests together.
+
+    Attributes:
+        in_encode: ``[r]`` int64.
+        in_part: ``[r]`` int64.
+        record_np: ``[r]`` the record of each, by number.
+        covers: ``[r, 1]`` what the reads cover.
+        top_k: the most that one of them asks for; 0 if all ask for something else.
+        others: probes of whole encodes, each with its tokens among these.
+    """
+
+    in_encode: Tensor
+    in_part: Tensor
+    record_np: IntArray
+    covers: Covers
+    top_k: int
+    others: list[tuple[RequestRecord, PlannedRead, slice]]
 
 
 @dataclass(frozen=True)
@@ -64,16 +97,18 @@ class FullPart:
 
     Attributes:
         index: ``[m]`` int64, where they are in the part.
-        latent: ``[m, e]`` int64, latents of their edits; None if none has any at this SAE.
-        own: ``[m, e]`` bool, which edits are at this SAE.
-        groups: the same tokens by slot.
+        edits: None if none has any at this SAE.
+        gates: None if none has any at this SAE.
+        decodes: ``[m]`` bool, the reconstruction replaces the stream; None if of none.
+        reads: None if none is read.
     """
 
     sae: int
     index: Tensor
-    latent: Tensor | None
-    own: Tensor
-    groups: list[SlotTokens]
+    edits: Exact | None
+    gates: Exact | None
+    decodes: Tensor | None
+    reads: ReadTokens | None
 
 
 @dataclass(frozen=True)
@@ -81,15 +116,15 @@ class BatchPart:
     """Tokens that have work here, and that work: all that lasts from pass to pass.
 
     Attributes:
-        token: their index in the batch, a slice where they are neighbours.
+        token: their index in the batch, a slice if they are neighbours.
         edits: None if no slot among them has any.
-        reports: work, record and rows in the part of each slot that reports.
+        gates: None if no slot among them has any here.
     """
 
     token: slice | Tensor
     edits: CompiledEdits | None
+    gates: CompiledGates | None
     full: list[FullPart]
-    reports: list[tuple[SlotWork, RequestRecord, IntArray]]
 
 
 @dataclass
@@ -100,14 +135,12 @@ class BatchParts:
 
     Attributes:
         saes: index to SAE, those at this hook point.
+        buffers: of this hook point.
         work: slot to its work here.
-        prompt_len: ``[num_slots]`` int32.
     """
 
     saes: Mapping[int, SAE]
-    rows: RowPool
-    table: EditTable
-    prompt_len: Tensor
+    buffers: Buffers
     work: Mapping[int, SlotWork]
     # Slots by token, and the only part of that batch, None if it has no work.
     _laid_out: tuple[IntArray, BatchPart | None] | None = None
@@ -122,82 +155,141 @@ class BatchParts:
             of, part = self._laid_out
             if of is step.token_slot_np or np.array_equal(of, step.token_slot_np):
                 return () if part is None else (part,)
+        buffers = self.buffers
         present = [int(s) for s in step.slots_np if int(s) in self.work]
-        has_work = np.zeros(self.table.count_np.shape[0], dtype=np.bool_)
+        has_work = np.zeros(buffers.table.count_np.shape[0], dtype=np.bool_)
         has_work[present] = True
         token_np = np.flatnonzero(has_work[step.token_slot_np] & (step.token_slot_np >= 0))
         full = {sae for s in present for sae in self.work[s].full}
-        width = int(self.table.count_np[present].max()) if present else 0
         chunk = self.tokens_in_part(full)
         if len(token_np) > chunk:
             return (
-                self._part(step, token_np[start : start + chunk], width)
+                self._part(step, token_np[start : start + chunk])
                 for start in range(0, len(token_np), chunk)
             )
-        part = self._part(step, token_np, width) if len(token_np) else None
+        part = self._part(step, token_np) if len(token_np) else None
         self._laid_out = (step.token_slot_np, part)
         return () if part is None else (part,)
 
     def tokens_in_part(self, full: Iterable[int]) -> int:
         """Most tokens of a part in which these SAEs are encoded in full."""
-        per_token = max([self.rows.W_enc.shape[1], *(2 * self.saes[s].card.d_sae for s in full)])
+        d_in = self.buffers.rows.W_enc.shape[1]
+        per_token = max([d_in, *(_ENCODES_AT_ONCE * self.saes[s].card.d_sae for s in full)])
         return max(1, _WORKSPACE_ELEMENTS // per_token)
 
-    def _part(self, step: Step, token_np: IntArray, width: int) -> BatchPart:
-        device = self.prompt_len.device
+    def _part(self, step: Step, token_np: IntArray) -> BatchPart:
+        buffers = self.buffers
+        device = buffers.token_slot.device
         slot_np = step.token_slot_np[token_np]
         first, last = int(token_np[0]), int(token_np[-1])
         dense = last - first + 1 == len(token_np)
         slots = {int(slot): np.flatnonzero(slot_np == slot) for slot in np.unique(slot_np)}
-        edits = None
-        if width:
-            edits = batched.compile_edits(slot_np, width, self.table, self.rows, self.prompt_len)
+        num_edits = int(buffers.table.count_np[slot_np].max())
+        num_gates = int(buffers.gates.count_np[slot_np].max())
         return BatchPart(
             token=slice(first, last + 1) if dense else torch.from_numpy(token_np).to(device),
-            edits=edits,
+            edits=compiled.compile_edits(slot_np, token_np, num_edits, buffers)
+            if num_edits
+            else None,
+            gates=compiled.compile_gates(slot_np, token_np, num_gates, buffers)
+            if num_gates
+            else None,
             full=[
-                self._full_part(sae, slots, width, device)
+                self._full_part(sae, slots, num_edits, num_gates, device)
                 for sae in sorted({sae for slot in slots for sae in self.work[slot].full})
-            ],
-            reports=[
-                (work, record, here)
-                for slot, here in slots.items()
-                if (record := (work := self.work[slot]).record) is not None
-                and work.plan.report
-                and work.edits
             ],
         )
 
     def _full_part(
-        self, sae: int, slots: Mapping[int, IntArray], width: int, device: torch.device
+        self,
+        sae: int,
+        slots: Mapping[int, IntArray],
+        num_edits: int,
+        num_gates: int,
+        device: torch.device,
     ) -> FullPart:
-        members = {slot: here for slot, here in slots.items() if sae in self.work[slot].full}
-        index_np = np.sort(np.concatenate(list(members.values())))
-        latent_np = np.zeros((len(index_np), width), dtype=np.int64)
-        own_np = np.zeros((len(index_np), width), dtype=np.bool_)
-        groups = []
-        for slot, here in members.items():
-            local = np.searchsorted(index_np, here)
-            columns = [
-                (column, edit)
-                for column, (_, edit) in enumerate(self.work[slot].edits)
-                if edit.sae == sae
-            ]
-            for column, edit in columns:
-                latent_np[local, column] = edit.latent
-                own_np[local, column] = True
-            groups.append(
-                SlotTokens(
-                    self.work[slot],
-                    columns,
-                    torch.from_numpy(local).to(device),
-                    torch.from_numpy(here).to(device),
-                )
-            )
+        in_part = {slot: here for slot, here in slots.items() if sae in self.work[slot].full}
+        index_np = np.sort(np.concatenate(list(in_part.values())))
+        in_encode = {slot: np.searchsorted(index_np, here) for slot, here in in_part.items()}
+        work = {slot: self.work[slot] for slot in in_part}
+        decodes_np = np.zeros(len(index_np), dtype=np.bool_)
+        for slot, where in in_encode.items():
+            decodes_np[where] = work[slot].decode == sae
+        edits = {slot: [edit for _, edit in work[slot].edits] for slot in work}
+        gates = {slot: [gate for _, gate in work[slot].gates] for slot in work}
         return FullPart(
             sae,
             torch.from_numpy(index_np).to(device),
-            torch.from_numpy(latent_np).to(device) if own_np.any() else None,
-            torch.from_numpy(own_np).to(device),
-            groups,
+            edits=_exact(sae, edits, in_encode, (len(index_np), num_edits), device),
+            gates=_exact(sae, gates, in_encode, (len(index_np), num_gates), device),
+            decodes=torch.from_numpy(decodes_np).to(device) if decodes_np.any() else None,
+            reads=self._reads(sae, work, in_part, in_encode, device),
         )
+
+    def _reads(
+        self,
+        sae: int,
+        work: Mapping[int, SlotWork],
+        in_part: Mapping[int, IntArray],
+        in_encode: Mapping[int, IntArray],
+        device: torch.device,
+    ) -> ReadTokens | None:
+        found = [
+            (slot, one.read, one.record)
+            for slot, one in work.items()
+            if one.read is not None and one.read.sae == sae and one.record is not None
+        ]
+        if not found:
+            return None
+        lengths = [len(in_part[slot]) for slot, _, _ in found]
+        stops = np.cumsum(lengths)
+
+        def column(values: list[int]) -> Tensor:
+            return torch.from_numpy(np.repeat(values, lengths)).to(device)[:, None]
+
+        low, high = compiled.window(
+            column([read.coverage for _, read, _ in found]),
+            column([read.start for _, read, _ in found]),
+            column([read.end for _, read, _ in found]),
+            column([work[slot].prompt_len for slot, _, _ in found]),
+        )
+        coverage = column([read.coverage for _, read, _ in found])
+        sink_norm = self.saes[sae].card.sink_norm
+        return ReadTokens(
+            torch.from_numpy(np.concatenate([in_encode[s] for s, _, _ in found])).to(device),
+            torch.from_numpy(np.concatenate([in_part[s] for s, _, _ in found])).to(device),
+            np.repeat([record.number for _, _, record in found], lengths),
+            Covers(
+                low,
+                high,
+                special=coverage & COVERS_SPECIAL != 0,
+                sink_norm=None
+                if sink_norm is None
+                else torch.where(coverage & COVERS_SINKS != 0, torch.inf, sink_norm),
+            ),
+            top_k=max(0 if read.fit else read.top_k for _, read, _ in found),
+            others=[
+                (record, read, slice(int(stop) - length, int(stop)))
+                for (_, read, record), length, stop in zip(found, lengths, stops, strict=True)
+                if read.fit or read.aggregate is not None
+            ],
+        )
+
+
+def _exact(
+    sae: int,
+    entries: Mapping[int, Sequence[PlannedEdit | PlannedGate]],
+    in_encode: Mapping[int, IntArray],
+    shape: tuple[int, int],
+    device: torch.device,
+) -> Exact | None:
+    latent_np = np.zeros(shape, dtype=np.int64)
+    own_np = np.zeros(shape, dtype=np.bool_)
+    for slot, of_slot in entries.items():
+        for column, entry in enumerate(of_slot):
+            if entry.sae == sae:
+                latent_np[in_encode[slot], column] = entry.latent
+                own_np[in_encode[slot], column] = True
+    if not own_np.any():
+        return None
+    return Exact(torch.from_numpy(latent_np).to(device), torch.from_numpy(own_np).to(device))

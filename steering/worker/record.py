@@ -1,4 +1,4 @@
-"""What workers remember of requests that asked for a report or a read, until it is fetched.
+"""What a worker remembers of one request that asked for a report or a read, until it is fetched.
 
 Everything is kept by token position, so a position counts once however often it is computed
 (chunked prefill, preemption, rejected speculative tokens), and whatever lies past the last token
@@ -7,294 +7,164 @@ that counts is cut off when the record is fetched.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import asdict
+import itertools
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from sae.arrays import FloatArray, IntArray
-from sae.self_check import Observed
+from sae.arrays import BoolArray, FloatArray, IntArray
 from steering.request.plan import SteeringPlan
+from steering.worker.ops.layout import HELD_BACK, NOT_EDITED, SKIPPED_SINK
+from steering.worker.probes import Fit, TopFeatures, Totals
+from steering.worker.rows_by_position import RowsByPosition
 
-#: Records of ended requests that nobody need fetch are forgotten beyond these bounds.
-MAX_FINISHED_RECORDS: Final = 4096
-MAX_FINISHED_BYTES: Final = 256 * 2**20
+#: Host memory of an empty record, roughly.
+_EMPTY_BYTES: Final = 512
 
-_NOT_SEEN, _NOT_COVERED, _COVERED, _SKIPPED = range(4)
-
-BoolArray = npt.NDArray[np.bool_]
+_numbers = itertools.count()
 
 
 class RequestRecord:
-    """One request's (or one child's) activations before its edits, by position."""
+    """One request's (or one child's) activations before its edits, by position.
 
-    def __init__(self, plan: SteeringPlan, child: int) -> None:
+    Attributes:
+        number: names the record within this process.
+        columns: the request's edits whose activations this worker sees, ascending.
+        hooks: ``(name, column of the shares)`` of the hook points where they are made.
+        top: the strongest features of each token; None if they were not asked for.
+        totals: figures over all tokens, made when the first token comes.
+        fit: how well the SAE fits; None but in a self-check.
+    """
+
+    def __init__(
+        self,
+        plan: SteeringPlan,
+        child: int,
+        columns: Sequence[int] = (),
+        hooks: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        self.number = next(_numbers)
         self.plan = plan
         self.child = child
-        num_edits = len(plan.edits) if plan.report else 0
-        self._status = np.zeros((0, num_edits), dtype=np.uint8)
-        self._f = np.zeros((0, num_edits), dtype=np.float32)
-        top_k = plan.read.top_k if plan.read is not None else 0
-        self._was_read = np.zeros(0, dtype=np.bool_)
-        self._top_latents = np.zeros((0, top_k), dtype=np.int32)
-        self._top_values = np.zeros((0, top_k), dtype=np.float32)
-        self._end = 0  # one past the last position
-        self._totals: Aggregate | None = None
-        self._observed: Observed | None = None
+        self.columns = np.array(columns if plan.report else (), dtype=np.int64)
+        self.hooks = tuple(hooks) if plan.report else ()
+        self._hook_columns = np.array([column for _, column in self.hooks], dtype=np.int64)
+        self._edits = RowsByPosition()
+        read = plan.read
+        self.fit = Fit() if read is not None and read.fit else None
+        self.top = (
+            TopFeatures(read.top_k, stream=read.stream)
+            if read is not None and not read.fit
+            else None
+        )
+        self.totals: Totals | None = None
 
     @property
     def nbytes(self) -> int:
-        """Host memory held, roughly."""
-        totals = 0 if self._totals is None else self._totals.nbytes
-        observed = 0 if self._observed is None else self._observed.nbytes
-        return (
-            self._status.nbytes
-            + self._f.nbytes
-            + self._top_latents.nbytes
-            + self._top_values.nbytes
-            + totals
-            + observed
-            + 512
-        )
+        """Memory held, roughly."""
+        probes = (self.top, self.totals, self.fit)
+        held = sum(probe.nbytes for probe in probes if probe is not None)
+        return self._edits.nbytes + held + _EMPTY_BYTES
 
-    def put_edits(
-        self,
-        columns: list[int],
-        positions: IntArray,
-        f: FloatArray,
-        covered: BoolArray,
-        skipped: BoolArray,
-    ) -> None:
-        """Record edits ``columns`` (indices in the request) on tokens.
+    def put_edits(self, positions: IntArray, f: FloatArray, share: FloatArray) -> None:
+        """Add tokens of a pass.
 
         Args:
-            columns: which edits the last axes belong to.
             positions: ``[n]``.
-            f: ``[n, len(columns)]`` activations before the edit.
-            covered: ``[n, len(columns)]``.
-            skipped: ``[n, len(columns)]``.
+            f: ``[n, > max(columns)]`` activations before the edit or markers, by the request's
+                edits.
+            share: ``[n, hook points]`` shares or markers, by the worker's hook points.
         """
-        self._grow(int(positions.max()) + 1)
-        where = np.ix_(positions, np.asarray(columns))
-        self._f[where] = f
-        status = np.where(covered, _COVERED, np.where(skipped, _SKIPPED, _NOT_COVERED))
-        self._status[where] = status
+        self._edits.put(positions, f[:, self.columns], share[:, self._hook_columns])
 
-    def put_read(self, positions: IntArray, latents: IntArray, values: FloatArray) -> None:
-        """Record the strongest features: ``[n]``, ``[n, top_k]``, ``[n, top_k]``."""
-        self._grow(int(positions.max()) + 1)
-        k = latents.shape[1]
-        self._was_read[positions] = True
-        self._top_latents[positions, :k] = latents
-        self._top_values[positions, :k] = values
-
-    def forget_reads(self, positions: IntArray) -> None:
-        """These are computed anew: where one was rejected, a token may stand that is not read."""
-        self._was_read[positions[positions < len(self._was_read)]] = False
-
-    def totals(self, d_sae: int) -> Aggregate:
-        """The running totals over the text, made when first needed."""
-        if self._totals is None:
-            self._totals = Aggregate(d_sae)
-        return self._totals
-
-    def observed(self) -> Observed:
-        """The tokens on which the SAE is checked, made when first needed."""
-        if self._observed is None:
-            self._observed = Observed()
-        return self._observed
+    def put_reads(
+        self, positions: IntArray, covered: BoolArray, latents: IntArray, values: FloatArray
+    ) -> None:
+        """Add tokens of a pass, as `TopFeatures.put` takes them."""
+        if self.top is not None:
+            self.top.put(positions, covered, latents, values)
 
     def summary(self, limit: int) -> dict[str, Any]:
         """What was recorded on positions below ``limit``, in plain types.
 
-        ``edits`` has one entry an edit, None where this worker does not hold its layer; ``read`` is
-        for `steering.report.features_read`; ``cached`` counts the prompt's tokens that no pass of
-        this request computed, None where none is known.
+        ``edits`` has one entry an edit, None where this worker does not hold its layer; ``edited``
+        one entry for each hook point where a token was edited; ``read`` is for `features_read`;
+        ``cached`` counts the prompt's tokens that no pass of this request computed, None where none
+        is known.
         """
-        edits: list[dict[str, Any] | None] = []
-        for column in range(self._status.shape[1]):
-            status, f = self._status[:limit, column], self._f[:limit, column]
-            if not status.any():
-                edits.append(None)
-                continue
-            seen = f[status == _COVERED]
-            edits.append(
-                {
-                    "tokens_edited": int(seen.size),
-                    "tokens_skipped": int((status == _SKIPPED).sum()),
-                    "tokens_active": int((seen > 0).sum()),
-                    "mean_activation": _finite(seen.mean(dtype=np.float64)) if seen.size else None,
-                    "max_activation": _finite(seen.max()) if seen.size else None,
-                }
-            )
-        read = None
-        if self._was_read.any():
-            # Lists of a million numbers would hold up the worker, and with it everybody's tokens.
-            where = np.flatnonzero(self._was_read[:limit])
-            read = [
-                where.astype(np.int64).tobytes(),
-                self._top_latents[where].tobytes(),
-                self._top_values[where].tobytes(),
-            ]
-        plan = self.plan.read
-        aggregate = None
-        if self._totals is not None and plan is not None and plan.aggregate is not None:
-            aggregate = self._totals.strongest(plan.aggregate, plan.top_k)
-        measured = None if self._observed is None else asdict(self._observed.measured(limit))
-        computed = int(self._status[: self.plan.prompt_len].any(axis=1).sum())
+        positions, columns = self._edits.latest()
+        counted = positions < limit
+        num_edits = len(self.plan.edits) if self.plan.report else 0
+        edits: list[dict[str, Any] | None] = [None] * num_edits
+        edited: list[dict[str, Any]] = []
+        if counted.any():
+            f, share = (column[counted] for column in columns)
+            for index, counts in zip(self.columns.tolist(), _counts(f), strict=True):
+                if not self.plan.edits[index].gates:
+                    del counts["tokens_held_back"]
+                edits[index] = counts
+            edited = _shares([name for name, _ in self.hooks], share)
+        computed = int((positions < self.plan.prompt_len).sum())
         return {
             "child": self.child,
             "cached": self.plan.prompt_len - computed if computed else None,
             "edits": edits,
-            "read": read,
-            "aggregate": aggregate,
-            "measured": measured,
+            "edited": edited,
+            "read": None if self.top is None else self.top.summary(limit),
+            "aggregate": None if self.totals is None else self.totals.summary(limit),
+            "measured": None if self.fit is None else self.fit.summary(limit),
         }
 
-    def trim(self) -> None:
-        """Give back the room for positions that never came."""
-        end = self._end
-        self._status, self._f = self._status[:end].copy(), self._f[:end].copy()
-        self._was_read = self._was_read[:end].copy()
-        self._top_latents = self._top_latents[:end].copy()
-        self._top_values = self._top_values[:end].copy()
 
-    def _grow(self, length: int) -> None:
-        self._end = max(self._end, length)
-        have = self._status.shape[0]
-        if length <= have:
-            return
-        length = max(length, 2 * have, 64)
+def _counts(f: FloatArray) -> list[dict[str, Any]]:
+    """What the report says of each edit, of activations or markers ``[n, e]``."""
+    skipped, held = f == np.float32(SKIPPED_SINK), f == np.float32(HELD_BACK)
+    edited = ~(np.isnan(f) | skipped | held)
+    total = np.where(edited, f, 0).sum(axis=0, dtype=np.float64)
+    largest = np.where(edited, f, -np.inf).max(axis=0, initial=-np.inf)
+    columns = zip(
+        edited.sum(axis=0).tolist(),
+        skipped.sum(axis=0).tolist(),
+        held.sum(axis=0).tolist(),
+        (edited & (f > 0)).sum(axis=0).tolist(),
+        total.tolist(),
+        largest.tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "tokens_edited": n,
+            "tokens_skipped": sinks,
+            "tokens_held_back": held_back,
+            "tokens_active": active,
+            "mean_activation": _finite(sum_ / n) if n else None,
+            "max_activation": _finite(max_) if n else None,
+        }
+        for n, sinks, held_back, active, sum_, max_ in columns
+    ]
 
-        def grown(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            new = np.zeros((length, *array.shape[1:]), dtype=array.dtype)
-            new[:have] = array
-            return new
 
-        self._status, self._f = grown(self._status), grown(self._f)
-        self._was_read = grown(self._was_read)
-        self._top_latents, self._top_values = grown(self._top_latents), grown(self._top_values)
+def _shares(hooks: Sequence[str], share: FloatArray) -> list[dict[str, Any]]:
+    """What the report says of each hook point, of shares or markers ``[n, hooks]``."""
+    found = []
+    for hook, column in zip(hooks, share.T, strict=True):
+        edited = column[column != NOT_EDITED]
+        if not edited.size:
+            continue
+        size = np.abs(edited)
+        found.append(
+            {
+                "hook": hook,
+                "tokens": int(edited.size),
+                "mean_share": _finite(float(size.mean(dtype=np.float64))),
+                "max_share": _finite(float(size.max())),
+                "tokens_limited": int((edited < 0).sum()),
+            }
+        )
+    return found
 
 
-def _finite(value: np.floating[Any]) -> float | None:
+def _finite(value: float) -> float | None:
     """JSON has no infinity, which a stream in float16 may reach."""
-    return float(value) if np.isfinite(value) else None
-
-
-class Aggregate:
-    """Maximum, sum and count of every latent over a text, but for activations that are not finite.
-
-    Attributes:
-        maximum: ``[d_sae]`` largest activation.
-        total: ``[d_sae]`` float64 sum of activations.
-        count: ``[d_sae]`` tokens on which the latent was active.
-        num_tokens: tokens seen.
-        counted_to: positions below this one are in already.
-    """
-
-    def __init__(self, d_sae: int) -> None:
-        self.maximum = np.zeros(d_sae, dtype=np.float32)
-        self.total = np.zeros(d_sae, dtype=np.float64)
-        self.count = np.zeros(d_sae, dtype=np.int64)
-        self.num_tokens = 0
-        self.counted_to = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return self.maximum.nbytes + self.total.nbytes + self.count.nbytes
-
-    def add(self, f: FloatArray) -> None:
-        """Add tokens' activations ``[n, d_sae]``."""
-        # JSON has no infinity, and a single one would stay in the sum of the whole text.
-        f = np.where(np.isfinite(f), f, np.float32(0))
-        np.maximum(self.maximum, f.max(axis=0), out=self.maximum)
-        self.total += f.sum(axis=0, dtype=np.float64)
-        self.count += (f > 0).sum(axis=0)
-        self.num_tokens += f.shape[0]
-
-    def strongest(self, aggregate: str, top_k: int) -> list[list[float]]:
-        """``[latent, score]`` of the ``top_k`` best, best first, ties by lower index."""
-        tokens = max(self.num_tokens, 1)
-        scores: dict[str, npt.NDArray[Any]] = {
-            "max": self.maximum,
-            "mean": self.total / tokens,
-            "frequency": self.count / tokens,
-        }
-        score = scores[aggregate]
-        best = np.argsort(-score, kind="stable")[:top_k]
-        return [[int(i), float(score[i])] for i in best if score[i] > 0]
-
-
-class RecordStore:
-    """Records of requests that run or are preempted, and of ended ones until they are fetched.
-
-    Those of ended requests that nobody need fetch are forgotten, oldest first, beyond
-    `MAX_FINISHED_RECORDS` or `MAX_FINISHED_BYTES`.
-    """
-
-    def __init__(self) -> None:
-        self._running: dict[str, RequestRecord] = {}
-        self._paused: dict[str, RequestRecord] = {}
-        self._awaited: dict[tuple[str, int], RequestRecord] = {}
-        self._finished: OrderedDict[tuple[str, int], RequestRecord] = OrderedDict()
-        self._finished_bytes = 0
-
-    def open(self, req_id: str, plan: SteeringPlan, child: int) -> RequestRecord:
-        """The record of a request that starts, or of one that resumes after preemption."""
-        record = self._paused.pop(req_id, None) or RequestRecord(plan, child)
-        self._running[req_id] = record
-        return record
-
-    def pause(self, req_id: str) -> None:
-        """The request was preempted; what was recorded waits for it."""
-        if (record := self._running.pop(req_id, None)) is not None:
-            self._paused[req_id] = record
-
-    def close(self, req_id: str) -> None:
-        """The request ended; what was recorded waits to be fetched."""
-        record = self._running.pop(req_id, None) or self._paused.pop(req_id, None)
-        if record is None:
-            return
-        record.trim()
-        key = record.plan.key, record.child
-        if record.plan.awaited:
-            self._awaited[key] = record
-            return
-        self._pop_finished(key)
-        self._finished[key] = record
-        self._finished_bytes += record.nbytes
-        while (
-            len(self._finished) > MAX_FINISHED_RECORDS or self._finished_bytes > MAX_FINISHED_BYTES
-        ):
-            self._pop_finished(next(iter(self._finished)))
-
-    def take(self, key: str, child: int) -> RequestRecord | None:
-        """Fetch and forget one record, whether its request has left the batch yet or not."""
-        for records in (self._running, self._paused):
-            for req_id, record in records.items():
-                if (record.plan.key, record.child) == (key, child):
-                    del records[req_id]
-                    return record
-        return self._awaited.pop((key, child), None) or self._pop_finished((key, child))
-
-    @property
-    def clients(self) -> int:
-        """Records that some client may fetch: all but those of self-checks."""
-        return sum(not record.plan.is_self_check for record in self._all())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self._all())
-
-    def _all(self) -> Iterator[RequestRecord]:
-        for records in (self._running, self._paused, self._awaited, self._finished):
-            yield from records.values()
-
-    def _pop_finished(self, key: tuple[str, int]) -> RequestRecord | None:
-        record = self._finished.pop(key, None)
-        if record is not None:
-            self._finished_bytes -= record.nbytes
-        return record
+    return value if np.isfinite(value) else None

@@ -47,6 +47,11 @@ class Residency:
         if self._taking_turns:
             self._make_place()
 
+    def whole(self, index: int) -> SAE:
+        """An SAE whose matrices are where the whole encode or decode that comes next needs them."""
+        self.bring(index)
+        return self._saes[index]
+
     def bring(self, index: int) -> None:
         """Have an SAE's matrices on the device for the whole encode or decode that comes next."""
         if index not in self._taking_turns or index == self._in_place:

@@ -2,35 +2,30 @@
 
 SAE weights stay memory-mapped on the host. A request names its features; their rows are copied
 into a pool of fixed capacity when it is admitted, shared with every other request that names
-them, and kept after its end until the room is needed (least recently used out first).
+them alike, and kept after its end until the room is needed (least recently used out first).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from sae.card import SAECard
-from sae.sae import SAE
+from sae.sae import SAE, LatentRows
+from sae.solve import solve
+from steering.request.plan import RowKey
+from steering.worker.ops.layout import NORM_CONSTANT, NORM_LAYER, NORM_NONE, NUM_PARAMS
 
-# Columns of `RowPool.params`. With z = W_enc @ x_normed: act = gain * z + bias, and the latent
-# fires where act > threshold and z + gate_bias > 0.
-P_BIAS, P_GAIN, P_THRESHOLD, P_GATE_BIAS, P_DECODER_SCALE, P_ENC_SUM, P_SINK, P_NORM = range(8)
-NUM_PARAMS: Final = 8
-
-# Values of the column P_NORM: how the SAE normalises its input.
-NORM_NONE, NORM_LAYER, NORM_CONSTANT = range(3)
 _NORM_CODES: Final = {
     "none": NORM_NONE,
     "layer_norm": NORM_LAYER,
     "constant_norm_rescale": NORM_CONSTANT,
 }
-
-Latent = tuple[int, int]  # (SAE index, latent index)
 
 
 class RowPool:
@@ -50,10 +45,10 @@ class RowPool:
         self.W_enc = torch.zeros(capacity, d_in, dtype=torch.float32, device=device)
         self.W_dec = torch.zeros(capacity, d_in, dtype=torch.float32, device=device)
         self.params = torch.zeros(capacity, NUM_PARAMS, dtype=torch.float32, device=device)
-        self._row: dict[Latent, int] = {}
-        self._users: dict[Latent, int] = {}
+        self._row: dict[RowKey, int] = {}
+        self._users: dict[RowKey, int] = {}
         # Resident rows that nobody uses, oldest first.
-        self._idle: OrderedDict[Latent, None] = OrderedDict()
+        self._idle: OrderedDict[RowKey, None] = OrderedDict()
         self._free = list(range(capacity - 1, -1, -1))
 
     @property
@@ -61,39 +56,40 @@ class RowPool:
         """Rows that some running request uses."""
         return len(self._users)
 
-    def acquire(self, latents: Collection[Latent]) -> dict[Latent, int]:
+    def acquire(self, keys: Collection[RowKey]) -> dict[RowKey, int]:
         """Make rows resident, count one more user of each, and say where they are.
 
         The scheduler admits no request whose rows would not fit, so running out is our bug.
         """
-        missing = [latent for latent in latents if latent not in self._row]
-        for latent in latents:
-            self._users[latent] = self._users.get(latent, 0) + 1
-            self._idle.pop(latent, None)
+        missing = [key for key in keys if key not in self._row]
+        for key in keys:
+            self._users[key] = self._users.get(key, 0) + 1
+            self._idle.pop(key, None)
         while len(self._free) < len(missing):
             assert self._idle, f"{len(self._users)} rows needed, capacity {self.capacity}"
             evicted, _ = self._idle.popitem(last=False)
             self._free.append(self._row.pop(evicted))
-        for latent in missing:
-            self._row[latent] = self._free.pop()
+        for key in missing:
+            self._row[key] = self._free.pop()
         self._upload(missing)
-        return {latent: self._row[latent] for latent in latents}
+        return {key: self._row[key] for key in keys}
 
-    def release(self, latents: Iterable[Latent]) -> None:
+    def release(self, keys: Iterable[RowKey]) -> None:
         """Count one user less of each; rows without users stay until the room is needed."""
-        for latent in latents:
-            self._users[latent] -= 1
-            if not self._users[latent]:
-                del self._users[latent]
-                self._idle[latent] = None
+        for key in keys:
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
+                self._idle[key] = None
 
-    def _upload(self, latents: Sequence[Latent]) -> None:
-        by_sae: dict[int, list[int]] = {}
-        for sae, latent in latents:
-            by_sae.setdefault(sae, []).append(latent)
-        for sae, members in by_sae.items():
-            where = torch.tensor([self._row[sae, latent] for latent in members])
-            rows = self._saes[sae].rows(members)
+    def _upload(self, keys: Sequence[RowKey]) -> None:
+        """Copy rows to the device: those that are made together at once."""
+        together: dict[tuple[object, ...], list[RowKey]] = {}
+        for key in keys:
+            together.setdefault((key.sae, key.solved_with, key.protected), []).append(key)
+        for members in together.values():
+            where = torch.tensor([self._row[key] for key in members])
+            rows = self._made(members)
             params = torch.stack(
                 [
                     rows.bias,
@@ -102,17 +98,40 @@ class RowPool:
                     rows.gate_bias,
                     rows.decoder_scale,
                     rows.W_enc.sum(dim=1, dtype=torch.float64).float(),
-                    *_per_sae_params(self._saes[sae].card, len(members)),
+                    *_per_sae_params(self._saes[members[0].sae].card, len(members)),
                 ],
                 dim=1,
             )
+            d_in = rows.W_enc.shape[1]
             for target, source in (
-                (self.W_enc, rows.W_enc),
-                (self.W_dec, rows.W_dec),
+                (self.W_enc[:, :d_in], rows.W_enc),
+                (self.W_dec[:, :d_in], rows.W_dec),
                 (self.params, params),
             ):
                 # Stream order protects steps in flight: they read the old rows before this writes.
                 target.index_copy_(0, where.to(target.device), source.to(target.device))
+
+    def _made(self, members: Sequence[RowKey]) -> LatentRows:
+        """Rows of one SAE: its own, or solved for the edits that they are made with."""
+        first = members[0]
+        sae = self._saes[first.sae]
+        latents = [key.latent for key in members]
+        rows = sae.rows(latents)
+        hook = sae.card.hook
+        protected = [
+            (self._saes[index], latent)
+            for index, latent in first.protected
+            if self._saes[index].card.hook == hook
+        ]
+        if not first.solved_with and not protected:
+            return rows
+        made_with = list(first.solved_with) or latents
+        solved = solve(sae, made_with, protected, reread=bool(first.solved_with)).W_dec
+        return replace(
+            rows,
+            W_dec=solved[[made_with.index(latent) for latent in latents]],
+            decoder_scale=torch.ones_like(rows.decoder_scale),
+        )
 
 
 def _per_sae_params(card: SAECard, n: int) -> tuple[Tensor, Tensor]:

@@ -7,20 +7,54 @@ addresses (CUDA graphs hold them), and writes are copies on the compute stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steering.request.limits import MAX_INTERVENTIONS
 from steering.request.plan import PlannedEdit
+from steering.worker.ops.layout import (
+    ANY_GATE,
+    E_COLUMN,
+    E_COVERAGE,
+    E_END,
+    E_FLAGS,
+    E_GATES,
+    E_OP,
+    E_ROW,
+    E_START,
+    MAX_INTERVENTIONS,
+    NUM_EDIT_INTS,
+    REREAD,
+)
 
-NO_SLOT: Final = -1
 
-# Columns of `EditTable.ints`.
-E_ROW, E_OP, E_COVERAGE, E_START, E_END = range(5)
-NUM_INTS: Final = 5
+class SlotFacts:
+    """What holds for the whole of each slot's request, at every hook point.
+
+    Attributes:
+        prompt_len: ``[num_slots]`` int32, tokens in the original prompt.
+        max_share: ``[num_slots]`` float32, the largest share of the stream's norm that a token's
+            change at one hook point may be; infinite for no limit.
+        reports: ``[num_slots]`` int32, nonzero for slots whose activations are recorded.
+        reports_np: ``[num_slots]`` bool, host twin of ``reports``.
+        limited_np: ``[num_slots]`` bool, whether ``max_share`` is finite.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device | str) -> None:
+        self.prompt_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.max_share = torch.full((num_slots,), torch.inf, dtype=torch.float32, device=device)
+        self.reports = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.reports_np = np.zeros(num_slots, dtype=np.bool_)
+        self.limited_np = np.zeros(num_slots, dtype=np.bool_)
+
+    def write(self, slot: int, prompt_len: int, max_share: float | None, reports: bool) -> None:
+        """Rewrite a slot whole."""
+        self.prompt_len[slot] = prompt_len
+        self.max_share[slot] = torch.inf if max_share is None else max_share
+        self.reports[slot] = int(reports)
+        self.reports_np[slot] = reports
+        self.limited_np[slot] = max_share is not None
 
 
 class EditTable:
@@ -28,36 +62,48 @@ class EditTable:
 
     Attributes:
         count: ``[num_slots]`` int32, edits of each slot.
-        ints: ``[num_slots, MAX_INTERVENTIONS, NUM_INTS]`` int32.
+        ints: ``[num_slots, MAX_INTERVENTIONS, NUM_EDIT_INTS]`` int32.
         value: ``[num_slots, MAX_INTERVENTIONS]`` float32, the operations' operands.
         count_np: ``[num_slots]`` int32, host twin of ``count``.
-        rows_np: ``[num_slots, MAX_INTERVENTIONS]`` int32, host twin of the row column.
+        ints_np: ``[num_slots, MAX_INTERVENTIONS, NUM_EDIT_INTS]`` int32, host twin of ``ints``.
     """
 
     def __init__(self, num_slots: int, device: torch.device | str) -> None:
         shape = (num_slots, MAX_INTERVENTIONS)
         self.count = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        self.ints = torch.zeros(*shape, NUM_INTS, dtype=torch.int32, device=device)
+        self.ints = torch.zeros(*shape, NUM_EDIT_INTS, dtype=torch.int32, device=device)
         self.value = torch.zeros(shape, dtype=torch.float32, device=device)
         self.count_np = np.zeros(num_slots, dtype=np.int32)
-        self.rows_np = np.zeros(shape, dtype=np.int32)
+        self.ints_np = np.zeros((*shape, NUM_EDIT_INTS), dtype=np.int32)
 
-    def write(self, slot: int, edits: Sequence[PlannedEdit], rows: Sequence[int]) -> None:
+    def write(
+        self,
+        slot: int,
+        edits: Sequence[tuple[int, PlannedEdit]],
+        rows: Sequence[int],
+        *,
+        reread: bool = False,
+    ) -> None:
         """Rewrite a slot whole; no edits empty it.
 
         Args:
             slot: the slot to rewrite.
-            edits: the request's edits at this hook point.
+            edits: ``(index in the request, edit)`` of those at this hook point.
             rows: their rows in the pool.
+            reread: the rows are solved for what is read again.
         """
-        ints = np.zeros((MAX_INTERVENTIONS, NUM_INTS), dtype=np.int32)
+        ints = np.zeros((MAX_INTERVENTIONS, NUM_EDIT_INTS), dtype=np.int32)
         value = np.zeros(MAX_INTERVENTIONS, dtype=np.float32)
-        for i, (edit, row) in enumerate(zip(edits, rows, strict=True)):
-            ints[i] = (row, edit.op, edit.coverage, edit.start, edit.end)
+        for i, ((index, edit), row) in enumerate(zip(edits, rows, strict=True)):
+            entry = ints[i]
+            entry[E_ROW], entry[E_OP], entry[E_COVERAGE] = row, edit.op, edit.coverage
+            entry[E_START], entry[E_END], entry[E_COLUMN] = edit.start, edit.end, index
+            entry[E_GATES] = edit.gates | (ANY_GATE if edit.any_gate else 0)
+            entry[E_FLAGS] = REREAD if reread else 0
             value[i] = edit.value
         had = self.count_np[slot]
         self.count_np[slot] = len(edits)
-        self.rows_np[slot] = ints[:, E_ROW]
+        self.ints_np[slot] = ints
         if edits or had:
             copy_to_device(self.ints[slot], torch.from_numpy(ints))
             copy_to_device(self.value[slot], torch.from_numpy(value))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sae.arrays import IntArray
-from steering.worker.slots import NO_SLOT, copy_to_device
+from steering.worker.ops.layout import NO_SLOT
+from steering.worker.slots import copy_to_device
 
 
 class Step:
@@ -22,7 +23,8 @@ class Step:
         input_ids: ``[max_num_tokens]`` int32, the runner's own buffer.
         active: whether any token of this pass has a slot.
         num_tokens: real tokens of this pass.
-        slots_np: the distinct slots in this pass.
+        slots_np: ``[k]`` the distinct slots with tokens in this pass, ascending.
+        first_token_np: ``[k]`` index in the batch of each one's first token.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Step:
         self.active = False
         self.num_tokens = 0
         self.slots_np: IntArray = np.empty(0, dtype=np.int32)
+        self.first_token_np: IntArray = np.empty(0, dtype=np.int64)
         self.token_slot_np: IntArray = np.empty(0, dtype=np.int32)
         # How much of `token_slot` the last pass left written.
         self._dirty = 0
@@ -62,14 +65,24 @@ class Step:
                 return
         self._laid_out = (slots.copy(), query_start_loc.copy())
         self.token_slot_np = np.repeat(slots, np.diff(query_start_loc))
-        self.slots_np = np.unique(slots[slots != NO_SLOT])
+        slots_np, first_token_np = np.unique(self.token_slot_np, return_index=True)
+        steered = slots_np != NO_SLOT
+        self.slots_np, self.first_token_np = slots_np[steered], first_token_np[steered]
         copy_to_device(self.token_slot[: self.num_tokens], torch.from_numpy(self.token_slot_np))
         self._wipe(self.num_tokens)
 
-    def end(self) -> None:
-        """The pass is over: nothing may be steered until the next one is laid out."""
+    def end(self, *, wipe: bool = False) -> None:
+        """The pass is over: nothing may be steered until the next one is laid out.
+
+        Args:
+            wipe: also on the device. A captured graph that is replayed for nobody, as data-parallel
+                engines do, reads what the last pass left there.
+        """
         self.active = False
         self.num_tokens = 0
+        if wipe:
+            self._laid_out = None
+            self._wipe(0)
 
     def _wipe(self, start: int) -> None:
         if self._dirty > start:

@@ -16,16 +16,21 @@ from torch import Tensor
 from sae.arrays import IntArray
 from sae.card import HookPoint
 from sae.sae import SAE
-from steering.request.limits import MAX_INTERVENTIONS
-from steering.request.plan import SteeringPlan
-from steering.worker.kernel_reports import KernelReports
-from steering.worker.ops import Buffers, Kernel
-from steering.worker.record import RecordStore
+from steering.request.plan import RowKey, SteeringPlan
+from steering.worker.gates import GateState, GateTable
+from steering.worker.ops.buffers import Buffers, Kernel
+from steering.worker.ops.layout import MAX_ENTRIES, NO_SLOT
+from steering.worker.pass_reports import PassReports
+from steering.worker.record import RequestRecord
+from steering.worker.record_store import RecordStore
+from steering.worker.reported_tokens import ReportedTokens
 from steering.worker.residency import Residency
 from steering.worker.rows import RowPool
-from steering.worker.site import Counters, HookRuntime, KernelPath
-from steering.worker.slots import NO_SLOT, EditTable, SlotAllocator
+from steering.worker.site import Site
+from steering.worker.slots import EditTable, SlotAllocator, SlotFacts
 from steering.worker.step import Step
+from steering.worker.stops import GatedSlots, Stops
+from steering.worker.streamed_read import StreamedRead
 
 #: Token ids past the vocabulary that a runner may still see: multimodal models put placeholders
 #: of images and sound there.
@@ -34,10 +39,28 @@ SPARE_TOKEN_IDS: Final = 1024
 
 @dataclass
 class RunningRequest:
-    """A steered request that is in the batch now."""
+    """A steered request that is in the batch now.
+
+    Attributes:
+        encoded_until: the position from which on none of its tokens needs a full encode.
+        next_position: no later pass computes a position before this one.
+    """
 
     plan: SteeringPlan
     slot: int
+    encoded_until: int = 0
+    next_position: int = 0
+
+    def advance(self, num_tokens: int) -> None:
+        """A pass over so many of its tokens is over.
+
+        All tokens of the prompt are kept; behind it, where a pass may be speculative, one is.
+        """
+        reached = self.next_position + num_tokens
+        prompt_len = self.plan.prompt_len
+        self.next_position = (
+            reached if reached <= prompt_len else max(prompt_len, self.next_position + 1)
+        )
 
 
 class SteeringState:
@@ -56,7 +79,7 @@ class SteeringState:
         device: where the model runs.
         kernel: for passes in which rows alone are enough; None where no kernel runs.
         graphs: CUDA graphs hold the op, so it is launched in idle passes too.
-        resident: which SAEs are kept on the device whole, see `Residency`.
+        resident: see `Residency`.
     """
 
     def __init__(
@@ -82,42 +105,73 @@ class SteeringState:
         self.slots = SlotAllocator(num_slots)
         self.rows = RowPool(saes, max_rows, d_in, device)
         self.records = RecordStore()
-        self.counters = Counters()
+        self.reports = PassReports()
+        self.op_seconds = 0.0
         self.d_in = d_in
-        self.max_num_tokens = len(step.token_slot)
         self._record = record
-        self._kernel_reports = KernelReports()
-        # Tokens edited and kept off by a sink, counted by the kernel.
+        self._saes = saes
+        self._facts = SlotFacts(num_slots, device)
+        self.max_num_tokens = max_num_tokens = len(step.token_slot)
+        self._gate_state = GateState(num_slots, max_num_tokens, device)
+        self._gated = GatedSlots(num_slots, device)
+        # One buffer for all hook points: an edit and a gate have columns of their own.
+        self._f = torch.zeros(max_num_tokens, MAX_ENTRIES, dtype=torch.float32, device=device)
+        self._share = torch.zeros(max_num_tokens, max(len(owned), 1), device=device)
+        # Tokens edited and kept off by a sink.
         self._touched = torch.zeros(2, dtype=torch.int64, device=device)
-        self.prompt_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._reported = ReportedTokens(num_slots, self._f, self._share)
         is_special = torch.zeros(vocab_size + SPARE_TOKEN_IDS, dtype=torch.bool)
         is_special[[t for t in special_token_ids if t < len(is_special)]] = True
-        is_special = is_special.to(device)
+        self._is_special = is_special.to(device)
         by_index = dict(enumerate(saes))
-        tables = {str(point): EditTable(num_slots, device) for point in owned}
+        places = {str(point) for point in owned}
         residency = Residency(
-            {i: sae for i, sae in by_index.items() if sae.card.hook in tables}, device, resident
+            {i: sae for i, sae in by_index.items() if sae.card.hook in places}, device, resident
         )
         self.hooks = {
-            hook: HookRuntime(
-                saes={i: sae for i, sae in by_index.items() if sae.card.hook == hook},
-                rows=self.rows,
-                table=table,
-                is_special=is_special,
-                prompt_len=self.prompt_len,
-                counters=self.counters,
-                residency=residency,
-                kernel=None if kernel is None else self._kernel_path(kernel, table, is_special),
-            )
-            for hook, table in tables.items()
+            str(point): self._site(str(point), column, by_index, kernel, residency)
+            for column, point in enumerate(owned)
         }
-        self._owned_saes = {i for hook in self.hooks.values() for i in hook.saes}
-        self._saes = saes
+        self._owned_saes = {i for site in self.hooks.values() for i in site.saes}
         self._running: dict[str, RunningRequest] = {}
         # Those of the running that need a whole encode, here or in another pipeline stage: all
         # stages must choose the same kind of pass.
-        self._full: set[str] = set()
-        self._self_checks = 0  # those of the running that are
+        self._full: dict[str, RunningRequest] = {}
+        self._paused_gates: dict[str, Tensor] = {}
+        self._internal = 0  # those of the running that no client sent
+
+    def _site(
+        self,
+        hook: str,
+        column: int,
+        saes: Mapping[int, SAE],
+        kernel: Kernel | None,
+        residency: Residency,
+    ) -> Site:
+        num_slots, device = self.slots.num_slots, self._touched.device
+        buffers = Buffers(
+            token_slot=self.step.token_slot,
+            positions=self.step.positions,
+            input_ids=self.step.input_ids,
+            is_special=self._is_special,
+            slots=self._facts,
+            table=EditTable(num_slots, device),
+            gates=GateTable(num_slots, device),
+            gate_state=self._gate_state,
+            rows=self.rows,
+            f=self._f,
+            share=self._share[:, column],
+            counters=self._touched,
+        )
+        return Site(
+            hook,
+            {i: sae for i, sae in saes.items() if sae.card.hook == hook},
+            buffers,
+            residency,
+            self.reports,
+            None if kernel is None else kernel.bound(buffers),
+            self._always_launch,
+        )
 
     def compile_kernel(self, dtype: torch.dtype, d_in: int) -> None:
         """Have the kernel compiled before the first steered request, on a token without a slot.
@@ -126,36 +180,49 @@ class SteeringState:
             dtype: of the model.
             d_in: hidden size.
         """
-        for hook in self.hooks.values():
-            if hook.kernel is not None:
-                hidden_states = torch.zeros(1, d_in, dtype=dtype, device=self.prompt_len.device)
-                for residual in (hidden_states.clone(), None):  # a kernel each
-                    hook.apply(hidden_states, residual, self.step)
+        for site in self.hooks.values():
+            hidden_states = torch.zeros(1, d_in, dtype=dtype, device=self._touched.device)
+            for residual in (hidden_states.clone(), None):  # a kernel each
+                site.compile_kernel(hidden_states, residual)
 
     def add_request(self, req_id: str, plan: SteeringPlan, child: int = 0) -> None:
         """A steered request enters the batch: take a slot, make its rows resident, fill tables."""
         assert req_id not in self._running, req_id
         slot = self.slots.take()
-        row_of = self.rows.acquire(self._latents(plan))
+        row_of = self.rows.acquire(self._rows_of(plan))
         record = None
         if plan.wants_results and self._record:
-            record = self.records.open(req_id, plan, child)
-        self.prompt_len[slot] = plan.prompt_len
-        full = plan.encoded(lambda sae: self._saes[sae].card.exact_from_row)
-        for hook in self.hooks.values():
-            hook.set_slot(slot, plan, row_of, full, record)
+            record = self.records.open(req_id, lambda: self._new_record(plan, child))
+            self.reports.follow(record)
+        reports = record is not None and len(record.columns) > 0
+        self._facts.write(slot, plan.prompt_len, plan.max_share, reports)
+        self._reported.write(slot, record if reports else None)
+        self._gate_state.write(slot, plan.gates, self._paused_gates.pop(req_id, None))
+        self._gated.write(slot, req_id, plan.gates)
+        full = plan.encoded(self._exact_from_row)
+        for site in self.hooks.values():
+            site.set_slot(slot, plan, row_of, full, record)
+        request = RunningRequest(plan, slot, plan.encoded_until(self._exact_from_row))
         if full:
-            self._full.add(req_id)
-        self._running[req_id] = RunningRequest(plan, slot)
-        self._self_checks += plan.is_self_check
+            self._full[req_id] = request
+        self._running[req_id] = request
+        self._internal += plan.internal
 
     def remove_request(self, req_id: str) -> None:
         """A request ended, in the batch or while it was preempted; unsteered ones are ignored."""
         self._leave(req_id)
+        self._paused_gates.pop(req_id, None)
         self.records.close(req_id)
 
     def pause_request(self, req_id: str) -> None:
-        """A request was preempted: it leaves the batch and comes back as one that is added."""
+        """A request was preempted: it leaves the batch and comes back as one that is added.
+
+        What its conditions found goes with it: a prompt that decides about generated tokens at an
+        earlier layer must be known where both are computed again in one pass.
+        """
+        request = self._running.get(req_id)
+        if request is not None and request.plan.gates:
+            self._paused_gates[req_id] = self._gate_state.saved(request.slot)
         self._leave(req_id)
         self.records.pause(req_id)
 
@@ -163,11 +230,13 @@ class SteeringState:
         request = self._running.pop(req_id, None)
         if request is None:
             return
-        self._full.discard(req_id)
-        self._self_checks -= request.plan.is_self_check
-        for hook in self.hooks.values():
-            hook.clear_slot(request.slot)
-        self.rows.release(self._latents(request.plan))
+        self._full.pop(req_id, None)
+        self._internal -= request.plan.internal
+        for site in self.hooks.values():
+            site.clear_slot(request.slot)
+        self._reported.write(request.slot, None)
+        self._gated.write(request.slot, req_id, ())
+        self.rows.release(self._rows_of(request.plan))
         self.slots.give_back(request.slot)
 
     def slot_of(self, req_id: str) -> int:
@@ -182,22 +251,52 @@ class SteeringState:
             req_ids: the input batch's requests, in the runner's order.
             query_start_loc: ``[num_reqs + 1]`` offsets of their tokens.
         """
+        self._in_pass: list[tuple[str, int]] = []
         if not self._running:
             self.step.begin((), query_start_loc[:1])
+            self._gated.begin(self.step, self._gate_state)
             return
-        self._kernel_reports.drain(wait=False)
+        self.reports.settle()
         self.step.begin([self.slot_of(req_id) for req_id in req_ids], query_start_loc)
+        self._gated.begin(self.step, self._gate_state)
+        if self._full:
+            starts = query_start_loc.tolist()
+            lengths = zip(req_ids, starts, starts[1:], strict=False)
+            self._in_pass = [
+                (req_id, stop - start) for req_id, start, stop in lengths if req_id in self._full
+            ]
 
     def end_step(self) -> None:
         """The forward pass is over."""
         if self.step.active:
-            for hook in self.hooks.values():
-                hook.collect(self.step, self._kernel_reports)
-        self.step.end()
+            self._reported.collect(self.step, self.reports)
+            for req_id, num_tokens in self._in_pass:
+                self._advance(req_id, num_tokens)
+        self._in_pass = []
+        # A replay for nobody would have events at positions of the last pass.
+        self.step.end(wipe=self._always_launch and self._gated.in_pass)
+
+    def _advance(self, req_id: str, num_tokens: int) -> None:
+        request = self._full.get(req_id)
+        if request is None:
+            return
+        request.advance(num_tokens)
+        if request.next_position >= request.encoded_until:
+            del self._full[req_id]
+            for site in self.hooks.values():
+                site.encode_no_more(request.slot)
 
     def needs_full(self, req_ids: Iterable[str]) -> bool:
         """Whether a pass over these requests must run outside CUDA graphs."""
-        return bool(self._full) and not self._full.isdisjoint(req_ids)
+        return bool(self._full) and any(req_id in self._full for req_id in req_ids)
+
+    def stops(self) -> Stops | None:
+        """Which requests of the last pass a ``stop_when`` ends, and where; see `Stops`.
+
+        To be asked after `end_step` and before the next `begin_step`. Nothing waits for the
+        device. None where no request of the pass has a ``stop_when``.
+        """
+        return self._gated.stops(self.step.positions, self._gate_state, self._f)
 
     def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Edit the pass's tokens at one hook point, in place; called by the registered op."""
@@ -205,7 +304,6 @@ class SteeringState:
             return
         started = time.perf_counter()
         if hidden_states.dim() != 2:  # some layers carry a batch axis of one
-            assert hidden_states.dim() == 3 and hidden_states.shape[0] == 1, hidden_states.shape
             hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
             residual = None if residual is None else residual.view(-1, residual.shape[-1])
         num_tokens, d_in = hidden_states.shape
@@ -214,8 +312,8 @@ class SteeringState:
         assert num_tokens <= self.max_num_tokens, (num_tokens, self.max_num_tokens)
         self.hooks[hook].apply(hidden_states, residual, self.step)
         # Beside a self-check nearly all of the time is that one's, and no client asked for it.
-        if not self._self_checks:
-            self.counters.op_seconds += time.perf_counter() - started
+        if not self._internal:
+            self.op_seconds += time.perf_counter() - started
 
     def take_results(self, key: str, limits: Mapping[int, int]) -> list[dict[str, Any]]:
         """Fetch and forget a request's records.
@@ -227,55 +325,64 @@ class SteeringState:
         # No need to wait for the pass under way. A position's copy is made on the stream before the
         # next token is sampled (or sent to the next pipeline stage), and whoever asks has seen the
         # last token: the copies of all positions that count have happened.
-        self._kernel_reports.drain(wait=False)
+        summaries = []
+        for child, limit in limits.items():
+            record = self.records.take(key, child)
+            if record is not None:
+                self.reports.settle_one(record)
+                summaries.append(record.summary(limit))
+        return summaries
+
+    def take_streamed(self) -> list[StreamedRead]:
+        """What was read since the last call, of every request that streams its read.
+
+        Rows follow each other as they were computed: a later one of the same position replaces an
+        earlier one. Passes whose copies are still under way come with a later call.
+        """
+        streaming = list(self.records.streaming())
+        if not streaming:
+            return []
+        self.reports.settle_all()
         return [
-            record.summary(limit)
-            for child, limit in limits.items()
-            if (record := self.records.take(key, child)) is not None
+            StreamedRead(record.plan.key, record.child, *rows)
+            for record in streaming
+            if record.top is not None and (rows := record.top.unsent()) is not None
         ]
 
     def touched_tokens(self) -> tuple[int, int]:
         """Tokens edited, and kept off by a sink, since the last `take_stats`, on either path."""
         edited, skipped = self._touched.tolist()
-        return self.counters.edited_tokens + edited, self.counters.skipped_tokens + skipped
+        return edited, skipped
 
     def take_stats(self) -> dict[str, float]:
         """Gauges now, and counters since the last call."""
-        counters = self.counters
         edited, skipped = self.touched_tokens()
         self._touched.zero_()
         stats = {
-            "slots_in_use": self.slots.in_use - self._self_checks,
+            "slots_in_use": self.slots.in_use - self._internal,
             "slots_capacity": self.slots.num_slots,
             "rows_in_use": self.rows.rows_in_use,
             "rows_capacity": self.rows.capacity,
             "results_held": self.records.clients,
             "edited_tokens": edited,
             "skipped_tokens": skipped,
-            "op_seconds": counters.op_seconds,
+            "op_seconds": self.op_seconds,
         }
-        counters.edited_tokens = counters.skipped_tokens = 0
-        counters.op_seconds = 0.0
+        self.op_seconds = 0.0
         return stats
 
-    def _kernel_path(self, kernel: Kernel, table: EditTable, is_special: Tensor) -> KernelPath:
-        step, device = self.step, self.prompt_len.device
-        report_f = torch.zeros(step.token_slot.shape[0], MAX_INTERVENTIONS, device=device)
-        reports = torch.zeros(self.prompt_len.shape[0], dtype=torch.int32, device=device)
-        buffers = Buffers(
-            step.token_slot,
-            step.positions,
-            step.input_ids,
-            is_special,
-            self.prompt_len,
-            table,
-            self.rows,
-            report_f,
-            reports,
-            self._touched,
-        )
-        return KernelPath(kernel.bound(buffers), report_f, reports)
+    def _exact_from_row(self, sae: int) -> bool:
+        return self._saes[sae].card.exact_from_row
 
-    def _latents(self, plan: SteeringPlan) -> list[tuple[int, int]]:
+    def _new_record(self, plan: SteeringPlan, child: int) -> RequestRecord:
+        columns = {hook: site.edits_of(plan) for hook, site in self.hooks.items()}
+        return RequestRecord(
+            plan,
+            child,
+            sorted(i for of_hook in columns.values() for i in of_hook),
+            [(hook, column) for column, (hook, of_hook) in enumerate(columns.items()) if of_hook],
+        )
+
+    def _rows_of(self, plan: SteeringPlan) -> list[RowKey]:
         """The rows that this worker needs of a plan."""
-        return sorted(latent for latent in plan.latents if latent[0] in self._owned_saes)
+        return sorted(key for key in plan.rows if key.sae in self._owned_saes)

@@ -22,12 +22,17 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steering.worker.ops.triton_kernel import launch, steer_kernel
+from steering.worker.ops.triton_gates import gate_kernel
+from steering.worker.ops.triton_kernel import steer_kernel
+from steering.worker.ops.triton_parts import layout_for
 from tests.bench.roofline import ROW_ITEMSIZE
 
 ARCHS: Final = (80, 90, 100)
 WIDTHS: Final = (576, 2304, 4096, 5120, 8192)
 ITEMSIZE: Final = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+#: The reading half and the edit.
+KERNELS: Final = {"gates": gate_kernel, "edit": steer_kernel}
 
 _POINTERS: Final = {
     "token_slot_ptr": "*i32",
@@ -35,13 +40,19 @@ _POINTERS: Final = {
     "input_ids_ptr": "*i32",
     "is_special_ptr": "*i1",
     "prompt_len_ptr": "*i32",
+    "max_share_ptr": "*fp32",
+    "kind_ptr": "*i32",
+    "first_held_ptr": "*i32",
+    "events_ptr": "*i32",
+    "threshold_ptr": "*fp32",
+    "share_ptr": "*fp32",
     "count_ptr": "*i32",
     "ints_ptr": "*i32",
     "value_ptr": "*fp32",
     "w_enc_ptr": "*fp32",
     "w_dec_ptr": "*fp32",
     "params_ptr": "*fp32",
-    "report_f_ptr": "*fp32",
+    "f_ptr": "*fp32",
     "reports_ptr": "*i32",
     "counters_ptr": "*i64",
 }
@@ -59,6 +70,7 @@ class Kernel:
     """One compiled variant.
 
     Attributes:
+        name: of `KERNELS`.
         arch: compute capability times ten.
         dtype: of the stream.
         residual: whether the layer hands the residual over apart.
@@ -70,6 +82,7 @@ class Kernel:
         in_flight_bytes: rows that one multiprocessor has asked for at once.
     """
 
+    name: str
     arch: int
     d_in: int
     dtype: str
@@ -85,11 +98,14 @@ class Kernel:
     in_flight_bytes: int
 
 
-def compile_kernel(arch: int, d_in: int, dtype: str, *, residual: bool = True) -> Kernel:
-    """Compile one variant, with reports and counters, and read its resources."""
-    layout = launch(d_in, ITEMSIZE[dtype])
+def compile_kernel(
+    arch: int, d_in: int, dtype: str, *, residual: bool = True, name: str = "edit"
+) -> Kernel:
+    """Compile one variant and read its resources."""
+    kernel, layout = KERNELS[name], layout_for(d_in, ITEMSIZE[dtype])
     constants: dict[str, Any] = {
         "D_IN": d_in,
+        "ROW_STRIDE": d_in,
         "BLOCK_D": layout.block_d,
         "BLOCK_E": layout.block_e,
     }
@@ -97,27 +113,31 @@ def compile_kernel(arch: int, d_in: int, dtype: str, *, residual: bool = True) -
         "hidden_ptr": f"*{dtype}",
         "hidden_stride": "i32",
         "residual_stride": "i32",
+        "share_stride": "i32",
     }
     if residual:
         types["residual_ptr"] = f"*{dtype}"
     else:
         constants["residual_ptr"] = None
-    signature = {name: types.get(name, "constexpr") for name in steer_kernel.arg_names}
+    signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
     # What the launcher finds at run time: every address and stride is a multiple of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(steer_kernel.arg_names)
-        if signature[name] != "constexpr"
+        for i, arg in enumerate(kernel.arg_names)
+        # A column of the shares lies where it lies.
+        if signature[arg] != "constexpr" and not arg.startswith("share")
     }
     compiled = triton.compile(
-        ASTSource(steer_kernel, signature, constants, aligned),
+        ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": layout.num_warps, "enable_fp_fusion": True},
     )
     used = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
+    matrices = 2 if name == "edit" else 1  # what is read only has no decoder row
     programs = _programs_per_sm(arch, layout.num_warps, used["REG"], shared)
     return Kernel(
+        name=name,
         arch=arch,
         d_in=d_in,
         dtype=dtype,
@@ -130,7 +150,7 @@ def compile_kernel(arch: int, d_in: int, dtype: str, *, residual: bool = True) -
         shared_bytes=shared,
         programs_per_sm=programs,
         occupancy=programs * layout.num_warps / _WARPS,
-        in_flight_bytes=programs * layout.block_e * 2 * d_in * ROW_ITEMSIZE,
+        in_flight_bytes=programs * layout.block_e * matrices * d_in * ROW_ITEMSIZE,
     )
 
 
@@ -163,7 +183,8 @@ def _programs_per_sm(arch: int, num_warps: int, registers: int, shared: int) -> 
 def compile_all(archs: Iterable[int], widths: Iterable[int]) -> list[Kernel]:
     """Every dtype with a residual, and bfloat16 without, too."""
     return [
-        compile_kernel(arch, d_in, dtype, residual=residual)
+        compile_kernel(arch, d_in, dtype, residual=residual, name=name)
+        for name in ("edit", "gates")
         for arch in archs
         for d_in in widths
         for dtype, residual in (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True))
@@ -183,16 +204,16 @@ def versions() -> dict[str, str]:
 def table(kernels: Iterable[Kernel]) -> list[str]:
     """The variants as Markdown."""
     lines = [
-        "| sm | d_in | stream | edits at once | warps | registers | spilled, B | shared, B "
+        "| kernel | sm | d_in | stream | rows at once | warps | registers | spilled, B | shared, B "
         "| programs an SM | occupancy | rows in flight an SM, KiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for k in kernels:
         stream = k.dtype if k.residual else f"{k.dtype}, no residual"
         lines.append(
-            f"| {k.arch} | {k.d_in} | {stream} | {k.block_e} | {k.num_warps} | {k.registers} "
-            f"| {k.spill_bytes} | {k.shared_bytes} | {k.programs_per_sm} | {k.occupancy:.0%} "
-            f"| {k.in_flight_bytes / 1024:.0f} |"
+            f"| {k.name} | {k.arch} | {k.d_in} | {stream} | {k.block_e} | {k.num_warps} "
+            f"| {k.registers} | {k.spill_bytes} | {k.shared_bytes} | {k.programs_per_sm} "
+            f"| {k.occupancy:.0%} | {k.in_flight_bytes / 1024:.0f} |"
         )
     return lines
 

@@ -16,17 +16,28 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 import triton
 
-from steering.request.limits import MAX_INTERVENTIONS, POSITION_LIMIT
+from steering.request.limits import POSITION_LIMIT
 from steering.request.plan import OP_CLAMP, PlannedEdit
+from steering.worker.gates import GateState, GateTable
 from steering.worker.ops import triton_kernel
-from steering.worker.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, RowPool
-from steering.worker.slots import NO_SLOT, EditTable
+from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.layout import (
+    MAX_ENTRIES,
+    NO_SLOT,
+    P_DECODER_SCALE,
+    P_GAIN,
+    P_GATE_BIAS,
+    P_SINK,
+)
+from steering.worker.rows import RowPool
+from steering.worker.slots import EditTable, SlotFacts
 from tests.bench.roofline import (
     DEVICES,
     LLAMA_8B,
@@ -113,34 +124,36 @@ def _prepare(d_in: int, tokens: int, edits: int, configurations: int) -> Callabl
     rows.W_dec.normal_(std=d_in**-0.5)
     rows.params[:, [P_GAIN, P_DECODER_SCALE]] = 1.0
     rows.params[:, [P_GATE_BIAS, P_SINK]] = torch.inf
-    table = EditTable(configurations, "cuda")
+    table, facts = EditTable(configurations, "cuda"), SlotFacts(configurations, "cuda")
     for slot in range(configurations):
         used = range(slot * edits, (slot + 1) * edits)
         table.write(
             slot,
-            [PlannedEdit(0, row, OP_CLAMP, 1.0, 3, 0, POSITION_LIMIT) for row in used],
+            [(i, PlannedEdit(0, row, OP_CLAMP, 1.0, 3, 0, POSITION_LIMIT))
+             for i, row in enumerate(used)],
             list(used),
-        )
+        )  # fmt: skip
+        facts.write(slot, 10, None, True)
     hidden = torch.randn(tokens, d_in, device="cuda", dtype=torch.bfloat16)
     residual = torch.randn_like(hidden)
     token_slot = (torch.arange(tokens, device="cuda") % configurations).int()
     if not edits:
         token_slot.fill_(NO_SLOT)
-    positions = torch.arange(1, tokens + 1, device="cuda")
-    input_ids = torch.full((tokens,), 5, dtype=torch.int32, device="cuda")
-    is_special = torch.zeros(10, dtype=torch.bool, device="cuda")
-    prompt_len = torch.full((configurations,), 10, dtype=torch.int32, device="cuda")
-    report_f = torch.empty(tokens, MAX_INTERVENTIONS, device="cuda")
-    reports = torch.ones(configurations, dtype=torch.int32, device="cuda")
-    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
-
-    def launch() -> None:
-        triton_kernel.steer_tokens(
-            hidden, residual, token_slot, positions, input_ids, is_special, prompt_len, table,
-            rows, report_f, reports, counters,
-        )  # fmt: skip
-
-    return launch
+    buffers = Buffers(
+        token_slot,
+        positions=torch.arange(1, tokens + 1, device="cuda"),
+        input_ids=torch.full((tokens,), 5, dtype=torch.int32, device="cuda"),
+        is_special=torch.zeros(10, dtype=torch.bool, device="cuda"),
+        slots=facts,
+        table=table,
+        gates=GateTable(configurations, "cuda"),
+        gate_state=GateState(configurations, tokens, "cuda"),
+        rows=rows,
+        f=torch.empty(tokens, MAX_ENTRIES, device="cuda"),
+        share=torch.empty(tokens, device="cuda"),
+        counters=torch.zeros(2, dtype=torch.int64, device="cuda"),
+    )
+    return partial(triton_kernel.steer_tokens, hidden, residual, buffers)
 
 
 def _seconds(launch: Callable[[], None], device: Device) -> float:

@@ -8,32 +8,46 @@ configurations; it is laid out anew every pass, since no chunk comes twice. All 
 JumpReLU features and cover every token, and every SAE has a sink norm. Every pass starts from the
 same stream, which, as behind a real layer, was written just before. "Cold" passes come after
 64 MiB of something else went through the caches, as the model's weights do between two passes of
-an engine; warm ones follow each other. Times are those of the processor in one thread: what else
-runs on a shared machine takes no part in them.
+an engine; warm ones follow each other. Eight edits with eight conditions, solved ones and ones with
+a limit to their share stand beside plain ones, turn by turn. Times are those of the processor in
+one thread: what else runs on a shared machine takes no part in them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import thread_time
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from steering.request.limits import MAX_INTERVENTIONS, POSITION_LIMIT
+from steering.request.limits import POSITION_LIMIT
 from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
+    GATE_ABOVE,
     OP_CLAMP,
+    SCOPE_SO_FAR,
     PlannedEdit,
-    SteeringPlan,
+    PlannedGate,
 )
-from steering.worker.batch_parts import SlotWork
-from steering.worker.ops import Buffers, cpu_kernel
+from steering.worker.gates import GateState, GateTable
+from steering.worker.ops import cpu_kernel
+from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.layout import (
+    MAX_ENTRIES,
+    P_DECODER_SCALE,
+    P_GAIN,
+    P_GATE_BIAS,
+    P_SINK,
+    P_THRESHOLD,
+)
+from steering.worker.pass_reports import PassReports
 from steering.worker.residency import Residency
-from steering.worker.rows import P_DECODER_SCALE, P_GAIN, P_GATE_BIAS, P_SINK, P_THRESHOLD, RowPool
-from steering.worker.site import Counters, HookRuntime, KernelPath
-from steering.worker.slots import EditTable
+from steering.worker.rows import RowPool
+from steering.worker.site import Site
+from steering.worker.slots import EditTable, SlotFacts
 from steering.worker.step import Step
 from tests.bench.record import Plot, Record, arguments, spread
 
@@ -43,10 +57,36 @@ VOCAB_SIZE: Final = 1000
 EVICTING_BYTES: Final = 64 * 2**20
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What the requests ask for beside their edits.
+
+    Attributes:
+        gates: conditions, each on a feature of an edit; every edit waits for all of them.
+        reread: edits are solved.
+        max_share: a limit, never reached.
+    """
+
+    gates: int = 0
+    reread: bool = False
+    max_share: bool = False
+
+
+PLAIN: Final = Kind()
+#: Beside eight plain edits, in alternation.
+KINDS: Final = {
+    "eight conditions": Kind(gates=8),
+    "reread": Kind(reread=True),
+    "max_share": Kind(max_share=True),
+}
+
+
 class Case:
     """A hook point with its requests, and a pass over them."""
 
-    def __init__(self, tokens: int, edits: int, configurations: int, d_in: int) -> None:
+    def __init__(
+        self, tokens: int, edits: int, configurations: int, d_in: int, kind: Kind = PLAIN
+    ) -> None:
         torch.manual_seed(0)
         self.fresh = tokens > DECODE
         requests = configurations if self.fresh else tokens
@@ -61,9 +101,8 @@ class Case:
             (P_SINK, 1e6),
         ):
             rows.params[:, column] = value
-        table = EditTable(requests + 1, "cpu")
-        is_special = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
-        prompt_len = torch.full((requests,), 100, dtype=torch.int32)
+        slots, table = SlotFacts(requests + 1, "cpu"), EditTable(requests + 1, "cpu")
+        gates, state = GateTable(requests + 1, "cpu"), GateState(requests + 1, tokens, "cpu")
         self.touched = torch.zeros(2, dtype=torch.int64)
         self.step = Step(
             tokens,
@@ -71,41 +110,44 @@ class Case:
             torch.full((tokens,), 50, dtype=torch.int32),
             "cpu",
         )
-        report_f = torch.zeros(tokens, MAX_INTERVENTIONS)
-        reports = torch.zeros(requests, dtype=torch.int32)
         buffers = Buffers(
-            self.step.token_slot,
-            self.step.positions,
-            self.step.input_ids,
-            is_special,
-            prompt_len,
-            table,
-            rows,
-            report_f,
-            reports,
-            self.touched,
+            token_slot=self.step.token_slot,
+            positions=self.step.positions,
+            input_ids=self.step.input_ids,
+            is_special=torch.zeros(VOCAB_SIZE, dtype=torch.bool),
+            slots=slots,
+            table=table,
+            gates=gates,
+            gate_state=state,
+            rows=rows,
+            f=torch.zeros(tokens, MAX_ENTRIES),
+            share=torch.zeros(tokens),
+            counters=self.touched,
         )
         nowhere = Residency({}, rows.W_enc.device, None)
-        self.hook = HookRuntime(
-            {},
-            rows,
-            table,
-            is_special,
-            prompt_len,
-            Counters(),
-            nowhere,
-            KernelPath(cpu_kernel.bound(buffers), report_f, reports),
-        )
+        kernel = cpu_kernel.bound(buffers)
+        self.site = Site(
+            "blocks.0.hook_resid_post", {}, buffers, nowhere, PassReports(), kernel,
+            graphs=kind.gates > 0,
+        )  # fmt: skip
+        everywhere = COVERS_PROMPT | COVERS_GENERATION
         for slot in range(requests):
             first = slot % configurations * edits
             planned = [
-                PlannedEdit(0, row, OP_CLAMP, 5.0, COVERS_PROMPT | COVERS_GENERATION, 0,
-                            POSITION_LIMIT)
+                PlannedEdit(0, row, OP_CLAMP, 5.0, everywhere, 0, POSITION_LIMIT,
+                            2**kind.gates - 1)
                 for row in range(first, first + edits)
             ]  # fmt: skip
-            table.write(slot, planned, range(first, first + edits))
-            plan = SteeringPlan("k", 1, 100, tuple(planned), True, False, None)
-            self.hook.work[slot] = SlotWork(list(enumerate(planned)), frozenset(), None, plan, None)
+            conditions = [
+                PlannedGate(0, first + i % edits, GATE_ABOVE, -1.0, SCOPE_SO_FAR)
+                for i in range(kind.gates)
+            ]
+            table.write(
+                slot, list(enumerate(planned)), range(first, first + edits), reread=kind.reread
+            )
+            gates.write(slot, list(enumerate(conditions)), [gate.latent for gate in conditions])
+            state.write(slot, conditions, None)
+            slots.write(slot, 100, 1e6 if kind.max_share else None, False)
         self.slots = range(requests)
         self.starts = torch.linspace(0, tokens, requests + 1).long().numpy()
         self.stream = torch.randn(tokens, d_in)
@@ -119,14 +161,14 @@ class Case:
             evict: what goes through the caches before.
         """
         if self.fresh:
-            self.hook.clear_slot(len(self.slots))  # an empty one; what was laid out is forgotten
+            self.site.clear_slot(len(self.slots))  # an empty one; what was laid out is forgotten
         # Edits of edits would grow until every token is a sink, and nothing more is edited.
         if evict is not None:
             evict.add_(1)
         self.hidden.copy_(self.stream)
         started = thread_time()
         self.step.begin(self.slots, self.starts)
-        self.hook.apply(self.hidden, self.residual, self.step)
+        self.site.apply(self.hidden, self.residual, self.step)
         self.step.end()
         return thread_time() - started
 
@@ -178,6 +220,12 @@ def main() -> None:
                         cold_milliseconds=spread([1e3 * t for t in cold]),
                         warm_milliseconds=spread([1e3 * t for t in warm]),
                     )
+    for name, kind in KINDS.items():
+        for n in tokens:
+            plain, other = (Case(n, 8, 1, 576, k) for k in (PLAIN, kind))
+            ratios = [other.seconds(evict) / plain.seconds(evict) for _ in range(40)][1:]
+            record.add(tokens=n, edits=8, configurations=1, d_in=576, beside=name,
+                       ratio_to_plain=spread(ratios))  # fmt: skip
     record.save(args.json)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Final
 
-from steering.worker.ops.triton_kernel import Launch, launch
+from steering.worker.ops.triton_parts import Launch, layout_for
 
 #: Part of a memory's peak rate that a good kernel gets.
 ACHIEVED: Final = 0.8
@@ -115,12 +115,29 @@ def moved(
     """
     stream = (3 if residual else 2) * d_in * itemsize
     rows = (1 if add else 2) * edits * d_in * ROW_ITEMSIZE
-    block_e = launch(d_in, itemsize).block_e
-    # The token's facts and a counter; by edit, its table entry, sink and normalisation, what it
-    # reports; and in whole blocks seven parameters.
-    metadata = 29 + 8 + 36 * edits + 28 * block_e * ceil(edits / block_e)
-    metadata += 0 if add else 4 * edits
+    block_e = layout_for(d_in, itemsize).block_e
+    # The token's facts, its share and a counter; by edit, its table entry, sink and normalisation,
+    # what it reports and where; and in whole blocks seven parameters.
+    metadata = 33 + 8 + 44 * edits + 28 * block_e * ceil(edits / block_e)
+    metadata += 0 if add else 8 + 12 * edits
     return Moved(stream, rows, metadata)
+
+
+def moved_by_gates(d_in: int, itemsize: int, gates: int, *, residual: bool = True) -> Moved:
+    """Bytes that the conditions' kernel asks for, for one ordinary token of a slot with ``gates``.
+
+    Args:
+        d_in: width of the stream.
+        itemsize: bytes of one of its elements.
+        gates: conditions of scope token that are read here.
+        residual: whether the layer returns its output and the residual apart.
+    """
+    stream = (2 if residual else 1) * d_in * itemsize
+    block_e = layout_for(d_in, itemsize).block_e
+    # The token's facts and its bits; by condition, its table entry, normalisation and activation;
+    # and in whole blocks seven parameters.
+    metadata = 25 + 8 + 28 * gates + 28 * block_e * ceil(gates / block_e)
+    return Moved(stream, gates * d_in * ROW_ITEMSIZE, metadata)
 
 
 def op_seconds(
@@ -131,21 +148,41 @@ def op_seconds(
     The longest of three: DRAM traffic, L2 traffic, and the waves of programs that each wait for
     their rows.
     """
-    layout = launch(d_in, itemsize)
     one = moved(d_in, itemsize, edits)
+    return _launch_seconds(device, d_in, itemsize, tokens, one, edits, configurations)
+
+
+def gate_seconds(
+    device: Device, d_in: int, itemsize: int, tokens: int, gates: int, configurations: int
+) -> float:
+    """Time of the conditions' launch, as `op_seconds`."""
+    one = moved_by_gates(d_in, itemsize, gates)
+    return _launch_seconds(device, d_in, itemsize, tokens, one, gates, configurations)
+
+
+def _launch_seconds(
+    device: Device,
+    d_in: int,
+    itemsize: int,
+    tokens: int,
+    one: Moved,
+    entries: int,
+    configurations: int,
+) -> float:
+    layout = layout_for(d_in, itemsize)
     distinct_rows = min(tokens, configurations) * one.rows
     # Rows that L2 cannot keep come from DRAM each time.
     from_dram = distinct_rows if distinct_rows <= device.l2_capacity else tokens * one.rows
     dram = (tokens * one.stream + from_dram) / (ACHIEVED * device.dram)
     l2 = tokens * (one.stream + one.rows) / (ACHIEVED * device.l2)
     waves = ceil(tokens / (device.sms * programs_per_sm(layout)))
-    waiting = waves * (PROLOGUE_SECONDS + ceil(edits / layout.block_e) * BLOCK_SECONDS)
+    waiting = waves * (PROLOGUE_SECONDS + ceil(entries / layout.block_e) * BLOCK_SECONDS)
     return LAUNCH_SECONDS + max(dram, l2, waiting)
 
 
 def idle_seconds(device: Device, d_in: int, itemsize: int, tokens: int) -> float:
     """Time of one launch in which no token has a slot: waves of programs that load one number."""
-    waves = ceil(tokens / (device.sms * programs_per_sm(launch(d_in, itemsize))))
+    waves = ceil(tokens / (device.sms * programs_per_sm(layout_for(d_in, itemsize))))
     return LAUNCH_SECONDS + waves * EXIT_SECONDS
 
 
@@ -185,6 +222,24 @@ def decode_table(device: Device, context: int) -> list[str]:
                 lines.append(
                     f"| {model.name} | {batch} | {edits} | {1e3 * step:.1f} | {' | '.join(cells)} |"
                 )
+    return lines
+
+
+def gates_table(device: Device, context: int) -> list[str]:
+    """What eight conditions add to a decode step with eight edits, as Markdown."""
+    lines = [
+        "| model | batch | edits alone, us | conditions, us | share of the step, both |",
+        "|---|---|---|---|---|",
+    ]
+    for model in (LLAMA_8B, LLAMA_70B):
+        for batch in (1, 32, 256):
+            step = decode_seconds(device, model, batch, context)
+            edits = op_seconds(device, model.d_in, 2, batch, 8, batch)
+            gates = gate_seconds(device, model.d_in, 2, batch, 8, batch)
+            lines.append(
+                f"| {model.name} | {batch} | {1e6 * edits:.1f} | {1e6 * gates:.1f} "
+                f"| {100 * (edits + gates) / step:.2f}% |"
+            )
     return lines
 
 
@@ -228,6 +283,8 @@ def main() -> None:
         for context in (1024, 0):
             print(f"\n{device.name}, decode, context {context}\n")
             print("\n".join(decode_table(device, context)))
+        print(f"\n{device.name}, decode, context 1024, eight conditions, all lists distinct\n")
+        print("\n".join(gates_table(device, 1024)))
         print(f"\n{device.name}, prefill\n")
         print("\n".join(prefill_table(device, 2048)))
 

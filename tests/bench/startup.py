@@ -37,6 +37,7 @@ import psutil, torch
 from sae.sae import open_sae
 from sae.source import SAEReference
 from server.start.checked_sae import check
+from steering.request.plan import RowKey
 from steering.worker.rows import RowPool
 
 def resident():
@@ -50,7 +51,7 @@ opened = time.perf_counter() - started
 after = resident()
 pool = RowPool(saes, 256, saes[0].card.d_in, "cpu")
 started = time.perf_counter()
-pool.acquire([(len(saes) - 1, latent) for latent in range(requested)])
+pool.acquire([RowKey(len(saes) - 1, latent) for latent in range(requested)])
 fetched = time.perf_counter() - started
 started = time.perf_counter()
 for p in paths:

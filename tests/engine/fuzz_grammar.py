@@ -296,7 +296,8 @@ class Grammar:
         if draw(st.booleans()):
             body["steering"] = draw(Grammar._field(grammar))
         content = dumps({**body, "vllm_xargs": smuggled}).encode()
-        return Shot("smuggled", path, content, refused_with="unsupported_combination")
+        code = "misplaced_steering" if key == "steering" else "unsupported_combination"
+        return Shot("smuggled", path, content, refused_with=code)
 
     def smuggled(self) -> st.SearchStrategy[Shot]:
         """Steering where only the server may put it."""

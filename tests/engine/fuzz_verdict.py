@@ -19,7 +19,7 @@ CODES: Final = frozenset(
         *("steering_unavailable", "unknown_sae", "sae_required", "feature_out_of_range"),
         *("invalid_type", "invalid_value", "unknown_field", "duplicate_intervention"),
         *("max_act_unknown", "too_many_interventions", "unsupported_op"),
-        *("unsupported_combination", "invalid_weights"),
+        *("unsupported_combination", "invalid_weights", "misplaced_steering"),
     }
 )
 ROUTES: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ _BACKEND_TABLE: Final = "_TRANSFORMERS_SUPPORTED_MODELS"
 _LAYER_NAME: Final = re.compile(r"(Layer|Block|Hybrid)$")
 _NO_LAYER_NAME: Final = re.compile(
     r"Vi[ts]|Vision|Encoder|Audio|Whisper|Siglip|CLIP|Conformer|MTP|MultiToken|Predictor|Eagle|"
-    r"MoELayer|MLPBlock|HC(Pre|Post|Head)Layer|PLE|Sparse(Moe|MoE)|MLPLayer|SelfAttn|PPMissing|"
+    r"MoELayer|MLPBlock|MoEMoEBlock|HC(Pre|Post|Head)Layer|PLE|Sparse(Moe|MoE)|MLPLayer|SelfAttn|PPMissing|"
     r"Conv2d|LayerBase|Laurel|BaseLayer|Embedding|Q[Ff]ormer|Pixtral|Resampler|SharedExpert|Mono|"
     r"Evidence|Dasheng|SSMDecoder|FalconH1Attention|Zamba2Attention|FusedMoE|ShortConvLayer"
 )
@@ -49,10 +49,19 @@ class LayerClass:
 
 
 class ClassSource:
-    """A layer class's source text, as `forward_trace` wants to see a layer."""
+    """A layer class's source text, as `forward_trace` wants to see a layer.
 
-    def __init__(self, source: Source, layer: LayerClass) -> None:
+    Args:
+        source: what the class is defined in.
+        layer: the class.
+        flags: attributes that are taken to be true or false.
+    """
+
+    def __init__(
+        self, source: Source, layer: LayerClass, flags: Mapping[str, bool] | None = None
+    ) -> None:
         self._source = source
+        self._flags = flags or {}
         self._line = source.line(layer.module, layer.name)
 
     def method(self, name: str) -> ast.FunctionDef | None:
@@ -66,6 +75,8 @@ class ClassSource:
     def attribute(self, path: str) -> Value:
         """``self.path``: whatever it is, it may be a module."""
         head, _, rest = path.partition(".")
+        if path in self._flags:
+            return Attribute(path, module=True) if self._flags[path] else Known(None)
         if path in _SERIAL:
             return Known(_SERIAL[path])
         if _SERIAL_FLAGS.search(path):
@@ -124,11 +135,14 @@ class ClassSource:
 
 
 def _forward_kind(line: list[ast.ClassDef]) -> str:
-    for cls in line:
-        for part in cls.body:
-            if isinstance(part, ast.FunctionDef) and part.name == "forward":
-                return norm_kind_of(part)
-    return "one"
+    methods = {
+        part.name: part
+        for cls in reversed(line)
+        for part in cls.body
+        if isinstance(part, ast.FunctionDef)
+    }
+    forward = methods.get("forward_native", methods.get("forward"))
+    return "one" if forward is None else norm_kind_of(forward)
 
 
 def architectures(source: Source) -> dict[str, tuple[str, str]]:

@@ -30,6 +30,10 @@ class Mutation:
 
 
 TRAPS = "tests/engine/test_traps.py::"
+CUTS = (
+    "tests/steering/test_gates.py::"
+    "test_a_condition_does_not_depend_on_how_the_sequence_was_cut_into_passes"
+)
 COMPILED = (
     "tests/engine/test_compiled.py::test_a_graph_compiled_without_saes_or_with_others_is_not_reused"
 )
@@ -117,8 +121,8 @@ MUTATIONS = {
     ),
     "sinks are steered": Mutation(
         "steering/worker/ops/cpu_kernel.py",
-        "if norm > param[P_SINK] and",
-        "if norm < _ZERO and",
+        "sink = norm > param[P_SINK] and",
+        "sink = norm < ZERO and",
         TRAPS + "test_sinks_are_neither_edited_nor_read_and_are_counted",
     ),
     "more rows let in than fit": Mutation(
@@ -126,6 +130,38 @@ MUTATIONS = {
         "if len(self._row_users) + more > self._max_rows:",
         "if False:",
         TRAPS + "test_requests_whose_rows_do_not_fit_wait_and_all_are_steered",
+    ),
+    "a slot keeps what the last request's conditions found": Mutation(
+        "steering/worker/gates.py",
+        "self.first_held[slot].fill_(NEVER)",
+        "pass",
+        CUTS,
+    ),
+    "conditions end at the chunk": Mutation(
+        "steering/worker/gates.py",
+        "first.masked_fill(anew, NEVER)",
+        "first.masked_fill(first >= 0, NEVER)",
+        CUTS,
+    ),
+    "what a rejected token fulfilled stays": Mutation(
+        "steering/worker/gates.py",
+        "first.masked_fill(anew, NEVER)",
+        "first",
+        "tests/steering/test_gates.py::test_what_a_rejected_token_fulfilled_is_forgotten",
+    ),
+    "preempted requests lose what their prompt decided": Mutation(
+        "steering/worker/worker_state.py",
+        "self._paused_gates[req_id] = self._gate_state.saved(request.slot)",
+        "pass",
+        "tests/steering/test_worker_state.py::test_a_prompts_decision_survives_a_preemption_where_"
+        "it_is_read_at_a_later_layer",
+    ),
+    "a replay for nobody finds the last pass's slots": Mutation(
+        "steering/worker/worker_state.py",
+        "self.step.end(wipe=self._always_launch and self._gated.in_pass)",
+        "self.step.end()",
+        "tests/steering/test_worker_state.py::"
+        "test_where_graphs_hold_the_op_a_gated_pass_leaves_no_slot_behind",
     ),
     "the whole stream is written back": Mutation(
         "steering/worker/ops/cpu_kernel.py",

@@ -84,6 +84,12 @@ def test_a_connector_that_goes_by_salted_hashes_or_by_request_is_served(
     refuse_unsalted_connectors(connector_config(**settings))
 
 
+def test_an_engine_with_such_a_connector_does_not_start(make_engine: Callable[..., Any]) -> None:
+    config = connector_config(kv_connector="ExampleConnector")
+    with pytest.raises(UnsupportedEngineError, match=r"ExampleConnector, which .* by token ids"):
+        make_engine(kv_transfer_config=config)
+
+
 def test_an_engine_without_connector_is_served() -> None:
     refuse_unsalted_connectors(None)
     assert not connects_by_request(None)

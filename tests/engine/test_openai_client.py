@@ -205,6 +205,35 @@ def test_responses_api_is_steered(client: OpenAI) -> None:
     assert steering_of(answer)["interventions"][0]["tokens_edited"] > 5
 
 
+def test_stream_helper_of_chat_keeps_its_own_account_of_a_steered_stream(client: OpenAI) -> None:
+    whole = client.chat.completions.create(
+        model=MODEL, messages=ASKED, temperature=0, max_tokens=6, extra_body=REPORTED
+    )
+    with client.chat.completions.stream(
+        model=MODEL, messages=ASKED, temperature=0, max_tokens=6, extra_body=REPORTED
+    ) as stream:
+        chunks = [event.chunk for event in stream if event.type == "chunk"]
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == whole.choices[0].message.content
+    assert final.choices[0].finish_reason == "length"
+    reports = [steering_of(c) for c in chunks if "steering" in (c.model_extra or {})]
+    assert [r["interventions"] for r in reports] == [steering_of(whole)["interventions"]]
+
+
+def test_stream_helper_of_responses_ends_with_the_report(client: OpenAI) -> None:
+    with client.responses.stream(
+        model=MODEL,
+        input="Tell me about your day.",
+        temperature=0,
+        max_output_tokens=6,
+        extra_body=REPORTED,
+    ) as stream:
+        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert final.output_text == text
+    assert steering_of(final)["interventions"][0]["tokens_edited"] > 5
+
+
 def test_refusal_is_a_bad_request_that_says_where(client: OpenAI) -> None:
     wrong = {"steering": {"interventions": [{**FANTASY, "feature": 70000}]}}
     with pytest.raises(openai.BadRequestError) as refused:

@@ -203,9 +203,10 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer() for _ in range(3))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        residual = None
+        residual: Tensor | None = None
         for layer in self.layers:
             hidden_states, residual = layer(hidden_states, residual)
+        assert residual is not None
         return nn.functional.rms_norm(hidden_states + residual, (WIDTH,))
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sae.self_check import TEXT, Outcome
 from sae.source import SAEReference
 from server.self_check import check_offline
-from steering.request.plan import COVERS_PROMPT, SELF_CHECK, PlannedRead, SteeringPlan
+from steering.request.plan import COVERS_PROMPT, PlannedRead, SteeringPlan
 from tests.engine import engine as engines
 from tests.engine import server as servers
 from tests.engine.engine import Engine
@@ -121,9 +121,9 @@ def test_check_shares_no_cached_block_and_leaves_no_trace(smollm2: Engine) -> No
 
 def test_check_beside_steered_requests_is_not_counted_among_them(smollm2: Engine) -> None:
     state = smollm2.state
-    check = PlannedRead(0, 1, COVERS_PROMPT, 0, 4, SELF_CHECK)
-    own = SteeringPlan("check", 1, 4, (), True, False, check, awaited=True)
-    clients = replace(own, key="client", read=replace(check, aggregate=None))
+    read = PlannedRead(0, 1, COVERS_PROMPT, 0, 4, None)
+    clients = SteeringPlan("client", 1, 4, (), True, False, read, awaited=True)
+    own = replace(clients, key="check", read=replace(read, fit=True), internal=True)
     state.add_request("check", own)
     state.add_request("client", clients)
     assert state.take_stats()["slots_in_use"] == 1

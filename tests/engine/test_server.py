@@ -92,6 +92,19 @@ def test_report_counts_the_positions_that_each_edit_covered(live_server: LiveSer
     assert 0 < clamp["mean_activation"] < clamp["max_activation"]
 
 
+def test_scoring_a_prompt_reports_the_same_twice(live_server: LiveServer) -> None:
+    # As evaluation harnesses ask for log-probabilities: batched ids, nothing generated.
+    body = {"max_tokens": 0, "echo": True, "logprobs": 1}
+    first, second = (live_server.complete([ELVES], REPORTED, **body) for _ in range(2))
+    assert (first.status_code, second.status_code) == (200, 200), first.text
+    assert first.json()["steering"] == second.json()["steering"]
+    clamp, scale, ablate = first.json()["steering"]["interventions"]
+    assert [e["tokens_edited"] for e in (clamp, scale, ablate)] == [7, 0, 3]
+    logprobs = [r.json()["choices"][0]["logprobs"]["token_logprobs"] for r in (first, second)]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+    assert len(logprobs[0]) == len(ELVES)
+
+
 def test_several_choices_are_reported_one_by_one(live_server: LiveServer) -> None:
     body = {"n": 2, "temperature": 0.8, "seed": 3, "max_tokens": 6, "ignore_eos": True}
     response = live_server.chat(PARIS, REPORTED, **body)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from steering.request.limits import MAX_INTERVENTIONS
 from steering.worker.ops import triton_kernel
-from steering.worker.slots import NO_SLOT
+from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.layout import NO_SLOT
 from tests.steering.batches import Batch, full_batch, random_batch
-from tests.steering.test_ops import Edited, assert_agrees, run
+from tests.steering.versions import Edited, assert_agrees, run
 
 pytestmark = pytest.mark.gpu
 
@@ -19,8 +21,20 @@ RAGGED = (7, 1, 0, 3, 1, 1, 5)
 
 
 def on_device(batch: Batch) -> Edited:
-    hidden, report_f, counters = run(triton_kernel.steer_tokens, batch.on("cuda"))
-    return hidden.cpu(), report_f.cpu(), counters.cpu()
+    made = run(triton_kernel.bound, batch.on("cuda"))
+    return Edited(made.hidden.cpu(), back(made.buffers))
+
+
+def back(buffers: Buffers) -> Buffers:
+    """What a kernel writes, on the CPU."""
+    state = copy(buffers.gate_state)
+    state.events, state.first_held = state.events.cpu(), state.first_held.cpu()
+    return buffers._replace(
+        f=buffers.f.cpu(),
+        share=buffers.share.cpu(),
+        counters=buffers.counters.cpu(),
+        gate_state=state,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -30,7 +44,7 @@ def test_device_agrees_with_the_reference(d_in: int, dtype: torch.dtype, residua
     for seed in range(3):
         batch = random_batch(
             seed, d_in=d_in, dtype=dtype, residual=residual, tokens=RAGGED, steered=0.8,
-            max_edits=16, padding=3,
+            max_edits=16, max_gates=8, padding=3,
         )  # fmt: skip
         assert_agrees(on_device, batch)
 
@@ -48,51 +62,55 @@ def test_same_input_gives_the_same_bits_every_time() -> None:
         assert torch.equal(first, again)
 
 
+def tensors(batch: Batch, buffers: Buffers) -> Iterator[torch.Tensor]:
+    """All that a launch reads or writes, in one order."""
+    assert batch.residual is not None
+    yield from (batch.hidden_states, batch.residual)
+    for part in buffers:
+        if isinstance(part, torch.Tensor):
+            yield part
+        else:
+            yield from (t for t in vars(part).values() if isinstance(t, torch.Tensor))
+
+
 @pytest.mark.parametrize("d_in", [576, 4096])
 def test_captured_launch_follows_slots_tables_and_streams_written_later(d_in: int) -> None:
     # As vLLM does it: captured over a padded batch in which no token has a slot, then replayed.
     batches = [
         random_batch(
-            seed, d_in=d_in, dtype=torch.bfloat16, tokens=(4, 2, 3), steered=1.0, padding=2
+            seed,
+            d_in=d_in,
+            dtype=torch.bfloat16,
+            tokens=(4, 2, 3),
+            steered=1.0,
+            max_gates=4,
+            padding=2,
         )
         for seed in range(4)
     ]
     held = batches[0].on("cuda")
-    table = replace(held, edits={}).table()
-    report_f = torch.zeros(held.num_tokens, MAX_INTERVENTIONS, device="cuda")
-    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
-    held.token_slot.fill_(NO_SLOT)
+    buffers = replace(held, edits={}, gates={}).buffers()
+    buffers.token_slot.fill_(NO_SLOT)
+
+    kernel = triton_kernel.bound(buffers)
 
     def launch() -> None:
-        triton_kernel.steer_tokens(
-            held.hidden_states, held.residual, held.token_slot, held.positions, held.input_ids,
-            held.is_special, held.prompt_len, table, held.rows, report_f, held.reports, counters,
-        )  # fmt: skip
+        kernel.read_gates(held.hidden_states, held.residual)
+        kernel.steer(held.hidden_states, held.residual)
 
     launch()  # compiles; a capture may not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch()
-    assert counters.tolist() == [0, 0]
+    assert buffers.counters.tolist() == [0, 0]
 
     def replayed(batch: Batch) -> Edited:
-        for name, target in vars(held).items():
-            if isinstance(target, torch.Tensor):
-                target.copy_(getattr(batch, name))
-        for target, source in (
-            (held.rows.W_enc, batch.rows.W_enc),
-            (held.rows.W_dec, batch.rows.W_dec),
-            (held.rows.params, batch.rows.params),
-        ):
+        for target, source in zip(tensors(held, buffers), tensors(batch, batch.buffers()),
+                                  strict=True):  # fmt: skip
             target.copy_(source)
-        for slot in range(held.prompt_len.shape[0]):
-            edits = batch.edits.get(slot, ())
-            table.write(slot, edits, [edit.latent for edit in edits])
-        report_f.fill_(7.0)  # test_ops.UNWRITTEN
-        counters.zero_()
         graph.replay()
-        return held.hidden_states.cpu(), report_f.cpu(), counters.cpu()
+        return Edited(held.hidden_states.cpu(), back(buffers))
 
-    for batch in (*batches, replace(batches[1], edits={}), batches[2]):
+    for batch in (*batches, replace(batches[1], edits={}, gates={}), batches[2]):
         assert_agrees(replayed, batch)

@@ -9,6 +9,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,11 @@ from sae.errors import SAEError
 from server.__main__ import main
 from server.allow_list import PLUGIN_NAME
 from server.commands import serve as serving
-from server.commands.serve import RefusedStartError, refuse_flags, split_sae_flags
 from server.start import engine_death
+from server.start.arguments import refuse_flags
 from server.start.checked_sae import unforeseen_refused
+from server.start.errors import RefusedStartError
+from server.start.flags import ServerOptions, split_sae_flags
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from steering.request.special_tokens import special_token_ids
 from tests.models import make_tiny_model, make_tiny_sae
@@ -46,7 +49,7 @@ def start(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Namespa
     def run(*flags: str) -> Namespace:
         started: list[Namespace] = []
         monkeypatch.setattr(serving, "_run", started.append)
-        monkeypatch.setattr(serving, "allow_ours", lambda *_: None)
+        monkeypatch.setattr("server.start.arguments.allow_ours", lambda *_: None)
         serving.serve([str(model), *flags])
         (args,) = started
         return args
@@ -133,7 +136,7 @@ def test_flag_that_cannot_be_meant_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(serving, "allow_ours", lambda *_: None)
+    monkeypatch.setattr("server.start.arguments.allow_ours", lambda *_: None)
     assert main(["serve", "no-model", *(flag.replace("SAE", str(sae)) for flag in flags)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vllm-sae: error: ")
@@ -148,7 +151,7 @@ def test_path_that_cannot_be_looked_up_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(serving, "allow_ours", lambda *_: None)
+    monkeypatch.setattr("server.start.arguments.allow_ours", lambda *_: None)
     words = {"serve": ["m", "--sae", f"a={source}"], "inspect-sae": [source]}[command]
     assert main([command, *words]) == code
     (line,) = capsys.readouterr().err.splitlines()
@@ -173,7 +176,7 @@ def test_what_nobody_foresaw_of_a_source_is_one_line(
     def fail(*_: Any) -> None:
         raise NotImplementedError("a dtype\nof the future")
 
-    monkeypatch.setattr(serving, "allow_ours", lambda *_: None)
+    monkeypatch.setattr("server.start.arguments.allow_ours", lambda *_: None)
     monkeypatch.setattr("sae.sae.open_layout", fail)
     words, code = COMMANDS[command]
     assert main([command, *(word.replace("SAE", str(sae)) for word in words)]) == code
@@ -257,9 +260,6 @@ PLAIN: dict[str, Any] = {
     "skip_tokenizer_init": False,
     "grpc": False,
     "runner": "auto",
-    "steering_max_rows": 4096,
-    "steering_max_read_values": 64,
-    "steering_max_body_bytes": 1024,
 }
 
 
@@ -272,9 +272,6 @@ PLAIN: dict[str, Any] = {
         ("skip_tokenizer_init", True, "--skip-tokenizer-init"),
         ("grpc", True, "--grpc"),
         ("runner", "pooling", "--runner pooling"),
-        ("steering_max_rows", 63, "--steering-max-rows 63: must be at least 64"),
-        ("steering_max_read_values", 63, "--steering-max-read-values 63: must be at least 64"),
-        ("steering_max_body_bytes", 1023, "--steering-max-body-bytes 1023: must be at least 1024"),
     ],
 )
 def test_flag_that_leaves_no_place_for_steering_is_refused(
@@ -282,6 +279,21 @@ def test_flag_that_leaves_no_place_for_steering_is_refused(
 ) -> None:
     with pytest.raises(RefusedStartError, match=said):
         refuse_flags(Namespace(**{**PLAIN, flag: value}), rust_frontend=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "least", "said"),
+    [
+        ("max_rows", 64, "--steering-max-rows 63: must be at least 64, what one request may edit"),
+        ("max_read_values", 64, "--steering-max-read-values 63: must be at least 64"),
+        ("max_body_bytes", 1024, "--steering-max-body-bytes 1023: must be at least 1024"),
+    ],
+)
+def test_option_below_its_limit_is_refused(option: str, least: Any, said: str) -> None:
+    at, below = ({option: value} for value in (least, least - 1))
+    replace(ServerOptions(), **at).check()
+    with pytest.raises(RefusedStartError, match=said):
+        replace(ServerOptions(), **below).check()
 
 
 def test_front_end_that_cannot_carry_steering_is_refused() -> None:

@@ -14,8 +14,8 @@ from sae.source import SAEReference
 from server.__main__ import main
 from server.commands import inspect_sae as inspecting
 from server.commands.inspect_sae import inspect_sae
-from server.commands.serve import RefusedStartError
 from server.start.checked_sae import check_reference
+from server.start.errors import RefusedStartError
 from tests.models import make_tiny_model, make_tiny_sae
 
 

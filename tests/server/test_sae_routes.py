@@ -103,7 +103,15 @@ def test_features_come_in_pages(labelled: Server) -> None:
     body = labelled.client.get("/v1/saes/a/features?limit=1&offset=0").json()
     assert body == {
         "object": "list",
-        "data": [{"feature": 0, "label": "snow and rain", "max_activation": 6.5, "density": 0.25}],
+        "data": [
+            {
+                "feature": 0,
+                "label": "snow and rain",
+                "max_activation": 6.5,
+                "density": 0.25,
+                "output_score": None,
+            }
+        ],
         "total": 128,
         "has_more": True,
     }
@@ -121,6 +129,34 @@ def test_labels_are_searched(labelled: Server) -> None:
 
 
 @pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("output_score", [2, 0, 1, 3]),
+        ("density", [1, 0, 2, 3]),
+        ("max_activation", [0, 2, 1, 3]),
+        (None, [0, 1, 2, 3]),
+    ],
+)
+def test_features_come_in_an_order_with_those_that_lack_the_figure_last(
+    start: StartServer, order: str | None, expected: list[int]
+) -> None:
+    rows = [
+        {"index": 0, "label": "rain", "max_activation": 6.5, "density": 0.25, "output_score": 0.1},
+        {"index": 1, "label": "rain too", "density": 0.5},
+        {"index": 2, "label": "snow", "max_activation": 2, "density": 0.1, "output_score": 0.3},
+    ]
+    client = start(saes={"a": {"features": rows, "d_sae": 4}}).client
+    asked: dict[str, Any] = {} if order is None else {"order": order}
+    body = client.get("/v1/saes/a/features", params=asked).json()
+    assert [feature["feature"] for feature in body["data"]] == expected
+    page = client.get("/v1/saes/a/features", params={**asked, "limit": 2, "offset": 1}).json()
+    assert [feature["feature"] for feature in page["data"]] == expected[1:3]
+    if order is not None:
+        found = client.get("/v1/saes/a/features", params={**asked, "query": "rain"}).json()
+        assert [f["feature"] for f in found["data"]] == [i for i in expected if i in (0, 1)]
+
+
+@pytest.mark.parametrize(
     ("query", "code", "param"),
     [
         ("limit=0", "invalid_value", "limit"),
@@ -130,6 +166,9 @@ def test_labels_are_searched(labelled: Server) -> None:
         ("limit=" + "9" * 5000, "invalid_value", "limit"),
         ("offset=-1", "invalid_value", "offset"),
         ("offset=x", "invalid_type", "offset"),
+        ("order=label", "invalid_value", "order"),
+        ("order=", "invalid_value", "order"),
+        ("order=Density&query=rain", "invalid_value", "order"),
     ],
 )
 def test_bad_page_is_refused(labelled: Server, query: str, code: str, param: str) -> None:
@@ -141,6 +180,12 @@ def test_feature_shows_its_neighbours_and_examples(labelled: Server) -> None:
     assert (body["feature"], body["label"], body["max_activation"]) == (1, "rain", None)
     assert body["examples"] == [{"text": "wet", "activation": 2.0}]
     assert len(body["nearest"]) == 10
+    # Encoder and decoder rows of norm 1: no product exceeds 1.
+    assert -1 <= body["self_gain"] <= 1
+    changes = [abs(change) for _, change in body["interferers"]]
+    assert len(changes) == 10 and changes == sorted(changes, reverse=True)
+    assert changes[0] <= 1 + 1e-6
+    assert body["feature"] not in [feature for feature, _ in body["interferers"]]
     assert body["promoted"] == body["suppressed"] == []
 
 

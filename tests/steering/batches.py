@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steering.request.limits import MAX_INTERVENTIONS, POSITION_LIMIT
-from steering.request.plan import COVERS_SINKS, PlannedEdit
-from steering.worker.rows import (
+from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS, POSITION_LIMIT
+from steering.request.plan import COVERS_SINKS, SCOPE_STOP, PlannedEdit, PlannedGate
+from steering.worker.gates import GateState, GateTable
+from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.layout import (
+    MAX_ENTRIES,
+    NEVER,
+    NO_SLOT,
     NORM_CONSTANT,
     NORM_LAYER,
     NORM_NONE,
@@ -23,20 +28,38 @@ from steering.worker.rows import (
     P_NORM,
     P_SINK,
     P_THRESHOLD,
-    RowPool,
 )
-from steering.worker.slots import NO_SLOT, EditTable
+from steering.worker.rows import RowPool
+from steering.worker.slots import EditTable, SlotFacts
 
 VOCAB = 32
 SPECIAL_IDS = (0, 1, 2)
+#: What buffers hold before: whatever nobody writes still does afterwards.
+UNWRITTEN = 7.0
+
+
+@dataclass(frozen=True)
+class Gates:
+    """One request's conditions, all read at this hook point; a gate's latent is its pool row.
+
+    Attributes:
+        gates: the request's.
+        first_held: the first position with an event of each, as passes before found.
+    """
+
+    gates: Sequence[PlannedGate] = ()
+    first_held: Sequence[int] = ()
 
 
 @dataclass
 class Batch:
-    """What `steering.worker.ops.reference.steer_tokens` takes; an edit's latent is its pool row.
+    """A pass over one hook point; an edit's latent is its pool row.
 
     Attributes:
-        edits: slot to its edits, as written to ``table``.
+        edits: slot to its edits.
+        gates: slot to its conditions.
+        reread: slots whose rows are taken to be solved.
+        max_share: slot to the largest share that it may change.
     """
 
     hidden_states: Tensor
@@ -49,18 +72,51 @@ class Batch:
     rows: RowPool
     reports: Tensor
     edits: Mapping[int, Sequence[PlannedEdit]]
+    gates: Mapping[int, Gates] = field(default_factory=dict)
+    reread: frozenset[int] = frozenset()
+    max_share: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         """Tokens, padding included."""
         return self.hidden_states.shape[0]
 
-    def table(self) -> EditTable:
-        """The edits, on the batch's device."""
-        table = EditTable(self.prompt_len.shape[0], self.hidden_states.device)
-        for slot, edits in self.edits.items():
-            table.write(slot, edits, [edit.latent for edit in edits])
-        return table
+    def buffers(self) -> Buffers:
+        """All that a version of the edit works on beside the stream, on the batch's device."""
+        num_slots, device = self.prompt_len.shape[0], self.hidden_states.device
+        slots, table = SlotFacts(num_slots, device), EditTable(num_slots, device)
+        gate_table = GateTable(num_slots, device)
+        state = GateState(num_slots, self.num_tokens, device)
+        for slot in range(num_slots):
+            reports = bool(self.reports[slot])
+            slots.write(slot, int(self.prompt_len[slot]), self.max_share.get(slot), reports)
+            edits, gates = self.edits.get(slot, ()), self.gates.get(slot, Gates())
+            table.write(
+                slot,
+                list(enumerate(edits)),
+                [edit.latent for edit in edits],
+                reread=slot in self.reread,
+            )
+            rows = [gate.latent for gate in gates.gates]
+            gate_table.write(slot, list(enumerate(gates.gates)), rows)
+            held = [*gates.first_held, *[NEVER] * (MAX_GATES - len(gates.first_held))]
+            first_held = torch.tensor(held, dtype=torch.int32)
+            state.write(slot, gates.gates, first_held)
+        return Buffers(
+            self.token_slot,
+            self.positions,
+            self.input_ids,
+            self.is_special,
+            slots,
+            table,
+            gate_table,
+            state,
+            self.rows,
+            f=torch.full((self.num_tokens, MAX_ENTRIES), UNWRITTEN, device=device),
+            # A column among others, as it is one of several hook points.
+            share=torch.full((self.num_tokens, 2), UNWRITTEN, device=device)[:, 1],
+            counters=torch.zeros(2, dtype=torch.int64, device=device),
+        )
 
     def on(self, device: str) -> Batch:
         """A copy on another device."""
@@ -91,10 +147,17 @@ def plain_params(n: int) -> Tensor:
 
 
 def edit(
-    row: int, op: int, value: float, coverage: int, start: int = 0, end: int = POSITION_LIMIT
+    row: int,
+    op: int,
+    value: float,
+    coverage: int,
+    start: int = 0,
+    end: int = POSITION_LIMIT,
+    gates: int = 0,
+    any_gate: bool = False,
 ) -> PlannedEdit:
     """One edit of the latent in ``row``."""
-    return PlannedEdit(0, row, op, value, coverage, start, end)
+    return PlannedEdit(0, row, op, value, coverage, start, end, gates, any_gate)
 
 
 def one_request(
@@ -106,6 +169,9 @@ def one_request(
     prompt_len: int = 8,
     input_ids: Sequence[int] | None = None,
     reports: bool = True,
+    gates: Gates | None = None,
+    reread: bool = False,
+    max_share: float | None = None,
 ) -> Batch:
     """The tokens of one request from position ``first``; the layer returns the whole stream."""
     n = x.shape[0]
@@ -120,6 +186,9 @@ def one_request(
         rows=rows,
         reports=torch.tensor([int(reports)], dtype=torch.int32),
         edits={0: edits},
+        gates={} if gates is None else {0: gates},
+        reread=frozenset({0} if reread else ()),
+        max_share={} if max_share is None else {0: max_share},
     )
 
 
@@ -132,6 +201,7 @@ def random_batch(
     tokens: Sequence[int] = (2, 1, 0, 2),
     steered: float = 0.7,
     max_edits: int = 5,
+    max_gates: int = 0,
     padding: int = 1,
 ) -> Batch:
     """Requests with random slots, phases, edits, kinds of latents, and some outsized tokens.
@@ -144,6 +214,8 @@ def random_batch(
         tokens: of each request, in the batch's order.
         steered: probability that a request has a slot.
         max_edits: most edits of a slot; the fewest are none.
+        max_gates: most conditions of a slot; with any, some rows are taken to be solved, too, and
+            some slots may change only a share of the stream.
         padding: tokens past the real ones; their ids and positions are garbage.
     """
     rng = torch.Generator().manual_seed(seed)
@@ -169,8 +241,12 @@ def random_batch(
     hidden = torch.randn(num_tokens, d_in, generator=rng)
     hidden[chance(num_tokens, 0.2)] *= 20
     capacity = max(2 * max_edits, 1)
-    edits = {
-        int(slot): [
+    edits, gates = {}, {}
+    for slot in slots.tolist():
+        if slot == NO_SLOT:
+            continue
+        num_gates = randint(0, max_gates + 1)[0]
+        edits[slot] = [
             edit(
                 row,
                 randint(0, 5)[0],
@@ -178,12 +254,26 @@ def random_batch(
                 randint(1, 2 * COVERS_SINKS)[0],
                 start=randint(0, 3)[0],
                 end=[POSITION_LIMIT, 4][randint(0, 2)[0]],
+                gates=randint(0, 2**num_gates)[0] if num_gates else 0,
+                any_gate=bool(num_gates and randint(0, 2)[0]),
             )
             for row in randint(0, capacity, randint(0, max_edits + 1)[0])
         ]
-        for slot in slots
-        if slot != NO_SLOT
-    }
+        edits[slot] = [replace(e, any_gate=e.any_gate and e.gates > 0) for e in edits[slot]]
+        gates[slot] = Gates(
+            [
+                PlannedGate(0, row, kind % 2, 0.5 * value, scope)
+                for row, kind, value, scope in zip(
+                    randint(0, capacity, num_gates),
+                    randint(0, 2, num_gates),
+                    randint(0, 3, num_gates),
+                    randint(0, SCOPE_STOP + 1, num_gates),
+                    strict=True,
+                )
+            ],
+            [[NEVER, 0, 2][pick] for pick in randint(0, 3, num_gates)],
+        )
+    picks = randint(0, 3, num_slots) if max_gates else [2] * num_slots
     return Batch(
         hidden_states=hidden.to(dtype),
         residual=torch.randn(num_tokens, d_in, generator=rng).to(dtype) if residual else None,
@@ -195,6 +285,9 @@ def random_batch(
         rows=_random_rows(rng, capacity, d_in),
         reports=chance(num_slots, 0.5).int(),
         edits=edits,
+        gates=gates if max_gates else {},
+        reread=frozenset(slot for slot, pick in enumerate(picks) if pick == 0),
+        max_share={slot: 0.3 for slot, pick in enumerate(picks) if pick == 1},
     )
 
 

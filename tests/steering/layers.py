@@ -25,7 +25,7 @@ class PlainNorm(nn.Module):
     """A norm of one tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / x.norm(dim=-1, keepdim=True)
+        return nn.functional.normalize(x, dim=-1)
 
 
 class AddNorm(nn.Module):
@@ -51,8 +51,8 @@ class Layer(nn.Module):
 
     def __init__(self, norm: type[nn.Module] = PlainNorm) -> None:
         super().__init__()
-        self.self_attn: nn.Module = Half()
-        self.mlp: nn.Module = Half()
+        self.self_attn: Any = Half()
+        self.mlp: Any = Half()
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
 
@@ -157,7 +157,7 @@ class Deferred(Layer):
 class Bypassing(Layer):
     """Its MLP is called by another method than forward."""
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Any:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
         out = self.mlp.forward_partials(self.post_attention_layernorm(hidden_states))
         return hidden_states + out
@@ -170,7 +170,7 @@ class Twice(Layer):
         super().__init__()
         self.self_attn = nn.ModuleList([Half(), Half()])
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Any:
         hidden_states = hidden_states + self.self_attn[0](self.input_layernorm(hidden_states))
         hidden_states = hidden_states + self.self_attn[1](self.input_layernorm(hidden_states))
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -207,7 +207,7 @@ class Mixer(Layer):
         del self.self_attn
         self.mamba = Half()
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Any:
         output = torch.empty_like(hidden_states)
         self.mamba(self.input_layernorm(hidden_states), output)
         hidden_states = hidden_states + output
@@ -217,7 +217,7 @@ class Mixer(Layer):
 class Looped(Layer):
     """As IQuestLoopCoder's."""
 
-    def forward(self, positions: Tensor, hidden_states: Tensor, loop_idx: int) -> Tensor:
+    def forward(self, positions: Tensor, hidden_states: Tensor, loop_idx: int) -> Any:
         return hidden_states + self.mlp(hidden_states)
 
 
@@ -249,11 +249,11 @@ class Model(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         positions = torch.zeros(1)
-        residual: Tensor | None = None
+        residual: Any = None
         for layer in self.layers:
             if isinstance(layer, Fused | Parallel):
                 hidden_states, residual = layer(positions, hidden_states, residual)
             else:
                 returned = layer(positions, hidden_states)
                 hidden_states = returned[0] if isinstance(returned, tuple) else returned
-        return hidden_states if not isinstance(layer, Fused) else hidden_states + residual
+        return hidden_states + residual if isinstance(layer, Fused) else hidden_states

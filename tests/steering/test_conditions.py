@@ -234,7 +234,7 @@ def test_stopping_alone_shares_with_unsteered_requests() -> None:
 def test_weights_that_decide_are_part_of_the_salt() -> None:
     spec = parse_spec(edit(sae="s3", when={**FIRES, "sae": "s1"}), SAES)
     assert spec.kv_saes == ("s3", "s1")
-    sums = dict.fromkeys(SAES, "0")
+    sums: dict[str, str] = dict.fromkeys(SAES, "0")
     assert cache_salt(spec, sums, 9, None) != cache_salt(spec, {**sums, "s1": "1"}, 9, None)
 
 

@@ -52,7 +52,7 @@ def recorder() -> Iterator[Recorder]:
 
 
 def norm(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
+    return nn.functional.normalize(x, dim=-1)
 
 
 def stream_before() -> Tensor:
@@ -276,7 +276,7 @@ def test_a_rewritten_method_bound_to_the_module_is_wrapped_where_it_is(recorder:
     def rewritten(self: nn.Module, hidden_states: Tensor) -> Tensor:
         return hidden_states * 0.5
 
-    layer.mlp.forward = rewritten.__get__(layer.mlp)  # type: ignore[method-assign]
+    layer.mlp.forward = rewritten.__get__(layer.mlp)
     install(Model(layer), "blocks.0.hook_mlp_out")
     x = stream_before()
     Model(layer)(x.clone())

@@ -1,13 +1,7 @@
-"""Every version of the edit against numbers worked by hand, and against the reference.
-
-The Triton version takes part where Triton's interpreter is on, which has to be settled before
-Triton is imported: ``test_triton_kernel.py`` runs this file again that way.
-"""
+"""Every version of the edit against numbers worked by hand, and against the reference."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.arrays import FloatArray, IntArray
-from steering.request.limits import MAX_INTERVENTIONS
 from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
@@ -29,14 +21,9 @@ from steering.request.plan import (
     OP_CLAMP,
     OP_FLOOR,
     OP_SCALE,
-    SteeringPlan,
 )
-from steering.worker.batch_parts import SlotWork
-from steering.worker.ops import cpu_kernel, reference
-from steering.worker.ops.reference import NOT_COVERED, SKIPPED_SINK
-from steering.worker.record import BoolArray, RequestRecord
-from steering.worker.residency import Residency
-from steering.worker.rows import (
+from steering.worker.ops.layout import (
+    NO_SLOT,
     NORM_CONSTANT,
     NORM_LAYER,
     P_BIAS,
@@ -45,13 +32,11 @@ from steering.worker.rows import (
     P_NORM,
     P_SINK,
     P_THRESHOLD,
-    RowPool,
+    SKIPPED_SINK,
 )
-from steering.worker.site import Counters, HookRuntime
-from steering.worker.slots import NO_SLOT
-from steering.worker.step import Step
+from steering.worker.rows import RowPool
 from tests.steering.batches import (
-    Batch,
+    UNWRITTEN,
     edit,
     full_batch,
     one_request,
@@ -59,129 +44,9 @@ from tests.steering.batches import (
     pool,
     random_batch,
 )
+from tests.steering.versions import Version, assert_agrees, fast_versions, versions
 
-Edited = tuple[Tensor, Tensor, Tensor]  # hidden states, report_f, counters
-Version = Callable[[Batch], Edited]
-
-#: What `report_f` holds before: whatever nobody writes still does afterwards.
-UNWRITTEN = 7.0
 EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
-
-
-def copied(x: Tensor) -> Tensor:
-    """A copy with the same strides, which ``clone`` keeps only for dense tensors."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-
-
-def run(steer_tokens: Callable[..., None], batch: Batch) -> Edited:
-    """Edit a copy of the batch by one of the versions with the common signature."""
-    hidden = copied(batch.hidden_states)
-    report_f = torch.full((batch.num_tokens, MAX_INTERVENTIONS), UNWRITTEN, device=hidden.device)
-    counters = torch.zeros(2, dtype=torch.int64, device=hidden.device)
-    residual = None if batch.residual is None else batch.residual.clone()
-    steer_tokens(
-        hidden, residual, batch.token_slot, batch.positions, batch.input_ids, batch.is_special,
-        batch.prompt_len, batch.table(), batch.rows, report_f, batch.reports, counters,
-    )  # fmt: skip
-    if residual is not None and batch.residual is not None:
-        assert torch.equal(residual, batch.residual)
-    return hidden, report_f, counters
-
-
-def by_reference(batch: Batch) -> Edited:
-    return run(reference.steer_tokens, batch)
-
-
-def by_hook(batch: Batch) -> Edited:
-    """The batched torch version, as a hook point runs it."""
-    hidden = copied(batch.hidden_states)
-    report_f = torch.full((batch.num_tokens, MAX_INTERVENTIONS), UNWRITTEN)
-    table = batch.table()
-    nowhere = Residency({}, torch.device("cpu"), None)
-    runtime = HookRuntime(
-        {}, batch.rows, table, batch.is_special, batch.prompt_len, Counters(), nowhere
-    )
-    for slot, edits in batch.edits.items():
-        reports = bool(batch.reports[slot])
-        plan = SteeringPlan("k", 1, int(batch.prompt_len[slot]), tuple(edits), True, reports, None)
-        token = (batch.token_slot == slot).nonzero()[:, 0]
-        record = Rows(plan, report_f, token, batch.positions[token])
-        if edits:
-            runtime.work[slot] = SlotWork(
-                list(enumerate(edits)), frozenset(), None, plan, record if reports else None
-            )
-    step = Step(batch.num_tokens, batch.positions, batch.input_ids, "cpu")
-    real = int((batch.positions < 2**31).sum())
-    step.begin(batch.token_slot[:real].numpy(), torch.arange(real + 1).numpy())
-    if step.active:
-        runtime.apply(hidden, batch.residual, step)
-    found = [runtime.counters.edited_tokens, runtime.counters.skipped_tokens]
-    return hidden, report_f, torch.tensor(found)
-
-
-class Rows(RequestRecord):
-    """Puts a request's activations where the kernel would: rows of tokens, columns of edits."""
-
-    def __init__(
-        self, plan: SteeringPlan, report_f: Tensor, token: Tensor, positions: Tensor
-    ) -> None:
-        super().__init__(plan, 0)
-        self._report_f = report_f
-        self._token = dict(zip(positions.tolist(), token.tolist(), strict=True))
-
-    def put_edits(
-        self,
-        columns: list[int],
-        positions: IntArray,
-        f: FloatArray,
-        covered: BoolArray,
-        skipped: BoolArray,
-    ) -> None:
-        token = torch.tensor([self._token[int(p)] for p in positions])
-        values = torch.where(
-            torch.from_numpy(covered),
-            torch.from_numpy(f),
-            torch.where(torch.from_numpy(skipped), SKIPPED_SINK, NOT_COVERED),
-        )
-        self._report_f[token[:, None], torch.tensor(columns)] = values
-
-
-def by_cpu_kernel(batch: Batch) -> Edited:
-    if not cpu_kernel.edits(batch.hidden_states.dtype):
-        pytest.skip("the CPU kernel edits float32 and bfloat16 streams")
-    return run(cpu_kernel.steer_tokens, batch)
-
-
-def by_triton_kernel(batch: Batch) -> Edited:
-    from steering.worker.ops import triton_kernel
-
-    return run(triton_kernel.steer_tokens, batch)
-
-
-FAST: dict[str, Version] = {"batched": by_hook, "cpu": by_cpu_kernel}
-if os.environ.get("TRITON_INTERPRET") == "1":
-    FAST = {"triton": by_triton_kernel}
-
-versions = pytest.mark.parametrize(
-    "version", [pytest.param(v, id=k) for k, v in ({"reference": by_reference} | FAST).items()]
-)
-fast_versions = pytest.mark.parametrize("version", [pytest.param(v, id=k) for k, v in FAST.items()])
-
-
-def assert_agrees(version: Version, batch: Batch) -> Edited:
-    """Same stream to rounding, same report, same counters; rows without an edit bit for bit."""
-    hidden, report_f, counters = version(batch)
-    expected, expected_f, expected_counters = by_reference(batch)
-    # Sums have another order, and the one rounding to the stream's dtype may fall either way.
-    unit = torch.finfo(expected.dtype).eps
-    error = (hidden.float() - expected.float()).abs()
-    scale = expected.float().norm(dim=1, keepdim=True)
-    assert (error <= 2 * unit * expected.float().abs() + 2e-6 * scale).all(), error.max()
-    torch.testing.assert_close(report_f, expected_f, rtol=1e-5, atol=1e-4, equal_nan=True)
-    assert torch.equal(counters, expected_counters)
-    untouched = (expected == batch.hidden_states).all(dim=1)
-    assert torch.equal(hidden[untouched], batch.hidden_states[untouched])
-    return hidden, report_f, counters
 
 
 # --- against the reference ------------------------------------------------------------------------
@@ -195,8 +60,9 @@ def test_ragged_batches_agree(
     version: Version, d_in: int, dtype: torch.dtype, residual: bool
 ) -> None:
     batch = random_batch(
-        d_in, d_in=d_in, dtype=dtype, residual=residual, tokens=(3, 0, 2, 1), steered=1, max_edits=7
-    )
+        d_in, d_in=d_in, dtype=dtype, residual=residual, tokens=(3, 0, 2, 1), steered=1,
+        max_edits=7, max_gates=3,
+    )  # fmt: skip
     _, _, counters = assert_agrees(version, batch)
     assert counters[0] > 0
 
@@ -209,6 +75,7 @@ def test_ragged_batches_agree(
     tokens=st.lists(st.integers(0, 3), min_size=1, max_size=3),
     steered=st.sampled_from([0.0, 0.7, 1.0]),
     max_edits=st.integers(0, 9),
+    max_gates=st.sampled_from([0, 3, 8]),
     padding=st.integers(0, 2),
     residual=st.booleans(),
 )

@@ -28,7 +28,9 @@ class Facts:
     d_sae = 100
 
     def __init__(self, hook: str) -> None:
-        self.hook = hook
+        self.hook = self.reads = hook
+        self.writes: tuple[str, ...] = (hook,)
+        self.error_term = self.affine = True
 
     def max_activation(self, feature: int) -> float | None:
         return None
@@ -151,16 +153,17 @@ def test_summary_comes_off_the_wire_as_it_went_on() -> None:
 def test_what_a_worker_recorded_becomes_the_reports_entry() -> None:
     """A plan, a record of two passes and a report, by hand."""
     plan = make_plan(SPEC, {"a": 0, "b": 1}, key="k", children=1, prompt_len=3)
-    record = RequestRecord(plan, 0)
-    everywhere, nowhere = np.ones((4, 1), np.bool_), np.zeros((4, 1), np.bool_)
+    record = RequestRecord(plan, 0, [0], [("blocks.1.hook_resid_post", 0)])
     f = np.array([[0.0], [2.0], [4.0], [9.0]], np.float32)
-    record.put_edits([0], np.arange(1, 5), f, everywhere, nowhere)
+    record.put_edits(np.arange(1, 5), f, np.full((4, 1), 0.5, np.float32))
     choice = Choice([10, 11, 12], [13, 14], 3)  # position 4 is the last sampled token
     made = Report.of(SPEC, choice, [Summary.from_wire(record.summary(choice.entered))], (), str)
     entry = made.interventions[0]
     assert (entry["tokens_edited"], entry["tokens_active"]) == (3, 2)
     assert (entry["mean_activation"], entry["max_activation"]) == (2.0, 4.0)
     assert made.tokens_cached == 1  # position 0 came from the cache
+    hook = {"hook": "blocks.1.hook_resid_post", "tokens": 3, "tokens_limited": 0}
+    assert made.edited == [{**hook, "mean_share": 0.5, "max_share": 0.5}]
 
 
 def test_measurements_of_a_self_check_are_no_part_of_a_response() -> None:

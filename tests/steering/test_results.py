@@ -19,8 +19,9 @@ from steering.request.plan import PlannedEdit, SteeringPlan
 from steering.vllm import results
 from steering.vllm.drain import TAKE, Unfetched, stay_for_results
 from steering.vllm.results import remember_engines
-from steering.worker.kernel_reports import KernelReports, ReportPart
-from steering.worker.record import RecordStore, RequestRecord
+from steering.worker.pass_reports import PassReports
+from steering.worker.record import RequestRecord
+from steering.worker.record_store import RecordStore
 from steering.worker.worker_state import SteeringState
 
 KEY = "ticket/1"
@@ -116,18 +117,16 @@ class Event:
 def test_results_do_not_wait_for_the_pass_under_way() -> None:
     edit = PlannedEdit(0, 3, 0, 1.0, 3, 0, 100)
     plan = SteeringPlan(KEY, 1, 2, (edit,), True, True, None, awaited=True)
-    store, reports = RecordStore(), KernelReports()
-    record = store.open("1", plan, 0)
+    store, reports = RecordStore(), PassReports()
+    record = store.open("1", lambda: RequestRecord(plan, 0, [0], [("hook", 0)]))
+    reports.follow(record)
     for position, done in ((1, True), (2, False)):
-        reports.copy(torch.tensor([position]), torch.ones(1, 1), [_part(record)])
+        columns = torch.tensor([position]), torch.ones(1, 1), torch.ones(1, 1)
+        reports.copy(RequestRecord.put_edits, np.array([record.number]), *columns)
         reports._copies[-1] = replace(reports._copies[-1], copied=Event(done))
-    state: Any = SimpleNamespace(_kernel_reports=reports, records=store)
+    state: Any = SimpleNamespace(reports=reports, records=store)
     (summary,) = SteeringState.take_results(state, KEY, {0: 2})
     assert summary["edits"][0]["tokens_edited"] == 1
-
-
-def _part(record: RequestRecord) -> ReportPart:
-    return ReportPart(record, [0], np.array([0]))
 
 
 # Beside a batch in flight

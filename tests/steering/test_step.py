@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.worker.slots import NO_SLOT
+from steering.worker.ops.layout import NO_SLOT
 from steering.worker.step import Step
 
 

@@ -1,25 +1,48 @@
-"""The edit of one token, spelled out: what every other version must agree with."""
+"""Conditions and edits of one token, spelled out: what every other version must agree with."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae.normalization import LAYER_NORM_EPS
-from steering.request.plan import (
+from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.layout import (
+    ANY_GATE,
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
     COVERS_SPECIAL,
+    E_COLUMN,
+    E_COVERAGE,
+    E_END,
+    E_FLAGS,
+    E_GATES,
+    E_OP,
+    E_ROW,
+    E_START,
+    FIRST_GATE_COLUMN,
+    G_INDEX,
+    G_ROW,
+    G_SCOPE,
+    GATE_BELOW,
+    GATE_BITS,
+    HELD_BACK,
+    KIND_SCOPE,
+    KIND_SENSE,
+    LAYER_NORM_EPS,
+    MAX_GATES,
+    NO_SLOT,
+    NORM_CONSTANT,
+    NORM_LAYER,
+    NOT_COVERED,
+    NOT_EDITED,
     OP_ADD,
     OP_CAP,
     OP_CLAMP,
     OP_FLOOR,
     OP_SCALE,
-)
-from steering.worker.rows import (
-    NORM_CONSTANT,
-    NORM_LAYER,
     P_BIAS,
     P_DECODER_SCALE,
     P_ENC_SUM,
@@ -28,63 +51,86 @@ from steering.worker.rows import (
     P_NORM,
     P_SINK,
     P_THRESHOLD,
-    RowPool,
+    QUIET,
+    REREAD,
+    SCOPE_PROMPT,
+    SCOPE_STOP,
+    SCOPE_TOKEN,
+    SILENT,
+    SKIPPED_SINK,
 )
-from steering.worker.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NO_SLOT, EditTable
-
-#: In `report_f`: an edit that does not cover the token, and one kept off by a sink.
-NOT_COVERED, SKIPPED_SINK = float("nan"), float("-inf")
 
 
-def steer_tokens(
-    hidden_states: Tensor,
-    residual: Tensor | None,
-    token_slot: Tensor,
-    positions: Tensor,
-    input_ids: Tensor,
-    is_special: Tensor,
-    prompt_len: Tensor,
-    table: EditTable,
-    rows: RowPool,
-    report_f: Tensor | None = None,
-    reports: Tensor | None = None,
-    counters: Tensor | None = None,
-) -> None:
-    """Add each steered token's delta to ``hidden_states``, in place.
+def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
+    """Read every token's conditions at one hook point, before the edits there.
 
-    For a token with stream ``x = hidden_states + residual`` and the edits i that cover it:
-    ``hidden_states += sum_i (f'_i - f_i) * s_i * g_i * W_dec[i]``, with ``f_i`` read from ``x``,
-    ``s_i`` the decoder scale and ``g_i`` the SAE's output scale where its input is normalised.
+    A special token, the sequence's first and a sink have no event and are not quiet either. Else
+    gate i has its event where ``f_i > threshold_i``, and is quiet where ``f_i <= threshold_i``;
+    with SCOPE_PROMPT only in the prompt, with SCOPE_STOP only behind it. Written are the bits of
+    ``gate_state.events`` (added to those of other hook points), ``gate_state.first_held``, and f.
 
     Args:
-        hidden_states: ``[num_tokens, d_in]`` model dtype; rows that no edit covers stay as they
-            are, bit for bit.
+        hidden_states: ``[num_tokens, d_in]`` model dtype; only read.
         residual: the same shape, or None where the layer returns the sum; only read.
-        token_slot: ``[>= num_tokens]`` int32, slot of each token, NO_SLOT for none.
-        positions: ``[>= num_tokens]`` position in the sequence.
-        input_ids: ``[>= num_tokens]`` token ids.
-        is_special: ``[vocab_size]`` bool.
-        prompt_len: ``[num_slots]`` int32, tokens in each slot's original prompt.
-        table: the edits at this hook point.
-        rows: the features' rows.
-        report_f: ``[>= num_tokens, MAX_INTERVENTIONS]`` float32; for tokens of slots that report,
-            each edit's column gets its activation before the edit, NOT_COVERED, or SKIPPED_SINK.
-            Nothing else is written: not the columns past the slot's edits, nor other tokens.
-        reports: ``[num_slots]`` int32, nonzero for slots that report; goes with ``report_f``.
-        counters: ``[2]`` int64; +1 for each token that some edit touched, and +1 for each that
-            some edit would have touched but for a sink.
+        buffers: of this hook point.
     """
-    assert (report_f is None) == (reports is None), "report_f and reports go together"
+    table, state = buffers.gates, buffers.gate_state
     for t in range(hidden_states.shape[0]):
-        slot = int(token_slot[t])
+        slot = int(buffers.token_slot[t])
         if slot == NO_SLOT or not int(table.count[slot]):
             continue
-        x = hidden_states[t].float()
-        if residual is not None:
-            x = x + residual[t].float()
-        position = int(positions[t])
-        special = position == 0 or bool(is_special[int(input_ids[t])])
-        phase = COVERS_PROMPT if position < int(prompt_len[slot]) else COVERS_GENERATION
+        x = _stream(hidden_states, residual, t)
+        position = int(buffers.positions[t])
+        if position == 0 or bool(buffers.is_special[int(buffers.input_ids[t])]):
+            continue
+        in_prompt = position < int(buffers.slots.prompt_len[slot])
+        for i in range(int(table.count[slot])):
+            ints = table.ints[slot, i]
+            row, index, scope = int(ints[G_ROW]), int(ints[G_INDEX]), int(ints[G_SCOPE])
+            params = buffers.rows.params[row]
+            if bool(x.norm() > params[P_SINK]):
+                continue
+            f = activation(x, buffers.rows.W_enc[row, : len(x)], params).f
+            buffers.f[t, FIRST_GATE_COLUMN + index] = f
+            if bool(f <= table.threshold[slot, i]):
+                state.events[t] |= 1 << (QUIET + index)
+            if not bool(f > table.threshold[slot, i]):
+                continue
+            if in_prompt if scope == SCOPE_STOP else scope == SCOPE_PROMPT and not in_prompt:
+                continue
+            state.events[t] |= 1 << index
+            if scope != SCOPE_TOKEN:
+                state.first_held[slot, index] = min(int(state.first_held[slot, index]), position)
+
+
+def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
+    """Add each steered token's delta to ``hidden_states``, in place.
+
+    For a token with stream ``x = hidden_states + residual`` and the edits i that cover it and whose
+    conditions hold: ``hidden_states += m * sum_i change_i * s_i * g_i * W_dec[i]``. ``change_i`` is
+    ``f'_i - f_i`` with ``f_i`` read from ``x``, or, where the row is solved for what is read again,
+    ``p'_i - p_i`` (see `reread`); ``s_i`` is the decoder scale, ``g_i`` the SAE's output scale
+    where its input is normalised, and m at most 1, such that the whole is no more than
+    ``max_share`` of the norm of ``x``.
+
+    Args:
+        hidden_states: ``[num_tokens, d_in]`` model dtype; rows that no edit touches stay as they
+            are, bit for bit.
+        residual: the same shape, or None where the layer returns the sum; only read.
+        buffers: of this hook point.
+    """
+    table, rows = buffers.table, buffers.rows
+    for t in range(hidden_states.shape[0]):
+        slot = int(buffers.token_slot[t])
+        if slot == NO_SLOT or not int(table.count[slot]):
+            continue
+        x = _stream(hidden_states, residual, t)
+        position = int(buffers.positions[t])
+        prompt_len = int(buffers.slots.prompt_len[slot])
+        special = position == 0 or bool(buffers.is_special[int(buffers.input_ids[t])])
+        phase = COVERS_PROMPT if position < prompt_len else COVERS_GENERATION
+        reports = bool(buffers.slots.reports[slot])
+        open_bits = open_gates(buffers, t, slot, position, prompt_len)
         delta = torch.zeros_like(x)
         touched = skipped = False
         for i in range(int(table.count[slot])):
@@ -95,24 +141,77 @@ def steer_tokens(
                 and (not special or bool(coverage & COVERS_SPECIAL))
                 and int(ints[E_START]) <= position < int(ints[E_END])
             )
-            params = rows.params[int(ints[E_ROW])]
+            row = int(ints[E_ROW])
+            params = rows.params[row]
             sink = bool(x.norm() > params[P_SINK]) and not coverage & COVERS_SINKS
-            f, g = activation(x, rows.W_enc[int(ints[E_ROW])], params)
-            if report_f is not None and reports is not None and int(reports[slot]):
-                report_f[t, i] = NOT_COVERED if not covered else SKIPPED_SINK if sink else float(f)
-            touched |= covered and not sink
-            skipped |= covered and sink
-            if covered and not sink:
-                change = edited(f, int(ints[E_OP]), table.value[slot, i])
-                delta += change * params[P_DECODER_SCALE] * g * rows.W_dec[int(ints[E_ROW])]
+            held = not is_open(open_bits, int(ints[E_GATES]))
+            read = activation(x, rows.W_enc[row, : len(x)], params)
+            if reports:
+                buffers.f[t, int(ints[E_COLUMN])] = (
+                    NOT_COVERED
+                    if not covered
+                    else SKIPPED_SINK
+                    if sink
+                    else HELD_BACK
+                    if held
+                    else float(read.f)
+                )
+            skipped |= covered and not held and sink
+            if covered and not held and not sink:
+                touched = True
+                op, value = int(ints[E_OP]), table.value[slot, i]
+                change = (
+                    reread(read, op, value, params[P_THRESHOLD])
+                    if int(ints[E_FLAGS]) & REREAD
+                    else edited(read.f, op, value)
+                )
+                delta += change * params[P_DECODER_SCALE] * read.g * rows.W_dec[row, : len(x)]
+        share, limited = torch.tensor(NOT_EDITED), False
         if touched:
+            share = delta.norm() / x.norm() if bool(x.norm() > 0) else torch.tensor(0.0)
+            max_share = buffers.slots.max_share[slot]
+            limited = bool(share > max_share)
+            if limited:
+                delta *= max_share / share
+                share = max_share
             hidden_states[t] = (hidden_states[t].float() + delta).to(hidden_states.dtype)
-        if counters is not None:
-            counters += torch.tensor([touched, skipped], device=counters.device)
+        if reports:
+            buffers.share[t] = -share if limited else share
+        buffers.counters.add_(torch.tensor([touched, skipped], device=buffers.counters.device))
 
 
-def activation(x: Tensor, w_enc: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-    """One latent's activation ``f`` on ``x`` ``[d_in]``, and the SAE's output scale ``g``."""
+def open_gates(buffers: Buffers, t: int, slot: int, position: int, prompt_len: int) -> int:
+    """Bits of the slot's gates that are open at a token."""
+    state = buffers.gate_state
+    events, open_bits = int(state.events[t]), 0
+    for i in range(MAX_GATES):
+        kind = int(state.kind[slot, i])
+        below, scope = kind & KIND_SENSE == GATE_BELOW, kind // KIND_SCOPE
+        if scope == SCOPE_TOKEN:
+            is_it = bool(events >> (QUIET + i if below else i) & 1)
+        else:
+            last = prompt_len - 1 if scope == SCOPE_PROMPT else position
+            is_it = (int(state.first_held[slot, i]) <= last) != below
+        open_bits |= is_it << i
+    return open_bits
+
+
+def is_open(open_bits: int, gates: int) -> bool:
+    """Whether an edit's conditions hold: any of its gates, or all, be they none."""
+    named = gates & GATE_BITS
+    return bool(open_bits & named) if gates & ANY_GATE else open_bits & named == named
+
+
+class Read(NamedTuple):
+    """One latent on one token: pre-activation, activation, and the SAE's output scale."""
+
+    p: Tensor
+    f: Tensor
+    g: Tensor
+
+
+def activation(x: Tensor, w_enc: Tensor, params: Tensor) -> Read:
+    """Read one latent from ``x`` ``[d_in]``."""
     z = w_enc @ x
     g = x.new_ones(())
     if int(params[P_NORM]) == NORM_LAYER:
@@ -121,20 +220,44 @@ def activation(x: Tensor, w_enc: Tensor, params: Tensor) -> tuple[Tensor, Tensor
     elif int(params[P_NORM]) == NORM_CONSTANT:
         g = x.norm() / x.numel() ** 0.5
         z = z / g
-    act = params[P_GAIN] * z + params[P_BIAS]
-    fires = bool(act > params[P_THRESHOLD]) and bool(z + params[P_GATE_BIAS] > 0)
-    return (act if fires else x.new_zeros(())), g
+    p = params[P_GAIN] * z + params[P_BIAS]
+    fires = bool(p > params[P_THRESHOLD]) and bool(z + params[P_GATE_BIAS] > 0)
+    return Read(p, p if fires else x.new_zeros(()), g)
 
 
 def edited(f: Tensor, op: int, value: Tensor) -> Tensor:
     """``f' - f`` for one operation. ``add`` never reads ``f``."""
+    return value if op == OP_ADD else applied(f, op, value) - f
+
+
+def applied(f: Tensor, op: int, value: Tensor) -> Tensor:
+    """``f'`` for one operation."""
     if op == OP_CLAMP:
-        return value - f
-    if op == OP_SCALE:
-        return value * f - f
-    if op == OP_ADD:
         return value
+    if op == OP_SCALE:
+        return value * f
+    if op == OP_ADD:
+        return f + value
     if op == OP_FLOOR:
-        return torch.maximum(f, value) - f
+        return torch.maximum(f, value)
     assert op == OP_CAP
-    return torch.minimum(f, value) - f
+    return torch.minimum(f, value)
+
+
+def reread(read: Read, op: int, value: Tensor, threshold: Tensor) -> Tensor:
+    """``p' - p``: the pre-activation that is wanted, less the one that is there.
+
+    p' is p where the operation changes nothing; f' where that exceeds the threshold; else silent:
+    at most 0.9 of the threshold.
+    """
+    new = applied(read.f, op, value)
+    if bool(new == read.f):
+        return torch.zeros_like(read.p)
+    if bool(new > threshold):
+        return new - read.p
+    return torch.minimum(read.p, SILENT * threshold) - read.p
+
+
+def _stream(hidden_states: Tensor, residual: Tensor | None, t: int) -> Tensor:
+    x = hidden_states[t].float()
+    return x if residual is None else x + residual[t].float()

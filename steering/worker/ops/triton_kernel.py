@@ -6,104 +6,53 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae.normalization import LAYER_NORM_EPS
-from steering.request.limits import MAX_INTERVENTIONS
-from steering.request.plan import (
-    COVERS_GENERATION,
-    COVERS_PROMPT,
-    COVERS_SINKS,
-    COVERS_SPECIAL,
-    OP_ADD,
-    OP_CLAMP,
-    OP_FLOOR,
-    OP_SCALE,
-)
-from steering.worker.ops import BoundKernel, Buffers
-from steering.worker.ops.reference import NOT_COVERED, SKIPPED_SINK
-from steering.worker.rows import (
-    NORM_CONSTANT,
-    NORM_LAYER,
+from steering.worker.ops import layout
+from steering.worker.ops.buffers import BoundKernel, Buffers
+from steering.worker.ops.triton_gates import read_gates
+from steering.worker.ops.triton_parts import (
+    DECODER_SCALE,
+    EDIT_INTS,
+    LAYER,
+    MAX_EDITS,
+    MAX_ENTRIES,
+    MAX_GATES,
+    NORM,
     NUM_PARAMS,
-    P_BIAS,
-    P_DECODER_SCALE,
-    P_ENC_SUM,
-    P_GAIN,
-    P_GATE_BIAS,
-    P_NORM,
-    P_SINK,
-    P_THRESHOLD,
-    RowPool,
+    SINK,
+    layout_for,
+    moments,
+    read_latents,
 )
-from steering.worker.slots import E_COVERAGE, E_END, E_OP, E_ROW, E_START, NUM_INTS, EditTable
 
-# A kernel sees only those globals that are constexpr.
-_PROMPT, _GENERATION = tl.constexpr(COVERS_PROMPT), tl.constexpr(COVERS_GENERATION)
-_SPECIAL, _SINKS = tl.constexpr(COVERS_SPECIAL), tl.constexpr(COVERS_SINKS)
-_CLAMP, _SCALE, _ADD = tl.constexpr(OP_CLAMP), tl.constexpr(OP_SCALE), tl.constexpr(OP_ADD)
-_FLOOR = tl.constexpr(OP_FLOOR)
-_LAYER, _CONSTANT = tl.constexpr(float(NORM_LAYER)), tl.constexpr(float(NORM_CONSTANT))
-_EPS = tl.constexpr(LAYER_NORM_EPS)
-_ROW, _OP, _COVERAGE = tl.constexpr(E_ROW), tl.constexpr(E_OP), tl.constexpr(E_COVERAGE)
-_START, _END, _NUM_INTS = tl.constexpr(E_START), tl.constexpr(E_END), tl.constexpr(NUM_INTS)
-_BIAS, _GAIN = tl.constexpr(P_BIAS), tl.constexpr(P_GAIN)
-_THRESHOLD, _GATE_BIAS = tl.constexpr(P_THRESHOLD), tl.constexpr(P_GATE_BIAS)
-_DECODER_SCALE, _ENC_SUM = tl.constexpr(P_DECODER_SCALE), tl.constexpr(P_ENC_SUM)
-_SINK, _NORM, _NUM_PARAMS = tl.constexpr(P_SINK), tl.constexpr(P_NORM), tl.constexpr(NUM_PARAMS)
-_MAX_EDITS = tl.constexpr(MAX_INTERVENTIONS)
-_NOT_COVERED, _SKIPPED_SINK = tl.constexpr(NOT_COVERED), tl.constexpr(SKIPPED_SINK)
-
-
-class Launch(NamedTuple):
-    """How one program is laid out.
-
-    Attributes:
-        block_d: lanes over ``d_in``, the next power of two.
-        block_e: edits whose rows are in flight together.
-        num_warps: warps of the program.
-    """
-
-    block_d: int
-    block_e: int
-    num_warps: int
+_PROMPT, _GENERATION = tl.constexpr(layout.COVERS_PROMPT), tl.constexpr(layout.COVERS_GENERATION)
+_SPECIAL, _SINKS = tl.constexpr(layout.COVERS_SPECIAL), tl.constexpr(layout.COVERS_SINKS)
+_CLAMP, _SCALE = tl.constexpr(layout.OP_CLAMP), tl.constexpr(layout.OP_SCALE)
+_ADD, _FLOOR = tl.constexpr(layout.OP_ADD), tl.constexpr(layout.OP_FLOOR)
+_ROW, _OP, _COVERAGE = (
+    tl.constexpr(layout.E_ROW),
+    tl.constexpr(layout.E_OP),
+    tl.constexpr(layout.E_COVERAGE),
+)
+_START, _END = tl.constexpr(layout.E_START), tl.constexpr(layout.E_END)
+_COLUMN, _GATES = tl.constexpr(layout.E_COLUMN), tl.constexpr(layout.E_GATES)
+_FLAGS, _REREAD = tl.constexpr(layout.E_FLAGS), tl.constexpr(layout.REREAD)
+_ANY_GATE, _GATE_BITS = tl.constexpr(layout.ANY_GATE), tl.constexpr(layout.GATE_BITS)
+_QUIET, _KIND_SENSE = tl.constexpr(layout.QUIET), tl.constexpr(layout.KIND_SENSE)
+_KIND_SCOPE, _BELOW = tl.constexpr(layout.KIND_SCOPE), tl.constexpr(layout.GATE_BELOW)
+_SCOPE_TOKEN = tl.constexpr(layout.SCOPE_TOKEN)
+_SCOPE_PROMPT = tl.constexpr(layout.SCOPE_PROMPT)
+_NOT_COVERED = tl.constexpr(layout.NOT_COVERED)
+_SKIPPED_SINK, _HELD_BACK = tl.constexpr(layout.SKIPPED_SINK), tl.constexpr(layout.HELD_BACK)
+_NOT_EDITED, _SILENT = tl.constexpr(layout.NOT_EDITED), tl.constexpr(layout.SILENT)
+_UNLIMITED = tl.constexpr(float("inf"))
 
 
-# Lanes over d_in -> (block_e, num_warps) for 16-bit streams.
-_LAUNCHES: Final = {1024: (4, 4), 2048: (2, 8), 4096: (4, 16), 8192: (2, 16)}
-
-
-def launch(d_in: int, itemsize: int) -> Launch:
-    """The layout for a width and a size of the stream's elements in bytes.
-
-    As many rows in flight as the registers hold without spilling, as ``tests/bench/aot.py`` and
-    ``tests/steering/test_triton_aot.py`` find with ptxas. Past 8192 some do spill.
-    """
-    block_d = max(1024, triton.next_power_of_2(d_in))
-    block_e, num_warps = _LAUNCHES.get(block_d, (1, 32))
-    if itemsize == 4 and block_d >= 4096:
-        block_e //= 2
-    return Launch(block_d, max(1, block_e), num_warps)
-
-
-def steer_tokens(
-    hidden_states: Tensor,
-    residual: Tensor | None,
-    token_slot: Tensor,
-    positions: Tensor,
-    input_ids: Tensor,
-    is_special: Tensor,
-    prompt_len: Tensor,
-    table: EditTable,
-    rows: RowPool,
-    report_f: Tensor | None = None,
-    reports: Tensor | None = None,
-    counters: Tensor | None = None,
-) -> None:
+def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Same as :func:`steering.worker.ops.reference.steer_tokens`, as one kernel launch.
 
     Every address it reads is fixed but those of ``hidden_states`` and ``residual``, so a captured
@@ -112,41 +61,48 @@ def steer_tokens(
     num_tokens, d_in = hidden_states.shape
     assert hidden_states.stride(1) == 1, hidden_states.stride()
     assert residual is None or residual.stride(1) == 1, residual.stride()
-    assert (report_f is None) == (reports is None), "report_f and reports go together"
-    assert report_f is None or report_f.is_contiguous()
+    assert buffers.f.is_contiguous()
     if not num_tokens:
         return
-    layout = launch(d_in, hidden_states.element_size())
+    shape = layout_for(d_in, hidden_states.element_size())
+    slots, table, state, rows = buffers.slots, buffers.table, buffers.gate_state, buffers.rows
     steer_kernel[(num_tokens,)](
         hidden_states,
         residual,
-        token_slot,
-        positions,
-        input_ids,
-        is_special,
-        prompt_len,
+        buffers.token_slot,
+        buffers.positions,
+        buffers.input_ids,
+        buffers.is_special,
+        slots.prompt_len,
+        slots.max_share,
+        slots.reports,
         table.count,
         table.ints,
         table.value,
+        state.kind,
+        state.first_held,
+        state.events,
         rows.W_enc,
         rows.W_dec,
         rows.params,
-        report_f,
-        reports,
-        counters,
+        buffers.f,
+        buffers.share,
+        buffers.counters,
         hidden_states.stride(0),
         0 if residual is None else residual.stride(0),
+        buffers.share.stride(0),
         D_IN=d_in,
-        BLOCK_D=layout.block_d,
-        BLOCK_E=layout.block_e,
-        num_warps=layout.num_warps,
+        ROW_STRIDE=rows.W_enc.stride(0),
+        BLOCK_D=shape.block_d,
+        BLOCK_E=shape.block_e,
+        num_warps=shape.num_warps,
         enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
 
 
 def bound(buffers: Buffers) -> BoundKernel:
-    """`steer_tokens` of buffers that stay where they are."""
-    return partial(steer_tokens, **buffers._asdict())
+    """Both halves for buffers that stay where they are."""
+    return BoundKernel(partial(read_gates, buffers=buffers), partial(steer_tokens, buffers=buffers))
 
 
 @triton.jit
@@ -158,28 +114,38 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     input_ids_ptr,  # [num_tokens] int32
     is_special_ptr,  # [vocab_size] bool
     prompt_len_ptr,  # [num_slots] int32
+    max_share_ptr,  # [num_slots] float32
+    reports_ptr,  # [num_slots] int32
     count_ptr,  # [num_slots] int32
-    ints_ptr,  # [num_slots, MAX_EDITS, NUM_INTS] int32
+    ints_ptr,  # [num_slots, MAX_EDITS, EDIT_INTS] int32
     value_ptr,  # [num_slots, MAX_EDITS] float32
-    w_enc_ptr,  # [capacity, D_IN] float32
-    w_dec_ptr,  # [capacity, D_IN] float32
+    kind_ptr,  # [num_slots, MAX_GATES] int32
+    first_held_ptr,  # [num_slots, MAX_GATES] int32
+    events_ptr,  # [num_tokens] int32
+    w_enc_ptr,  # [capacity, ROW_STRIDE] float32
+    w_dec_ptr,  # [capacity, ROW_STRIDE] float32
     params_ptr,  # [capacity, NUM_PARAMS] float32
-    report_f_ptr,  # [num_tokens, MAX_EDITS] float32, or None
-    reports_ptr,  # [num_slots] int32, or None
-    counters_ptr,  # [2] int64, or None
+    f_ptr,  # [num_tokens, MAX_ENTRIES] float32, written
+    share_ptr,  # [num_tokens] float32, written
+    counters_ptr,  # [2] int64, added to
     hidden_stride,
     residual_stride,
+    share_stride,
     D_IN: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program a token t; E = the edits of its slot that cover it and meet no sink::
+    """One program a token t; E = the edits of its slot that cover it, meet no sink and whose
+    conditions hold::
 
         x         = float32(hidden[t]) + float32(residual[t])
         z_i       = W_enc[i] @ x
-        a_i       = gain_i * z_i + bias_i
-        f_i       = a_i if a_i > threshold_i and z_i + gate_bias_i > 0 else 0
-        delta     = sum_{i in E} (op_i(f_i) - f_i) * s_i * g_i * W_dec[i]
+        p_i       = gain_i * z_i + bias_i
+        f_i       = p_i if p_i > threshold_i and z_i + gate_bias_i > 0 else 0
+        change_i  = op_i(f_i) - f_i, or p'_i - p_i of a solved row
+        delta     = sum_{i in E} change_i * s_i * g_i * W_dec[i]
+        delta    *= min(1, max_share * |x| / |delta|)
         hidden[t] = dtype(float32(hidden[t]) + delta)
 
     ``g = 1``, but layer norm: ``z_i = (W_enc[i] @ x - mean(x) * sum(W_enc[i])) / (std(x) + eps)``,
@@ -195,27 +161,42 @@ def steer_kernel(  # type: ignore[no-untyped-def]
 
     position = tl.load(positions_ptr + token)
     special = (tl.load(is_special_ptr + tl.load(input_ids_ptr + token)) != 0) | (position == 0)
-    phase = tl.where(position < tl.load(prompt_len_ptr + slot), _PROMPT, _GENERATION)
+    prompt_len = tl.load(prompt_len_ptr + slot)
+    phase = tl.where(position < prompt_len, _PROMPT, _GENERATION)
     # Bits that an edit's coverage must have on this token.
     needed = phase | tl.where(special, _SPECIAL, 0)
-    reported = 0  # columns of report_f to write
-    if report_f_ptr is not None:
-        reported = tl.where(tl.load(reports_ptr + slot) != 0, count, 0)
+    reports = tl.load(reports_ptr + slot) != 0
+    reported = tl.where(reports, count, 0)  # edits whose activations are recorded
+    share_at = share_ptr + token * share_stride
+    if reports:
+        tl.store(share_at, _NOT_EDITED)
 
     # All of the slot's edits at once: a token that none covers costs no stream.
-    every = tl.arange(0, _MAX_EDITS)
+    every = tl.arange(0, MAX_EDITS)
     exists = every < count
-    ints = ints_ptr + (slot * _MAX_EDITS + every) * _NUM_INTS
-    report = report_f_ptr + token * _MAX_EDITS + every if report_f_ptr is not None else None
+    ints = ints_ptr + (slot * MAX_EDITS + every) * EDIT_INTS
+    f_at = f_ptr + token * MAX_ENTRIES
     coverage = tl.load(ints + _COVERAGE, mask=exists, other=0)
     covered = exists & (coverage & needed == needed)
     covered &= position >= tl.load(ints + _START, mask=exists, other=0)
     covered &= position < tl.load(ints + _END, mask=exists, other=0)
+    report_at = f_at + tl.load(ints + _COLUMN, mask=every < reported, other=0)
+    tl.store(report_at, _NOT_COVERED, mask=~covered & (every < reported))
     if tl.max(covered.to(tl.int32)) == 0:
-        if report_f_ptr is not None:
-            nothing = tl.full([_MAX_EDITS], _NOT_COVERED, tl.float32)
-            tl.store(report, nothing, mask=every < reported)
         return
+    gates = tl.load(ints + _GATES, mask=covered, other=0)
+    is_open = covered
+    if tl.max(gates) != 0:
+        bits = _open_gates(
+            kind_ptr + slot * MAX_GATES, first_held_ptr + slot * MAX_GATES,
+            tl.load(events_ptr + token), position, prompt_len,
+        )  # fmt: skip
+        named = bits & gates & _GATE_BITS
+        any_is_enough = gates & _ANY_GATE != 0
+        is_open &= tl.where(any_is_enough, named != 0, named == (gates & _GATE_BITS))
+        # Of a token that a report is due of, it is yet to be said whether it is a sink.
+        if (tl.max(is_open.to(tl.int32)) == 0) & (reported == 0):
+            return
 
     d = tl.arange(0, BLOCK_D)
     inside = d < D_IN
@@ -229,81 +210,95 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     norm = tl.sqrt_rn(square)
     rms = tl.sqrt_rn(square / D_IN)
 
-    params = params_ptr + tl.load(ints + _ROW, mask=covered, other=0).to(tl.int64) * _NUM_PARAMS
-    sink = (norm > tl.load(params + _SINK, mask=covered, other=0.0)) & (coverage & _SINKS == 0)
-    active = covered & ~sink
-    if report_f_ptr is not None:
-        why = tl.where(covered, _SKIPPED_SINK, _NOT_COVERED)
-        tl.store(report, why, mask=~active & (every < reported))
-    if counters_ptr is not None:
-        skipped = tl.max((covered & sink).to(tl.int32)) != 0
-        tl.atomic_add(counters_ptr + 1, 1, mask=skipped, sem="relaxed")
+    params = params_ptr + tl.load(ints + _ROW, mask=covered, other=0).to(tl.int64) * NUM_PARAMS
+    sink = (norm > tl.load(params + SINK, mask=covered, other=0.0)) & (coverage & _SINKS == 0)
+    active = is_open & ~sink
+    why = tl.where(sink, _SKIPPED_SINK, _HELD_BACK)
+    tl.store(report_at, why, mask=covered & ~active & (every < reported))
+    skipped = tl.max((is_open & sink).to(tl.int32)) != 0
+    tl.atomic_add(counters_ptr + 1, 1, mask=skipped, sem="relaxed")
     # One bit an edit: the loop below takes its few from here instead of matching again.
-    active_bits = tl.sum(tl.where(active, tl.full([_MAX_EDITS], 1, tl.int64) << every, 0))
+    active_bits = tl.sum(tl.where(active, tl.full([MAX_EDITS], 1, tl.int64) << every, 0))
     if active_bits == 0:
         return
-    if counters_ptr is not None:
-        tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
     mean = 0.0
     std = 0.0
-    layer = tl.load(params + _NORM, mask=active, other=0.0) == _LAYER
+    layer = tl.load(params + NORM, mask=active, other=0.0) == LAYER
     if tl.max(layer.to(tl.int32)) != 0:
-        mean = tl.sum(x) / D_IN
-        off = tl.where(inside, x - mean, 0.0)
-        std = tl.sqrt_rn(tl.sum(off * off) / (D_IN - 1))
+        mean, std = moments(x, inside, D_IN)
 
     delta = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, count, BLOCK_E):
         delta += _block_delta(
             x, mean, std, rms, first + tl.arange(0, BLOCK_E), active_bits, reported,
-            ints_ptr + slot * _MAX_EDITS * _NUM_INTS, value_ptr + slot * _MAX_EDITS,
-            w_enc_ptr, w_dec_ptr, params_ptr, report_f_ptr, token, d, inside, D_IN,
+            ints_ptr + slot * MAX_EDITS * EDIT_INTS, value_ptr + slot * MAX_EDITS,
+            w_enc_ptr, w_dec_ptr, params_ptr, f_at, d, inside, ROW_STRIDE,
         )  # fmt: skip
+    most = tl.load(max_share_ptr + slot)
+    if reports | (most < _UNLIMITED):
+        share = tl.where(norm > 0, tl.sqrt_rn(tl.sum(delta * delta)) / norm, 0.0)
+        over = share > most
+        delta *= tl.where(over, most / share, 1.0)
+        if reports:
+            tl.store(share_at, tl.where(over, -most, share))
     # Without a residual, x is the hidden state; holding both would spill.
     before = x if residual_ptr is None else hidden.to(tl.float32)
     tl.store(hidden_at, (before + delta).to(hidden_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def _open_gates(kind_ptr, first_held_ptr, events, position, prompt_len):  # type: ignore[no-untyped-def]
+    """Bits of a slot's gates that are open at a token."""
+    gate = tl.arange(0, MAX_GATES)
+    kind = tl.load(kind_ptr + gate)
+    below = kind & _KIND_SENSE == _BELOW
+    scope = kind // _KIND_SCOPE
+    at_token = (events >> (gate + tl.where(below, _QUIET, 0))) & 1 != 0
+    last = tl.where(scope == _SCOPE_PROMPT, prompt_len - 1, position)
+    so_far = (tl.load(first_held_ptr + gate) <= last) != below
+    is_open = tl.where(scope == _SCOPE_TOKEN, at_token, so_far)
+    return tl.sum(is_open.to(tl.int32) << gate)
+
+
+@triton.jit
 def _block_delta(  # type: ignore[no-untyped-def]
     x, mean, std, rms, e, active_bits, reported,
-    ints_ptr, value_ptr, w_enc_ptr, w_dec_ptr, params_ptr, report_f_ptr, token, d, inside,
-    D_IN: tl.constexpr,
+    ints_ptr, value_ptr, w_enc_ptr, w_dec_ptr, params_ptr, f_at, d, inside,
+    ROW_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """What the edits ``e`` of a slot add to the stream; they share one wait for their rows."""
     active = (active_bits >> e) & 1 != 0
-    row = tl.load(ints_ptr + e * _NUM_INTS + _ROW, mask=active, other=0).to(tl.int64)
-    op = tl.load(ints_ptr + e * _NUM_INTS + _OP, mask=active, other=0)
+    entry = ints_ptr + e * EDIT_INTS
+    row = tl.load(entry + _ROW, mask=active, other=0).to(tl.int64)
+    op = tl.load(entry + _OP, mask=active, other=0)
+    solved = tl.load(entry + _FLAGS, mask=active, other=0) & _REREAD != 0
 
     # Both rows are asked for before either is used. A masked row costs no traffic.
-    tile = row[:, None] * D_IN + d[None, :]
-    reads = active & ((op != _ADD) | (e < reported))
+    tile = row[:, None] * ROW_STRIDE + d[None, :]
+    reads = active & ((op != _ADD) | (e < reported) | solved)
     w_enc = tl.load(w_enc_ptr + tile, mask=reads[:, None] & inside[None, :], other=0.0)
     w_dec = tl.load(w_dec_ptr + tile, mask=active[:, None] & inside[None, :], other=0.0)
 
+    params = params_ptr + row * NUM_PARAMS
     z = tl.sum(w_enc * x[None, :], axis=1)
-    params = params_ptr + row * _NUM_PARAMS
-    kind = tl.load(params + _NORM)
-    centred = (z - mean * tl.load(params + _ENC_SUM)) / (std + _EPS)
-    z = tl.where(kind == _LAYER, centred, tl.where(kind == _CONSTANT, z / rms, z))
-    g = tl.where(kind == _LAYER, std, tl.where(kind == _CONSTANT, rms, 1.0))
-    a = tl.load(params + _GAIN) * z + tl.load(params + _BIAS)
-    fires = (a > tl.load(params + _THRESHOLD)) & (z + tl.load(params + _GATE_BIAS) > 0)
-    f = tl.where(fires, a, 0.0)
-    if report_f_ptr is not None:
-        tl.store(report_f_ptr + token * _MAX_EDITS + e, f, mask=active & (e < reported))
-    change = _change(f, op, tl.load(value_ptr + e, mask=active, other=0.0))
-    change *= tl.load(params + _DECODER_SCALE) * g
+    p, f, threshold, g = read_latents(z, params, mean, std, rms)
+    in_report = active & (e < reported)
+    tl.store(f_at + tl.load(entry + _COLUMN, mask=in_report, other=0), f, mask=in_report)
+    value = tl.load(value_ptr + e, mask=active, other=0.0)
+    new = _applied(f, op, value)
+    wanted = tl.where(new > threshold, new, tl.minimum(p, _SILENT * threshold))
+    change = tl.where(op == _ADD, value, new - f)  # add never reads f
+    change = tl.where(solved, tl.where(new == f, 0.0, wanted - p), change)
+    change *= tl.load(params + DECODER_SCALE) * g
     # Of an edit that is not active this may be anything, and the zeros of its row do not undo inf.
     return tl.sum(tl.where(active, change, 0.0)[:, None] * w_dec, axis=0)
 
 
 @triton.jit
-def _change(f, op, value):  # type: ignore[no-untyped-def]
-    """``f' - f`` for each operation; ``add`` never reads ``f``."""
-    scale = value * f - f
-    floor = tl.maximum(f, value) - f
-    cap = tl.minimum(f, value) - f
-    rest = tl.where(op == _SCALE, scale, tl.where(op == _FLOOR, floor, cap))
-    return tl.where(op == _CLAMP, value - f, tl.where(op == _ADD, value, rest))
+def _applied(f, op, value):  # type: ignore[no-untyped-def]
+    """``f'`` for each operation."""
+    rest = tl.where(op == _FLOOR, tl.maximum(f, value), tl.minimum(f, value))
+    rest = tl.where(op == _SCALE, value * f, rest)
+    return tl.where(op == _CLAMP, value, tl.where(op == _ADD, f + value, rest))

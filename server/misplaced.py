@@ -1,0 +1,20 @@
+"""`steering` in the wrong place of a request's body, on the routes that parse it themselves."""
+
+from __future__ import annotations
+
+from starlette.requests import ClientDisconnect, Request
+
+from server.state import steering_state
+from steering.request.misplaced import refuse_misplaced
+
+
+async def refuse_misplaced_in(request: Request) -> None:
+    """SteeringError if the body has `steering` where no route reads it.
+
+    Starlette parses a body once. One that cannot be parsed, or never came, its route refuses.
+    """
+    try:
+        body = await request.json()
+    except (ValueError, RecursionError, ClientDisconnect):
+        return
+    refuse_misplaced(body, any_sae=bool(steering_state(request).catalog.names))

@@ -1,0 +1,117 @@
+"""From the command line to the arguments of vLLM's own command.
+
+Everything that can be refused is refused here, before a port opens or an engine starts.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from sae.errors import SAEError
+from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
+from server.start.checked_sae import CheckedSAE, check, refuse_equal_names
+from server.start.cpu_memory import leave_memory
+from server.start.engine import steering_arguments
+from server.start.errors import RefusedStartError
+from server.start.flags import SAE_FLAG, ServerOptions, add_flags, flags_help, split_sae_flags
+from steering.config import CONFIG_KEY
+from steering.vllm.seams import refuse_missing_seams
+from steering.vllm.support import UnsupportedEngineError
+
+
+def start_arguments(argv: Sequence[str], command: Any) -> Namespace:
+    """The arguments with which one of vLLM's commands runs, its engine steered by the SAEs named.
+
+    Args:
+        argv: what follows the command's name.
+        command: makes a `CLISubcommand` of vLLM's; called once plugins are on vLLM's list.
+
+    Raises:
+        RefusedStartError: for what this project refuses; vLLM's own refusals are its own.
+    """
+    try:
+        refuse_missing_seams()
+        allow_ours(os.environ, installed_entry_points())
+        flags, rest = split_sae_flags(argv)
+        # The SAEs first: importing vLLM takes seconds, and a wrong path is seen at once.
+        checked = [check(flag) for flag in flags]
+        refuse_equal_names(checked)
+        args = parse(rest, command())
+        checked += [check(flag) for flag in ServerOptions.of(args).saes]
+        refuse_equal_names(checked)
+        if checked:
+            steer_engine(args, checked)
+    except (SAEError, NotInstalledError, UnsupportedEngineError) as error:
+        raise RefusedStartError(str(error)) from error
+    return args
+
+
+def parse(argv: Sequence[str], command: Any) -> Namespace:
+    """Parse with vLLM's parser; `--sae` is on it for `--help` and for `--config` files."""
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ImportError:  # where vLLM 0.32 has it
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="vllm-sae")
+    subparser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    subparser.usage = f"vllm-sae {_USAGES[command.name]} [any vllm {command.name} flag]"
+    routes = command.name == "serve"
+    subparser.description = f"{flags_help(routes=routes)}\n\n{subparser.description}"
+    subparser.epilog = subparser.epilog.replace("vllm ", "vllm-sae ")
+    add_flags(subparser, routes=routes)
+    args: Namespace = parser.parse_args([command.name, *argv])
+    leave_memory(args, subparser)
+    configure_logging_from_args(args)
+    command.validate(args)
+    if getattr(args, "model_tag", None) is not None:
+        args.model = args.model_tag
+    return args
+
+
+_USAGES = {
+    "serve": "serve MODEL --sae NAME=SOURCE",
+    "run-batch": "run-batch -i INPUT.jsonl -o OUTPUT.jsonl --model MODEL --sae NAME=SOURCE",
+}
+
+
+def steer_engine(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
+    """Check the SAEs against the model, and put the steering engine into the arguments."""
+    from vllm import AsyncEngineArgs, envs
+
+    options = ServerOptions.of(args)
+    options.check()
+    refuse_flags(args, rust_frontend=envs.VLLM_USE_RUST_FRONTEND)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    vllm_config = engine_args.create_engine_config(headless=getattr(args, "headless", False))
+    merge_into(args, steering_arguments(checked, vllm_config, options))
+
+
+def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:
+    """RefusedStartError for vLLM flags that leave no place for steering."""
+    refusals = (
+        (args.worker_cls != "auto", "--worker-cls: steering has a worker class of its own"),
+        (args.scheduler_cls is not None, "--scheduler-cls: steering has a scheduler of its own"),
+        (CONFIG_KEY in args.additional_config, f"--additional-config: {CONFIG_KEY!r} is taken"),
+        (args.skip_tokenizer_init, "--skip-tokenizer-init: special tokens would be unknown"),
+        (getattr(args, "grpc", False), "--grpc: requests over gRPC cannot carry steering"),
+        (rust_frontend, "VLLM_USE_RUST_FRONTEND: its routes cannot carry steering"),
+        (args.runner == "pooling", "--runner pooling: only generating models can be steered"),
+    )
+    for refused, why in refusals:
+        if refused:
+            raise RefusedStartError(f"cannot serve {SAE_FLAG} with {why}")
+
+
+def merge_into(args: Namespace, engine: dict[str, Any]) -> None:
+    """Put arguments of an engine into parsed flags, beside the user's own `--additional-config`."""
+    for name, value in engine.items():
+        current = getattr(args, name)
+        setattr(args, name, {**current, **value} if isinstance(value, dict) else value)

@@ -1,0 +1,173 @@
+"""The flags that this project adds to vLLM's, each declared once.
+
+A flag is a field of `ServerOptions`: its name, default, help and limit stand there, and the parser,
+the help, the check and whoever reads the value take them from there.
+"""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from server.start.errors import RefusedStartError
+from steering.config import (
+    DEFAULT_MAX_ROWS,
+    LEAST_MAX_READ_VALUES,
+    RESIDENT_CHOICES,
+    RESIDENT_TURNS,
+)
+from steering.request.catalog import SCAN_LIMIT_BYTES
+from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
+
+SAE_FLAG: Final = "--sae"
+TITLE: Final = "Steering"
+DESCRIPTION: Final = "Steering through SAE features."
+
+
+def _flag(
+    name: str,
+    default: Any,
+    *,
+    least: int | None = None,
+    why: str = "",
+    routes_only: bool = False,
+    **argument: Any,
+) -> Any:
+    """A field of `ServerOptions`.
+
+    Args:
+        name: as on the command line.
+        default: of the field and the flag.
+        least: what an integer must not be below, unless it is left out.
+        why: what that limit is.
+        routes_only: whether it says nothing to a command that opens no port.
+        argument: the rest of `add_argument`'s.
+    """
+    metadata = {"name": name, "least": least, "why": why, "routes_only": routes_only}
+    return field(default=default, metadata={**metadata, "argument": argument})
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the command line says about steering."""
+
+    saes: tuple[str, ...] = _flag(
+        SAE_FLAG,
+        (),
+        nargs="+",
+        action="extend",
+        dest="sae",
+        metavar="NAME=SOURCE[,hook=HOOK][,format=FORMAT][,sink_norm=N]",
+        help="An SAE to serve: a path, hf://OWNER/REPO[/SUBFOLDER][@REVISION] or "
+        "sae_lens://RELEASE/SAE_ID. May be given several times.",
+    )
+    max_rows: int = _flag(
+        "--steering-max-rows",
+        DEFAULT_MAX_ROWS,
+        least=MAX_INTERVENTIONS,
+        why="what one request may edit",
+        type=int,
+        metavar="N",
+        help="How many features running requests may edit at once; more wait their turn.",
+    )
+    max_read_values: int | None = _flag(
+        "--steering-max-read-values",
+        None,
+        least=MAX_TOP_K,
+        why="what one token may have read",
+        type=int,
+        metavar="N",
+        help="How many features one request may have read: those of each covered token of its "
+        "prompt and max_tokens, in each of its n choices. Default: as many as one choice may ask "
+        f"for, at least {LEAST_MAX_READ_VALUES}.",
+    )
+    max_body_bytes: int = _flag(
+        "--steering-max-body-bytes",
+        64 * 2**20,
+        least=2**10,
+        why="below which hardly a conversation fits",
+        routes_only=True,
+        type=int,
+        metavar="N",
+        help="How many bytes the body of a request may have, on any route.",
+    )
+    resident: str = _flag(
+        "--steering-resident",
+        RESIDENT_TURNS,
+        choices=RESIDENT_CHOICES,
+        help="Which SAEs a GPU holds whole beside the model. turns: top-k ones, and one place in "
+        "which the others take turns if a `read` or `error_term: false` needs all of one; all: "
+        "every SAE; none: no SAE, so that each such pass copies weights. Says nothing on a CPU.",
+    )
+    self_check: bool | None = _flag(
+        "--steering-self-check",
+        None,
+        routes_only=True,
+        action=BooleanOptionalAction,
+        help="Once the server runs, measure each SAE's L0 and variance explained on a short text "
+        "and log them, with a warning where they look wrong. By default only for the first "
+        f"{SCAN_LIMIT_BYTES / 1e9:.0f} GB of weights, which are read at start anyway.",
+    )
+
+    @classmethod
+    def of(cls, args: Namespace) -> ServerOptions:
+        """The options among parsed flags; defaults where vLLM's own command parsed them."""
+        values: dict[str, Any] = {
+            each.name: getattr(args, _dest(each), each.default) for each in fields(cls)
+        }
+        values["saes"] = tuple(values["saes"])
+        return cls(**values)
+
+    def check(self) -> None:
+        """RefusedStartError for a value below its limit."""
+        for each in fields(self):
+            value, least = getattr(self, each.name), each.metadata["least"]
+            if least is not None and value is not None and value < least:
+                name, why = each.metadata["name"], each.metadata["why"]
+                raise RefusedStartError(f"{name} {value}: must be at least {least}, {why}")
+
+
+def add_flags(parser: Any, *, routes: bool) -> None:
+    """Put the flags on a parser, in a group of their own; `routes` if its command opens a port."""
+    group = parser.add_argument_group(TITLE, DESCRIPTION)
+    for each in fields(ServerOptions):
+        if each.metadata["routes_only"] and not routes:
+            continue
+        # `extend` would add to a default that is shared.
+        default = [] if each.default == () else each.default
+        name = each.metadata["name"]
+        group.add_argument(name, default=default, **each.metadata["argument"])
+
+
+def flags_help(*, routes: bool) -> str:
+    """What `--help` says of these flags, to stand before vLLM's hundreds."""
+    parser = ArgumentParser(usage=SUPPRESS, add_help=False)
+    add_flags(parser, routes=routes)
+    return parser.format_help().strip()
+
+
+def split_sae_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of every `--sae` in `argv`, and `argv` without them.
+
+    Taken out because vLLM's parser warns of any flag that is given twice.
+    """
+    values, rest = [], []
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if word == SAE_FLAG:
+            if not waiting:
+                raise RefusedStartError(f"{SAE_FLAG}: expected NAME=SOURCE after it")
+            values.append(waiting.pop(0))
+        elif word.startswith(f"{SAE_FLAG}="):
+            values.append(word.removeprefix(f"{SAE_FLAG}="))
+        else:
+            rest.append(word)
+    return values, rest
+
+
+def _dest(each: Any) -> str:
+    name: str = each.metadata["name"]
+    return str(each.metadata["argument"].get("dest", name.lstrip("-").replace("-", "_")))

@@ -1,0 +1,42 @@
+"""Why a process of the engine did not start, left where the process that began it finds it.
+
+vLLM's processes log the exception and end; the one that waits for them only learns that they did.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+#: Environment variable naming the file for the first such exception, in one line.
+FAILURE_VARIABLE: Final = "STEERING_FAILURE_FILE"
+#: What vLLM logs, with the exception, before such a process ends.
+LAST_WORDS: Final = frozenset({"WorkerProc failed to start.", "EngineCore failed to start."})
+MAX_CHARS: Final = 1000
+
+
+class _LeaveWord(logging.Handler):
+    def __init__(self, file: Path) -> None:
+        super().__init__(logging.ERROR)
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or record.msg not in LAST_WORDS:
+            return
+        said = " ".join(str(error).split())[:MAX_CHARS]
+        # The first is the cause; those that follow tell of a process that ended. The folder is
+        # gone once nobody waits.
+        with suppress(OSError), self._file.open("x", encoding="utf-8") as file:
+            file.write(f"{type(error).__name__}: {said}" if said else type(error).__name__)
+
+
+def leave_word_of_failure() -> None:
+    """Have this process leave word, if the one that began it asks for that."""
+    file = os.environ.get(FAILURE_VARIABLE)
+    logger = logging.getLogger("vllm")
+    if file and not any(isinstance(handler, _LeaveWord) for handler in logger.handlers):
+        logger.addHandler(_LeaveWord(Path(file)))

@@ -1,0 +1,130 @@
+"""One hook point's pass in torch: whole encodes wherever a request needs them, and no kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae.sae import SAE
+from steering.worker.batch_parts import BatchPart, Exact, FullPart
+from steering.worker.ops import batched
+from steering.worker.ops.batched import Stream
+from steering.worker.ops.buffers import Buffers
+from steering.worker.pass_reports import PassReports
+from steering.worker.probes import Totals, strongest
+from steering.worker.record import RequestRecord
+from steering.worker.residency import Residency
+
+
+@torch.inference_mode()
+def apply(
+    hidden_states: Tensor,
+    residual: Tensor | None,
+    part: BatchPart,
+    residency: Residency,
+    buffers: Buffers,
+    reports: PassReports,
+) -> None:
+    """Read conditions, edit, and read features on the tokens of one part, in this order.
+
+    All of it is of the stream as it came. Parts follow each other in the order of their tokens, so
+    that a condition on earlier tokens knows them.
+    """
+    stream = batched.gather_stream(hidden_states, residual, part.token, buffers)
+    encoded = [(full, residency.whole(full.sae).encode(stream.x[full.index])) for full in part.full]
+    if part.gates is not None:
+        f = batched.read(stream, part.gates.latents, buffers.rows).f
+        for full, f_all in encoded:
+            _put_exact(f, full, full.gates, f_all)
+        batched.note_events(stream, f, part.gates, buffers)
+    if part.edits is not None:
+        _edit(hidden_states, stream, part, encoded, residency, buffers)
+    for full, f_all in encoded:
+        if full.reads is not None:
+            _read(stream, full, f_all, residency.whole(full.sae), reports)
+
+
+def _edit(
+    hidden_states: Tensor,
+    stream: Stream,
+    part: BatchPart,
+    encoded: list[tuple[FullPart, Tensor]],
+    residency: Residency,
+    buffers: Buffers,
+) -> None:
+    edits = part.edits
+    assert edits is not None
+    coverage = batched.cover(stream, edits.covers)
+    active, skipped, held = coverage.covered, coverage.skipped, None
+    if edits.conditions is not None:
+        is_open = batched.open_edits(stream, edits.conditions, buffers.gate_state)
+        active, held = active & is_open, active & ~is_open
+        skipped = None if skipped is None else skipped & is_open
+    read = batched.read(stream, edits.latents, buffers.rows)
+    for full, f_all in encoded:
+        _put_exact(read.f, full, full.edits, f_all)
+    batched.report(read.f, coverage, held, edits, buffers.f)
+    difference = batched.difference(read, edits, active)
+    scaled = difference if read.g is None else difference * read.g
+    delta = batched.decoded(scaled, edits, buffers.rows)
+    for full, f_all in encoded:
+        if full.decodes is not None:
+            _reconstruct(delta, stream, difference, full, f_all, residency.whole(full.sae))
+    touched = active.any(dim=1)
+    delta = batched.limited(delta, stream, touched, edits, buffers.share)
+    batched.add_delta(hidden_states, stream, delta, touched)
+    buffers.counters[0] += touched.sum()
+    if skipped is not None:
+        buffers.counters[1] += skipped.any(dim=1).sum()
+
+
+def _put_exact(f: Tensor, full: FullPart, exact: Exact | None, f_all: Tensor) -> None:
+    """Replace what a row alone says by what the whole encode ``[m, d_sae]`` says."""
+    if exact is not None:
+        f[full.index] = torch.where(exact.own, f_all.gather(1, exact.latent), f[full.index])
+
+
+def _reconstruct(
+    delta: Tensor,
+    stream: Stream,
+    difference: Tensor,
+    full: FullPart,
+    f_all: Tensor,
+    sae: SAE,
+) -> None:
+    """``error_term: false``: of tokens that an edit touches the stream becomes ``decode(f')``."""
+    assert full.decodes is not None
+    f_new = f_all
+    if full.edits is not None:
+        own = torch.where(full.edits.own, difference[full.index], 0.0)
+        f_new = f_all.scatter_add(1, full.edits.latent, own)
+    x = stream.x[full.index]
+    change = sae.decode(f_new, x) - x
+    delta[full.index] = torch.where(full.decodes[:, None], change, delta[full.index])
+
+
+def _read(stream: Stream, full: FullPart, f_all: Tensor, sae: SAE, reports: PassReports) -> None:
+    reads = full.reads
+    assert reads is not None
+    seen = Stream(
+        reads.in_part,
+        stream.x[reads.in_part],
+        stream.position[reads.in_part],
+        stream.special[reads.in_part],
+    )
+    covered = batched.cover(seen, reads.covers).covered[:, 0]
+    f = f_all[reads.in_encode]
+    if reads.top_k:
+        latents, values = strongest(f, reads.top_k)
+        reports.copy(
+            RequestRecord.put_reads, reads.record_np, seen.position, covered, latents, values
+        )
+    for record, read, tokens in reads.others:
+        position, is_covered, its_f = seen.position[tokens], covered[tokens], f[tokens]
+        if record.fit is not None:
+            x = seen.x[tokens]
+            record.fit.observe(position, is_covered, x, sae.decode(its_f, x), its_f)
+        elif read.aggregate is not None:
+            if record.totals is None:
+                record.totals = Totals(read.aggregate, read.top_k, f.shape[1], f.device)
+            record.totals.observe(position, is_covered, its_f)

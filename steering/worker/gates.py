@@ -1,0 +1,136 @@
+"""Conditions on the device: where each is read, and what is known of it so far.
+
+A condition is read at its own hook point, before the edits there, and decides about edits there
+and at later ones. Per token its event is a bit; per slot the first position with an event is kept,
+from which every scope but that of the token itself follows:
+
+    token, above:   an event at this token         below: none, where it could have been
+    so far, above:  first <= position              below: first > position
+    prompt, above:  first < length of the prompt   below: first >= length of the prompt
+
+The answer never depends on how a sequence was cut into passes: what a pass computes anew (the tail
+of a rejected speculation, a chunk after preemption) is forgotten before it (`begin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steering.request.plan import PlannedGate
+from steering.worker.ops.layout import (
+    KIND_SCOPE,
+    MAX_GATES,
+    NEVER,
+    NUM_GATE_INTS,
+    SCOPE_SO_FAR,
+    SCOPE_STOP,
+)
+from steering.worker.slots import copy_to_device
+
+#: Scopes whose first event is found anew with every pass over its position.
+_FOUND_ANEW = (SCOPE_SO_FAR, SCOPE_STOP)
+
+
+class GateTable:
+    """The conditions of every slot that are read at one hook point.
+
+    Attributes:
+        count: ``[num_slots]`` int32.
+        ints: ``[num_slots, MAX_GATES, NUM_GATE_INTS]`` int32.
+        threshold: ``[num_slots, MAX_GATES]`` float32.
+        count_np: ``[num_slots]`` int32, host twin of ``count``.
+        ints_np: ``[num_slots, MAX_GATES, NUM_GATE_INTS]`` int32, host twin of ``ints``.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device | str) -> None:
+        shape = (num_slots, MAX_GATES)
+        self.count = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.ints = torch.zeros(*shape, NUM_GATE_INTS, dtype=torch.int32, device=device)
+        self.threshold = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.count_np = np.zeros(num_slots, dtype=np.int32)
+        self.ints_np = np.zeros((*shape, NUM_GATE_INTS), dtype=np.int32)
+
+    def write(
+        self, slot: int, gates: Sequence[tuple[int, PlannedGate]], rows: Sequence[int]
+    ) -> None:
+        """Rewrite a slot whole; no gates empty it.
+
+        Args:
+            slot: the slot to rewrite.
+            gates: ``(index in the request, gate)`` of those that are read here.
+            rows: their rows in the pool.
+        """
+        ints = np.zeros((MAX_GATES, NUM_GATE_INTS), dtype=np.int32)
+        threshold = np.zeros(MAX_GATES, dtype=np.float32)
+        for i, ((index, gate), row) in enumerate(zip(gates, rows, strict=True)):
+            ints[i, :3] = row, index, gate.scope
+            threshold[i] = gate.threshold
+        had = self.count_np[slot]
+        self.count_np[slot] = len(gates)
+        self.ints_np[slot] = ints
+        if gates or had:
+            copy_to_device(self.ints[slot], torch.from_numpy(ints))
+            copy_to_device(self.threshold[slot], torch.from_numpy(threshold))
+            self.count[slot] = len(gates)
+
+
+class GateState:
+    """What is known of every slot's conditions, shared by all hook points.
+
+    Attributes:
+        kind: ``[num_slots, MAX_GATES]`` int32, scope and sense of each gate.
+        first_held: ``[num_slots, MAX_GATES]`` int32, the first position with an event (f above
+            the threshold), NEVER for none; not kept with SCOPE_TOKEN.
+        events: ``[max_num_tokens]`` int32, bits of this pass's tokens; see `layout.QUIET`.
+    """
+
+    def __init__(self, num_slots: int, max_num_tokens: int, device: torch.device | str) -> None:
+        shape = (num_slots, MAX_GATES)
+        self.kind = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.first_held = torch.full(shape, NEVER, dtype=torch.int32, device=device)
+        self.events = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
+        self._found_anew = torch.zeros(shape, dtype=torch.bool, device=device)
+
+    def write(self, slot: int, gates: Sequence[PlannedGate], first_held: Tensor | None) -> None:
+        """Rewrite a slot whole.
+
+        Args:
+            slot: the slot to rewrite.
+            gates: all of the request's.
+            first_held: what `saved` gave when the request was preempted; None for a new one.
+        """
+        kind = np.zeros(MAX_GATES, dtype=np.int32)
+        for i, gate in enumerate(gates):
+            kind[i] = gate.scope * KIND_SCOPE + gate.sense
+        copy_to_device(self.kind[slot], torch.from_numpy(kind))
+        anew = np.isin(kind // KIND_SCOPE, _FOUND_ANEW)
+        copy_to_device(self._found_anew[slot], torch.from_numpy(anew))
+        if first_held is None:
+            self.first_held[slot].fill_(NEVER)
+        else:
+            self.first_held[slot].copy_(first_held)
+
+    def saved(self, slot: int) -> Tensor:
+        """``[MAX_GATES]`` a slot's first events, in stream order: later passes do not change it."""
+        return self.first_held[slot].clone()
+
+    def begin(self, slots: Tensor, first_token: Tensor, positions: Tensor, num_tokens: int) -> None:
+        """Forget what this pass will find anew.
+
+        Decided on the device, from the runner's own positions: the host does not know where a
+        request stands whose last pass was speculative.
+
+        Args:
+            slots: ``[k]`` int64, distinct slots of this pass that have gates.
+            first_token: ``[k]`` int64, index in the batch of each one's first token.
+            positions: ``[max_num_tokens]`` int64.
+            num_tokens: of this pass.
+        """
+        self.events[:num_tokens].zero_()
+        first = self.first_held[slots]
+        anew = self._found_anew[slots] & (first >= positions[first_token][:, None])
+        self.first_held[slots] = first.masked_fill(anew, NEVER)

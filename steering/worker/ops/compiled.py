@@ -1,0 +1,432 @@
+"""The entries of a batch's tokens as tensors that fit them, made once for as long as it stays.
+
+A batch mostly stays the same from pass to pass, so what does not depend on the stream is made when
+it is laid out; `batched` then takes some twenty calls a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.arrays import BoolArray, IntArray
+from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.layout import (
+    ANY_GATE,
+    COVERS_GENERATION,
+    COVERS_PROMPT,
+    COVERS_SINKS,
+    COVERS_SPECIAL,
+    E_COLUMN,
+    E_COVERAGE,
+    E_END,
+    E_FLAGS,
+    E_GATES,
+    E_OP,
+    E_ROW,
+    E_START,
+    FIRST_GATE_COLUMN,
+    G_INDEX,
+    G_ROW,
+    G_SCOPE,
+    GATE_BITS,
+    MAX_ENTRIES,
+    MAX_GATES,
+    NORM_CONSTANT,
+    NORM_LAYER,
+    OP_ADD,
+    OP_CAP,
+    OP_CLAMP,
+    OP_FLOOR,
+    OP_SCALE,
+    P_BIAS,
+    P_DECODER_SCALE,
+    P_ENC_SUM,
+    P_GAIN,
+    P_GATE_BIAS,
+    P_NORM,
+    P_SINK,
+    P_THRESHOLD,
+    REREAD,
+    SCOPE_PROMPT,
+    SCOPE_STOP,
+    SCOPE_TOKEN,
+)
+from steering.worker.rows import RowPool
+
+#: Elements of rows that a batch may keep gathered between passes, for each of the two matrices.
+_GATHERED_ELEMENTS = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Covers:
+    """Which tokens an entry covers; ``[n, e]``, or ``[n, 1]`` of reads.
+
+    Attributes:
+        low: int64, first position.
+        high: int64, the one after the last.
+        special: bool, special tokens too.
+        sink_norm: float32, tokens whose norm exceeds it are spared; None if it is infinite for all.
+    """
+
+    low: Tensor
+    high: Tensor
+    special: Tensor
+    sink_norm: Tensor | None
+
+
+@dataclass(frozen=True)
+class InputNorms:
+    """What activations need where some entry's SAE normalises its input; all ``[n, e]``.
+
+    Attributes:
+        layer: bool, by layer norm.
+        constant: bool, to a constant norm.
+        enc_sum: float32, sum of the encoder row.
+    """
+
+    layer: Tensor
+    constant: Tensor
+    enc_sum: Tensor
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """Rows by runs of neighbouring tokens that name the same ones: a product for each run.
+
+    Attributes:
+        bounds: ``(start, stop)`` of each run; together they are ``[0, n)``.
+        row: ``[runs, e]`` int64, rows in the pool.
+        W_enc: ``[runs, e, d_in]`` float32, gathered; None where that would take too much room.
+        W_dec: the same of the decoder; None of entries that only read.
+    """
+
+    bounds: list[tuple[int, int]]
+    row: Tensor
+    W_enc: Tensor | None
+    W_dec: Tensor | None
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents that entries read: ``p = gain * z + bias``, ``f = p`` if that exceeds
+    ``threshold``, else 0; all ``[n, e]`` float32.
+
+    Attributes:
+        gate_bias: ``z + gate_bias`` must be positive too; None where it always is.
+        zero: ``[]``.
+        norms: None where no SAE normalises its input.
+    """
+
+    gain: Tensor
+    bias: Tensor
+    threshold: Tensor
+    gate_bias: Tensor | None
+    zero: Tensor
+    norms: InputNorms | None
+    rows: RunRows
+
+
+@dataclass(frozen=True)
+class Change:
+    """``f' - f = factor * f + offset`` kept within bounds; all ``[n, e]`` float32.
+
+    Clamp is ``v - f``, add ``v``, scale ``(v - 1) f``; floor is ``v - f`` where that is positive
+    and cap where it is negative. For an edit without bounds they are infinite; both are None where
+    no edit has any.
+    """
+
+    factor: Tensor
+    offset: Tensor
+    least: Tensor | None
+    most: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rereads:
+    """Edits whose rows are solved; ``f' = factor * f + offset`` kept within bounds; ``[n, e]``.
+
+    Attributes:
+        solved: bool, which they are.
+    """
+
+    solved: Tensor
+    factor: Tensor
+    offset: Tensor
+    least: Tensor
+    most: Tensor
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Which gates the edits wait for.
+
+    Attributes:
+        named: ``[n, e]`` int32, bits of the gates.
+        one_is_enough: ``[n, e]`` bool.
+        slot: ``[n]`` int64.
+        prompt_len: ``[n, 1]`` int32.
+    """
+
+    named: Tensor
+    one_is_enough: Tensor
+    slot: Tensor
+    prompt_len: Tensor
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What is recorded, and where.
+
+    Attributes:
+        source: ``[r]`` int64, indices in the flattened ``[n, e]``, or ``[n]`` of shares.
+        target: ``[r]`` int64, indices in the flattened buffer.
+    """
+
+    source: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class CompiledEdits:
+    """The edits of ``n`` tokens, ``e`` the most that one of them has; absent ones cover nothing.
+
+    Attributes:
+        decoder_scale: ``[n, e]`` float32; None where it is one for all.
+        max_share: ``[n]`` float32, infinite for no limit; None where none has one.
+        conditions: None where no edit has any.
+        reported: activations of slots that report; None where none does.
+        shares: tokens of those slots.
+    """
+
+    covers: Covers
+    latents: Latents
+    change: Change
+    rereads: Rereads | None
+    decoder_scale: Tensor | None
+    max_share: Tensor | None
+    conditions: Conditions | None
+    reported: Reported | None
+    shares: Reported | None
+
+
+@dataclass(frozen=True)
+class CompiledGates:
+    """The conditions of ``n`` tokens that are read here, ``e`` the most that one of them has.
+
+    Attributes:
+        exists: ``[n, e]`` bool.
+        sink_norm: ``[n, e]`` float32; None where it is infinite for all.
+        threshold: ``[n, e]`` float32.
+        index: ``[n, e]`` int32, which of the request's gates.
+        low: ``[n, e]`` int64, first position at which an event counts.
+        high: ``[n, e]`` int64, the one after the last.
+        state: ``[n, e]`` int64, index in the flattened ``GateState.first_held``.
+        kept: ``[n, e]`` bool, whether the first event is kept there.
+        f: where activations go.
+    """
+
+    latents: Latents
+    exists: Tensor
+    sink_norm: Tensor | None
+    threshold: Tensor
+    index: Tensor
+    low: Tensor
+    high: Tensor
+    state: Tensor
+    kept: Tensor
+    f: Reported
+
+
+class _BySlot:
+    """Tokens by slot: what is worked out for each distinct slot is spread over its tokens."""
+
+    def __init__(self, slot_np: IntArray, count: Tensor, width: int) -> None:
+        device = count.device
+        slots_np, of_token_np = np.unique(slot_np, return_inverse=True)
+        self.slots = torch.from_numpy(slots_np.astype(np.int64)).to(device)
+        self._of_token = torch.from_numpy(of_token_np).to(device)
+        self.exists = torch.arange(width, device=device) < count[self.slots][:, None]
+
+    def spread(self, by_slot: Tensor) -> Tensor:
+        return by_slot[self._of_token]
+
+    def unless(self, trivial: Tensor, by_slot: Tensor) -> Tensor | None:
+        """Spread, or None if it is trivial wherever there is an entry."""
+        return None if bool((trivial | ~self.exists).all()) else self.spread(by_slot)
+
+
+def compile_edits(
+    slot_np: IntArray, token_np: IntArray, width: int, buffers: Buffers
+) -> CompiledEdits:
+    """The edits of tokens, for as long as their slots are not rewritten.
+
+    Args:
+        slot_np: ``[n]`` slot of each token.
+        token_np: ``[n]`` its index in the batch.
+        width: the most edits that one of the slots has, at least 1.
+        buffers: of the hook point.
+    """
+    table, facts = buffers.table, buffers.slots
+    by = _BySlot(slot_np, table.count, width)
+    ints = table.ints[by.slots, :width].long()  # [slots, e, NUM_EDIT_INTS]
+    coverage, op, row = ints[..., E_COVERAGE], ints[..., E_OP], ints[..., E_ROW]
+    value = table.value[by.slots, :width]
+    params = buffers.rows.params[row]  # [slots, e, NUM_PARAMS]
+    prompt_len = facts.prompt_len[by.slots][:, None]
+    low, high = window(coverage, ints[..., E_START], ints[..., E_END], prompt_len.long())
+    sink_norm = torch.where(coverage & COVERS_SINKS != 0, torch.inf, params[..., P_SINK])
+    scale, gates = params[..., P_DECODER_SCALE], ints[..., E_GATES]
+    columns_np = table.ints_np[slot_np, :width, E_COLUMN]
+    reported_np = (np.arange(width) < table.count_np[slot_np][:, None]) & facts.reports_np[slot_np][
+        :, None
+    ]
+    report_np = np.flatnonzero(reported_np.any(axis=1))
+    limited = facts.limited_np[slot_np].any()
+    conditional = bool(((gates != 0) & by.exists).any())
+    return CompiledEdits(
+        covers=Covers(
+            low=by.spread(low),
+            high=by.spread(torch.where(by.exists, high, 0)),
+            special=by.spread(coverage & COVERS_SPECIAL != 0),
+            sink_norm=by.unless(sink_norm == torch.inf, sink_norm),
+        ),
+        latents=_latents(by, params, table.ints_np[slot_np, :width, E_ROW], buffers, True),
+        change=_change(by, op, value),
+        rereads=_rereads(by, ints[..., E_FLAGS], op, value),
+        decoder_scale=by.unless(scale == 1, scale),
+        max_share=by.spread(facts.max_share[by.slots]) if limited else None,
+        conditions=Conditions(
+            named=by.spread((gates & GATE_BITS).int()),
+            one_is_enough=by.spread(gates & ANY_GATE != 0),
+            slot=by.spread(by.slots),
+            prompt_len=by.spread(prompt_len),
+        )
+        if conditional
+        else None,
+        reported=_reported(token_np, columns_np, reported_np, buffers) if len(report_np) else None,
+        shares=Reported(
+            torch.from_numpy(report_np).to(value.device),
+            torch.from_numpy(token_np[report_np].astype(np.int64)).to(value.device),
+        )
+        if len(report_np)
+        else None,
+    )
+
+
+def compile_gates(
+    slot_np: IntArray, token_np: IntArray, width: int, buffers: Buffers
+) -> CompiledGates:
+    """The conditions of tokens that are read here; arguments as those of `compile_edits`."""
+    table = buffers.gates
+    by = _BySlot(slot_np, table.count, width)
+    ints = table.ints[by.slots, :width].long()
+    scope, index = ints[..., G_SCOPE], ints[..., G_INDEX]
+    params = buffers.rows.params[ints[..., G_ROW]]
+    prompt_len = buffers.slots.prompt_len[by.slots].long()[:, None]
+    everywhere = torch.iinfo(torch.int64).max
+    exists_np = np.arange(width) < table.count_np[slot_np][:, None]
+    columns_np = FIRST_GATE_COLUMN + table.ints_np[slot_np, :width, G_INDEX]
+    return CompiledGates(
+        latents=_latents(by, params, table.ints_np[slot_np, :width, G_ROW], buffers, False),
+        exists=by.spread(by.exists),
+        sink_norm=by.unless(params[..., P_SINK] == torch.inf, params[..., P_SINK]),
+        threshold=by.spread(table.threshold[by.slots, :width]),
+        index=by.spread(index.int()),
+        low=by.spread(torch.where(scope == SCOPE_STOP, prompt_len, 0)),
+        high=by.spread(torch.where(scope == SCOPE_PROMPT, prompt_len, everywhere)),
+        state=by.spread(by.slots[:, None] * MAX_GATES + index),
+        kept=by.spread(scope != SCOPE_TOKEN),
+        f=_reported(token_np, columns_np, exists_np, buffers),
+    )
+
+
+def window(
+    coverage: Tensor, start: Tensor, end: Tensor, prompt_len: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Positions ``[low, high)`` that an edit or a read covers, special tokens and sinks apart.
+
+    A token's phase is its position against the prompt's length, so phases and window are one
+    interval.
+    """
+    low = torch.where(coverage & COVERS_PROMPT != 0, start, torch.maximum(start, prompt_len))
+    high = torch.where(coverage & COVERS_GENERATION != 0, end, torch.minimum(end, prompt_len))
+    return low, high
+
+
+def _latents(
+    by: _BySlot, params: Tensor, row_np: IntArray, buffers: Buffers, writes: bool
+) -> Latents:
+    norm, gate_bias = params[..., P_NORM], params[..., P_GATE_BIAS]
+    layer, constant = (norm == NORM_LAYER) & by.exists, (norm == NORM_CONSTANT) & by.exists
+    return Latents(
+        gain=by.spread(params[..., P_GAIN]),
+        bias=by.spread(params[..., P_BIAS]),
+        threshold=by.spread(params[..., P_THRESHOLD]),
+        gate_bias=by.unless(gate_bias == torch.inf, gate_bias),
+        zero=params.new_zeros(()),
+        norms=InputNorms(by.spread(layer), by.spread(constant), by.spread(params[..., P_ENC_SUM]))
+        if bool((layer | constant).any())
+        else None,
+        rows=_run_rows(row_np, buffers.rows, writes),
+    )
+
+
+def _change(by: _BySlot, op: Tensor, value: Tensor) -> Change:
+    is_floor, is_cap = op == OP_FLOOR, op == OP_CAP
+    unbounded = ~(is_floor | is_cap)
+    return Change(
+        factor=by.spread(
+            torch.where(op == OP_ADD, 0.0, torch.where(op == OP_SCALE, value - 1, -1.0))
+        ),
+        offset=by.spread(torch.where(op == OP_SCALE, 0.0, value)),
+        least=by.unless(unbounded, torch.where(is_floor, 0.0, -torch.inf)),
+        most=by.unless(unbounded, torch.where(is_cap, 0.0, torch.inf)),
+    )
+
+
+def _rereads(by: _BySlot, flags: Tensor, op: Tensor, value: Tensor) -> Rereads | None:
+    solved = by.unless(flags & REREAD == 0, flags & REREAD != 0)
+    if solved is None:
+        return None
+    factor = torch.where(op == OP_CLAMP, 0.0, torch.where(op == OP_SCALE, value, 1.0))
+    offset = torch.where((op == OP_CLAMP) | (op == OP_ADD), value, 0.0)
+    return Rereads(
+        solved=solved,
+        factor=by.spread(factor),
+        offset=by.spread(offset),
+        least=by.spread(torch.where(op == OP_FLOOR, value, -torch.inf)),
+        most=by.spread(torch.where(op == OP_CAP, value, torch.inf)),
+    )
+
+
+def _reported(
+    token_np: IntArray, columns_np: IntArray, reported_np: BoolArray, buffers: Buffers
+) -> Reported:
+    device = buffers.f.device
+    target_np = token_np[:, None].astype(np.int64) * MAX_ENTRIES + columns_np
+    return Reported(
+        torch.from_numpy(np.flatnonzero(reported_np)).to(device),
+        torch.from_numpy(target_np[reported_np]).to(device),
+    )
+
+
+def _run_rows(row_np: IntArray, pool: RowPool, writes: bool) -> RunRows:
+    """Tokens that name the same rows in the same order and are neighbours make one run.
+
+    Columns past a slot's entries are row 0 in the table: nothing comes of them, since they do not
+    exist.
+    """
+    starts = np.flatnonzero(np.concatenate([[True], (row_np[1:] != row_np[:-1]).any(axis=1)]))
+    stops = np.append(starts[1:], len(row_np))
+    row = torch.from_numpy(row_np[starts].astype(np.int64)).to(pool.W_enc.device)
+    held = row.numel() * pool.W_enc.shape[1] <= _GATHERED_ELEMENTS
+    return RunRows(
+        bounds=list(zip(starts.tolist(), stops.tolist(), strict=True)),
+        row=row,
+        W_enc=pool.W_enc[row] if held else None,
+        W_dec=pool.W_dec[row] if held and writes else None,
+    )

@@ -1,0 +1,148 @@
+"""The reading half on a CPU: conditions at one hook point, in one compiled call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steering.worker.ops.buffers import Buffers, OnStream
+from steering.worker.ops.cpu_parts import (
+    BLOCK,
+    LOAD,
+    ZERO,
+    add,
+    compiled,
+    encode,
+    moments,
+    normed,
+    preactivation,
+    square,
+    storage,
+)
+from steering.worker.ops.layout import (
+    FIRST_GATE_COLUMN,
+    G_INDEX,
+    G_ROW,
+    G_SCOPE,
+    NO_SLOT,
+    NORM_LAYER,
+    P_GATE_BIAS,
+    P_NORM,
+    P_SINK,
+    P_THRESHOLD,
+    QUIET,
+    SCOPE_PROMPT,
+    SCOPE_STOP,
+    SCOPE_TOKEN,
+)
+
+
+def _kernel(load: Any, load_residual: Any) -> Any:
+    """The loop over tokens for one pair of dtypes, which these two know."""
+
+    @compiled
+    def read(  # type: ignore[no-untyped-def]
+        hidden, hidden_stride,  # 1-D storage of [num_tokens, d_in]
+        residual, residual_stride,  # the same; empty: the layer returns the sum
+        num_tokens, d_in, token_slot, positions, input_ids, is_special, prompt_len,
+        count, ints, threshold, events, first_held, w_enc, params, f_out,
+    ):  # fmt: skip
+        x, other = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
+        row, z = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32)
+        for token in range(num_tokens):
+            slot = token_slot[token]
+            if slot == NO_SLOT or count[slot] == 0:
+                continue
+            position = positions[token]
+            if position == 0 or is_special[input_ids[token]]:
+                continue
+            in_prompt = position < prompt_len[slot]
+            load(hidden, token * hidden_stride, x)
+            if residual.shape[0] > 0:
+                load_residual(residual, token * residual_stride, other)
+                add(other, x)
+            norm = np.sqrt(square(x))
+            rms = norm / np.sqrt(np.float32(d_in))
+            mean, std = ZERO, ZERO
+            for i in range(count[slot]):
+                if params[ints[slot, i, G_ROW], P_NORM] == NORM_LAYER:
+                    mean, std = moments(x, other)
+                    break
+            bits = 0
+            for first in range(0, count[slot], BLOCK):
+                num = min(BLOCK, count[slot] - first)
+                for k in range(BLOCK):
+                    row[k] = ints[slot, first + min(k, num - 1), G_ROW]
+                encode(w_enc, row, x, z)
+                for k in range(num):
+                    i = first + k
+                    param = params[row[k]]
+                    if norm > param[P_SINK]:
+                        continue
+                    index, scope = ints[slot, i, G_INDEX], ints[slot, i, G_SCOPE]
+                    read_z = normed(z[k], param, mean, std, rms)
+                    p = preactivation(read_z, param)
+                    fires = p > param[P_THRESHOLD] and read_z + param[P_GATE_BIAS] > ZERO
+                    f = p if fires else ZERO
+                    f_out[token, FIRST_GATE_COLUMN + index] = f
+                    if f <= threshold[slot, i]:
+                        bits |= 1 << (QUIET + index)
+                    if not f > threshold[slot, i]:
+                        continue
+                    if (scope == SCOPE_STOP and in_prompt) or (
+                        scope == SCOPE_PROMPT and not in_prompt
+                    ):
+                        continue
+                    bits |= 1 << index
+                    if scope != SCOPE_TOKEN and position < first_held[slot, index]:
+                        first_held[slot, index] = position
+            events[token] |= bits
+
+    return read
+
+
+#: By dtype of the hidden states and of the residual; each is compiled when it is first called.
+_KERNELS: Final[dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]] = {
+    (hidden, residual): _kernel(LOAD[hidden], LOAD[residual])
+    for hidden in LOAD
+    for residual in LOAD
+}
+
+
+def bound(buffers: Buffers) -> OnStream:
+    """`reference.read_gates` of buffers that stay where they are, for float32 and bfloat16."""
+    gates, state, rows = buffers.gates, buffers.gate_state, buffers.rows
+    arrays = (
+        buffers.token_slot.numpy(),
+        buffers.positions.numpy(),
+        buffers.input_ids.numpy(),
+        buffers.is_special.numpy(),
+        buffers.slots.prompt_len.numpy(),
+        gates.count.numpy(),
+        gates.ints.numpy(),
+        gates.threshold.numpy(),
+        state.events.numpy(),
+        state.first_held.numpy(),
+        rows.W_enc.numpy(),
+        rows.params.numpy(),
+        buffers.f.numpy(),
+    )
+
+    def launch(hidden_states: Tensor, residual: Tensor | None) -> None:
+        num_tokens, d_in = hidden_states.shape
+        if not num_tokens:
+            return
+        dtype = hidden_states.dtype
+        hidden = storage(hidden_states)
+        if residual is None:
+            kernel, other, stride = _KERNELS[dtype, dtype], hidden[:0], 0
+        else:
+            kernel = _KERNELS[dtype, residual.dtype]
+            other, stride = storage(residual), residual.stride(0)
+        kernel(hidden, hidden_states.stride(0), other, stride, num_tokens, d_in, *arrays)
+
+    return launch

@@ -1,0 +1,163 @@
+"""What both halves of the CPU's kernel are made of: loads and stores, products, one activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import llvmlite.binding.ffi
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from steering.worker.ops.layout import (
+    LAYER_NORM_EPS,
+    NORM_CONSTANT,
+    NORM_LAYER,
+    P_BIAS,
+    P_ENC_SUM,
+    P_GAIN,
+    P_NORM,
+)
+
+
+def _answer_no_dunder(library: type) -> None:
+    """Let a handle of a shared library have no attribute such as ``__dict__``.
+
+    llvmlite's takes every name for a function of the library. vLLM, when it starts an engine on a
+    CPU, looks into the ``__dict__`` of all that every module holds, and ends on what it gets there.
+    """
+    function: Callable[[object, str], Any] = library.__getattr__  # type: ignore[attr-defined]
+
+    def __getattr__(self: object, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return function(self, name)
+
+    library.__getattr__ = __getattr__  # type: ignore[attr-defined]
+
+
+_answer_no_dunder(llvmlite.binding.ffi._lib_wrapper)
+
+# Sums may be taken in vector lanes. Infinities and NaN keep their meaning: thresholds use them.
+compiled: Final[Any] = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+
+EPS: Final = np.float32(LAYER_NORM_EPS)
+ZERO: Final = np.float32(0)
+ONE: Final = np.float32(1)
+#: Rows that are read together.
+BLOCK: Final = 4
+_HALF, _SIXTEEN = np.uint32(0x7FFF), np.uint32(16)
+_BFLOAT16_NAN = np.uint16(0x7FC0)
+
+
+@compiled
+def load_float32(source, start, x):  # type: ignore[no-untyped-def]
+    for i in range(x.shape[0]):
+        x[i] = source[start + i]
+
+
+@compiled
+def store_float32(target, start, y):  # type: ignore[no-untyped-def]
+    for i in range(y.shape[0]):
+        target[start + i] = y[i]
+
+
+@compiled
+def load_bfloat16(source, start, x):  # type: ignore[no-untyped-def]
+    """A bfloat16 is the upper half of a float32."""
+    bits = x.view(np.uint32)
+    for i in range(bits.shape[0]):
+        bits[i] = np.uint32(source[start + i]) << _SIXTEEN
+
+
+@compiled
+def store_bfloat16(target, start, y):  # type: ignore[no-untyped-def]
+    """Round to the nearest, ties to even, as torch does."""
+    bits = y.view(np.uint32)
+    for i in range(bits.shape[0]):
+        rounded = bits[i] + _HALF + ((bits[i] >> _SIXTEEN) & np.uint32(1))
+        upper = np.uint16(rounded >> _SIXTEEN)
+        target[start + i] = upper if y[i] == y[i] else _BFLOAT16_NAN
+
+
+@compiled
+def add(a, y):  # type: ignore[no-untyped-def]
+    for i in range(y.shape[0]):
+        y[i] += a[i]
+
+
+@compiled
+def square(x):  # type: ignore[no-untyped-def]
+    total = ZERO
+    for i in range(x.shape[0]):
+        total += x[i] * x[i]
+    return total
+
+
+@compiled
+def encode(w_enc, row, x, z):  # type: ignore[no-untyped-def]
+    """``z = W_enc[row] @ x`` for four rows, so that ``x`` is loaded once for them."""
+    a, b, c, d = w_enc[row[0]], w_enc[row[1]], w_enc[row[2]], w_enc[row[3]]
+    za = zb = zc = zd = ZERO
+    for i in range(x.shape[0]):
+        za += a[i] * x[i]
+        zb += b[i] * x[i]
+        zc += c[i] * x[i]
+        zd += d[i] * x[i]
+    z[0], z[1], z[2], z[3] = za, zb, zc, zd
+
+
+@compiled
+def decode(w_dec, row, factor, delta):  # type: ignore[no-untyped-def]
+    """``delta += factor @ W_dec[row]`` for four rows."""
+    a, b, c, d = w_dec[row[0]], w_dec[row[1]], w_dec[row[2]], w_dec[row[3]]
+    fa, fb, fc, fd = factor[0], factor[1], factor[2], factor[3]
+    for i in range(delta.shape[0]):
+        delta[i] += fa * a[i] + fb * b[i] + fc * c[i] + fd * d[i]
+
+
+@compiled
+def moments(x, centred):  # type: ignore[no-untyped-def]
+    """Mean and unbiased standard deviation of ``x``; ``centred`` is room for as many numbers."""
+    mean = ZERO
+    for i in range(x.shape[0]):
+        mean += x[i]
+    mean /= np.float32(x.shape[0])
+    for i in range(x.shape[0]):
+        centred[i] = x[i] - mean
+    return mean, np.sqrt(square(centred) / np.float32(x.shape[0] - 1))
+
+
+@compiled
+def normed(z, param, mean, std, rms):  # type: ignore[no-untyped-def]
+    """``W_enc @ norm_in(x)`` from ``z = W_enc @ x``."""
+    if param[P_NORM] == NORM_LAYER:
+        return (z - mean * param[P_ENC_SUM]) / (std + EPS)
+    if param[P_NORM] == NORM_CONSTANT:
+        return z / rms
+    return z
+
+
+@compiled
+def preactivation(z, param):  # type: ignore[no-untyped-def]
+    """What the activation function is applied to."""
+    return param[P_GAIN] * z + param[P_BIAS]
+
+
+#: By dtype of the stream.
+LOAD: Final = {torch.float32: load_float32, torch.bfloat16: load_bfloat16}
+STORE: Final = {torch.float32: store_float32, torch.bfloat16: store_bfloat16}
+
+
+def storage(stream: Tensor) -> Any:
+    """``[(n - 1) * stride + d_in]``: a stream from its first element to its last."""
+    if stream.is_contiguous():
+        flat = stream.view(-1)
+    else:
+        assert stream.stride(1) == 1, stream.stride()
+        n, d_in = stream.shape
+        flat = stream.as_strided(((n - 1) * stream.stride(0) + d_in,), (1,))
+    # NumPy has no name for bfloat16, hence its bits.
+    return (flat if stream.dtype == torch.float32 else flat.view(torch.uint16)).numpy()

@@ -1,0 +1,77 @@
+"""What both Triton kernels are made of: the columns and codes, and one latent read on one token."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import triton
+import triton.language as tl
+
+from steering.worker.ops import layout
+
+# A kernel sees only those globals that are constexpr.
+MAX_EDITS = tl.constexpr(layout.MAX_INTERVENTIONS)
+MAX_GATES = tl.constexpr(layout.MAX_GATES)
+MAX_ENTRIES = tl.constexpr(layout.MAX_ENTRIES)
+FIRST_GATE_COLUMN = tl.constexpr(layout.FIRST_GATE_COLUMN)
+EDIT_INTS, GATE_INTS = tl.constexpr(layout.NUM_EDIT_INTS), tl.constexpr(layout.NUM_GATE_INTS)
+NUM_PARAMS = tl.constexpr(layout.NUM_PARAMS)
+BIAS, GAIN = tl.constexpr(layout.P_BIAS), tl.constexpr(layout.P_GAIN)
+THRESHOLD, GATE_BIAS = tl.constexpr(layout.P_THRESHOLD), tl.constexpr(layout.P_GATE_BIAS)
+DECODER_SCALE, ENC_SUM = tl.constexpr(layout.P_DECODER_SCALE), tl.constexpr(layout.P_ENC_SUM)
+SINK, NORM = tl.constexpr(layout.P_SINK), tl.constexpr(layout.P_NORM)
+LAYER = tl.constexpr(float(layout.NORM_LAYER))
+CONSTANT = tl.constexpr(float(layout.NORM_CONSTANT))
+EPS = tl.constexpr(layout.LAYER_NORM_EPS)
+
+
+class Launch(NamedTuple):
+    """How one program is laid out.
+
+    Attributes:
+        block_d: lanes over ``d_in``, the next power of two.
+        block_e: entries whose rows are in flight together.
+        num_warps: warps of the program.
+    """
+
+    block_d: int
+    block_e: int
+    num_warps: int
+
+
+# Lanes over d_in -> (block_e, num_warps) for 16-bit streams.
+_LAUNCHES: Final = {1024: (4, 4), 2048: (2, 8), 4096: (4, 16), 8192: (2, 16)}
+
+
+def layout_for(d_in: int, itemsize: int) -> Launch:
+    """The layout for a width and a size of the stream's elements in bytes.
+
+    As many rows in flight as the registers hold without spilling, as ``tests/bench/aot.py`` and
+    ``tests/steering/test_triton_aot.py`` find with ptxas. Past 8192 some do spill.
+    """
+    block_d = max(1024, triton.next_power_of_2(d_in))
+    block_e, num_warps = _LAUNCHES.get(block_d, (1, 32))
+    if itemsize == 4 and block_d >= 4096:
+        block_e //= 2
+    return Launch(block_d, max(1, block_e), num_warps)
+
+
+@triton.jit
+def moments(x, inside, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Mean and unbiased standard deviation of a token's stream."""
+    mean = tl.sum(x) / D_IN
+    off = tl.where(inside, x - mean, 0.0)
+    return mean, tl.sqrt_rn(tl.sum(off * off) / (D_IN - 1))
+
+
+@triton.jit
+def read_latents(z, params, mean, std, rms):  # type: ignore[no-untyped-def]
+    """Pre-activation, activation, threshold and output scale of latents with ``z = W_enc @ x``."""
+    kind = tl.load(params + NORM)
+    centred = (z - mean * tl.load(params + ENC_SUM)) / (std + EPS)
+    z = tl.where(kind == LAYER, centred, tl.where(kind == CONSTANT, z / rms, z))
+    g = tl.where(kind == LAYER, std, tl.where(kind == CONSTANT, rms, 1.0))
+    p = tl.load(params + GAIN) * z + tl.load(params + BIAS)
+    threshold = tl.load(params + THRESHOLD)
+    fires = (p > threshold) & (z + tl.load(params + GATE_BIAS) > 0)
+    return p, tl.where(fires, p, 0.0), threshold, g

@@ -1,0 +1,127 @@
+"""What passes found out, off the device without making it wait, and on to the records.
+
+Kernels and the full path write into persistent buffers, since nothing may be allocated inside a
+CUDA graph. After a pass the rows of requests that asked are copied to pinned memory on the same
+stream. The copies are kept whole, and taken apart by request many passes at a time, or when one is
+fetched: in the order in which they were made, so that what was found later replaces what was found
+before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.arrays import IntArray
+from steering.worker.record import RequestRecord
+
+#: Copies are taken apart once there are so many.
+_MOST_COPIES: Final = 32
+
+#: Takes positions ``[n]`` and columns ``[n, ...]``: a method of the record's class.
+Put = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A copy under way, or done.
+
+    Attributes:
+        copied: a ``torch.cuda.Event``; None on a CPU.
+        put: how a record takes its rows.
+        record_np: ``[n]`` the record of each row, by number.
+        columns: in host memory, ``[n, ...]`` each; positions first.
+    """
+
+    copied: Any
+    put: Put
+    record_np: IntArray
+    columns: tuple[Tensor, ...]
+
+    @property
+    def kind(self) -> tuple[Put, list[tuple[int, ...]]]:
+        """Copies of one kind can be put together."""
+        return self.put, [tuple(column.shape[1:]) for column in self.columns]
+
+
+class PassReports:
+    """Copies of one worker's passes, oldest first."""
+
+    def __init__(self) -> None:
+        self._copies: deque[_Copy] = deque()
+        # Records that are forgotten meanwhile are not waited for.
+        self._records: WeakValueDictionary[int, RequestRecord] = WeakValueDictionary()
+
+    def follow(self, record: RequestRecord) -> None:
+        """Its rows go to this record from now on."""
+        self._records[record.number] = record
+
+    def copy(self, put: Put, record_np: IntArray, *columns: Tensor) -> None:
+        """Start copying rows to the host.
+
+        Args:
+            put: how a record takes them, `RequestRecord.put_edits` or `put_reads`.
+            record_np: ``[n]`` the record of each row, by number.
+            columns: ``[n, ...]`` on the device, positions first; not written to any more.
+        """
+        copied = None
+        if columns[0].is_cuda:
+            columns = tuple(_to_pinned(column) for column in columns)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        self._copies.append(_Copy(copied, put, record_np, columns))
+
+    def settle(self) -> None:
+        """Hand finished copies to their records once there are many; never wait."""
+        if len(self._copies) >= _MOST_COPIES:
+            self.settle_all()
+
+    def settle_all(self) -> None:
+        """Hand every finished copy to its records; never wait."""
+        done = [self._copies.popleft() for _ in range(self._num_finished())]
+        for (put, _), group in groupby(done, key=lambda copy: copy.kind):
+            copies = list(group)
+            number = np.concatenate([copy.record_np for copy in copies])
+            columns = [
+                np.concatenate([column.numpy() for column in column_of_each])
+                for column_of_each in zip(*(copy.columns for copy in copies), strict=True)
+            ]
+            order = np.argsort(number, kind="stable")
+            number, columns = number[order], [column[order] for column in columns]
+            starts = np.flatnonzero(np.diff(number, prepend=-1))
+            for start, stop in zip(starts, [*starts[1:], len(number)], strict=True):
+                record = self._records.get(int(number[start]))
+                if record is not None:
+                    put(record, *(column[start:stop] for column in columns))
+
+    def settle_one(self, record: RequestRecord) -> None:
+        """Hand one record its rows of every finished copy, since it is about to be summed up.
+
+        It is not given any others afterwards. A request that is fetched has been sampled from the
+        last pass that counts, and its copy was made before.
+        """
+        if self._records.pop(record.number, None) is None:
+            return
+        for copy in list(self._copies)[: self._num_finished()]:
+            where = np.flatnonzero(copy.record_np == record.number)
+            if len(where):
+                copy.put(record, *(column.numpy()[where] for column in copy.columns))
+
+    def _num_finished(self) -> int:
+        for i, copy in enumerate(self._copies):
+            if copy.copied is not None and not copy.copied.query():
+                return i
+        return len(self._copies)
+
+
+def _to_pinned(source: Tensor) -> Tensor:
+    target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    return target.copy_(source, non_blocking=True)

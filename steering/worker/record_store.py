@@ -1,0 +1,92 @@
+"""Records of requests that run or are preempted, and of ended ones until they are fetched."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from steering.worker.record import RequestRecord
+
+#: Records of ended requests that nobody need fetch are forgotten beyond these bounds.
+MAX_FINISHED_RECORDS: Final = 4096
+MAX_FINISHED_BYTES: Final = 256 * 2**20
+
+
+class RecordStore:
+    """Records of requests that run or are preempted, and of ended ones until they are fetched.
+
+    Those of ended requests that nobody need fetch are forgotten, oldest first, beyond
+    `MAX_FINISHED_RECORDS` or `MAX_FINISHED_BYTES`.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, RequestRecord] = {}
+        self._paused: dict[str, RequestRecord] = {}
+        self._awaited: dict[tuple[str, int], RequestRecord] = {}
+        # With what each held when it came: what a pass under way still adds is not counted.
+        self._finished: OrderedDict[tuple[str, int], tuple[RequestRecord, int]] = OrderedDict()
+        self._finished_bytes = 0
+
+    def open(self, req_id: str, make: Callable[[], RequestRecord]) -> RequestRecord:
+        """The record of a request that starts, or of one that resumes after preemption."""
+        record = self._paused.pop(req_id, None) or make()
+        self._running[req_id] = record
+        return record
+
+    def pause(self, req_id: str) -> None:
+        """The request was preempted; what was recorded waits for it."""
+        if (record := self._running.pop(req_id, None)) is not None:
+            self._paused[req_id] = record
+
+    def close(self, req_id: str) -> None:
+        """The request ended; what was recorded waits to be fetched."""
+        record = self._running.pop(req_id, None) or self._paused.pop(req_id, None)
+        if record is None:
+            return
+        key = record.plan.key, record.child
+        if record.plan.awaited:
+            self._awaited[key] = record
+            return
+        self._pop_finished(key)
+        nbytes = record.nbytes
+        self._finished[key] = record, nbytes
+        self._finished_bytes += nbytes
+        while (
+            len(self._finished) > MAX_FINISHED_RECORDS or self._finished_bytes > MAX_FINISHED_BYTES
+        ):
+            self._pop_finished(next(iter(self._finished)))
+
+    def take(self, key: str, child: int) -> RequestRecord | None:
+        """Fetch and forget one record, whether its request has left the batch yet or not."""
+        for records in (self._running, self._paused):
+            for req_id, record in records.items():
+                if (record.plan.key, record.child) == (key, child):
+                    del records[req_id]
+                    return record
+        return self._awaited.pop((key, child), None) or self._pop_finished((key, child))
+
+    @property
+    def clients(self) -> int:
+        """Records that some client may fetch: all but internal ones."""
+        return sum(not record.plan.internal for record in self._all())
+
+    def streaming(self) -> Iterator[RequestRecord]:
+        """Those that hand out what is read as it is read, and are not fetched yet."""
+        for record in self._all():
+            if record.plan.read is not None and record.plan.read.stream:
+                yield record
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._all())
+
+    def _all(self) -> Iterator[RequestRecord]:
+        for records in (self._running, self._paused, self._awaited):
+            yield from records.values()
+        for record, _ in self._finished.values():
+            yield record
+
+    def _pop_finished(self, key: tuple[str, int]) -> RequestRecord | None:
+        record, nbytes = self._finished.pop(key, (None, 0))
+        self._finished_bytes -= nbytes
+        return record

@@ -1,0 +1,60 @@
+"""Which tokens of a pass are recorded, and the one copy of what was found on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.arrays import IntArray
+from steering.worker.pass_reports import PassReports
+from steering.worker.record import RequestRecord
+from steering.worker.slots import to_device
+from steering.worker.step import Step
+
+_NOBODY = -1
+
+
+class ReportedTokens:
+    """The records of slots that report.
+
+    Args:
+        num_slots: slots.
+        f: ``[max_num_tokens, MAX_ENTRIES]`` float32, where activations are written.
+        share: ``[max_num_tokens, hook points]`` float32, where shares are.
+    """
+
+    def __init__(self, num_slots: int, f: Tensor, share: Tensor) -> None:
+        self._f, self._share = f, share
+        self._record_np = np.full(num_slots, _NOBODY, dtype=np.int64)
+        self._width_np = np.zeros(num_slots, dtype=np.int64)
+        # Slots by token of the last pass, with what was worked out for them.
+        self._laid_out: tuple[IntArray, Tensor, IntArray, int] | None = None
+
+    def write(self, slot: int, record: RequestRecord | None) -> None:
+        """Rewrite a slot; None if it does not report."""
+        self._laid_out = None
+        self._record_np[slot] = _NOBODY if record is None else record.number
+        self._width_np[slot] = 0 if record is None else len(record.plan.edits)
+
+    def collect(self, step: Step, reports: PassReports) -> None:
+        """After a pass: start copying what was found on its tokens."""
+        if not self._width_np[step.slots_np].any():
+            return
+        if self._laid_out is None or self._laid_out[0] is not step.token_slot_np:
+            of_token = self._record_np[step.token_slot_np]  # NO_SLOT takes the last slot's
+            token_np = np.flatnonzero((of_token != _NOBODY) & (step.token_slot_np >= 0))
+            self._laid_out = (
+                step.token_slot_np,
+                to_device(torch.from_numpy(token_np), self._f.device),
+                of_token[token_np],
+                int(self._width_np[step.slots_np].max()),
+            )
+        _, index, record_np, width = self._laid_out
+        reports.copy(
+            RequestRecord.put_edits,
+            record_np,
+            step.positions[index],
+            self._f[index, :width],
+            self._share[index],
+        )
