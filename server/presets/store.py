@@ -6,6 +6,7 @@ second, and takes up what has changed. A file is written whole or not at all.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import tempfile
@@ -14,33 +15,20 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sae.errors import SAEError
 from server.presets.preset import Preset, Validate, check_name, load_file, read_body
-from steering.errors import SteeringError
+from server.start.flags import ServerOptions
+from steering.errors import ForbiddenError, NotFoundError, SteeringError
+from steering.request.catalog import Catalog
 
 logger = logging.getLogger("vllm.sae.server")
 
 MAX_PRESETS: Final = 256
 #: Seconds for which what was seen of the folder is believed.
 LOOK_EVERY: Final = 0.25
-READ_ONLY: Final = "presets_read_only"
 _SUFFIX: Final = ".json"
-
-
-class UnknownPresetError(SteeringError):
-    """There is no preset of that name: status 404."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__("unknown_preset", f"there is no preset {name[:80]!r}", "name")
-
-
-class ReadOnlyPresetsError(SteeringError):
-    """This preset, or every one, cannot be changed over HTTP: status 403."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(READ_ONLY, message, "name")
 
 
 #: What tells one version of a file from the next.
@@ -99,20 +87,28 @@ class PresetStore:
 
     def get(self, name: str | None) -> Preset | None:
         """The preset of that name, None if there is none."""
-        if name is None:
-            return None
-        if name in self.fixed:
-            return self.fixed[name]
-        if self.folder is None:
-            return None
         self._look_again()
-        return self._kept.get(name)
+        return self.known(name)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is a preset, or may be one."""
+        return bool(self.fixed) or self.folder is not None
+
+    def known(self, name: str | None) -> Preset | None:
+        """As `get`, of what was last seen: no file is looked at."""
+        return None if name is None else self.fixed.get(name) or self._kept.get(name)
+
+    async def catch_up(self) -> None:
+        """Look at the folder again if it is time, off the event loop."""
+        if self.folder is not None and self.clock() - self._looked >= LOOK_EVERY:
+            await asyncio.to_thread(self._look_again)
 
     def need(self, name: str) -> Preset:
-        """The preset of that name. Raises UnknownPresetError if there is none."""
+        """The preset of that name. Raises NotFoundError if there is none."""
         preset = self.get(name)
         if preset is None:
-            raise UnknownPresetError(name)
+            raise _unknown(name)
         return preset
 
     def put(self, name: str, body: object) -> tuple[Preset, bool]:
@@ -139,7 +135,7 @@ class PresetStore:
             try:
                 _write_whole(folder / f"{name}{_SUFFIX}", preset.to_file())
             except OSError as error:
-                raise ReadOnlyPresetsError(
+                raise _read_only(
                     f"the folder of presets cannot be written to: {error.strerror}"
                 ) from error
             self._look()
@@ -155,28 +151,28 @@ class PresetStore:
         with self._lock:
             self._look()
             if name not in self._kept:
-                raise UnknownPresetError(name)
+                raise _unknown(name)
             if name == self.default:
-                raise ReadOnlyPresetsError(
+                raise _read_only(
                     f"{name!r} is the preset of --steering-default, without which requests would "
                     "go on unsteered; restart the server with another"
                 )
             try:
                 (folder / f"{name}{_SUFFIX}").unlink(missing_ok=True)
             except OSError as error:
-                raise ReadOnlyPresetsError(
+                raise _read_only(
                     f"the folder of presets cannot be written to: {error.strerror}"
                 ) from error
             self._look()
 
     def _changeable(self, name: str) -> Path:
         if self.folder is None:
-            raise ReadOnlyPresetsError(
+            raise _read_only(
                 "presets cannot be changed over HTTP: the server was started without "
                 "--steering-presets DIR"
             )
         if name in self.fixed:
-            raise ReadOnlyPresetsError(
+            raise _read_only(
                 f"{name!r} was given with --steering-preset and cannot be changed over HTTP"
             )
         return self.folder
@@ -234,6 +230,14 @@ class PresetStore:
         self._looked = self.clock()
 
 
+def _unknown(name: str) -> NotFoundError:
+    return NotFoundError("unknown_preset", f"there is no preset {name[:80]!r}", "name")
+
+
+def _read_only(message: str) -> ForbiddenError:
+    return ForbiddenError("presets_read_only", message, "name")
+
+
 def _stamps(folder: Path) -> Iterable[tuple[str, _Stamp]]:
     """Every `NAME.json` of a folder and its stamp."""
     for entry in os.scandir(folder):
@@ -260,6 +264,31 @@ def _write_whole(path: Path, text: str) -> None:
         raise
 
 
+def validator(catalog: Catalog) -> Validate:
+    """What checks a `steering` object as a request's would be checked, its weights included."""
+
+    def validate(raw: object) -> None:
+        catalog.prepare_now(catalog.parse(raw))
+
+    return validate
+
+
+def open_store(
+    options: ServerOptions, catalog: Catalog, taken: Callable[[], Collection[str]]
+) -> PresetStore:
+    """The presets of the command line. Raises SAEError, in one line, if one is wrong."""
+    validate = validator(catalog)
+    store = PresetStore(
+        validate,
+        fixed_presets(options.presets, validate),
+        None if options.preset_folder is None else Path(options.preset_folder).expanduser(),
+        options.default_preset,
+        taken,
+    )
+    store.open()
+    return store
+
+
 def parse_flag(flag: str, validate: Validate) -> Preset:
     """The preset of one `--steering-preset NAME=FILE`.
 
@@ -281,19 +310,3 @@ def fixed_presets(flags: Iterable[str], validate: Validate) -> dict[str, Preset]
             raise SAEError(f"two presets are named {preset.name!r}")
         presets[preset.name] = preset
     return presets
-
-
-def as_models(presets: Iterable[Preset], base: str, max_model_len: int) -> list[dict[str, Any]]:
-    """Presets as entries of `GET /v1/models`, in the shape of vLLM's own for adapters."""
-    return [
-        {
-            "id": preset.name,
-            "object": "model",
-            "created": preset.created,
-            "owned_by": "vllm-sae",
-            "root": base,
-            "parent": base,
-            "max_model_len": max_model_len,
-        }
-        for preset in presets
-    ]

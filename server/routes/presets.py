@@ -16,7 +16,14 @@ from server.presets.preset import MAX_FILE_BYTES
 from server.state import steering_state
 from steering.errors import SteeringError
 
-router = APIRouter(prefix="/v1/steering/presets", tags=["presets"], responses=REFUSALS)
+_REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
+    **REFUSALS,
+    HTTPStatus.FORBIDDEN.value: {
+        **REFUSALS[HTTPStatus.BAD_REQUEST.value],
+        "description": "Presets, or this one, cannot be changed over HTTP",
+    },
+}
+router = APIRouter(prefix="/v1/steering/presets", tags=["presets"], responses=_REFUSALS)
 
 _ENTRY_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
@@ -66,9 +73,9 @@ def _answers(schema: dict[str, Any], *statuses: int) -> dict[int | str, dict[str
 async def list_presets(raw_request: Request) -> Response:
     """Every preset, by name."""
     state = steering_state(raw_request)
-    presets = await asyncio.to_thread(state.presets.all)
+    presets = await asyncio.to_thread(state.preset_store.all)
     return TolerantJSONResponse(
-        {"object": "list", "data": [preset.to_json(state.base) for preset in presets]}
+        {"object": "list", "data": [preset.to_json(state.models.base) for preset in presets]}
     )
 
 
@@ -76,8 +83,8 @@ async def list_presets(raw_request: Request) -> Response:
 async def get_preset(raw_request: Request, name: str) -> Response:
     """One preset."""
     state = steering_state(raw_request)
-    preset = await asyncio.to_thread(state.presets.need, name)
-    return TolerantJSONResponse(preset.to_json(state.base))
+    preset = await asyncio.to_thread(state.preset_store.need, name)
+    return TolerantJSONResponse(preset.to_json(state.models.base))
 
 
 @router.put(
@@ -87,16 +94,16 @@ async def put_preset(raw_request: Request, name: str) -> Response:
     """Make a preset, or replace the one of that name."""
     state = steering_state(raw_request)
     body = _parsed(await raw_request.body())
-    preset, new = await asyncio.to_thread(state.presets.put, name, body)
+    preset, new = await asyncio.to_thread(state.preset_store.put, name, body)
     status = HTTPStatus.CREATED if new else HTTPStatus.OK
-    return TolerantJSONResponse(preset.to_json(state.base), status)
+    return TolerantJSONResponse(preset.to_json(state.models.base), status)
 
 
 @router.delete("/{name}", response_model=None, status_code=HTTPStatus.NO_CONTENT)
 async def delete_preset(raw_request: Request, name: str) -> Response:
     """Delete a preset."""
     state = steering_state(raw_request)
-    await asyncio.to_thread(state.presets.delete, name)
+    await asyncio.to_thread(state.preset_store.delete, name)
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 

@@ -12,18 +12,14 @@ from typing import Any
 import pytest
 
 from sae.errors import SAEError
-from server.presets.preset import Preset
 from server.presets.store import (
     LOOK_EVERY,
     MAX_PRESETS,
     PresetStore,
-    ReadOnlyPresetsError,
-    UnknownPresetError,
-    as_models,
     fixed_presets,
 )
-from steering.errors import SteeringError
-from steering.request.spec import parse_spec
+from steering.errors import ForbiddenError, NotFoundError, SteeringError
+from steering.request.parse import parse_spec
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def test_put_is_refused_as_a_request_would_be(tmp_path: Path) -> None:
 def test_without_a_folder_nothing_can_be_changed() -> None:
     presets = store(None)
     for call in (lambda: presets.put("calm", EDIT), lambda: presets.delete("calm")):
-        with pytest.raises(ReadOnlyPresetsError) as caught:
+        with pytest.raises(ForbiddenError) as caught:
             call()
         assert caught.value.code == "presets_read_only"
 
@@ -147,7 +143,7 @@ def test_preset_of_the_command_line_cannot_be_changed(tmp_path: Path) -> None:
 def test_default_preset_cannot_be_deleted(tmp_path: Path) -> None:
     write(tmp_path, "calm", EDIT)
     presets = store(tmp_path, default="calm")
-    with pytest.raises(ReadOnlyPresetsError, match="steering-default"):
+    with pytest.raises(ForbiddenError, match="steering-default"):
         presets.delete("calm")
 
 
@@ -207,9 +203,9 @@ def test_file_that_turns_wrong_leaves_the_preset_as_it_was(tmp_path: Path) -> No
 
 def test_unknown_preset_is_said_so(tmp_path: Path) -> None:
     presets = store(tmp_path)
-    with pytest.raises(UnknownPresetError):
+    with pytest.raises(NotFoundError):
         presets.need("calm")
-    with pytest.raises(UnknownPresetError):
+    with pytest.raises(NotFoundError):
         presets.delete("calm")
 
 
@@ -219,13 +215,3 @@ def test_two_flags_of_one_name_are_refused(tmp_path: Path) -> None:
         fixed_presets([f"calm={path}", f"calm={path}"], validate)
     with pytest.raises(SAEError, match="NAME=FILE"):
         fixed_presets(["calm"], validate)
-
-
-def test_presets_are_listed_as_children_of_the_base() -> None:
-    (entry,) = as_models([Preset("calm", EDIT, None, 7, False)], "base", 512)
-    assert (entry["id"], entry["parent"], entry["root"], entry["created"]) == (
-        "calm",
-        "base",
-        "base",
-        7,
-    )
