@@ -120,7 +120,7 @@ class PresetModels:
 
 def taken_names(models: Any) -> set[str]:
     """The names of vLLM's served models and adapters."""
-    return {path.name for path in models.base_model_paths} | models.lora_requests.keys()
+    return {path.name for path in models.base_model_paths}.union(models.lora_requests)
 
 
 @contextmanager

@@ -155,7 +155,8 @@ class FakeChat:
 
     def called(self, request: Any) -> str:
         """What the response calls the model."""
-        return self.models.model_name(self.models.lora_requests.get(request.model))
+        name: str = self.models.model_name(self.models.lora_requests.get(request.model))
+        return name
 
     def _maybe_get_adapters(self, request: Any, supports_default_mm_loras: bool = False) -> None:
         """There are none."""
@@ -362,7 +363,7 @@ async def make_app(
     engine = engine or FakeEngine(config)
     recorder = Recorder(engine)
     state = app.state
-    models = OpenAIServingModels(engine, [BaseModelPath("tiny", "/nowhere")])  # type: ignore[arg-type]
+    models = OpenAIServingModels(engine, [BaseModelPath("tiny", "/nowhere")])
     state.openai_serving_models = models
     state.openai_serving_chat = FakeChat(recorder, models)
     state.openai_serving_completion = FakeCompletion(recorder, models)

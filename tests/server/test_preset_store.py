@@ -26,6 +26,10 @@ from steering.request.parse import parse_spec
 class Facts:
     hook: str = "blocks.10.hook_resid_post"
     d_sae: int = 8
+    error_term: bool = True
+    affine: bool = True
+    reads: str = hook
+    writes: tuple[str, ...] = (hook,)
 
     def max_activation(self, feature: int) -> float | None:
         return None

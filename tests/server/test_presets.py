@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -341,6 +342,19 @@ def test_without_a_folder_presets_are_read_only(start: StartServer, tmp_path: Pa
         assert error_of(server.client.delete(f"{PRESETS}/{name}")) == expected
 
 
+def test_folder_that_cannot_be_written_to_is_read_only(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkstemp", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    expected = (403, "presets_read_only", "name")
+    assert error_of(server.client.put(f"{PRESETS}/new", json=CALM)) == expected
+    assert error_of(server.client.delete(f"{PRESETS}/calm")) == expected
+
+
 def test_preset_of_the_command_line_is_read_only(
     begin: Callable[..., Server], tmp_path: Path
 ) -> None:
@@ -354,7 +368,8 @@ def test_preset_of_the_command_line_is_read_only(
 
 
 def test_server_without_presets_lists_none(start: StartServer) -> None:
-    for saes in (None, {}):
+    none: dict[str, Any] = {}
+    for saes in (None, none):
         server = start(saes=saes)
         assert server.client.get(PRESETS).json() == {"object": "list", "data": []}
         assert error_of(server.client.get(f"{PRESETS}/calm"))[:2] == (404, "unknown_preset")
