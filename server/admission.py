@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from server.metrics import count_accepted
+from server.presets.models import Meant
 from server.protocol import Steerable
 from steering.errors import SteeringError
 from steering.report import wants_report
 from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
+from steering.request.lay_over import lay_over
 from steering.request.plan import Inspection
 from steering.request.spec import SteeringSpec, nothing_loaded
 from steering.vllm.door import FIELD
@@ -38,7 +40,10 @@ def refuse_smuggled(extra_args: object, param: str, catalog: Catalog) -> None:
 
 
 async def accept(
-    request: Steerable, catalog: Catalog, inspection: Inspection | None = None
+    request: Steerable,
+    catalog: Catalog,
+    inspection: Inspection | None = None,
+    meant: Meant | None = None,
 ) -> Accepted | None:
     """Validate a request's steering, the only time that anything parses it; None if it has none.
 
@@ -46,18 +51,31 @@ async def accept(
         request: whose sampling parameters are to carry what is accepted.
         catalog: the SAEs.
         inspection: how the request reads, if it comes from `inspect`.
+        meant: the preset that its model's name stands for.
 
     Raises:
         SteeringError: with the code and path of the error table.
     """
     refuse_smuggled(getattr(request, "vllm_xargs", None), "vllm_xargs", catalog)
-    if request.steering is None:
+    opted_out = meant is not None and meant.by_default and _opts_out(request.steering)
+    if opted_out:
+        meant = None
+    if meant is None and request.steering is None:
         return None
-    spec = catalog.parse(request.steering)
+    if meant is None:
+        spec = catalog.parse(request.steering, empty_allowed=opted_out)
+    else:
+        only_sae = catalog.names[0] if len(catalog.names) == 1 else None
+        spec = catalog.parse(lay_over(meant.preset.steering, request.steering, only_sae))
     _refuse_combinations(request, spec)
     accepted = Accepted(spec, await catalog.prepare(spec), inspection)
-    count_accepted(spec)
+    count_accepted(spec, None if meant is None else meant.preset.name)
     return accepted
+
+
+def _opts_out(steering: object) -> bool:
+    """Whether a request to the base model wants none of what the default preset does."""
+    return isinstance(steering, Mapping) and steering.get("interventions") == []
 
 
 def _refuse_combinations(request: Steerable, spec: SteeringSpec) -> None:

@@ -10,10 +10,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import Field, fields
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from prometheus_client import Counter, Gauge
 
+from steering.errors import ErrorCode
 from steering.request.limits import OPS
 from steering.request.spec import SteeringSpec
 from steering.worker_stats import GROWS, HELP, WorkerStats
@@ -24,27 +25,17 @@ READ_OP: Final = "read"
 #: How long a scrape waits for the workers before it is answered with the values of the last one.
 SCRAPE_TIMEOUT_SECONDS: Final = 1.0
 #: Every code of the error table, so that a series exists before the first refusal.
-ERROR_CODES: Final = (
-    "body_too_large",
-    "duplicate_intervention",
-    "feature_out_of_range",
-    "invalid_type",
-    "invalid_value",
-    "invalid_weights",
-    "max_act_unknown",
-    "sae_required",
-    "steering_unavailable",
-    "too_many_interventions",
-    "unknown_field",
-    "unknown_sae",
-    "unsupported_combination",
-    "unsupported_op",
-)
+ERROR_CODES: Final[tuple[str, ...]] = get_args(ErrorCode)
 
 REQUESTS: Final = Counter(
     "steering_requests",
     "Accepted requests that use an SAE, by what they do with it.",
     ["sae", "op"],
+)
+PRESET_REQUESTS: Final = Counter(
+    "steering_preset_requests",
+    "Accepted requests that a preset steers, by its name; also as the default.",
+    ["preset"],
 )
 REJECTED: Final = Counter(
     "steering_rejected", "Refused requests, by the code of the error.", ["code"]
@@ -62,17 +53,21 @@ def _series(field: Field[Any]) -> Counter | Gauge:
 WORKER_SERIES: Final = {field.name: _series(field) for field in fields(WorkerStats)}
 
 
-def start_series(saes: Iterable[str]) -> None:
+def start_series(saes: Iterable[str], presets: Iterable[str] = ()) -> None:
     """Create every series that can be named in advance, at 0."""
     for code in ERROR_CODES:
         REJECTED.labels(code=code)
     for sae in saes:
         for op in (*OPS, READ_OP):
             REQUESTS.labels(sae=sae, op=op)
+    for preset in presets:
+        PRESET_REQUESTS.labels(preset=preset)
 
 
-def count_accepted(spec: SteeringSpec) -> None:
-    """Count one request, once for each SAE and operation in it."""
+def count_accepted(spec: SteeringSpec, preset: str | None = None) -> None:
+    """Count one request, once for each SAE and operation in it, and for the preset it names."""
+    if preset is not None:
+        PRESET_REQUESTS.labels(preset=preset).inc()
     uses = {(edit.sae, edit.op) for edit in spec.edits}
     if spec.read is not None:
         uses.add((spec.read.sae, READ_OP))

@@ -1,6 +1,6 @@
 """What must happen before vLLM's own routes see a request.
 
-Both are plain ASGI: they read at most the request's body, never the response.
+All are plain ASGI: they read at most the request's body, never the response.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.admission import UNSUPPORTED, refuse_smuggled
 from server.errors import refusal
+from server.presets.models import presets_mean_base
 from server.routes.generate import ROUTES
 from server.state import SteeringState
 from steering.errors import SteeringError
@@ -36,6 +37,23 @@ class MetricsRefresh:
             if state.worker_series is not None:
                 await state.worker_series.refresh()
         await self.app(scope, receive, send)
+
+
+class PresetNames:
+    """Lets the name of a preset stand for the base model's on routes that steer nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _RUNS_UNSTEERED.fullmatch(_path(scope)):
+            await self.app(scope, receive, send)
+            return
+        state: SteeringState = scope["app"].state.steering
+        if state.presets is not None:
+            await state.presets.catch_up()
+        with presets_mean_base():
+            await self.app(scope, receive, send)
 
 
 class ForeignSteering:
@@ -60,6 +78,8 @@ class ForeignSteering:
         state: SteeringState = scope["app"].state.steering
         try:
             refuse_foreign(body, state.catalog)
+            if _path(scope) in GENERATES_ELSEWHERE:
+                refuse_unsteered(body, state)
         except SteeringError as error:
             await refusal(_path(scope), error)(scope, receive, send)
             return
@@ -88,12 +108,50 @@ def refuse_foreign(body: bytes, catalog: Catalog) -> None:
         refuse_smuggled(sampling_params.get("extra_args"), "sampling_params.extra_args", catalog)
 
 
+def refuse_unsteered(body: bytes, state: SteeringState) -> None:
+    """SteeringError where the default preset ought to steer what a route runs, and cannot."""
+    if state.served is None or not state.served.steers_by_default:
+        return
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        content = None
+    model = content.get("model") if isinstance(content, Mapping) else None
+    if model is None or (isinstance(model, str) and state.served.is_base(model)):
+        raise SteeringError(
+            UNSUPPORTED,
+            "this route cannot steer, and the server steers its model by --steering-default; the "
+            f"routes that can are {', '.join(ROUTES)}",
+            "model",
+        )
+
+
 def _cannot_carry(catalog: Catalog) -> SteeringError:
     if not catalog.names:
         return nothing_loaded()
     return SteeringError(
         UNSUPPORTED, f"this route cannot steer; the ones that can are {', '.join(ROUTES)}", FIELD
     )
+
+
+#: Routes of vLLM's that run the model and cannot steer.
+GENERATES_ELSEWHERE: Final = frozenset(
+    {
+        "/cohere/v2/chat",
+        "/generative_scoring",
+        "/inference/v1/generate",
+        "/invocations",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/chat/completions/batch",
+        "/v1/systemone",
+    }
+)
+#: Where a preset's name means the base model: texts are tokenised or read there, not steered; and
+#: an adapter may not be loaded under it.
+_RUNS_UNSTEERED: Final = re.compile(
+    r"/(?:de)?tokenize|/v1/messages/count_tokens|/v1/saes/.+/inspect|/v1/load_lora_adapter"
+)
 
 
 def _either_spelling(text: str) -> str:

@@ -14,9 +14,11 @@ from server import errors, self_check
 from server.body_limit import BodyLimit
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries, start_series
-from server.middleware import ForeignSteering, MetricsRefresh
+from server.middleware import ForeignSteering, MetricsRefresh, PresetNames
+from server.presets.models import PresetModels, taken_names
+from server.presets.store import open_store
 from server.reader import Reader
-from server.routes import features, generate, inspect, saes
+from server.routes import features, generate, inspect, presets, saes
 from server.start import engine_death
 from server.start.flags import ServerOptions
 from server.state import SteeringState
@@ -44,9 +46,15 @@ class SteeringEndpointPlugin:
         # vLLM goes on without a general plugin that failed to load, and steering would be dropped.
         register()
         generate.attach(app)
-        for resource in (features, inspect, saes):  # the last has a path that takes all others
+        for resource in (
+            presets,
+            features,
+            inspect,
+            saes,
+        ):  # the last has a path that takes all others
             app.include_router(resource.router)
         app.add_middleware(ForeignSteering)
+        app.add_middleware(PresetNames)
         app.add_middleware(BodyLimit)  # around the one before, which reads whole bodies
         app.add_middleware(MetricsRefresh)
         errors.install(app)
@@ -65,8 +73,15 @@ class SteeringEndpointPlugin:
         series = WorkerSeries(partial(worker_stats, engine_client)) if catalog.names else None
         options = ServerOptions.of(args)
         limit = options.max_body_bytes if catalog.names else None
-        SteeringState(catalog, details, series, limit, Reader(engine_client)).attach(state)
-        start_series(catalog.names)
+        served = state.openai_serving_models
+        store = await asyncio.to_thread(open_store, options, catalog, partial(taken_names, served))
+        models = PresetModels(served, store)
+        if store.in_use:
+            models.install()
+        SteeringState(catalog, details, series, limit, Reader(engine_client), store, models).attach(
+            state
+        )
+        start_series(catalog.names, (preset.name for preset in store.all()))
         # Only our own command has the flag; plain vLLM is left as it is.
         wanted = getattr(args, "steering_self_check", False)
         if series is not None and wanted is not False:

@@ -9,6 +9,8 @@ from starlette.requests import Request
 
 from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries
+from server.presets.models import PresetModels
+from server.presets.store import PresetStore
 from server.reader import Reader
 from steering.request.catalog import Catalog
 
@@ -26,12 +28,26 @@ class SteeringState:
     worker_series: WorkerSeries | None
     max_body_bytes: int | None = None
     running_reader: Reader | None = None
+    presets: PresetStore | None = None
+    served: PresetModels | None = None
 
     @property
     def reader(self) -> Reader:
         """What runs texts; there is one wherever a route can be asked for it."""
         assert self.running_reader is not None, "the engine does not run yet"
         return self.running_reader
+
+    @property
+    def preset_store(self) -> PresetStore:
+        """The presets; there is a store wherever a route can be asked for it."""
+        assert self.presets is not None, "the engine does not run yet"
+        return self.presets
+
+    @property
+    def models(self) -> PresetModels:
+        """The served models, presets among them."""
+        assert self.served is not None, "the engine does not run yet"
+        return self.served
 
     def attach(self, state: State) -> None:
         """Make it the state of an app."""

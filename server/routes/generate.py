@@ -20,6 +20,7 @@ from vllm.entrypoints.openai.responses.api_router import create_responses
 
 from server.admission import accept
 from server.misplaced import refuse_misplaced_in
+from server.presets.models import answering_as
 from server.protocol import (
     Steerable,
     SteerableChatCompletionRequest,
@@ -167,15 +168,24 @@ async def _keep_refusal(
 async def _serve(
     route: VLLMRoute, splice: Splice, request: Steerable, raw_request: Request
 ) -> Response | None:
-    accepted = await accept(request, steering_state(raw_request).catalog)
-    if accepted is None:
-        return await _call(route, request, raw_request)
-    if not wants_report(accepted.spec):
-        request.extra_args[FIELD] = accepted
-        return await _call(route, request, raw_request)
-    ticket = Ticket(accepted.spec.report, turns=route is create_responses)
-    request.extra_args[FIELD] = accepted.reporting_to(ticket)
-    return with_report(await _call(route, request, raw_request), ticket, splice)
+    state = steering_state(raw_request)
+    meant = await state.models.meant(_model(request))
+    accepted = await accept(request, state.catalog, meant=meant)
+    with answering_as(meant):
+        if accepted is None:
+            return await _call(route, request, raw_request)
+        if not wants_report(accepted.spec):
+            request.extra_args[FIELD] = accepted
+            return await _call(route, request, raw_request)
+        ticket = Ticket(accepted.spec.report, turns=route is create_responses)
+        request.extra_args[FIELD] = accepted.reporting_to(ticket)
+        return with_report(await _call(route, request, raw_request), ticket, splice)
+
+
+def _model(request: Any) -> str | None:
+    """What a request of any of the four kinds names; empty means the base model."""
+    model: str | None = request.model
+    return model
 
 
 async def _call(route: VLLMRoute, request: Steerable, raw_request: Request) -> Response | None:

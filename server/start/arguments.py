@@ -12,12 +12,20 @@ from typing import Any
 
 from sae.errors import SAEError
 from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
+from server.presets.store import open_store
 from server.start.checked_sae import CheckedSAE, check, refuse_equal_names
 from server.start.cpu_memory import leave_memory
 from server.start.engine import steering_arguments
 from server.start.errors import RefusedStartError
-from server.start.flags import SAE_FLAG, ServerOptions, add_flags, flags_help, split_sae_flags
-from steering.config import CONFIG_KEY
+from server.start.flags import (
+    PRESET_FLAG,
+    SAE_FLAG,
+    ServerOptions,
+    add_flags,
+    flags_help,
+    split_flag,
+)
+from steering.config import CONFIG_KEY, SteeringConfig
 from steering.vllm.seams import refuse_missing_seams
 from steering.vllm.support import UnsupportedEngineError
 
@@ -35,13 +43,17 @@ def start_arguments(argv: Sequence[str], command: Any) -> Namespace:
     try:
         refuse_missing_seams()
         allow_ours(os.environ, installed_entry_points())
-        flags, rest = split_sae_flags(argv)
+        flags, rest = split_flag(SAE_FLAG, "NAME=SOURCE", argv)
+        presets, rest = split_flag(PRESET_FLAG, "NAME=FILE", rest)
         # The SAEs first: importing vLLM takes seconds, and a wrong path is seen at once.
         checked = [check(flag) for flag in flags]
         refuse_equal_names(checked)
         args = parse(rest, command())
+        add_presets(args, presets)
         checked += [check(flag) for flag in ServerOptions.of(args).saes]
         refuse_equal_names(checked)
+        if not checked and (flag := ServerOptions.of(args).preset_flag):
+            raise RefusedStartError(f"{flag}: a preset steers through an SAE, give {SAE_FLAG}")
         if checked:
             steer_engine(args, checked)
     except (SAEError, NotInstalledError, UnsupportedEngineError) as error:
@@ -82,6 +94,32 @@ _USAGES = {
 }
 
 
+def add_presets(args: Namespace, presets: Sequence[str]) -> None:
+    """Put the values of `--steering-preset` back beside those of a `--config` file."""
+    if not presets:
+        return
+    if not hasattr(args, "steering_preset"):
+        raise RefusedStartError(
+            f"{PRESET_FLAG}: only a server has presets; here each line says how it is steered"
+        )
+    args.steering_preset = [*presets, *args.steering_preset]
+
+
+def check_presets(args: Namespace, options: ServerOptions, max_model_len: int) -> None:
+    """SAEError if a preset is not what a request could ask for, or has a name that is taken."""
+    if options.preset_flag is None:
+        return
+    from steering.vllm.door import open_catalog
+
+    catalog = open_catalog(
+        SteeringConfig.from_additional_config(args.additional_config), max_model_len
+    )
+    names = args.served_model_name or [args.model]
+    served = [names] if isinstance(names, str) else list(names)
+    adapters = [module.name for module in args.lora_modules or ()]
+    open_store(options, catalog, lambda: (*served, *adapters))
+
+
 def steer_engine(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
     """Check the SAEs against the model, and put the steering engine into the arguments."""
     from vllm import AsyncEngineArgs, envs
@@ -92,6 +130,7 @@ def steer_engine(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     vllm_config = engine_args.create_engine_config(headless=getattr(args, "headless", False))
     merge_into(args, steering_arguments(checked, vllm_config, options))
+    check_presets(args, options, vllm_config.model_config.max_model_len)
 
 
 def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:

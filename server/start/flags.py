@@ -22,6 +22,7 @@ from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
 
 SAE_FLAG: Final = "--sae"
+PRESET_FLAG: Final = "--steering-preset"
 TITLE: Final = "Steering"
 DESCRIPTION: Final = "Steering through SAE features."
 
@@ -111,14 +112,50 @@ class ServerOptions:
         f"{SCAN_LIMIT_BYTES / 1e9:.0f} GB of weights, which are read at start anyway.",
     )
 
+    presets: tuple[str, ...] = _flag(
+        PRESET_FLAG,
+        (),
+        routes_only=True,
+        nargs="+",
+        action="extend",
+        metavar="NAME=FILE",
+        help="A name that requests may give as `model`, and the JSON file with the `steering` that "
+        "it stands for. May be given several times.",
+    )
+    preset_folder: str | None = _flag(
+        "--steering-presets",
+        None,
+        routes_only=True,
+        metavar="DIR",
+        help="A folder whose every NAME.json is such a preset, and in which those are kept that "
+        "clients make at /v1/steering/presets. Without it they can make none.",
+    )
+    default_preset: str | None = _flag(
+        "--steering-default",
+        None,
+        routes_only=True,
+        metavar="NAME",
+        help="The preset that steers requests to the model itself; a request's own "
+        '`"steering": {"interventions": []}` opts out.',
+    )
+
     @classmethod
     def of(cls, args: Namespace) -> ServerOptions:
         """The options among parsed flags; defaults where vLLM's own command parsed them."""
         values: dict[str, Any] = {
             each.name: getattr(args, _dest(each), each.default) for each in fields(cls)
         }
-        values["saes"] = tuple(values["saes"])
+        for each in fields(cls):
+            if each.default == ():
+                values[each.name] = tuple(values[each.name])
         return cls(**values)
+
+    @property
+    def preset_flag(self) -> str | None:
+        """The first of the flags about presets that was given, None if none was."""
+        given = (self.presets, self.preset_folder, self.default_preset)
+        names = (PRESET_FLAG, "--steering-presets", "--steering-default")
+        return next((name for name, value in zip(names, given, strict=True) if value), None)
 
     def check(self) -> None:
         """RefusedStartError for a value below its limit."""
@@ -148,21 +185,26 @@ def flags_help(*, routes: bool) -> str:
     return parser.format_help().strip()
 
 
-def split_sae_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of every `--sae` in `argv`, and `argv` without them.
+def split_flag(flag: str, shape: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of every `flag` in `argv`, and `argv` without them.
 
     Taken out because vLLM's parser warns of any flag that is given twice.
+
+    Args:
+        flag: as on the command line.
+        shape: what is expected after it.
+        argv: the words of the command line.
     """
     values, rest = [], []
     waiting = list(argv)
     while waiting:
         word = waiting.pop(0)
-        if word == SAE_FLAG:
+        if word == flag:
             if not waiting:
-                raise RefusedStartError(f"{SAE_FLAG}: expected NAME=SOURCE after it")
+                raise RefusedStartError(f"{flag}: expected {shape} after it")
             values.append(waiting.pop(0))
-        elif word.startswith(f"{SAE_FLAG}="):
-            values.append(word.removeprefix(f"{SAE_FLAG}="))
+        elif word.startswith(f"{flag}="):
+            values.append(word.removeprefix(f"{flag}="))
         else:
             rest.append(word)
     return values, rest

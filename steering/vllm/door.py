@@ -33,14 +33,15 @@ RESERVED: Final = frozenset({FIELD, PLAN, SPAN})
 
 
 @functools.lru_cache(maxsize=8)
-def _catalog(config: SteeringConfig | None, max_model_len: int) -> Catalog:
+def open_catalog(config: SteeringConfig | None, max_model_len: int) -> Catalog:
+    """The catalog of a configuration, opened once in each process."""
     return Catalog.from_config(config, max_model_len)
 
 
 def catalog_for(vllm_config: Any) -> Catalog:
     """The catalog of an engine, opened once in each process."""
     config = SteeringConfig.from_additional_config(vllm_config.additional_config)
-    return _catalog(config, vllm_config.model_config.max_model_len)
+    return open_catalog(config, vllm_config.model_config.max_model_len)
 
 
 def accepted_of(params: Any) -> Accepted | None:

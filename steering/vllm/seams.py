@@ -457,6 +457,36 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
         Seam("renderers.base", "BaseRenderer", fields=("tokenizer",)),
     ),
+    "server/presets/models.py": (
+        Seam(
+            "entrypoints.openai.models.serving",
+            "OpenAIServingModels",
+            fields=("base_model_paths", "lora_requests", "model_config"),
+        ),
+        Seam(
+            "entrypoints.openai.models.serving",
+            "OpenAIServingModels.is_base_model",
+            first=("model_name",),
+        ),
+        Seam(
+            "entrypoints.openai.models.serving",
+            "OpenAIServingModels.model_name",
+            first=("lora_request",),
+        ),
+        Seam("entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models"),
+        Seam("", "envs"),
+        Seam("envs", "", mentions=("VLLM_SKIP_MODEL_NAME_VALIDATION",)),
+        Seam(
+            "entrypoints.serve.engine.protocol",
+            "ModelCard",
+            fields=("id", "created", "owned_by", "root", "parent", "max_model_len", "permission"),
+        ),
+        Seam("entrypoints.serve.engine.protocol", "ModelPermission"),
+        *(
+            Seam(f"entrypoints.openai.{api}.serving", "", mentions=("model_name", "_check_model"))
+            for api in ("chat_completion", "completion", "responses")
+        ),
+    ),
     "server/protocol.py": (
         *(
             Seam(f"entrypoints.openai.{api}.protocol", f"{name}.to_sampling_params")

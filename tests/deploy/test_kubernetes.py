@@ -87,11 +87,19 @@ def test_mounts_are_of_volumes_that_exist(manifests: dict[str, Any], kind: str) 
 
 
 def test_both_read_what_is_served_from_one_place(manifests: dict[str, Any]) -> None:
-    served = manifests["ConfigMap"]
+    served = read_yaml(KUBERNETES / "served.yaml")
     for kind in ("Deployment", "Job"):
         text = yaml.safe_dump(manifests[kind])
         assert f"name: {served['metadata']['name']}" in text
         assert set(re.findall(r"\$\((\w+)\)", text)) <= set(served["data"])
+
+
+def test_presets_are_read_where_they_are_mounted(pod: Any, server: Any) -> None:
+    presets = read_yaml(KUBERNETES / "presets.yaml")
+    (mount,) = (each for each in server["volumeMounts"] if each["name"] == "presets")
+    assert f"--steering-presets={mount['mountPath']}" in server["args"]
+    (volume,) = (each for each in pod["spec"]["volumes"] if each["name"] == "presets")
+    assert volume["configMap"]["name"] == presets["metadata"]["name"]
 
 
 def test_probes_ask_for_health(server: Any) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def start(
         model_config: Any = None,
         max_body_bytes: int | None = None,
         max_read_values: int = LEAST_MAX_READ_VALUES,
+        options: Mapping[str, Any] | None = None,
     ) -> Server:
         refs = references(**({"a": {}} if saes is None else saes))
         config = (
@@ -67,7 +68,7 @@ def start(
         engine = FakeEngine(config, model_config)
         engine.stats = list(stats)
         app, recorder = asyncio.run(
-            make_app(config, *flags, engine=engine, max_body_bytes=max_body_bytes)
+            make_app(config, *flags, engine=engine, max_body_bytes=max_body_bytes, options=options)
         )
         return Server(TestClient(app, raise_server_exceptions=False), recorder)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,14 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import (
     ResponseCompletedEvent,
     ResponseCreatedEvent,
     ResponsesResponse,
 )
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -131,8 +135,28 @@ class Recorder:
 
 
 class FakeChat:
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, models: OpenAIServingModels) -> None:
         self.recorder = recorder
+        self.models = models
+
+    def unknown(self, request: Any) -> Any:
+        """vLLM's answer if there is no such model."""
+        if not request.model or self.models.is_base_model(request.model):
+            return None
+        if request.model in self.models.lora_requests:
+            return None
+        return create_error_response(
+            f"The model `{request.model}` does not exist.", "NotFoundError", HTTPStatus.NOT_FOUND
+        )
+
+    def head(self, request: Any) -> dict[str, Any]:
+        """How each chunk of its stream begins."""
+        return {**HEAD, "model": self.called(request)}
+
+    def called(self, request: Any) -> str:
+        """What the response calls the model."""
+        name: str = self.models.model_name(self.models.lora_requests.get(request.model))
+        return name
 
     def _maybe_get_adapters(self, request: Any, supports_default_mm_loras: bool = False) -> None:
         """There are none."""
@@ -142,14 +166,16 @@ class FakeChat:
         return self.recorder.error_response or ([], [PROMPT])
 
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
+        if (unknown := self.unknown(request)) is not None:
+            return unknown
         await self.recorder.run(request)
         if self.recorder.error_response is not None:
             return self.recorder.error_response
         if request.stream:
             options = request.stream_options
-            return self.recorder.chunks(HEAD, bool(options and options.include_usage))
+            return self.recorder.chunks(self.head(request), bool(options and options.include_usage))
         choice = {"index": 0, "message": {"role": "assistant", "content": "hi"}}
-        return ChatCompletionResponse(model="tiny", choices=[choice], usage=USAGE)
+        return ChatCompletionResponse(model=self.called(request), choices=[choice], usage=USAGE)
 
 
 class FakeCompletion(FakeChat):
@@ -158,21 +184,26 @@ class FakeCompletion(FakeChat):
         return self.recorder.error_response or [PROMPT]
 
     async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
+        if (unknown := self.unknown(request)) is not None:
+            return unknown
         prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
         for _ in prompts:
             await self.recorder.run(request)
         if request.stream:
-            return self.recorder.chunks({**HEAD, "object": "text_completion"}, False)
+            return self.recorder.chunks({**self.head(request), "object": "text_completion"}, False)
         choice = {"index": 0, "text": "hi"}
-        return CompletionResponse(model="tiny", choices=[choice], usage=USAGE)
+        return CompletionResponse(model=self.called(request), choices=[choice], usage=USAGE)
 
 
 class FakeResponses(FakeChat):
     async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
+        if (unknown := self.unknown(request)) is not None:
+            return unknown
         params = await self.recorder.run(request, self._generate_with_builtin_tools)
+        name = self.called(request)
         if request.stream:
-            return self._events(request, params)
-        return self._response(request, params)
+            return self._events(request, params, name)
+        return self._response(request, params, name)
 
     async def _generate_with_builtin_tools(
         self, *, engine_input: Any, sampling_params: Any
@@ -183,18 +214,20 @@ class FakeResponses(FakeChat):
             async for output in self.recorder.engine.generate(engine_input, sampling_params, name):
                 yield output
 
-    async def _events(self, request: Any, params: Any) -> AsyncGenerator[Any, None]:
+    async def _events(self, request: Any, params: Any, name: str) -> AsyncGenerator[Any, None]:
         for kind, event in (
             ("created", ResponseCreatedEvent),
             ("completed", ResponseCompletedEvent),
         ):
             yield event(
-                type=f"response.{kind}", sequence_number=0, response=self._response(request, params)
+                type=f"response.{kind}",
+                sequence_number=0,
+                response=self._response(request, params, name),
             )
 
-    def _response(self, request: Any, params: Any) -> Any:
+    def _response(self, request: Any, params: Any, name: str) -> Any:
         return ResponsesResponse.from_request(
-            request, params, model_name="tiny", created_time=1, output=[], status="completed"
+            request, params, model_name=name, created_time=1, output=[], status="completed"
         )
 
 
@@ -218,8 +251,11 @@ class FakeEngine:
         self.vllm_config = SimpleNamespace(
             additional_config=additional, model_config=SimpleNamespace(max_model_len=256)
         )
-        self.model_config = model_config or SimpleNamespace(model="/nowhere", revision=None)
+        self.model_config = model_config or SimpleNamespace(
+            model="/nowhere", revision=None, max_model_len=256
+        )
         self.renderer = SimpleNamespace(tokenizer=None)
+        self.input_processor = None
         self.engine_core = self
         self.core_engines = ["0"]
         self.stats: list[dict[str, float]] = []
@@ -315,19 +351,24 @@ async def make_app(
     *flags: str,
     engine: FakeEngine | None = None,
     max_body_bytes: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[FastAPI, Recorder]:
     """The app that `vllm serve FLAGS` builds, its plugins already restricted to ours."""
     args = serve_args(*flags)
     if max_body_bytes is not None:
         args.steering_max_body_bytes = max_body_bytes
+    for name, value in (options or {}).items():
+        setattr(args, name, value)
     app = build_app(args, ("generate",), None)
     engine = engine or FakeEngine(config)
     recorder = Recorder(engine)
     state = app.state
-    state.openai_serving_chat = FakeChat(recorder)
-    state.openai_serving_completion = FakeCompletion(recorder)
-    state.openai_serving_responses = FakeResponses(recorder)
-    state.anthropic_serving_messages = FakeMessages(recorder)
+    models = OpenAIServingModels(engine, [BaseModelPath("tiny", "/nowhere")])
+    state.openai_serving_models = models
+    state.openai_serving_chat = FakeChat(recorder, models)
+    state.openai_serving_completion = FakeCompletion(recorder, models)
+    state.openai_serving_responses = FakeResponses(recorder, models)
+    state.anthropic_serving_messages = FakeMessages(recorder, models)
     (plugin,) = state.endpoint_plugins
     assert isinstance(plugin, SteeringEndpointPlugin)
     await plugin.init_state(engine, state, args)

@@ -26,7 +26,7 @@ from server.start import engine_death
 from server.start.arguments import refuse_flags
 from server.start.checked_sae import unforeseen_refused
 from server.start.errors import RefusedStartError
-from server.start.flags import ServerOptions, split_sae_flags
+from server.start.flags import SAE_FLAG, ServerOptions, split_flag
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from steering.request.special_tokens import special_token_ids
 from tests.models import make_tiny_model, make_tiny_sae
@@ -354,7 +354,10 @@ def test_saes_may_stand_in_a_configuration_file(
 
 def test_sae_flags_are_taken_out_wherever_they_stand() -> None:
     argv = ["--sae", "a=1,hook=x", "model", "--sae=b=2", "--port", "5", "--sae", "c=3"]
-    assert split_sae_flags(argv) == (["a=1,hook=x", "b=2", "c=3"], ["model", "--port", "5"])
+    assert split_flag(SAE_FLAG, "NAME=SOURCE", argv) == (
+        ["a=1,hook=x", "b=2", "c=3"],
+        ["model", "--port", "5"],
+    )
 
 
 def test_special_tokens_are_all_that_are_flagged() -> None:
