@@ -7,6 +7,7 @@ what comes otherwise is accepted here at the latest.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Mapping
 from copy import copy
@@ -17,6 +18,7 @@ from steering.errors import SteeringError
 from steering.request.accepted import Accepted, accept
 from steering.request.cache_salt import cache_salt, unsteered_salt
 from steering.request.catalog import Catalog
+from steering.request.hook_order import layer_of
 from steering.request.plan import SELF_CHECK, SteeringPlan, make_plan
 from steering.vllm.tracing import SPAN, span_attributes
 
@@ -33,14 +35,31 @@ RESERVED: Final = frozenset({FIELD, PLAN, SPAN})
 
 
 @functools.lru_cache(maxsize=8)
-def _catalog(config: SteeringConfig | None, max_model_len: int) -> Catalog:
-    return Catalog.from_config(config, max_model_len)
+def _catalog(config: SteeringConfig | None, max_model_len: int, stages: tuple[int, ...]) -> Catalog:
+    stage_of = functools.partial(_stage_of, stages) if len(stages) > 1 else None
+    return Catalog.from_config(config, max_model_len, stage_of)
+
+
+def _stage_of(ends: tuple[int, ...], hook: str) -> int:
+    """The stage that holds a hook point's layer: the first that ends behind it."""
+    return bisect.bisect_right(ends, layer_of(hook))
+
+
+def _stage_ends(vllm_config: Any) -> tuple[int, ...]:
+    """One past the last layer of each pipeline stage, as vLLM parts them."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return ()
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return tuple(get_pp_indices(layers, stage, stages)[1] for stage in range(stages))
 
 
 def catalog_for(vllm_config: Any) -> Catalog:
     """The catalog of an engine, opened once in each process."""
     config = SteeringConfig.from_additional_config(vllm_config.additional_config)
-    return _catalog(config, vllm_config.model_config.max_model_len)
+    return _catalog(config, vllm_config.model_config.max_model_len, _stage_ends(vllm_config))
 
 
 def accepted_of(params: Any) -> Accepted | None:
@@ -97,7 +116,9 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
     _refuse_long(accepted, params, length, catalog.max_read_values)
     spec = accepted.spec
     prompt_len = length if accepted.prompt_len is None else accepted.prompt_len
-    request.cache_salt = cache_salt(spec, accepted.fingerprints, prompt_len, request.cache_salt)
+    request.cache_salt = cache_salt(
+        spec, accepted.prepared.fingerprints, prompt_len, request.cache_salt
+    )
     if spec.skips_prefix_cache:
         params.skip_reading_prefix_cache = True
     plan = make_plan(

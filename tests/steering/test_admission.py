@@ -68,6 +68,7 @@ def config(tmp_path: Path) -> Engine:
         return SimpleNamespace(
             additional_config={"steering": steering.to_dict()},
             model_config=SimpleNamespace(max_model_len=CONTEXT),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         )
 
     return make
@@ -284,3 +285,35 @@ def test_batch_without_a_read_is_rendered_as_it_runs(config: Engine) -> None:
     with pytest.raises(Started):
         _validating(begin)(llm, prompts=prompts, params=[params(edits)])
     assert [*prompts] == [rendered()]
+
+
+def test_condition_of_another_pipeline_stage_is_refused(tmp_path: Path) -> None:
+    references = [
+        ResolvedSAE(f"s{layer}", str(path), path=str(path))
+        for layer in range(NUM_LAYERS)
+        if (path := make_tiny_sae(tmp_path / f"s{layer}", layer=layer))
+    ]
+    steering = SteeringConfig(tuple(references), D_MODEL, NUM_LAYERS)
+
+    def served(stages: int) -> Any:
+        return SimpleNamespace(
+            additional_config={"steering": steering.to_dict()},
+            model_config=SimpleNamespace(
+                max_model_len=CONTEXT, get_total_num_hidden_layers=lambda: NUM_LAYERS
+            ),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        )
+
+    def parse(edit: int, condition: int, stages: int) -> None:
+        when = {"sae": f"s{condition}", "feature": 1, "above": 0}
+        item = {"sae": f"s{edit}", "feature": 3, "op": "ablate", "when": when}
+        catalog_for(served(stages)).parse({"interventions": [item]})
+
+    # Of four layers in two stages, each has two.
+    parse(1, 0, stages=2)
+    parse(3, 2, stages=2)
+    parse(2, 1, stages=1)
+    with pytest.raises(SteeringError, match="different pipeline stages") as refused:
+        parse(2, 1, stages=2)
+    assert refused.value.code == "unsupported_combination"
+    assert refused.value.param == "steering.interventions[0].when"
