@@ -136,8 +136,10 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
     return accepted
 
 
-def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
-    """Refuse a read or a report that `complete` would, before the engine is handed its request.
+def refuse_by_length(prompt: Any, params: Any, vllm_config: Any) -> None:
+    """Refuse what `complete` would by the prompt's length, before the engine is handed its request.
+
+    That is a read or a report that is too long, and edits of one feature that meet in this prompt.
 
     When `complete` sees it, its response may have begun to stream, or others of its batch may run.
 
@@ -148,7 +150,10 @@ def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
     """
     accepted = accepted_of(params)
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-    if accepted is None or ids is None or params.max_tokens is None:
+    if accepted is None or ids is None:
+        return
+    accepted.spec.at(len(ids) if accepted.prompt_len is None else accepted.prompt_len)
+    if params.max_tokens is None:
         return
     _refuse_long(accepted, params, len(ids), catalog_for(vllm_config).max_read_values)
 

@@ -249,6 +249,19 @@ def test_engine_that_streams_refuses_an_invalid_field_as_a_value_error(config: E
         _collecting(begin)(engine, "text", params(REPORT), "1")
 
 
+def test_edits_that_meet_in_this_prompt_are_refused_before_anything_runs(config: Engine) -> None:
+    # Of one feature: the first three tokens, and the last four.
+    edits = [
+        {"feature": 1, "op": "ablate", "positions": where} for where in ({"end": 3}, {"start": -4})
+    ]
+    edits[1]["positions"]["generation"] = False
+    engine = SimpleNamespace(vllm_config=config(None))
+    for length, meets in ((7, False), (6, True)):
+        expected: Any = SteeringError if meets else Started
+        with pytest.raises(expected):
+            _collecting(begin)(engine, rendered(length), params({"interventions": edits}), "1")
+
+
 @pytest.mark.parametrize("prompt", ["text", {"prompt": "text"}])
 def test_prompt_whose_length_is_not_known_yet_is_left_to_the_door(
     config: Engine, prompt: Any
