@@ -41,7 +41,6 @@ class Summary:
         cached: tokens of the prompt that no pass of this choice computed.
         edits: figures of each edit; None if this worker does not hold the edit's layer.
         edited: figures of each hook point where a token was edited, in the order of the pass.
-        protected: what is left of the edits beside protected features.
         stopped: which condition ended the choice, and where.
         read: ``[n]`` int64 positions, ``[n, top_k]`` int32 latents and ``[n, top_k]`` float32
             activations, best first, as bytes.
@@ -53,7 +52,6 @@ class Summary:
     cached: int | None = None
     edits: Sequence[Figures | None] = ()
     edited: Sequence[Figures] | None = None
-    protected: Figures | None = None
     stopped: Figures | None = None
     read: Sequence[bytes] | None = None
     aggregate: list[list[float]] | None = None
@@ -116,6 +114,7 @@ class Report:
         summaries: Sequence[Summary],
         read: Iterable[FeaturesAt],
         decode: Callable[[list[int]], str],
+        protected: Figures | None = None,
     ) -> Report:
         """Join the workers' summaries of one choice.
 
@@ -125,6 +124,7 @@ class Report:
             summaries: one of each pipeline stage that recorded something, in their order.
             read: what `features_read` makes of the summaries' ``read``.
             decode: the text of token ids.
+            protected: what is left of the edits beside protected features.
         """
         cached = _first(s.cached for s in summaries)
         edited = [dict(figures) for s in summaries for figures in s.edited or ()]
@@ -138,7 +138,7 @@ class Report:
             tokens_cached=choice.cached if cached is None else int(cached),
             read=_read(spec, choice, read, decode),
             edited=edited if any(s.edited is not None for s in summaries) else None,
-            protected=_first(s.protected for s in summaries),
+            protected=None if protected is None else dict(protected),
             stopped=_first(s.stopped for s in summaries),
             aggregate=_first(s.aggregate for s in summaries),
             measured=None if measured is None else Measured(**measured),
@@ -222,13 +222,15 @@ def wants_report(spec: SteeringSpec) -> bool:
 def _entry(edit: Edit, figures: Iterable[Figures | None]) -> dict[str, Any]:
     """One of ``interventions``; each pipeline stage knows the edits at its own layers."""
     known = _first(figures)
+    if known is None:
+        known = _NOTHING if edit.when is None else {**_NOTHING, "tokens_held_back": 0}
     return {
         "sae": edit.sae,
         "feature": edit.feature,
         "op": edit.op,
         "value": edit.value,
         "effective_value": edit.effective_value,
-        **(_NOTHING if known is None else known),
+        **known,
     }
 
 

@@ -38,7 +38,7 @@ from server.streaming import (
 )
 from steering.errors import SteeringError
 from steering.report import Ticket, wants_report
-from steering.vllm.door import FIELD, refusal_in, refuse_long_results
+from steering.vllm.door import FIELD, refusal_in, refuse_by_length
 
 VLLMRoute = Callable[[Any, Request], Awaitable[Response | None]]
 
@@ -134,7 +134,7 @@ def _generate_if_short(
     sampling_params: Any,
     **options: Any,
 ) -> Any:
-    refuse_long_results(engine_input, sampling_params, vllm_config)
+    refuse_by_length(engine_input, sampling_params, vllm_config)
     return generate(engine_input=engine_input, sampling_params=sampling_params, **options)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from steering.report import Ticket
-from steering.request.catalog import Catalog
+from steering.request.catalog import Catalog, Prepared
 from steering.request.plan import Inspection
 from steering.request.spec import SteeringSpec
 
@@ -21,7 +20,7 @@ class Accepted:
 
     Attributes:
         spec: the validated field.
-        fingerprints: of the weights of each SAE in ``spec.saes``, for the cache salt.
+        prepared: what the SAEs' weights say of it.
         inspection: how `inspect` and the self-check read; None for a client's own request.
         prompt_len: where generation begins, if not at the end of vLLM's prompt: the reader puts a
             whole text there, of which a part counts as generated.
@@ -30,7 +29,7 @@ class Accepted:
     """
 
     spec: SteeringSpec
-    fingerprints: Mapping[str, str]
+    prepared: Prepared
     inspection: Inspection | None = None
     prompt_len: int | None = None
     ticket: Ticket | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from sae.card import SAECard
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
-from sae.solve import IllConditionedError, is_affine, solve
+from sae.solve import IllConditionedError, Solved, is_affine, solve
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.request.condition_rules import refuse_across_stages
@@ -31,6 +31,20 @@ _NO_ARITHMETIC: Final = frozenset(
 )
 #: Sets of edits of which it is remembered that they can be solved together.
 MAX_SOLVABLE: Final = 4096
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the weights say of a valid request.
+
+    Attributes:
+        fingerprints: of the SAEs in its ``kv_saes``, by name: equal ones make equal edits.
+        protected: what its edits keep beside protected features, ``norm_kept`` and ``gain_kept``
+            as a report has them; None if nothing is protected or nobody asked.
+    """
+
+    fingerprints: Mapping[str, str]
+    protected: Mapping[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,7 @@ class Catalog:
         loaded: the SAEs by name.
         max_read_values: how many features one request may have read, over all its tokens.
         special_token_ids: tokens that edits leave alone; None for those of the model's tokenizer.
+        stage_of: the pipeline stage that holds a hook point; None where there is but one stage.
     """
 
     def __init__(
@@ -103,9 +118,11 @@ class Catalog:
         loaded: Mapping[str, LoadedSAE],
         max_read_values: int = LEAST_MAX_READ_VALUES,
         special_token_ids: Sequence[int] | None = None,
+        stage_of: Callable[[str], int] | None = None,
     ) -> None:
         self.max_read_values = max_read_values
         self._special_token_ids = special_token_ids
+        self._stage_of = stage_of
         self._fingerprints: dict[str, str] = {}
         self._loaded = dict(loaded)
         # Rows already found finite, in SAEs too large to be scanned at start.
@@ -119,12 +136,18 @@ class Catalog:
         self._scanned: dict[str, str | None] = {}
 
     @classmethod
-    def from_config(cls, config: SteeringConfig | None, max_model_len: int = 0) -> Catalog:
+    def from_config(
+        cls,
+        config: SteeringConfig | None,
+        max_model_len: int = 0,
+        stage_of: Callable[[str], int] | None = None,
+    ) -> Catalog:
         """Open every SAE of ``config``; an empty catalog for None.
 
         Args:
             config: what to serve.
             max_model_len: tokens of a context, if known; see `SteeringConfig.read_limit`.
+            stage_of: the pipeline stage that holds a hook point; None for a single stage.
 
         Raises:
             SAEError: if a file does not hold what it should.
@@ -142,7 +165,8 @@ class Catalog:
                 facts.center_writing_weights,
             )
             loaded[ref.name] = LoadedSAE(sae, features, stated)
-        return cls(loaded, config.read_limit(max_model_len), config.special_token_ids)
+        limit = config.read_limit(max_model_len)
+        return cls(loaded, limit, config.special_token_ids, stage_of)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -172,22 +196,13 @@ class Catalog:
         Raises:
             SteeringError: with the code and path of what is wrong.
         """
-        return parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
+        spec = parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
+        if self._stage_of is not None:
+            edits = ((edit.sae, edit.when) for edit in spec.edits)
+            refuse_across_stages(edits, self._loaded, self._stage_of)
+        return spec
 
-    def refuse_across_stages(self, spec: SteeringSpec, stage_of: Callable[[str], int]) -> None:
-        """Refuse conditions that another pipeline stage reads than the one that makes the edit.
-
-        Args:
-            spec: the validated field.
-            stage_of: the pipeline stage that holds a hook point.
-
-        Raises:
-            SteeringError: ``unsupported_combination``.
-        """
-        edits = ((edit.sae, edit.when) for edit in spec.edits)
-        refuse_across_stages(edits, self._loaded, stage_of)
-
-    async def prepare(self, spec: SteeringSpec) -> dict[str, str]:
+    async def prepare(self, spec: SteeringSpec) -> Prepared:
         """As `prepare_now`, but off the event loop what may read whole files.
 
         Raises:
@@ -196,15 +211,12 @@ class Catalog:
         """
         unknown = any(name not in self._fingerprints for name in spec.kv_saes)
         unchecked = not self._checked.keys().isdisjoint(spec.all_saes)
-        if unknown or unchecked or spec.reread:
+        if unknown or unchecked or spec.reread or spec.protect:
             return await asyncio.to_thread(self.prepare_now, spec)
         return self.prepare_now(spec)
 
-    def prepare_now(self, spec: SteeringSpec) -> dict[str, str]:
+    def prepare_now(self, spec: SteeringSpec) -> Prepared:
         """Check the rows that ``spec`` needs and fingerprint the SAEs that its edits depend on.
-
-        Returns:
-            Fingerprints by the names in ``spec.kv_saes``: equal ones make equal edits.
 
         Raises:
             SteeringError: as `prepare`.
@@ -226,7 +238,10 @@ class Catalog:
             self._check_all(spec.read.sae, "steering.read")
         if spec.reread:
             self._refuse_unsolvable(spec)
-        return {name: self._fingerprint(name) for name in spec.kv_saes}
+        return Prepared(
+            {name: self._fingerprint(name) for name in spec.kv_saes},
+            self._protected(spec) if spec.report and spec.protect else None,
+        )
 
     def _refuse_unsolvable(self, spec: SteeringSpec) -> None:
         """SteeringError ``ill_conditioned`` if the edits of some SAE cannot be solved together."""
@@ -236,14 +251,37 @@ class Catalog:
             key = (name, edited, protected)
             if key in self._solvable:
                 continue
-            sae = self.sae(name)
             try:
-                solve(sae, sorted(edited), [(sae, i) for i in sorted(protected)], reread=True)
+                self._solved(name, edited, protected, reread=True)
             except IllConditionedError as error:
                 raise SteeringError("ill_conditioned", str(error), "steering.match") from None
             if len(self._solvable) >= MAX_SOLVABLE:
                 self._solvable.clear()
             self._solvable.add(key)
+
+    def _protected(self, spec: SteeringSpec) -> dict[str, float | None]:
+        """Means over the edits of what is left of each; one with nothing beside it stays whole."""
+        norms: list[float | None] = []
+        gains: list[float | None] = []
+        for name in spec.saes:
+            edited = [edit.feature for edit in spec.edits if edit.sae == name]
+            protected = {feature for sae, feature in spec.protect if sae == name}
+            if not protected:
+                norms += [1.0] * len(edited)
+                gains += [1.0] * len(edited)
+                continue
+            distinct = sorted(set(edited))
+            solved = self._solved(name, distinct, protected, reread=False)
+            norms += [solved.norm_kept[distinct.index(feature)] for feature in edited]
+            gains += [solved.gain_kept[distinct.index(feature)] for feature in edited]
+        return {"norm_kept": _mean(norms), "gain_kept": _mean(gains)}
+
+    def _solved(
+        self, name: str, edited: Iterable[int], protected: Iterable[int], *, reread: bool
+    ) -> Solved:
+        sae = self.sae(name)
+        beside = [(sae, feature) for feature in sorted(protected)]
+        return solve(sae, sorted(edited), beside, reread=reread)
 
     def _check_feature(self, name: str, feature: int, param: str, whole: str | None = None) -> None:
         """Check what the activation of one feature needs: its row, or all of them for top-k.
@@ -320,3 +358,9 @@ def _unchanged(name: str, param: str | None) -> Iterator[None]:
             "server has to be restarted",
             param,
         ) from None
+
+
+def _mean(ratios: Iterable[float | None]) -> float | None:
+    """Of those that are defined; None if none is."""
+    defined = [ratio for ratio in ratios if ratio is not None]
+    return sum(defined) / len(defined) if defined else None

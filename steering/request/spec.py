@@ -100,6 +100,11 @@ class SteeringSpec:
             for condition in _conditions(edit)
         )
 
+    @property
+    def relative(self) -> bool:
+        """Whether some position counts from the prompt's end."""
+        return any(where.relative for where in (self.positions, *_positions(self.edits)))
+
     def at(self, prompt_len: int) -> SteeringSpec:
         """The same for a prompt of this length: no position is negative any more.
 
@@ -107,7 +112,7 @@ class SteeringSpec:
             SteeringError: ``duplicate_intervention`` if two edits of one feature, whose windows
                 count from different ends of the prompt, meet in this one.
         """
-        if not any(where.relative for where in (self.positions, *_positions(self.edits))):
+        if not self.relative:
             return self
         refuse_duplicates(self.edits, lambda a, b: a.meets(b, prompt_len))
         edits = tuple(replace(edit, positions=edit.positions.at(prompt_len)) for edit in self.edits)

@@ -7,6 +7,7 @@ what comes otherwise is accepted here at the latest.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Mapping
 from copy import copy
@@ -17,6 +18,7 @@ from steering.errors import SteeringError
 from steering.request.accepted import Accepted, accept
 from steering.request.cache_salt import cache_salt, unsteered_salt
 from steering.request.catalog import Catalog
+from steering.request.hook_order import layer_of
 from steering.request.plan import SELF_CHECK, SteeringPlan, make_plan
 from steering.vllm.tracing import SPAN, span_attributes
 
@@ -33,15 +35,40 @@ RESERVED: Final = frozenset({FIELD, PLAN, SPAN})
 
 
 @functools.lru_cache(maxsize=8)
-def open_catalog(config: SteeringConfig | None, max_model_len: int) -> Catalog:
-    """The catalog of a configuration, opened once in each process."""
-    return Catalog.from_config(config, max_model_len)
+def open_catalog(
+    config: SteeringConfig | None, max_model_len: int, stages: tuple[int, ...] = ()
+) -> Catalog:
+    """The catalog of a configuration, opened once in each process.
+
+    Args:
+        config: what to serve.
+        max_model_len: tokens of a context.
+        stages: one past the last layer of each pipeline stage; empty if there is one stage.
+    """
+    stage_of = functools.partial(_stage_of, stages) if len(stages) > 1 else None
+    return Catalog.from_config(config, max_model_len, stage_of)
+
+
+def _stage_of(ends: tuple[int, ...], hook: str) -> int:
+    """The stage that holds a hook point's layer: the first that ends behind it."""
+    return bisect.bisect_right(ends, layer_of(hook))
+
+
+def _stage_ends(vllm_config: Any) -> tuple[int, ...]:
+    """One past the last layer of each pipeline stage, as vLLM parts them."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return ()
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return tuple(get_pp_indices(layers, stage, stages)[1] for stage in range(stages))
 
 
 def catalog_for(vllm_config: Any) -> Catalog:
     """The catalog of an engine, opened once in each process."""
     config = SteeringConfig.from_additional_config(vllm_config.additional_config)
-    return open_catalog(config, vllm_config.model_config.max_model_len)
+    return open_catalog(config, vllm_config.model_config.max_model_len, _stage_ends(vllm_config))
 
 
 def accepted_of(params: Any) -> Accepted | None:
@@ -98,7 +125,9 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
     _refuse_long(accepted, params, length, catalog.max_read_values)
     spec = accepted.spec
     prompt_len = length if accepted.prompt_len is None else accepted.prompt_len
-    request.cache_salt = cache_salt(spec, accepted.fingerprints, prompt_len, request.cache_salt)
+    request.cache_salt = cache_salt(
+        spec, accepted.prepared.fingerprints, prompt_len, request.cache_salt
+    )
     if spec.skips_prefix_cache:
         params.skip_reading_prefix_cache = True
     plan = make_plan(
@@ -116,8 +145,10 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
     return accepted
 
 
-def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
-    """Refuse a read or a report that `complete` would, before the engine is handed its request.
+def refuse_by_length(prompt: Any, params: Any, vllm_config: Any) -> None:
+    """Refuse what `complete` would by the prompt's length, before the engine is handed its request.
+
+    That is a read or a report that is too long, and edits of one feature that meet in this prompt.
 
     When `complete` sees it, its response may have begun to stream, or others of its batch may run.
 
@@ -128,7 +159,10 @@ def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
     """
     accepted = accepted_of(params)
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-    if accepted is None or ids is None or params.max_tokens is None:
+    if accepted is None or ids is None:
+        return
+    accepted.spec.at(len(ids) if accepted.prompt_len is None else accepted.prompt_len)
+    if params.max_tokens is None:
         return
     _refuse_long(accepted, params, len(ids), catalog_for(vllm_config).max_read_values)
 

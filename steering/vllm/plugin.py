@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steering.request.spec import SteeringSpec
 
 _MARK = "_steered_by_vllm_sae"
 
@@ -59,8 +62,7 @@ def _admitting(process_inputs: Any) -> Any:
 
 def _validating(add_requests: Any) -> Any:
     """Refuse a batch of ``LLM``'s before its first request runs, whichever of them is invalid."""
-    from steering.report import wants_report
-    from steering.vllm.door import accepted_of, refuse_long_results, with_accepted
+    from steering.vllm.door import accepted_of, refuse_by_length, with_accepted
 
     @functools.wraps(add_requests)
     def wrapper(self: Any, prompts: Any, params: Any, **kwargs: Any) -> Any:
@@ -69,17 +71,24 @@ def _validating(add_requests: Any) -> Any:
         of_each = {id(one): with_accepted(one, vllm_config) for one in params}
         params = [of_each[id(one)] for one in params]
         accepted = map(accepted_of, of_each.values())
-        if any(one is not None and wants_report(one.spec) for one in accepted):
+        if any(one is not None and _by_length(one.spec) for one in accepted):
             prompts = list(prompts)
             for prompt, one in zip(prompts, params, strict=False):
-                refuse_long_results(prompt, one, vllm_config)
+                refuse_by_length(prompt, one, vllm_config)
         return add_requests(self, prompts, params, **kwargs)
 
     return wrapper
 
 
+def _by_length(spec: SteeringSpec) -> bool:
+    """Whether the length of a prompt may be what such a request is refused for."""
+    from steering.report import wants_report
+
+    return wants_report(spec) or spec.relative
+
+
 def _collecting(generate: Any) -> Any:
-    from steering.vllm.door import accepted_of, refuse_long_results, with_accepted
+    from steering.vllm.door import accepted_of, refuse_by_length, with_accepted
     from steering.vllm.results import collect
 
     @functools.wraps(generate)
@@ -90,8 +99,7 @@ def _collecting(generate: Any) -> Any:
         params = with_accepted(sampling_params, self.vllm_config)
         accepted = accepted_of(params)
         collects = accepted is not None and accepted.ticket is not None
-        if collects:
-            refuse_long_results(prompt, params, self.vllm_config)
+        refuse_by_length(prompt, params, self.vllm_config)
         outputs: AsyncGenerator[Any, None] = generate(self, prompt, params, request_id, **kwargs)
         return collect(self, outputs, params, request_id) if collects else outputs
 

@@ -234,7 +234,16 @@ def _reports(
         of_child = [summary for summary in summaries if summary.child == child]
         if choice.generated and not of_child:
             raise _nothing_recorded(child)
-        found.append(Report.of(accepted.spec, choice, of_child, reads.get(child, ()), decode))
+        found.append(
+            Report.of(
+                accepted.spec,
+                choice,
+                of_child,
+                reads.get(child, ()),
+                decode,
+                accepted.prepared.protected,
+            )
+        )
     return found
 
 

@@ -23,9 +23,8 @@ _starting: ContextVar[dict[str, Any] | None] = ContextVar("steering_span", defau
 
 def span_attributes(spec: SteeringSpec) -> dict[str, Any]:
     """Attributes of a steered request's span, plain types."""
-    saes = {edit.sae for edit in spec.edits} | ({spec.read.sae} if spec.read else set())
     return {
-        "vllm_sae.saes": sorted(saes),
+        "vllm_sae.saes": sorted(spec.all_saes),
         "vllm_sae.ops": sorted({edit.op for edit in spec.edits}),
         "vllm_sae.edits": len(spec.edits),
         "vllm_sae.report": spec.report,

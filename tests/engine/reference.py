@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.engine.reference_pass import ReferencePass
+
 
 class ReferenceSAE:
     """A SAELens folder, read and computed as its documentation says."""
@@ -24,10 +26,33 @@ class ReferenceSAE:
         self.weights = {
             k: v.float() for k, v in load_file(folder / "sae_weights.safetensors").items()
         }
-        hook = self.config.get("metadata", self.config)["hook_name"]
-        _, layer, self.kind = hook.split(".", 2)
+        self.hook: str = self.config.get("metadata", self.config)["hook_name"]
+        _, layer, self.kind = self.hook.split(".", 2)
         self.layer = int(layer)
         self.sink_norm = sink_norm
+        self.max_activation: dict[int, float] = {}
+        if (features := folder / "features.jsonl").exists():
+            entries = [json.loads(line) for line in features.read_text().splitlines()]
+            self.max_activation = {e["index"]: e["max_activation"] for e in entries}
+
+    @property
+    def threshold(self) -> Tensor:
+        """``[d_sae]``, below which a latent is silent."""
+        bias = self.weights["b_enc"]
+        return self.weights.get("threshold", torch.zeros_like(bias))
+
+    def preactivation(self, x: Tensor) -> Tensor:
+        """``[n, d_in]`` to ``[n, d_sae]``, of what has a plain encoder."""
+        return self._input(x) @ self.weights["W_enc"] + self.weights["b_enc"]
+
+    def distance_to_bound(self, x: Tensor, feature: int, bound: float) -> Tensor:
+        """`[n, d_in]` to `[n]`: how far each token is from where f > bound changes."""
+        if self.config["architecture"] in ("standard", "jumprelu"):
+            p = self.preactivation(x)[:, feature]
+            return (p - max(bound, float(self.threshold[feature]))).abs()
+        f = self.encode(x)[:, feature]
+        from_bound = (f - bound).abs().masked_fill(f == 0, torch.inf)
+        return torch.minimum(self.distance_to_jump(x, [feature]), from_bound)
 
     def encode(self, x: Tensor) -> Tensor:
         """``[n, d_in]`` to ``[n, d_sae]``."""
@@ -135,33 +160,49 @@ class ReferenceModel:
 
         ``seen`` receives, by SAE, the stream ``[n, d_in]`` before the edits.
         """
+        logprobs = self.trace(prompt, generated, saes, field, seen)[0]
+        return logprobs
+
+    @torch.inference_mode()
+    def trace(
+        self,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        saes: Mapping[str, ReferenceSAE],
+        field: Mapping[str, Any] | None,
+        seen: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, ReferencePass]:
+        """As `logprobs`, and what the edits did."""
         ids = [*prompt, *generated][:-1]
-        handles = [
-            self._hook(name, sae, ids, len(prompt), dict(field or {}), seen)
-            for name, sae in saes.items()
-        ]
+        where = (saes, dict(field or {}))
+        alone = ReferencePass(*where, list(prompt), len(prompt), self.special)
+        if _looks_at_the_prompt(field):
+            self._run(alone)
+        made = ReferencePass(*where, ids, len(prompt), self.special, alone)
+        logits = self._run(made)
+        made.nearest = min(made.nearest, alone.nearest)
+        if seen is not None:
+            seen.update(made.seen)
+        return logits[len(prompt) - 1 :].log_softmax(-1), made
+
+    def _run(self, made: ReferencePass) -> Tensor:
+        """Logits ``[n, vocab]``."""
+        together: dict[str, list[str]] = {}
+        for name, sae in made.saes.items():
+            together.setdefault(sae.hook, []).append(name)
+        handles = [self._hook(names, made) for names in together.values()]
         try:
-            logits = self.model(torch.tensor([ids])).logits[0]
+            logits: Tensor = self.model(torch.tensor([list(made.ids)])).logits[0]
         finally:
             for handle in handles:
                 handle.remove()
-        logprobs: Tensor = logits[len(prompt) - 1 :].log_softmax(-1)
-        return logprobs
+        return logits
 
-    def _hook(
-        self,
-        name: str,
-        sae: ReferenceSAE,
-        ids: Sequence[int],
-        prompt_len: int,
-        field: dict[str, Any],
-        seen: dict[str, Tensor] | None,
-    ) -> Any:
+    def _hook(self, names: Sequence[str], made: ReferencePass) -> Any:
+        sae = made.saes[names[0]]
+
         def edit(stream: Tensor) -> Tensor:
-            x = stream[0].clone()
-            if seen is not None:
-                seen[name] = x.clone()
-            return stream + self._delta(sae, name, x, ids, prompt_len, field)[None]
+            return stream + made.change(names, stream[0].clone())[None]
 
         layer = self.layers[sae.layer]
         if sae.kind == "hook_resid_pre":
@@ -197,49 +238,9 @@ class ReferenceModel:
 
         return layer.register_forward_hook(after)
 
-    def _delta(
-        self,
-        sae: ReferenceSAE,
-        name: str,
-        x: Tensor,
-        ids: Sequence[int],
-        prompt_len: int,
-        field: dict[str, Any],
-    ) -> Tensor:
-        f = sae.encode(x)
-        f_new = f.clone()
-        touched = torch.zeros(len(ids), dtype=torch.bool)
-        for item in field.get("interventions", []):
-            if item.get("sae", name) != name:
-                continue
-            where = {**(field.get("positions") or {}), **(item.get("positions") or {})}
-            for t, token in enumerate(ids):
-                phase = "prompt" if t < prompt_len else "generation"
-                special = t == 0 or token in self.special
-                if (
-                    not where.get(phase, True)
-                    or (special and not where.get("special_tokens", False))
-                    or t < where.get("start", 0)
-                    or t >= where.get("end", 10**9)
-                    or (sae.sink_norm is not None and x[t].norm() > sae.sink_norm)
-                ):
-                    continue
-                touched[t] = True
-                i, v = item["feature"], item.get("value", 0.0)
-                old = f[t, i]
-                f_new[t, i] = {
-                    "clamp": v,
-                    "ablate": 0.0,
-                    "scale": v * old,
-                    "add": f_new[t, i] + v,
-                    "floor": max(float(old), v),
-                    "cap": min(float(old), v),
-                }[item["op"]]
-        if field.get("error_term", True):
-            delta = ((f_new - f) @ sae.weights["W_dec"]) * sae.output_scale(x)
-        else:
-            delta = sae.decode(f_new, x) - x
-        return delta * touched[:, None]
+
+def _looks_at_the_prompt(field: Mapping[str, Any] | None) -> bool:
+    return '"scope": "prompt"' in json.dumps(field)
 
 
 def margin(

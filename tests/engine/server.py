@@ -26,11 +26,12 @@ from tests.models import make_tiny_sae
 
 MODEL: Final = "smollm2"
 MAX_NUM_SEQS: Final = 8
-#: `l14` is the demo SAE; two random ones at another layer and at the same one. `twin` and `second`
-#: have no labels and no statistics.
+#: `l14` is the demo SAE; random ones at another layer (`second`, `topk`) and at the same one. They
+#: have neither labels nor statistics.
 TINY_SAES: Final[dict[str, dict[str, Any]]] = {
     "second": {"layer": 20, "seed": 3},
     "twin": {"layer": 14, "seed": 4},
+    "topk": {"layer": 20, "seed": 5, "architecture": "topk"},
 }
 TINY_D_SAE: Final = 64
 D_IN: Final = 576

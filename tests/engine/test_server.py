@@ -77,7 +77,7 @@ ENTRY_FIELDS: Final = {
 def test_report_counts_the_positions_that_each_edit_covered(live_server: LiveServer) -> None:
     response = live_server.complete(ELVES, REPORTED, max_tokens=5, ignore_eos=True)
     steering = response.json()["steering"]
-    assert steering.keys() == {"interventions", "tokens_cached"}
+    assert steering.keys() == {"interventions", "tokens_cached", "edited"}
     assert steering["tokens_cached"] == 0
     clamp, scale, ablate = steering["interventions"]
     assert all(entry.keys() == ENTRY_FIELDS for entry in (clamp, scale, ablate))
@@ -90,6 +90,59 @@ def test_report_counts_the_positions_that_each_edit_covered(live_server: LiveSer
     assert (ablate["value"], ablate["effective_value"]) == (0.0, 0.0)
     assert 0 < clamp["tokens_active"] < 11
     assert 0 < clamp["mean_activation"] < clamp["max_activation"]
+
+
+CONDITIONED: Final[dict[str, Any]] = {
+    "interventions": [
+        {"sae": "l14", "feature": demo_sae.ELVES, "op": "clamp", "value": 1.5, "unit": "max_act"},
+        {"sae": "second", "feature": 7, "op": "add", "value": 1, "when": "always"},
+    ],
+    "when": {"any": [{"sae": "l14", "feature": demo_sae.ELVES, "above": 0.3, "unit": "max_act"}]},
+    "positions": {"start": -7},
+    "protect": [{"sae": "l14", "feature": 5}],
+    "max_share": 0.05,
+    "report": True,
+}
+
+
+def test_report_has_what_conditions_protection_and_limits_did(live_server: LiveServer) -> None:
+    def told(steering: dict[str, Any], **more: Any) -> dict[str, Any]:
+        response = live_server.complete(
+            ELVES, steering, max_tokens=5, **{"ignore_eos": True, **more}
+        )
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()["steering"]
+        return found
+
+    steering = told(CONDITIONED)
+    assert steering.keys() == {"interventions", "tokens_cached", "edited", "protected"}
+    held, always = steering["interventions"]
+    assert held.keys() == ENTRY_FIELDS | {"tokens_held_back"}
+    assert always.keys() == ENTRY_FIELDS
+    assert held["tokens_edited"] > 0 < held["tokens_held_back"]
+    assert held["tokens_edited"] + held["tokens_held_back"] == always["tokens_edited"] == 7 + 4
+    assert held["tokens_active"] == held["tokens_edited"]
+    assert steering["protected"].keys() == {"norm_kept", "gain_kept"}
+    assert 0 < steering["protected"]["norm_kept"] <= 1
+    assert steering["protected"]["gain_kept"] > 0
+    at_14, at_20 = steering["edited"]
+    for entry in (at_14, at_20):
+        assert entry.keys() == {"hook", "tokens", "mean_share", "max_share", "tokens_limited"}
+        assert 0 < entry["mean_share"] <= entry["max_share"] <= pytest.approx(0.05)
+    assert (at_14["tokens"], at_20["tokens"]) == (held["tokens_edited"], always["tokens_edited"])
+    assert at_14["tokens_limited"] > 0
+
+    nowhere = {"sae": "second", "feature": 7, "above": 1e5, "scope": "prompt"}
+    off = {**CONDITIONED, "positions": {"prompt": False}, "when": nowhere}
+    off["interventions"] = CONDITIONED["interventions"][:1]
+    (held,) = (quiet := told(off))["interventions"]
+    assert (held["tokens_edited"], held["tokens_held_back"]) == (0, 4)
+    assert (held["mean_activation"], quiet["edited"]) == (None, [])
+    several = told(off, n=2, temperature=0.8, seed=1)
+    assert all(
+        choice.keys() == {"index", *steering} and choice["protected"] == quiet["protected"]
+        for choice in several["choices"]
+    )
 
 
 def test_scoring_a_prompt_reports_the_same_twice(live_server: LiveServer) -> None:
@@ -112,7 +165,7 @@ def test_several_choices_are_reported_one_by_one(live_server: LiveServer) -> Non
     choices = response.json()["steering"]["choices"]
     assert [choice["index"] for choice in choices] == [0, 1]
     for choice in choices:
-        assert choice.keys() == {"index", "interventions", "tokens_cached"}
+        assert choice.keys() == {"index", "interventions", "tokens_cached", "edited"}
         assert choice["interventions"][1]["tokens_edited"] == 5
 
 
@@ -150,7 +203,7 @@ def test_read_gives_the_strongest_features_of_each_covered_token(live_server: Li
 def test_report_and_read_come_together(live_server: LiveServer) -> None:
     steering = {**REPORTED, "read": {"sae": "second"}}
     found = live_server.chat(PARIS, steering).json()["steering"]
-    assert found.keys() == {"interventions", "tokens_cached", "read"}
+    assert found.keys() == {"interventions", "tokens_cached", "edited", "read"}
     assert found["read"]["sae"] == "second"
     assert max(len(token["features"]) for token in found["read"]["tokens"]) == 5
 
@@ -319,7 +372,7 @@ def test_cards_of_all_saes_are_listed(live_server: LiveServer) -> None:
     body = live_server.client.get("/v1/saes").json()
     assert body["object"] == "list"
     by_id = {card["id"]: card for card in body["data"]}
-    assert [*by_id] == ["l14", "second", "twin"]
+    assert [*by_id] == ["l14", "second", "twin", "topk"]
     card = by_id["l14"]
     assert {k: card[k] for k in ("hook", "layer", "architecture", "d_in", "d_sae", "format")} == {
         "hook": "blocks.14.hook_resid_post",

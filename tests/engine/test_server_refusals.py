@@ -19,6 +19,7 @@ PARIS: Final = "What is the capital of France?"
 ELVES: Final = [504, 6641, 1102, 1099, 282, 260, 2935, 30]
 EDIT: Final = {"sae": "l14", "feature": demo_sae.ELVES, "op": "clamp", "value": 1}
 VALID: Final = {"interventions": [EDIT]}
+FIRES: Final = {"sae": "l14", "feature": 1, "above": 0.5}
 
 
 def edits(*changes: dict[str, Any]) -> dict[str, Any]:
@@ -91,11 +92,15 @@ REFUSALS: Final[dict[str, tuple[Any, str, str]]] = {
     ),
     "top_k 0": ({"read": {"sae": "l14", "top_k": 0}}, "invalid_value", ".read.top_k"),
     "top_k 65": ({"read": {"sae": "l14", "top_k": 65}}, "invalid_value", ".read.top_k"),
-    "start negative": ({**VALID, "positions": {"start": -1}}, "invalid_value", ".positions.start"),
-    "end negative": (
-        edits({"positions": {"end": -5}}),
+    "start and end of one sign, crossed": (
+        edits({"positions": {"start": -1, "end": -5}}),
         "invalid_value",
-        ".interventions[0].positions.end",
+        ".interventions[0].positions",
+    ),
+    "start past int32": (
+        {**VALID, "positions": {"start": -(2**31) - 1}},
+        "invalid_value",
+        ".positions.start",
     ),
     "both phases off": (
         edits({"positions": {"prompt": False, "generation": False}}),
@@ -139,6 +144,87 @@ REFUSALS: Final[dict[str, tuple[Any, str, str]]] = {
         "unsupported_combination",
         ".error_term",
     ),
+    "condition that is read later": (
+        {**VALID, "when": {"sae": "second", "feature": 1, "above": 0}},
+        "condition_too_late",
+        ".when",
+    ),
+    "condition of an edit that is read later": (
+        edits({"when": [FIRES, {**FIRES, "sae": "second", "feature": 1, "scope": "so_far"}]}),
+        "condition_too_late",
+        ".interventions[0].when",
+    ),
+    "condition of the prompt on the prompt": (
+        {**VALID, "when": {**FIRES, "scope": "prompt"}},
+        "invalid_value",
+        ".when",
+    ),
+    "condition without a bound": (
+        {**VALID, "when": {"sae": "l14", "feature": 1}},
+        "invalid_value",
+        ".when.above",
+    ),
+    "condition with two bounds": (
+        {**VALID, "when": {**FIRES, "below": 1}},
+        "invalid_value",
+        ".when.below",
+    ),
+    "condition with a negative bound": (
+        {**VALID, "when": {**FIRES, "above": -1}},
+        "invalid_value",
+        ".when.above",
+    ),
+    "no conditions": ({**VALID, "when": []}, "invalid_value", ".when"),
+    "any of no conditions": ({**VALID, "when": {"any": []}}, "invalid_value", ".when.any"),
+    "nine conditions": (
+        {**VALID, "when": [{**FIRES, "feature": i} for i in range(9)]},
+        "invalid_value",
+        ".when",
+    ),
+    "condition of an unknown sae": (
+        {**VALID, "when": [{**FIRES, "sae": "l15"}]},
+        "unknown_sae",
+        ".when[0].sae",
+    ),
+    "unknown field of a condition": (
+        {**VALID, "when": {**FIRES, "op": "clamp"}},
+        "unknown_field",
+        ".when.op",
+    ),
+    "match unknown": ({**VALID, "match": "exact"}, "invalid_value", ".match"),
+    "reread of topk": (
+        {**edits({"sae": "topk", "feature": 1}), "match": "reread"},
+        "unsupported_op",
+        ".match",
+    ),
+    "reread at one hook of two SAEs": (
+        {**edits({}, {"sae": "twin", "feature": 1}), "match": "reread"},
+        "unsupported_combination",
+        ".match",
+    ),
+    "reread of positions that differ": (
+        {**edits({}, {"feature": 1, "positions": {"prompt": False}}), "match": "reread"},
+        "unsupported_combination",
+        ".match",
+    ),
+    "reread of what hardly moves": (
+        {**edits({"sae": "second", "feature": 0}), "match": "reread"},
+        "ill_conditioned",
+        ".match",
+    ),
+    "protect what is edited": (
+        {**VALID, "protect": [{"sae": "l14", "feature": demo_sae.ELVES}]},
+        "unsupported_combination",
+        ".protect[0]",
+    ),
+    "protect where nothing is edited": (
+        {**VALID, "protect": [{"sae": "second", "feature": 1}]},
+        "invalid_value",
+        ".protect[0]",
+    ),
+    "max_share 0": ({**VALID, "max_share": 0}, "invalid_value", ".max_share"),
+    "max_share 11": ({**VALID, "max_share": 11}, "invalid_value", ".max_share"),
+    "max_share true": ({**VALID, "max_share": True}, "invalid_type", ".max_share"),
 }
 
 BODIES: Final[dict[str, dict[str, Any]]] = {
@@ -160,6 +246,8 @@ SAMPLE: Final = (
     "no recorded maximum",
     "65 interventions",
     "no error term at one hook of two SAEs",
+    "condition that is read later",
+    "reread of what hardly moves",
 )
 
 

@@ -144,7 +144,7 @@ def test_a_salt_that_steering_makes_opens_no_steered_blocks(make_engine: MakeEng
     engine.generate([prompt], [STRONG])
     catalog = catalog_for(engine.llm.llm_engine.vllm_config)
     spec = catalog.parse(STRONG)
-    forged = cache_salt(spec, catalog.prepare_now(spec), len(prompt), None)
+    forged = cache_salt(spec, catalog.prepare_now(spec).fingerprints, len(prompt), None)
     [thief] = engine.generate([prompt], [None], salts=[forged])
     assert thief.cached == 0
     assert same(thief, clean)

@@ -68,6 +68,7 @@ def config(tmp_path: Path) -> Engine:
         return SimpleNamespace(
             additional_config={"steering": steering.to_dict()},
             model_config=SimpleNamespace(max_model_len=CONTEXT),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         )
 
     return make
@@ -248,6 +249,19 @@ def test_engine_that_streams_refuses_an_invalid_field_as_a_value_error(config: E
         _collecting(begin)(engine, "text", params(REPORT), "1")
 
 
+def test_edits_that_meet_in_this_prompt_are_refused_before_anything_runs(config: Engine) -> None:
+    # Of one feature: the first three tokens, and the last four.
+    edits = [
+        {"feature": 1, "op": "ablate", "positions": where} for where in ({"end": 3}, {"start": -4})
+    ]
+    edits[1]["positions"]["generation"] = False
+    engine = SimpleNamespace(vllm_config=config(None))
+    for length, meets in ((7, False), (6, True)):
+        expected: Any = SteeringError if meets else Started
+        with pytest.raises(expected):
+            _collecting(begin)(engine, rendered(length), params({"interventions": edits}), "1")
+
+
 @pytest.mark.parametrize("prompt", ["text", {"prompt": "text"}])
 def test_prompt_whose_length_is_not_known_yet_is_left_to_the_door(
     config: Engine, prompt: Any
@@ -284,3 +298,35 @@ def test_batch_without_a_read_is_rendered_as_it_runs(config: Engine) -> None:
     with pytest.raises(Started):
         _validating(begin)(llm, prompts=prompts, params=[params(edits)])
     assert [*prompts] == [rendered()]
+
+
+def test_condition_of_another_pipeline_stage_is_refused(tmp_path: Path) -> None:
+    references = [
+        ResolvedSAE(f"s{layer}", str(path), path=str(path))
+        for layer in range(NUM_LAYERS)
+        if (path := make_tiny_sae(tmp_path / f"s{layer}", layer=layer))
+    ]
+    steering = SteeringConfig(tuple(references), D_MODEL, NUM_LAYERS)
+
+    def served(stages: int) -> Any:
+        return SimpleNamespace(
+            additional_config={"steering": steering.to_dict()},
+            model_config=SimpleNamespace(
+                max_model_len=CONTEXT, get_total_num_hidden_layers=lambda: NUM_LAYERS
+            ),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        )
+
+    def parse(edit: int, condition: int, stages: int) -> None:
+        when = {"sae": f"s{condition}", "feature": 1, "above": 0}
+        item = {"sae": f"s{edit}", "feature": 3, "op": "ablate", "when": when}
+        catalog_for(served(stages)).parse({"interventions": [item]})
+
+    # Of four layers in two stages, each has two.
+    parse(1, 0, stages=2)
+    parse(3, 2, stages=2)
+    parse(2, 1, stages=1)
+    with pytest.raises(SteeringError, match="different pipeline stages") as refused:
+        parse(2, 1, stages=2)
+    assert refused.value.code == "unsupported_combination"
+    assert refused.value.param == "steering.interventions[0].when"

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -53,7 +54,7 @@ async def test_sae_whose_file_was_deleted_is_served_as_it_was(
     (tmp_path / "a" / "sae_weights.safetensors").unlink()
     spec = catalog.parse(EDIT)
     await catalog.prepare(spec)
-    assert len(catalog.prepare_now(spec)["a"]) == 64
+    assert len(catalog.prepare_now(spec).fingerprints["a"]) == 64
 
 
 @pytest.fixture
@@ -174,6 +175,26 @@ async def test_edits_that_can_be_solved_are_prepared(
         await solvable.prepare(solvable.parse(field))
 
 
+async def test_report_says_what_edits_keep_beside_protected_features(solvable: Catalog) -> None:
+    rows = solvable.sae("a").rows([0, 3, 4, 5])
+    encoder, decoder = rows.W_enc.double().numpy(), rows.W_dec.double().numpy()
+    beside = encoder[2:].T
+    new = decoder[:2].T - beside @ np.linalg.lstsq(beside, decoder[:2].T, rcond=None)[0]
+    norm = np.linalg.norm(new, axis=0) / np.linalg.norm(decoder[:2], axis=1)
+    gain = np.einsum("id,di->i", encoder[:2], new) / np.einsum("id,id->i", encoder, decoder)[:2]
+    protect = [{"feature": 4}, {"feature": 5}]
+    for match in ("delta", "reread"):
+        field = {**reread(0, 3, protect=protect), "match": match}
+        assert (await solvable.prepare(solvable.parse(field))).protected is None
+        prepared = await solvable.prepare(solvable.parse({**field, "report": True}))
+        assert prepared.protected == {
+            "norm_kept": pytest.approx(norm.mean()),
+            "gain_kept": pytest.approx(gain.mean()),
+        }
+    plain = await solvable.prepare(solvable.parse({**reread(0), "report": True}))
+    assert plain.protected is None
+
+
 @pytest.mark.parametrize("architecture", ["gated", "topk"])
 def test_what_is_not_affine_cannot_be_solved(tmp_path: Path, architecture: str) -> None:
     path = make_tiny_sae(tmp_path / "a", architecture=architecture)
@@ -194,7 +215,7 @@ def fingerprint(tmp_path: Path, folder: str = "one", **changes: Any) -> str:
     path = make_tiny_sae(tmp_path / folder, **changes)
     saes = (ResolvedSAE("a", str(path), path=str(path), **reference),)
     catalog = Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS, **config))
-    return catalog.prepare_now(catalog.parse(EDIT))["a"]
+    return catalog.prepare_now(catalog.parse(EDIT)).fingerprints["a"]
 
 
 def test_what_a_restart_changes_of_an_sae_parts_requests(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from steering.report import (
 )
 from steering.request.parse import parse_spec
 from steering.request.plan import PlannedEdit, PlannedRead, SteeringPlan, make_plan
+from steering.request.spec import SteeringSpec
 from steering.worker.record import RequestRecord
 
 
@@ -60,10 +61,12 @@ def figures(edited: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def report(*summaries: Summary, choice: Choice = CHOICE) -> Report:
+def report(
+    *summaries: Summary, choice: Choice = CHOICE, spec: SteeringSpec = SPEC, **more: Any
+) -> Report:
     read = next((s.read for s in summaries if s.read is not None), None)
     features = () if read is None else features_read(read)
-    return Report.of(SPEC, choice, summaries, features, lambda ids: f"<{ids[0]}>")
+    return Report.of(spec, choice, summaries, features, lambda ids: f"<{ids[0]}>", **more)
 
 
 def test_each_pipeline_stage_tells_of_the_edits_at_its_layers() -> None:
@@ -89,6 +92,14 @@ def test_each_pipeline_stage_tells_of_the_edits_at_its_layers() -> None:
 def test_edit_that_no_token_came_to_has_counts_of_zero() -> None:
     entry = report(Summary(0, edits=[None, None])).interventions[0]
     assert (entry["tokens_edited"], entry["mean_activation"]) == (0, None)
+    assert "tokens_held_back" not in entry
+
+
+def test_edit_with_a_condition_that_no_token_came_to_held_none_back() -> None:
+    spec = parse_spec({**FIELD, "when": {"sae": "a", "feature": 1, "above": 0}}, SAES)
+    for summary in (Summary(0, edits=[None, None]), Summary(0)):
+        entries = report(summary, spec=spec).interventions
+        assert [entry["tokens_held_back"] for entry in entries] == [0, 0]
 
 
 def test_figures_are_passed_on_as_the_worker_named_them() -> None:
@@ -102,7 +113,7 @@ def test_what_was_not_recorded_is_left_out() -> None:
     body = report(Summary(0, edits=[figures(1), figures(1)])).to_json(True)
     assert body.keys() == {"interventions", "tokens_cached", "read"}
     full = report(
-        Summary(0, edited=[], protected={"norm_kept": 0.9}, stopped={"position": 4})
+        Summary(0, edited=[], stopped={"position": 4}), protected={"norm_kept": 0.9}
     ).to_json(True)
     assert full["edited"] == []
     assert full["protected"] == {"norm_kept": 0.9}
