@@ -41,7 +41,7 @@ def test_hook_point_reads_back_as_it_is_written(kind: str) -> None:
         "blocks.14",
         "blocks.-1.hook_resid_post",
         "blocks.x.hook_resid_post",
-        "blocks.14.hook_resid_mid",
+        "blocks.14.hook_resid",
         "blocks.14.hook_resid_post ",
         "model.layers.14",
         "blocks.٣.hook_resid_post",

@@ -243,7 +243,7 @@ def test_partial_sums_are_refused_under_tensor_parallelism_only() -> None:
     def model() -> Model:
         layer = Plain()
         layer.self_attn.o_proj = nn.Linear(2, 2)
-        layer.self_attn.o_proj.reduce_results = False  # type: ignore[assignment]
+        layer.self_attn.o_proj.reduce_results = False
         return Model(layer)
 
     for kind in ("hook_attn_out", "hook_resid_mid"):
