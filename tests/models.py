@@ -51,10 +51,10 @@ _MOE_SHARED: dict[str, Any] = {
     "shared_expert_intermediate_size": 64,
 }
 _GATED_DELTA_NET: dict[str, Any] = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
 }
 _GRANITE_FACTORS: dict[str, Any] = {
     "residual_multiplier": 0.5,
