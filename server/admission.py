@@ -66,7 +66,7 @@ def _refuse_combinations(request: Steerable, spec: SteeringSpec) -> None:
     if getattr(request, "prompt_embeds", None) is not None or _has_embeds(request):
         raise _combination("prompt_embeds, which have no tokens")
     if getattr(request, "background", False) and wants_report(spec):
-        raise _combination("a report or a read of a background response")
+        raise _combination("a report, a read or a stop_when of a background response")
 
 
 def _has_embeds(request: Steerable) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from steering.request.spec import SteeringSpec
 Figures = Mapping[str, Any]
 #: A position, and the ``[latent, activation]`` pairs that were read there, best first.
 FeaturesAt = tuple[int, list[list[float]]]
+
+#: What a choice's ``stop_reason`` is when a condition of ``stop_when`` ended it.
+STOP_REASON: Final = "steering"
 
 #: Of an edit that no worker saw a token for.
 _NOTHING: Figures = {
@@ -42,7 +45,8 @@ class Summary:
         edits: figures of each edit; None if this worker does not hold the edit's layer.
         edited: figures of each hook point where a token was edited, in the order of the pass.
         protected: what is left of the edits beside protected features.
-        stopped: which condition ended the choice, and where.
+        stopped: what fired at the last position that counts: ``gate``, the index of a condition in
+            `SteeringSpec.gates`, ``position`` and ``activation``.
         read: ``[n]`` int64 positions, ``[n, top_k]`` int32 latents and ``[n, top_k]`` float32
             activations, best first, as bytes.
         aggregate: ``[latent, score]`` of the strongest features over the text, best first.
@@ -78,17 +82,23 @@ class Choice:
         generated: token ids that were sampled.
         prompt_len: where generation begins, as edits see it.
         cached: prompt tokens from the prefix cache, as vLLM counts them.
+        stopped: whether ``stop_when`` ended it.
     """
 
     prompt: Sequence[int]
     generated: Sequence[int]
     prompt_len: int
     cached: int = 0
+    stopped: bool = False
 
     @property
     def entered(self) -> int:
-        """Positions that entered the model for good: the last sampled token never does."""
-        return len(self.prompt) + max(len(self.generated) - 1, 0)
+        """Positions that entered the model for good.
+
+        The last token that is returned never does, but for one that was found there to end it.
+        """
+        unentered = 0 if self.stopped else 1
+        return len(self.prompt) + max(len(self.generated) - unentered, 0)
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,9 @@ class Report:
             read=_read(spec, choice, read, decode),
             edited=edited if any(s.edited is not None for s in summaries) else None,
             protected=_first(s.protected for s in summaries),
-            stopped=_first(s.stopped for s in summaries),
+            stopped=_stopped(spec, _first(s.stopped for s in summaries))
+            if choice.stopped
+            else None,
             aggregate=_first(s.aggregate for s in summaries),
             measured=None if measured is None else Measured(**measured),
         )
@@ -216,7 +228,7 @@ class Ticket:
 
 def wants_report(spec: SteeringSpec) -> bool:
     """Whether a response says something about its steering."""
-    return spec.report or spec.read is not None
+    return spec.report or spec.read is not None or bool(spec.stop_when)
 
 
 def _entry(edit: Edit, figures: Iterable[Figures | None]) -> dict[str, Any]:
@@ -229,6 +241,18 @@ def _entry(edit: Edit, figures: Iterable[Figures | None]) -> dict[str, Any]:
         "value": edit.value,
         "effective_value": edit.effective_value,
         **(_NOTHING if known is None else known),
+    }
+
+
+def _stopped(spec: SteeringSpec, figures: Figures | None) -> dict[str, Any] | None:
+    if figures is None:
+        return None
+    condition = spec.gates[figures["gate"]]
+    return {
+        "sae": condition.sae,
+        "feature": condition.feature,
+        "position": figures["position"],
+        "activation": figures["activation"],
     }
 
 

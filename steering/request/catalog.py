@@ -19,6 +19,7 @@ from sae.solve import IllConditionedError, is_affine, solve
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.request.condition_rules import refuse_across_stages
+from steering.request.engine_limits import EngineLimits
 from steering.request.parse import parse_spec
 from steering.request.spec import SteeringSpec
 
@@ -29,6 +30,8 @@ SCAN_LIMIT_BYTES = 10**9
 _NO_ARITHMETIC: Final = frozenset(
     {"id", "source", "sha256", "error_term", "has_labels", "has_max_activations"}
 )
+#: Of an engine of one pipeline stage that decodes token by token.
+NO_LIMITS: Final = EngineLimits()
 #: Sets of edits of which it is remembered that they can be solved together.
 MAX_SOLVABLE: Final = 4096
 
@@ -96,6 +99,7 @@ class Catalog:
         loaded: the SAEs by name.
         max_read_values: how many features one request may have read, over all its tokens.
         special_token_ids: tokens that edits leave alone; None for those of the model's tokenizer.
+        limits: what the engine, the way it is served, cannot do.
     """
 
     def __init__(
@@ -103,8 +107,10 @@ class Catalog:
         loaded: Mapping[str, LoadedSAE],
         max_read_values: int = LEAST_MAX_READ_VALUES,
         special_token_ids: Sequence[int] | None = None,
+        limits: EngineLimits = NO_LIMITS,
     ) -> None:
         self.max_read_values = max_read_values
+        self._limits = limits
         self._special_token_ids = special_token_ids
         self._fingerprints: dict[str, str] = {}
         self._loaded = dict(loaded)
@@ -119,12 +125,18 @@ class Catalog:
         self._scanned: dict[str, str | None] = {}
 
     @classmethod
-    def from_config(cls, config: SteeringConfig | None, max_model_len: int = 0) -> Catalog:
+    def from_config(
+        cls,
+        config: SteeringConfig | None,
+        max_model_len: int = 0,
+        limits: EngineLimits = NO_LIMITS,
+    ) -> Catalog:
         """Open every SAE of ``config``; an empty catalog for None.
 
         Args:
             config: what to serve.
             max_model_len: tokens of a context, if known; see `SteeringConfig.read_limit`.
+            limits: what the engine, the way it is served, cannot do.
 
         Raises:
             SAEError: if a file does not hold what it should.
@@ -138,7 +150,7 @@ class Catalog:
             features = FeatureTable.open(ref.path, sae.card.d_sae)
             stated = (ref.norm_scaling_factor, ref.normalize_activations)
             loaded[ref.name] = LoadedSAE(sae, features, stated)
-        return cls(loaded, config.read_limit(max_model_len), config.special_token_ids)
+        return cls(loaded, config.read_limit(max_model_len), config.special_token_ids, limits)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,12 +175,15 @@ class Catalog:
         return self._get(name).features
 
     def parse(self, raw: object, *, empty_allowed: bool = False) -> SteeringSpec:
-        """Validate a ``steering`` field against these SAEs; see `parse_spec`.
+        """Validate a ``steering`` field against these SAEs and this engine; see `parse_spec`.
 
         Raises:
             SteeringError: with the code and path of what is wrong.
         """
-        return parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
+        spec = parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
+        self.refuse_across_stages(spec, self._limits.stage_of)
+        self._limits.refuse_stop_when(spec, lambda name: self._loaded[name].reads)
+        return spec
 
     def refuse_across_stages(self, spec: SteeringSpec, stage_of: Callable[[str], int]) -> None:
         """Refuse conditions that another pipeline stage reads than the one that makes the edit.

@@ -14,9 +14,11 @@ from typing import Any, Final
 
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
+from steering.report import STOP_REASON
 from steering.request.accepted import Accepted, accept
 from steering.request.cache_salt import cache_salt, unsteered_salt
 from steering.request.catalog import Catalog
+from steering.request.engine_limits import EngineLimits
 from steering.request.plan import SELF_CHECK, SteeringPlan, make_plan
 from steering.vllm.tracing import SPAN, span_attributes
 
@@ -33,14 +35,27 @@ RESERVED: Final = frozenset({FIELD, PLAN, SPAN})
 
 
 @functools.lru_cache(maxsize=8)
-def _catalog(config: SteeringConfig | None, max_model_len: int) -> Catalog:
-    return Catalog.from_config(config, max_model_len)
+def _catalog(
+    config: SteeringConfig | None, max_model_len: int, stages: int, speculates: bool
+) -> Catalog:
+    from vllm.distributed.utils import get_pp_indices
+
+    if config is None:
+        return Catalog.from_config(None)
+    first_layers = (get_pp_indices(config.num_layers, i, stages)[0] for i in range(stages))
+    limits = EngineLimits(tuple(first_layers), speculates)
+    return Catalog.from_config(config, max_model_len, limits)
 
 
 def catalog_for(vllm_config: Any) -> Catalog:
     """The catalog of an engine, opened once in each process."""
     config = SteeringConfig.from_additional_config(vllm_config.additional_config)
-    return _catalog(config, vllm_config.model_config.max_model_len)
+    return _catalog(
+        config,
+        vllm_config.model_config.max_model_len,
+        vllm_config.parallel_config.pipeline_parallel_size,
+        vllm_config.speculative_config is not None,
+    )
 
 
 def accepted_of(params: Any) -> Accepted | None:
@@ -93,6 +108,7 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
         return None
     accepted = field if isinstance(field, Accepted) else accept(field, catalog)
     _refuse_what_has_no_tokens(request)
+    _refuse_ambiguous_stop(accepted, params)
     length = len(request.prompt_token_ids)
     _refuse_long(accepted, params, length, catalog.max_read_values)
     spec = accepted.spec
@@ -115,8 +131,8 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
     return accepted
 
 
-def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
-    """Refuse a read or a report that `complete` would, before the engine is handed its request.
+def refuse_early(prompt: Any, params: Any, vllm_config: Any) -> None:
+    """Refuse what `complete` would, before the engine is handed its request.
 
     When `complete` sees it, its response may have begun to stream, or others of its batch may run.
 
@@ -126,6 +142,8 @@ def refuse_long_results(prompt: Any, params: Any, vllm_config: Any) -> None:
         vllm_config: the engine's.
     """
     accepted = accepted_of(params)
+    if accepted is not None:
+        _refuse_ambiguous_stop(accepted, params)
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
     if accepted is None or ids is None or params.max_tokens is None:
         return
@@ -140,6 +158,17 @@ def _refuse_what_has_no_tokens(request: Any) -> None:
     if request.resumable:
         raise SteeringError(
             "unsupported_combination", "steering does not work with streamed input", FIELD
+        )
+
+
+def _refuse_ambiguous_stop(accepted: Accepted, params: Any) -> None:
+    """Refuse a stop string that could not be told from a condition in the answer's reason."""
+    if accepted.spec.stop_when and STOP_REASON in (params.stop or ()):
+        raise SteeringError(
+            "unsupported_combination",
+            f"stop_when does not work with the stop string {STOP_REASON!r}, which is the "
+            "stop_reason of an answer that it ends",
+            "steering.stop_when",
         )
 
 

@@ -60,7 +60,7 @@ def _admitting(process_inputs: Any) -> Any:
 def _validating(add_requests: Any) -> Any:
     """Refuse a batch of ``LLM``'s before its first request runs, whichever of them is invalid."""
     from steering.report import wants_report
-    from steering.vllm.door import accepted_of, refuse_long_results, with_accepted
+    from steering.vllm.door import accepted_of, refuse_early, with_accepted
 
     @functools.wraps(add_requests)
     def wrapper(self: Any, prompts: Any, params: Any, **kwargs: Any) -> Any:
@@ -72,14 +72,14 @@ def _validating(add_requests: Any) -> Any:
         if any(one is not None and wants_report(one.spec) for one in accepted):
             prompts = list(prompts)
             for prompt, one in zip(prompts, params, strict=False):
-                refuse_long_results(prompt, one, vllm_config)
+                refuse_early(prompt, one, vllm_config)
         return add_requests(self, prompts, params, **kwargs)
 
     return wrapper
 
 
 def _collecting(generate: Any) -> Any:
-    from steering.vllm.door import accepted_of, refuse_long_results, with_accepted
+    from steering.vllm.door import accepted_of, refuse_early, with_accepted
     from steering.vllm.results import collect
 
     @functools.wraps(generate)
@@ -91,7 +91,7 @@ def _collecting(generate: Any) -> Any:
         accepted = accepted_of(params)
         collects = accepted is not None and accepted.ticket is not None
         if collects:
-            refuse_long_results(prompt, params, self.vllm_config)
+            refuse_early(prompt, params, self.vllm_config)
         outputs: AsyncGenerator[Any, None] = generate(self, prompt, params, request_id, **kwargs)
         return collect(self, outputs, params, request_id) if collects else outputs
 

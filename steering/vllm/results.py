@@ -10,7 +10,15 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from steering.report import Choice, FeaturesAt, Report, Summary, features_read, wants_report
+from steering.report import (
+    STOP_REASON,
+    Choice,
+    FeaturesAt,
+    Report,
+    Summary,
+    features_read,
+    wants_report,
+)
 from steering.request.accepted import Accepted
 from steering.vllm.door import PLAN, accepted_of, result_key
 from steering.vllm.drain import TAKE
@@ -29,18 +37,22 @@ _ACCEPTED: Final = "steering_accepted"
 class _Tracker:
     """One engine request while its outputs pass by.
 
-    ``tokens`` maps a child's index to its output tokens so far.
+    ``tokens`` maps a child's index to its output tokens so far; ``stopped`` are the children that
+    their ``stop_when`` ended.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     prompt: Sequence[int] = ()
     cached: int = 0
+    stopped: set[int] = field(default_factory=set)
 
     def see(self, output: Any, cumulative: bool) -> None:
         self.prompt = output.prompt_token_ids or self.prompt
         self.cached = output.num_cached_tokens or self.cached
         for choice in output.outputs:
             known = self.tokens.setdefault(choice.index, [])
+            if (choice.finish_reason, choice.stop_reason) == ("stop", STOP_REASON):
+                self.stopped.add(choice.index)
             if cumulative:
                 known[:] = choice.token_ids
             else:
@@ -50,7 +62,7 @@ class _Tracker:
         """Each child's tokens; ``prompt_len`` where it is not all of vLLM's prompt."""
         where = len(self.prompt) if prompt_len is None else prompt_len
         return {
-            child: Choice(self.prompt, tokens, where, self.cached)
+            child: Choice(self.prompt, tokens, where, self.cached, child in self.stopped)
             for child, tokens in sorted(self.tokens.items())
         }
 

@@ -34,6 +34,10 @@ class RecordStore:
         self._running[req_id] = record
         return record
 
+    def running(self, req_id: str) -> RequestRecord | None:
+        """The record of a request that is in the batch; None if it keeps none."""
+        return self._running.get(req_id)
+
     def pause(self, req_id: str) -> None:
         """The request was preempted; what was recorded waits for it."""
         if (record := self._running.pop(req_id, None)) is not None:

@@ -216,7 +216,10 @@ class FakeEngine:
     def __init__(self, config: SteeringConfig | None, model_config: Any = None) -> None:
         additional = {} if config is None else {"steering": config.to_dict()}
         self.vllm_config = SimpleNamespace(
-            additional_config=additional, model_config=SimpleNamespace(max_model_len=256)
+            additional_config=additional,
+            model_config=SimpleNamespace(max_model_len=256),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+            speculative_config=None,
         )
         self.model_config = model_config or SimpleNamespace(model="/nowhere", revision=None)
         self.renderer = SimpleNamespace(tokenizer=None)

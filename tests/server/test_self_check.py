@@ -33,7 +33,9 @@ class CheckedEngine(FakeEngine):
 
     def __init__(self, *saes: SAEReference, rank: int = 0, max_model_len: int = 512) -> None:
         super().__init__(SteeringConfig(saes, D_MODEL, NUM_LAYERS) if saes else None)
-        self.vllm_config.parallel_config = SimpleNamespace(_api_process_rank=rank)
+        self.vllm_config.parallel_config = SimpleNamespace(
+            _api_process_rank=rank, pipeline_parallel_size=1
+        )
         self.vllm_config.model_config = SimpleNamespace(
             max_model_len=max_model_len, model="some/model"
         )

@@ -68,6 +68,8 @@ def config(tmp_path: Path) -> Engine:
         return SimpleNamespace(
             additional_config={"steering": steering.to_dict()},
             model_config=SimpleNamespace(max_model_len=CONTEXT),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+            speculative_config=None,
         )
 
     return make
