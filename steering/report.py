@@ -91,6 +91,11 @@ class Choice:
     cached: int = 0
     stopped: bool = False
 
+    def token_at(self, position: int) -> int:
+        """The token id at a position."""
+        start = len(self.prompt)
+        return self.prompt[position] if position < start else self.generated[position - start]
+
     @property
     def entered(self) -> int:
         """Positions that entered the model for good.
@@ -202,15 +207,40 @@ class Ticket:
         self._report = report
         self._turns = turns
         self._reports: list[list[Report]] = []
+        self._choices: list[int] = []
+        self._streamed: dict[int, list[dict[str, Any]]] = {}
 
-    def expect(self) -> int:
-        """A place for the next engine request of this HTTP request, in the order of its prompts."""
+    def expect(self, choices: int = 1) -> int:
+        """A place for the next engine request of this HTTP request, in the order of its prompts.
+
+        Args:
+            choices: how many the request has.
+        """
         self._reports.append([])
+        self._choices.append(choices)
         return len(self._reports) - 1
 
     def put(self, place: int, reports: list[Report]) -> None:
         """Lay down the reports of an engine request's choices."""
         self._reports[place] = reports
+
+    def put_streamed(self, place: int, child: int, read: dict[str, Any]) -> None:
+        """Lay down what is known by now of a choice's read."""
+        index = sum(self._choices[:place]) + child
+        self._streamed.setdefault(index, []).append(read)
+
+    def take_streamed(self) -> dict[str, Any] | None:
+        """What was laid down since the last call, as a chunk's ``steering``; None for nothing."""
+        if not self._streamed:
+            return None
+        streamed, self._streamed = self._streamed, {}
+        reads = {
+            index: {**parts[0], "tokens": [token for part in parts for token in part["tokens"]]}
+            for index, parts in sorted(streamed.items())
+        }
+        if sum(self._choices) == 1:
+            return {"read": reads[0]}
+        return {"choices": [{"index": index, "read": read} for index, read in reads.items()]}
 
     @property
     def reports(self) -> list[Report]:
@@ -262,20 +292,30 @@ def _read(
     read: Iterable[FeaturesAt],
     decode: Callable[[list[int]], str],
 ) -> dict[str, Any] | None:
-    if spec.read is None:
+    if spec.read is None or spec.read.stream:
         return None
-    ids = [*choice.prompt, *choice.generated]
+    return read_object(spec.read.sae, choice, read, decode)
+
+
+def read_object(
+    sae: str,
+    choice: Choice,
+    read: Iterable[FeaturesAt],
+    decode: Callable[[list[int]], str],
+) -> dict[str, Any]:
+    """A ``read`` of the contract, of some of a choice's tokens."""
     tokens = [
         {
             "position": position,
-            "id": ids[position],
-            "text": decode([ids[position]]),
+            "id": token,
+            "text": decode([token]),
             "phase": "prompt" if position < choice.prompt_len else "generation",
             "features": features,
         }
         for position, features in read
+        for token in (choice.token_at(position),)
     ]
-    return {"sae": spec.read.sae, "tokens": tokens}
+    return {"sae": sae, "tokens": tokens}
 
 
 def features_read(read: Sequence[bytes]) -> Iterator[FeaturesAt]:

@@ -182,7 +182,7 @@ class Catalog:
         """
         spec = parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
         self.refuse_across_stages(spec, self._limits.stage_of)
-        self._limits.refuse_stop_when(spec, lambda name: self._loaded[name].reads)
+        self._limits.refuse(spec, lambda name: self._loaded[name].reads)
         return spec
 
     def refuse_across_stages(self, spec: SteeringSpec, stage_of: Callable[[str], int]) -> None:

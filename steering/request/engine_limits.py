@@ -31,8 +31,8 @@ class EngineLimits:
         """The pipeline stage that holds a hook point."""
         return bisect_right(self.first_layers, HookPoint.parse(hook).layer) - 1
 
-    def refuse_stop_when(self, spec: SteeringSpec, reads: Callable[[str], str]) -> None:
-        """Refuse a ``stop_when`` that this engine cannot keep.
+    def refuse(self, spec: SteeringSpec, reads: Callable[[str], str]) -> None:
+        """Refuse what this engine cannot keep of a request.
 
         Args:
             spec: the validated field.
@@ -41,6 +41,11 @@ class EngineLimits:
         Raises:
             SteeringError: ``unsupported_combination``.
         """
+        self._refuse_stop_when(spec, reads)
+        if spec.read is not None and spec.read.stream:
+            self._refuse_earlier_stage("read.stream", reads(spec.read.sae))
+
+    def _refuse_stop_when(self, spec: SteeringSpec, reads: Callable[[str], str]) -> None:
         if not spec.stop_when:
             return
         if self.speculates:
@@ -51,13 +56,15 @@ class EngineLimits:
                 "steering.stop_when",
             )
         for condition in spec.stop_when:
-            hook = reads(condition.sae)
-            # Only what the last stage finds comes to the scheduler with the sampled tokens.
-            if self.stage_of(hook) != self.last_stage:
-                raise SteeringError(
-                    "unsupported_combination",
-                    f"stop_when reads {hook}, which is not on the last pipeline stage (from layer "
-                    f"{self.first_layers[-1]} on); serve without pipeline parallelism, or use an "
-                    "SAE at a later layer",
-                    "steering.stop_when",
-                )
+            self._refuse_earlier_stage("stop_when", reads(condition.sae))
+
+    def _refuse_earlier_stage(self, field: str, hook: str) -> None:
+        # Only what the last stage finds comes to the scheduler with the sampled tokens.
+        if self.stage_of(hook) != self.last_stage:
+            raise SteeringError(
+                "unsupported_combination",
+                f"{field} reads {hook}, which is not on the last pipeline stage (from layer "
+                f"{self.first_layers[-1]} on); serve without pipeline parallelism, or use an SAE "
+                "at a later layer",
+                f"steering.{field}",
+            )

@@ -109,6 +109,7 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
     accepted = field if isinstance(field, Accepted) else accept(field, catalog)
     _refuse_what_has_no_tokens(request)
     _refuse_ambiguous_stop(accepted, params)
+    _refuse_unstreamed(accepted)
     length = len(request.prompt_token_ids)
     _refuse_long(accepted, params, length, catalog.max_read_values)
     spec = accepted.spec
@@ -144,6 +145,7 @@ def refuse_early(prompt: Any, params: Any, vllm_config: Any) -> None:
     accepted = accepted_of(params)
     if accepted is not None:
         _refuse_ambiguous_stop(accepted, params)
+        _refuse_unstreamed(accepted)
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
     if accepted is None or ids is None or params.max_tokens is None:
         return
@@ -169,6 +171,18 @@ def _refuse_ambiguous_stop(accepted: Accepted, params: Any) -> None:
             f"stop_when does not work with the stop string {STOP_REASON!r}, which is the "
             "stop_reason of an answer that it ends",
             "steering.stop_when",
+        )
+
+
+def _refuse_unstreamed(accepted: Accepted) -> None:
+    """Refuse a read that is to come with the answer's chunks where there are none."""
+    read = accepted.spec.read
+    if read is not None and read.stream and accepted.ticket is None:
+        raise SteeringError(
+            "unsupported_combination",
+            "read.stream needs an answer that is streamed; leave it out, and what was read comes "
+            "with the answer",
+            "steering.read.stream",
         )
 
 

@@ -1,4 +1,4 @@
-"""Which requests a pass ends by their ``stop_when``, carried with the pass's sampled tokens.
+"""Which requests a pass ends by their ``stop_when``, and what was read, with its sampled tokens.
 
 A token is judged in the pass that it enters the model with, which samples the token behind it. So
 the scheduler is told beside that next token, drops it, and ends the request.
@@ -6,6 +6,7 @@ the scheduler is told beside that next token, drops it, and ends the request.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -15,10 +16,24 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from steering.worker.ops.layout import NEVER
 from steering.worker.record import RequestRecord
 from steering.worker.stops import Stops
+from steering.worker.streamed_read import StreamedRead
 from steering.worker.worker_state import SteeringState
 
-#: Attribute of a ``ModelRunnerOutput``: request ids to the position at which one fired.
-FIRED: Final = "steering_fired"
+#: Attribute of a ``ModelRunnerOutput``: the pass's `Findings`.
+FINDINGS: Final = "steering_findings"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one pass found, as the scheduler gets it.
+
+    Attributes:
+        fired: request ids to the position at which a ``stop_when`` fired.
+        read: request ids to what was read of requests that stream it.
+    """
+
+    fired: dict[str, int] = field(default_factory=dict)
+    read: dict[str, StreamedRead] = field(default_factory=dict)
 
 
 def attach(runner: Any, state: SteeringState) -> None:
@@ -26,8 +41,8 @@ def attach(runner: Any, state: SteeringState) -> None:
     sample_tokens = runner.sample_tokens
 
     def _sample_tokens(*args: Any, **kwargs: Any) -> Any:
-        stops = state.stops()
-        found = None if stops is None else _Found(stops, state)
+        stops, streaming = state.stops(), state.records.streaming()
+        found = _Found(stops, streaming, state) if stops is not None or streaming else None
         return carrying(sample_tokens(*args, **kwargs), found)
 
     runner.sample_tokens = _sample_tokens
@@ -43,17 +58,34 @@ def carrying(output: Any, found: _Found | None) -> Any:
     if isinstance(output, AsyncModelRunnerOutput):
         return _Carrying(output, found)
     if isinstance(output, ModelRunnerOutput) and output.req_ids:
-        setattr(output, FIRED, found.fired())
+        setattr(output, FINDINGS, found.wait())
     return output
 
 
-def fired_in(output: Any) -> dict[str, int]:
-    """Request ids to positions at which one fired, as the scheduler gets them."""
-    fired: dict[str, int] = getattr(output, FIRED, {})
-    return fired
+def findings_in(output: Any) -> Findings:
+    """What a ``ModelRunnerOutput`` carries."""
+    return getattr(output, FINDINGS, None) or Findings()
 
 
 class _Found:
+    """What one pass found, on its way to the host or there."""
+
+    def __init__(
+        self, stops: Stops | None, streaming: dict[str, RequestRecord], state: SteeringState
+    ) -> None:
+        self._streaming = streaming
+        self._state = state
+        self._stops: _StopsOnHost | None = None
+        if stops is not None:
+            self._stops = _StopsOnHost(stops, state)
+
+    def wait(self) -> Findings:
+        """Wait for the copies, which the pass's sampled tokens follow."""
+        fired = {} if self._stops is None else self._stops.fired()
+        return Findings(fired, self._state.take_streamed(self._streaming))
+
+
+class _StopsOnHost:
     """Copies to the host of one pass's `Stops`, under way or done."""
 
     def __init__(self, stops: Stops, state: SteeringState) -> None:
@@ -94,7 +126,7 @@ class _Carrying(AsyncModelRunnerOutput):
 
     def get_output(self) -> ModelRunnerOutput:
         output = self._output.get_output()
-        setattr(output, FIRED, self._found.fired())
+        setattr(output, FINDINGS, self._found.wait())
         return output
 
 

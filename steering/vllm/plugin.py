@@ -11,7 +11,8 @@ _MARK = "_steered_by_vllm_sae"
 
 def register() -> None:
     """Put the door into ``InputProcessor``, the fetching of results into ``AsyncLLM`` and its
-    client, patience into ``EngineCore`` and attributes of spans into ``OutputProcessor``.
+    client, patience into ``EngineCore``, attributes of spans and streamed reads into
+    ``OutputProcessor``.
 
     vLLM may call this several times in a process.
     """
@@ -23,6 +24,7 @@ def register() -> None:
     from steering.vllm.ignored import refuse_ignored_steering
     from steering.vllm.results import remember_engines
     from steering.vllm.start_failure import leave_word_of_failure
+    from steering.vllm.streamed_reads import receive_rows
     from steering.vllm.tracing import describe_spans
 
     leave_word_of_failure()
@@ -36,6 +38,7 @@ def register() -> None:
         stay_for_results()
         remember_engines()
         describe_spans()
+        receive_rows()
         refuse_ignored_steering()
 
 
