@@ -58,10 +58,11 @@ class StreamedRead:
 
     def followed_by(self, later: StreamedRead) -> StreamedRead:
         """These rows, and behind them later ones of the same request."""
-        columns = (
-            (self.positions, later.positions),
-            (self.covered, later.covered),
-            (self.latents, later.latents),
-            (self.values, later.values),
+        return StreamedRead(
+            self.key,
+            self.child,
+            np.concatenate((self.positions, later.positions)),
+            np.concatenate((self.covered, later.covered)),
+            np.concatenate((self.latents, later.latents)),
+            np.concatenate((self.values, later.values)),
         )
-        return StreamedRead(self.key, self.child, *(np.concatenate(both) for both in columns))

@@ -29,17 +29,19 @@ def body(path: str, steering: Any, **more: Any) -> dict[str, Any]:
     return {**said, **options, "return_token_ids": True, **more}
 
 
-def whole(server: LiveServer, path: str, steering: Any, **more: Any) -> dict[str, Any]:
-    answer = server.client.post(path, json=body(path, steering, **more))
+def whole(live_server: LiveServer, path: str, steering: Any, **more: Any) -> dict[str, Any]:
+    answer = live_server.client.post(path, json=body(path, steering, **more))
     assert answer.status_code == 200, answer.text
     made: dict[str, Any] = answer.json()
     return made
 
 
-def chunks(server: LiveServer, path: str, steering: Any, **more: Any) -> list[dict[str, Any]]:
+def chunks(live_server: LiveServer, path: str, steering: Any, **more: Any) -> list[dict[str, Any]]:
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     found = []
-    with server.client.stream("POST", path, json=body(path, steering, **usage, **more)) as answer:
+    with live_server.client.stream(
+        "POST", path, json=body(path, steering, **usage, **more)
+    ) as answer:
         assert answer.status_code == 200, answer.read()
         for line in answer.iter_lines():
             if line.startswith("data: {"):
@@ -85,9 +87,9 @@ def streamed_reads(found: list[dict[str, Any]], index: int | None = None) -> lis
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_stopped_answer_is_the_same_streamed_and_whole(server: LiveServer, path: str) -> None:
+def test_stopped_answer_is_the_same_streamed_and_whole(live_server: LiveServer, path: str) -> None:
     read = {"read": {"sae": SAE, "top_k": 64}, "positions": {"prompt": False}}
-    plain = whole(server, path, read)
+    plain = whole(live_server, path, read)
     tokens = read_tokens(plain["steering"]["read"])
     seen: set[int] = set()
     late = None
@@ -100,7 +102,7 @@ def test_stopped_answer_is_the_same_streamed_and_whole(server: LiveServer, path:
     assert late is not None, tokens
     position, feature = late
     field = {"stop_when": {"sae": SAE, "feature": feature, "above": 0}}
-    stopped = whole(server, path, field)
+    stopped = whole(live_server, path, field)
     [choice] = stopped["choices"]
     count = position - plain["usage"]["prompt_tokens"] + 1
     assert choice["token_ids"] == plain["choices"][0]["token_ids"][:count]
@@ -108,7 +110,7 @@ def test_stopped_answer_is_the_same_streamed_and_whole(server: LiveServer, path:
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "steering")
     assert stopped["usage"]["completion_tokens"] == count
     assert stopped["steering"]["stopped"]["position"] == position
-    found = chunks(server, path, field)
+    found = chunks(live_server, path, field)
     expected = (text_of(choice), choice["token_ids"], "stop", "steering")
     assert joined(found) == expected
     assert found[-1]["steering"] == stopped["steering"]
@@ -118,10 +120,12 @@ def test_stopped_answer_is_the_same_streamed_and_whole(server: LiveServer, path:
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_streamed_reads_are_the_whole_read_once_each_and_in_time(
-    server: LiveServer, path: str
+    live_server: LiveServer, path: str
 ) -> None:
-    plain = whole(server, path, {"read": {"sae": SAE, "top_k": 3}, "report": True})
-    found = chunks(server, path, {"read": {"sae": SAE, "top_k": 3, "stream": True}, "report": True})
+    plain = whole(live_server, path, {"read": {"sae": SAE, "top_k": 3}, "report": True})
+    found = chunks(
+        live_server, path, {"read": {"sae": SAE, "top_k": 3, "stream": True}, "report": True}
+    )
     assert joined(found)[1] == plain["choices"][0]["token_ids"]
     told = streamed_reads(found)
     for ours, theirs in zip(told, read_tokens(plain["steering"]["read"]), strict=True):
@@ -147,20 +151,20 @@ def test_streamed_reads_are_the_whole_read_once_each_and_in_time(
         sent += len(known)
 
 
-def test_each_choice_streams_its_own_read(server: LiveServer) -> None:
+def test_each_choice_streams_its_own_read(live_server: LiveServer) -> None:
     more = {"n": 2, "temperature": 1.0, "seed": 7}
     field = {"read": {"sae": SAE, "top_k": 2}, "positions": {"special_tokens": True}}
-    plain = whole(server, TEXT, field, **more)
-    found = chunks(server, TEXT, {**field, "read": {**field["read"], "stream": True}}, **more)
+    plain = whole(live_server, TEXT, field, **more)
+    found = chunks(live_server, TEXT, {**field, "read": {**field["read"], "stream": True}}, **more)
     for i, choice in enumerate(plain["steering"]["choices"]):
         assert joined(found, i)[1] == plain["choices"][i]["token_ids"]
         told = streamed_reads(found, i)
         assert [t["position"] for t in told] == [t["position"] for t in choice["read"]["tokens"]]
 
 
-def test_stopped_answer_streams_the_read_of_its_last_token(server: LiveServer) -> None:
+def test_stopped_answer_streams_the_read_of_its_last_token(live_server: LiveServer) -> None:
     read = {"sae": SAE, "top_k": 64}
-    plain = whole(server, TEXT, {"read": read, "positions": {"prompt": False}})
+    plain = whole(live_server, TEXT, {"read": read, "positions": {"prompt": False}})
     token = read_tokens(plain["steering"]["read"])[0]
     feature = int(token["features"][0][0])
     field = {
@@ -168,7 +172,7 @@ def test_stopped_answer_streams_the_read_of_its_last_token(server: LiveServer) -
         "positions": {"prompt": False},
         "stop_when": {"sae": SAE, "feature": feature, "above": 0},
     }
-    found = chunks(server, TEXT, field)
+    found = chunks(live_server, TEXT, field)
     assert len(joined(found)[1]) == 1
     assert [t["position"] for t in streamed_reads(found)] == [token["position"]]
     assert found[-1]["steering"]["stopped"]["position"] == token["position"]
@@ -184,11 +188,11 @@ def test_stopped_answer_streams_the_read_of_its_last_token(server: LiveServer) -
     ],
 )
 def test_read_stream_is_refused_where_no_chunk_could_carry_it(
-    server: LiveServer, path: str, more: dict[str, Any]
+    live_server: LiveServer, path: str, more: dict[str, Any]
 ) -> None:
     field = {"read": {"sae": SAE, "stream": True}}
     request = body(path, field) if not more else {"model": MODEL, "max_tokens": 4, **more}
-    answer = server.client.post(path, json={**request, "steering": field})
+    answer = live_server.client.post(path, json={**request, "steering": field})
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     if path != "/v1/messages":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -109,10 +109,8 @@ def test_what_was_not_recorded_is_left_out() -> None:
 def test_where_a_choice_stopped_is_told_without_a_report() -> None:
     spec = parse_spec({"stop_when": {"sae": "b", "feature": 7, "above": 2}}, SAES)
     found = Summary(0, stopped={"gate": 0, "position": 4, "activation": 2.5})
-    for stopped in (
-        True,
-        False,
-    ):  # a token that only async scheduling fed to the model ends nothing
+    # A token that only asynchronous scheduling fed to the model ends nothing.
+    for stopped in (True, False):
         choice = replace(CHOICE, stopped=stopped)
         body = Report.of(spec, choice, [found], (), str).to_json(False)
         told = {"sae": "b", "feature": 7, "position": 4, "activation": 2.5}
