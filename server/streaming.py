@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from steering.report import Ticket
 
 FIELD: Final = "steering"
+_DATA: Final = "data: "
 _DONE: Final = "data: [DONE]"
 _ERROR: Final = 'data: {"error"'
 
@@ -52,17 +53,36 @@ def with_report(response: Response | None, ticket: Ticket, splice: Splice) -> Re
 
 
 async def openai_chunks(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:
-    """Chat and text completions: a chunk of its own, without choices, just before `[DONE]`."""
+    """Chat and text completions: a chunk of its own, without choices, just before `[DONE]`.
+
+    What is read as it happens comes with the chunks that carry tokens, but for the prompt's, which
+    is in a chunk of its own before them; so is what no chunk of tokens could carry.
+    """
     head: dict[str, Any] = {}
     failed = False
     async for event in events:
         failed = failed or event.startswith(_ERROR)
         if not head and not failed and event.startswith("data: {"):
-            chunk = json.loads(event.removeprefix("data: "))
+            chunk = json.loads(event.removeprefix(_DATA))
             head = {key: chunk[key] for key in ("id", "object", "created", "model")}
+        carries = event.startswith("data: {")
+        read = None
+        if head and not failed and (carries or event.startswith(_DONE)):
+            read = ticket.take_streamed()
+        if read is not None:
+            if carries and not _of_prompt(read):
+                event = f"data: {_dumps({**json.loads(event[len(_DATA) :]), FIELD: read})}\n\n"
+            else:
+                yield f"data: {_dumps({**head, 'choices': [], FIELD: read})}\n\n"
         if head and not failed and event.startswith(_DONE):
             yield f"data: {_dumps({**head, 'choices': [], FIELD: ticket.to_json()})}\n\n"
         yield event
+
+
+def _of_prompt(read: dict[str, Any]) -> bool:
+    """Whether a chunk's ``steering`` has what was read of the prompt."""
+    choices = read.get("choices", (read,))
+    return any(choice["read"]["tokens"][0]["phase"] == "prompt" for choice in choices)
 
 
 async def response_events(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:

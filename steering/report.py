@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from steering.request.spec import SteeringSpec
 Figures = Mapping[str, Any]
 #: A position, and the ``[latent, activation]`` pairs that were read there, best first.
 FeaturesAt = tuple[int, list[list[float]]]
+
+#: What a choice's ``stop_reason`` is when a condition of ``stop_when`` ended it.
+STOP_REASON: Final = "steering"
 
 #: Of an edit that no worker saw a token for.
 _NOTHING: Figures = {
@@ -41,7 +44,8 @@ class Summary:
         cached: tokens of the prompt that no pass of this choice computed.
         edits: figures of each edit; None if this worker does not hold the edit's layer.
         edited: figures of each hook point where a token was edited, in the order of the pass.
-        stopped: which condition ended the choice, and where.
+        stopped: what fired at the last position that counts: ``gate``, the index of a condition in
+            `SteeringSpec.gates`, ``position`` and ``activation``.
         read: ``[n]`` int64 positions, ``[n, top_k]`` int32 latents and ``[n, top_k]`` float32
             activations, best first, as bytes.
         aggregate: ``[latent, score]`` of the strongest features over the text, best first.
@@ -76,17 +80,28 @@ class Choice:
         generated: token ids that were sampled.
         prompt_len: where generation begins, as edits see it.
         cached: prompt tokens from the prefix cache, as vLLM counts them.
+        stopped: whether ``stop_when`` ended it.
     """
 
     prompt: Sequence[int]
     generated: Sequence[int]
     prompt_len: int
     cached: int = 0
+    stopped: bool = False
+
+    def token_at(self, position: int) -> int:
+        """The token id at a position."""
+        start = len(self.prompt)
+        return self.prompt[position] if position < start else self.generated[position - start]
 
     @property
     def entered(self) -> int:
-        """Positions that entered the model for good: the last sampled token never does."""
-        return len(self.prompt) + max(len(self.generated) - 1, 0)
+        """Positions that entered the model for good.
+
+        The last token that is returned never does, but for one that was found there to end it.
+        """
+        unentered = 0 if self.stopped else 1
+        return len(self.prompt) + max(len(self.generated) - unentered, 0)
 
 
 @dataclass(frozen=True)
@@ -138,8 +153,10 @@ class Report:
             tokens_cached=choice.cached if cached is None else int(cached),
             read=_read(spec, choice, read, decode),
             edited=edited if any(s.edited is not None for s in summaries) else None,
-            protected=None if protected is None else dict(protected),
-            stopped=_first(s.stopped for s in summaries),
+            protected=protected,
+            stopped=_stopped(spec, _first(s.stopped for s in summaries))
+            if choice.stopped
+            else None,
             aggregate=_first(s.aggregate for s in summaries),
             measured=None if measured is None else Measured(**measured),
         )
@@ -190,15 +207,40 @@ class Ticket:
         self._report = report
         self._turns = turns
         self._reports: list[list[Report]] = []
+        self._choices: list[int] = []
+        self._streamed: dict[int, list[dict[str, Any]]] = {}
 
-    def expect(self) -> int:
-        """A place for the next engine request of this HTTP request, in the order of its prompts."""
+    def expect(self, choices: int = 1) -> int:
+        """A place for the next engine request of this HTTP request, in the order of its prompts.
+
+        Args:
+            choices: how many the request has.
+        """
         self._reports.append([])
+        self._choices.append(choices)
         return len(self._reports) - 1
 
     def put(self, place: int, reports: list[Report]) -> None:
         """Lay down the reports of an engine request's choices."""
         self._reports[place] = reports
+
+    def put_streamed(self, place: int, child: int, read: dict[str, Any]) -> None:
+        """Lay down what is known by now of a choice's read."""
+        index = sum(self._choices[:place]) + child
+        self._streamed.setdefault(index, []).append(read)
+
+    def take_streamed(self) -> dict[str, Any] | None:
+        """What was laid down since the last call, as a chunk's ``steering``; None for nothing."""
+        if not self._streamed:
+            return None
+        streamed, self._streamed = self._streamed, {}
+        reads = {
+            index: {**parts[0], "tokens": [token for part in parts for token in part["tokens"]]}
+            for index, parts in sorted(streamed.items())
+        }
+        if sum(self._choices) == 1:
+            return {"read": reads[0]}
+        return {"choices": [{"index": index, "read": read} for index, read in reads.items()]}
 
     @property
     def reports(self) -> list[Report]:
@@ -216,7 +258,7 @@ class Ticket:
 
 def wants_report(spec: SteeringSpec) -> bool:
     """Whether a response says something about its steering."""
-    return spec.report or spec.read is not None
+    return spec.report or spec.read is not None or bool(spec.stop_when)
 
 
 def _entry(edit: Edit, figures: Iterable[Figures | None]) -> dict[str, Any]:
@@ -234,26 +276,48 @@ def _entry(edit: Edit, figures: Iterable[Figures | None]) -> dict[str, Any]:
     }
 
 
+def _stopped(spec: SteeringSpec, figures: Figures | None) -> dict[str, Any] | None:
+    if figures is None:
+        return None
+    condition = spec.gates[figures["gate"]]
+    return {
+        "sae": condition.sae,
+        "feature": condition.feature,
+        "position": figures["position"],
+        "activation": figures["activation"],
+    }
+
+
 def _read(
     spec: SteeringSpec,
     choice: Choice,
     read: Iterable[FeaturesAt],
     decode: Callable[[list[int]], str],
 ) -> dict[str, Any] | None:
-    if spec.read is None:
+    if spec.read is None or spec.read.stream:
         return None
-    ids = [*choice.prompt, *choice.generated]
+    return read_object(spec.read.sae, choice, read, decode)
+
+
+def read_object(
+    sae: str,
+    choice: Choice,
+    read: Iterable[FeaturesAt],
+    decode: Callable[[list[int]], str],
+) -> dict[str, Any]:
+    """A ``read`` of the contract, of some of a choice's tokens."""
     tokens = [
         {
             "position": position,
-            "id": ids[position],
-            "text": decode([ids[position]]),
+            "id": token,
+            "text": decode([token]),
             "phase": "prompt" if position < choice.prompt_len else "generation",
             "features": features,
         }
         for position, features in read
+        for token in (choice.token_at(position),)
     ]
-    return {"sae": spec.read.sae, "tokens": tokens}
+    return {"sae": sae, "tokens": tokens}
 
 
 def features_read(read: Sequence[bytes]) -> Iterator[FeaturesAt]:

@@ -38,7 +38,7 @@ from server.streaming import (
 )
 from steering.errors import SteeringError
 from steering.report import Ticket, wants_report
-from steering.vllm.door import FIELD, refusal_in, refuse_by_length
+from steering.vllm.door import FIELD, refusal_in, refuse_early
 
 VLLMRoute = Callable[[Any, Request], Awaitable[Response | None]]
 
@@ -117,7 +117,7 @@ def attach(app: FastAPI) -> None:
 
 
 def refuse_before_streaming(handler: Any, vllm_config: Any) -> None:
-    """Let the handler of /v1/responses refuse a read that is too long before its stream begins.
+    """Let the handler of /v1/responses refuse what the engine would before its stream begins.
 
     The other handlers call the engine by then, this one only once the stream is on its way.
     """
@@ -134,7 +134,7 @@ def _generate_if_short(
     sampling_params: Any,
     **options: Any,
 ) -> Any:
-    refuse_by_length(engine_input, sampling_params, vllm_config)
+    refuse_early(engine_input, sampling_params, vllm_config)
     return generate(engine_input=engine_input, sampling_params=sampling_params, **options)
 
 

@@ -105,15 +105,15 @@ def add_presets(args: Namespace, presets: Sequence[str]) -> None:
     args.steering_preset = [*presets, *args.steering_preset]
 
 
-def check_presets(args: Namespace, options: ServerOptions, max_model_len: int) -> None:
+def check_presets(args: Namespace, options: ServerOptions, vllm_config: Any) -> None:
     """SAEError if a preset is not what a request could ask for, or has a name that is taken."""
     if options.preset_flag is None:
         return
-    from steering.vllm.door import open_catalog
+    from steering.vllm.door import limits_of, open_catalog
 
-    catalog = open_catalog(
-        SteeringConfig.from_additional_config(args.additional_config), max_model_len
-    )
+    config = SteeringConfig.from_additional_config(args.additional_config)
+    max_model_len = vllm_config.model_config.max_model_len
+    catalog = open_catalog(config, max_model_len, limits_of(vllm_config))
     names = args.served_model_name or [args.model]
     served = [names] if isinstance(names, str) else list(names)
     adapters = [module.name for module in args.lora_modules or ()]
@@ -130,7 +130,7 @@ def steer_engine(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     vllm_config = engine_args.create_engine_config(headless=getattr(args, "headless", False))
     merge_into(args, steering_arguments(checked, vllm_config, options))
-    check_presets(args, options, vllm_config.model_config.max_model_len)
+    check_presets(args, options, vllm_config)
 
 
 def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from sae.solve import IllConditionedError, Solved, is_affine, solve
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.request.condition_rules import refuse_across_stages
+from steering.request.engine_limits import EngineLimits
 from steering.request.parse import parse_spec
 from steering.request.spec import SteeringSpec
 
@@ -29,6 +30,8 @@ SCAN_LIMIT_BYTES = 10**9
 _NO_ARITHMETIC: Final = frozenset(
     {"id", "source", "sha256", "error_term", "has_labels", "has_max_activations"}
 )
+#: Of an engine of one pipeline stage that decodes token by token.
+NO_LIMITS: Final = EngineLimits()
 #: Sets of edits of which it is remembered that they can be solved together.
 MAX_SOLVABLE: Final = 4096
 
@@ -110,7 +113,7 @@ class Catalog:
         loaded: the SAEs by name.
         max_read_values: how many features one request may have read, over all its tokens.
         special_token_ids: tokens that edits leave alone; None for those of the model's tokenizer.
-        stage_of: the pipeline stage that holds a hook point; None where there is but one stage.
+        limits: what the engine, the way it is served, cannot do.
     """
 
     def __init__(
@@ -118,11 +121,11 @@ class Catalog:
         loaded: Mapping[str, LoadedSAE],
         max_read_values: int = LEAST_MAX_READ_VALUES,
         special_token_ids: Sequence[int] | None = None,
-        stage_of: Callable[[str], int] | None = None,
+        limits: EngineLimits = NO_LIMITS,
     ) -> None:
         self.max_read_values = max_read_values
+        self._limits = limits
         self._special_token_ids = special_token_ids
-        self._stage_of = stage_of
         self._fingerprints: dict[str, str] = {}
         self._loaded = dict(loaded)
         # Rows already found finite, in SAEs too large to be scanned at start.
@@ -140,14 +143,14 @@ class Catalog:
         cls,
         config: SteeringConfig | None,
         max_model_len: int = 0,
-        stage_of: Callable[[str], int] | None = None,
+        limits: EngineLimits = NO_LIMITS,
     ) -> Catalog:
         """Open every SAE of ``config``; an empty catalog for None.
 
         Args:
             config: what to serve.
             max_model_len: tokens of a context, if known; see `SteeringConfig.read_limit`.
-            stage_of: the pipeline stage that holds a hook point; None for a single stage.
+            limits: what the engine, the way it is served, cannot do.
 
         Raises:
             SAEError: if a file does not hold what it should.
@@ -166,7 +169,7 @@ class Catalog:
             )
             loaded[ref.name] = LoadedSAE(sae, features, stated)
         limit = config.read_limit(max_model_len)
-        return cls(loaded, limit, config.special_token_ids, stage_of)
+        return cls(loaded, limit, config.special_token_ids, limits)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -191,15 +194,15 @@ class Catalog:
         return self._get(name).features
 
     def parse(self, raw: object, *, empty_allowed: bool = False) -> SteeringSpec:
-        """Validate a ``steering`` field against these SAEs; see `parse_spec`.
+        """Validate a ``steering`` field against these SAEs and this engine; see `parse_spec`.
 
         Raises:
             SteeringError: with the code and path of what is wrong.
         """
         spec = parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
-        if self._stage_of is not None:
-            edits = ((edit.sae, edit.when) for edit in spec.edits)
-            refuse_across_stages(edits, self._loaded, self._stage_of)
+        edits = ((edit.sae, edit.when) for edit in spec.edits)
+        refuse_across_stages(edits, self._loaded, self._limits.stage_of)
+        self._limits.refuse(spec, lambda name: self._loaded[name].reads)
         return spec
 
     async def prepare(self, spec: SteeringSpec) -> Prepared:

@@ -225,7 +225,12 @@ class SteeringPlan:
     @property
     def wants_results(self) -> bool:
         """Whether something is recorded for this request."""
-        return self.report or self.read is not None
+        return self.report or self.read is not None or self.stops
+
+    @property
+    def stops(self) -> bool:
+        """Whether a condition may end the request."""
+        return any(gate.scope == SCOPE_STOP for gate in self.gates)
 
     def to_wire(self) -> dict[str, Any]:
         """Plain types for ``SamplingParams.extra_args``."""

@@ -7,7 +7,6 @@ what comes otherwise is accepted here at the latest.
 
 from __future__ import annotations
 
-import bisect
 import functools
 from collections.abc import Mapping
 from copy import copy
@@ -15,10 +14,11 @@ from typing import Any, Final
 
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
+from steering.report import STOP_REASON
 from steering.request.accepted import Accepted, accept
 from steering.request.cache_salt import cache_salt, unsteered_salt
 from steering.request.catalog import Catalog
-from steering.request.hook_order import layer_of
+from steering.request.engine_limits import EngineLimits
 from steering.request.plan import SELF_CHECK, SteeringPlan, make_plan
 from steering.vllm.tracing import SPAN, span_attributes
 
@@ -36,39 +36,35 @@ RESERVED: Final = frozenset({FIELD, PLAN, SPAN})
 
 @functools.lru_cache(maxsize=8)
 def open_catalog(
-    config: SteeringConfig | None, max_model_len: int, stages: tuple[int, ...] = ()
+    config: SteeringConfig | None, max_model_len: int, limits: EngineLimits
 ) -> Catalog:
     """The catalog of a configuration, opened once in each process.
 
     Args:
         config: what to serve.
         max_model_len: tokens of a context.
-        stages: one past the last layer of each pipeline stage; empty if there is one stage.
+        limits: what the engine, the way it is served, cannot do.
     """
-    stage_of = functools.partial(_stage_of, stages) if len(stages) > 1 else None
-    return Catalog.from_config(config, max_model_len, stage_of)
+    return Catalog.from_config(config, max_model_len, limits)
 
 
-def _stage_of(ends: tuple[int, ...], hook: str) -> int:
-    """The stage that holds a hook point's layer: the first that ends behind it."""
-    return bisect.bisect_right(ends, layer_of(hook))
-
-
-def _stage_ends(vllm_config: Any) -> tuple[int, ...]:
-    """One past the last layer of each pipeline stage, as vLLM parts them."""
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if stages == 1:
-        return ()
+def limits_of(vllm_config: Any) -> EngineLimits:
+    """What an engine of this configuration cannot do."""
     from vllm.distributed.utils import get_pp_indices
 
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    speculates = vllm_config.speculative_config is not None
+    if stages == 1:
+        return EngineLimits(speculates=speculates)
     layers = vllm_config.model_config.get_total_num_hidden_layers()
-    return tuple(get_pp_indices(layers, stage, stages)[1] for stage in range(stages))
+    first_layers = (get_pp_indices(layers, stage, stages)[0] for stage in range(stages))
+    return EngineLimits(tuple(first_layers), speculates)
 
 
 def catalog_for(vllm_config: Any) -> Catalog:
     """The catalog of an engine, opened once in each process."""
     config = SteeringConfig.from_additional_config(vllm_config.additional_config)
-    return open_catalog(config, vllm_config.model_config.max_model_len, _stage_ends(vllm_config))
+    return open_catalog(config, vllm_config.model_config.max_model_len, limits_of(vllm_config))
 
 
 def accepted_of(params: Any) -> Accepted | None:
@@ -121,6 +117,8 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
         return None
     accepted = field if isinstance(field, Accepted) else accept(field, catalog)
     _refuse_what_has_no_tokens(request)
+    _refuse_ambiguous_stop(accepted, params)
+    _refuse_unstreamed(accepted)
     length = len(request.prompt_token_ids)
     _refuse_long(accepted, params, length, catalog.max_read_values)
     spec = accepted.spec
@@ -145,8 +143,8 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
     return accepted
 
 
-def refuse_by_length(prompt: Any, params: Any, vllm_config: Any) -> None:
-    """Refuse what `complete` would by the prompt's length, before the engine is handed its request.
+def refuse_early(prompt: Any, params: Any, vllm_config: Any) -> None:
+    """Refuse what `complete` would, before the engine is handed its request.
 
     That is a read or a report that is too long, and edits of one feature that meet in this prompt.
 
@@ -158,6 +156,9 @@ def refuse_by_length(prompt: Any, params: Any, vllm_config: Any) -> None:
         vllm_config: the engine's.
     """
     accepted = accepted_of(params)
+    if accepted is not None:
+        _refuse_ambiguous_stop(accepted, params)
+        _refuse_unstreamed(accepted)
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
     if accepted is None or ids is None:
         return
@@ -175,6 +176,29 @@ def _refuse_what_has_no_tokens(request: Any) -> None:
     if request.resumable:
         raise SteeringError(
             "unsupported_combination", "steering does not work with streamed input", FIELD
+        )
+
+
+def _refuse_ambiguous_stop(accepted: Accepted, params: Any) -> None:
+    """Refuse a stop string that could not be told from a condition in the answer's reason."""
+    if accepted.spec.stop_when and STOP_REASON in (params.stop or ()):
+        raise SteeringError(
+            "unsupported_combination",
+            f"stop_when does not work with the stop string {STOP_REASON!r}, which is the "
+            "stop_reason of an answer that it ends",
+            "steering.stop_when",
+        )
+
+
+def _refuse_unstreamed(accepted: Accepted) -> None:
+    """Refuse a read that is to come with the answer's chunks where there are none."""
+    read = accepted.spec.read
+    if read is not None and read.stream and accepted.ticket is None:
+        raise SteeringError(
+            "unsupported_combination",
+            "read.stream needs an answer that is streamed; leave it out, and what was read comes "
+            "with the answer",
+            "steering.read.stream",
         )
 
 

@@ -14,7 +14,8 @@ _MARK = "_steered_by_vllm_sae"
 
 def register() -> None:
     """Put the door into ``InputProcessor``, the fetching of results into ``AsyncLLM`` and its
-    client, patience into ``EngineCore`` and attributes of spans into ``OutputProcessor``.
+    client, patience into ``EngineCore``, attributes of spans and streamed reads into
+    ``OutputProcessor``.
 
     vLLM may call this several times in a process.
     """
@@ -26,6 +27,7 @@ def register() -> None:
     from steering.vllm.ignored import refuse_ignored_steering
     from steering.vllm.results import remember_engines
     from steering.vllm.start_failure import leave_word_of_failure
+    from steering.vllm.streamed_reads import receive_rows
     from steering.vllm.tracing import describe_spans
 
     leave_word_of_failure()
@@ -39,6 +41,7 @@ def register() -> None:
         stay_for_results()
         remember_engines()
         describe_spans()
+        receive_rows()
         refuse_ignored_steering()
 
 
@@ -62,7 +65,7 @@ def _admitting(process_inputs: Any) -> Any:
 
 def _validating(add_requests: Any) -> Any:
     """Refuse a batch of ``LLM``'s before its first request runs, whichever of them is invalid."""
-    from steering.vllm.door import accepted_of, refuse_by_length, with_accepted
+    from steering.vllm.door import accepted_of, refuse_early, with_accepted
 
     @functools.wraps(add_requests)
     def wrapper(self: Any, prompts: Any, params: Any, **kwargs: Any) -> Any:
@@ -74,7 +77,7 @@ def _validating(add_requests: Any) -> Any:
         if any(one is not None and _by_length(one.spec) for one in accepted):
             prompts = list(prompts)
             for prompt, one in zip(prompts, params, strict=False):
-                refuse_by_length(prompt, one, vllm_config)
+                refuse_early(prompt, one, vllm_config)
         return add_requests(self, prompts, params, **kwargs)
 
     return wrapper
@@ -88,7 +91,7 @@ def _by_length(spec: SteeringSpec) -> bool:
 
 
 def _collecting(generate: Any) -> Any:
-    from steering.vllm.door import accepted_of, refuse_by_length, with_accepted
+    from steering.vllm.door import accepted_of, refuse_early, with_accepted
     from steering.vllm.results import collect
 
     @functools.wraps(generate)
@@ -99,7 +102,7 @@ def _collecting(generate: Any) -> Any:
         params = with_accepted(sampling_params, self.vllm_config)
         accepted = accepted_of(params)
         collects = accepted is not None and accepted.ticket is not None
-        refuse_by_length(prompt, params, self.vllm_config)
+        refuse_early(prompt, params, self.vllm_config)
         outputs: AsyncGenerator[Any, None] = generate(self, prompt, params, request_id, **kwargs)
         return collect(self, outputs, params, request_id) if collects else outputs
 

@@ -10,15 +10,29 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from steering.report import Choice, FeaturesAt, Report, Summary, features_read, wants_report
+from steering.report import (
+    STOP_REASON,
+    Choice,
+    FeaturesAt,
+    Report,
+    Summary,
+    Ticket,
+    features_read,
+    read_object,
+    wants_report,
+)
 from steering.request.accepted import Accepted
+from steering.request.spec import Read
 from steering.vllm.door import PLAN, accepted_of, result_key
 from steering.vllm.drain import TAKE
+from steering.vllm.streamed_reads import Told, open_stream
 from steering.worker.record_store import MAX_FINISHED_RECORDS
 from steering.worker_stats import WorkerStats
 
 #: Seconds between two looks at whether the engine that is asked for results still lives.
 LIVENESS_SECONDS: Final = 1.0
+#: Tokens of which a read is put into words beside the event loop.
+MANY_TOKENS: Final = 64
 #: Attribute of an engine's client: result keys of requests under way to the engines that run them.
 _ENGINES: Final = "steering_engines"
 #: Attribute of an engine's input processor: request ids to what was accepted of them.
@@ -29,18 +43,22 @@ _ACCEPTED: Final = "steering_accepted"
 class _Tracker:
     """One engine request while its outputs pass by.
 
-    ``tokens`` maps a child's index to its output tokens so far.
+    ``tokens`` maps a child's index to its output tokens so far; ``stopped`` are the children that
+    their ``stop_when`` ended.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     prompt: Sequence[int] = ()
     cached: int = 0
+    stopped: set[int] = field(default_factory=set)
 
     def see(self, output: Any, cumulative: bool) -> None:
         self.prompt = output.prompt_token_ids or self.prompt
         self.cached = output.num_cached_tokens or self.cached
         for choice in output.outputs:
             known = self.tokens.setdefault(choice.index, [])
+            if (choice.finish_reason, choice.stop_reason) == ("stop", STOP_REASON):
+                self.stopped.add(choice.index)
             if cumulative:
                 known[:] = choice.token_ids
             else:
@@ -50,7 +68,7 @@ class _Tracker:
         """Each child's tokens; ``prompt_len`` where it is not all of vLLM's prompt."""
         where = len(self.prompt) if prompt_len is None else prompt_len
         return {
-            child: Choice(self.prompt, tokens, where, self.cached)
+            child: Choice(self.prompt, tokens, where, self.cached, child in self.stopped)
             for child, tokens in sorted(self.tokens.items())
         }
 
@@ -68,13 +86,16 @@ async def collect(
     accepted = accepted_of(params)
     assert accepted is not None and accepted.ticket is not None
     key = result_key(accepted, request_id)
-    place = accepted.ticket.expect()
+    place = accepted.ticket.expect(params.n)
+    stream = _Stream.of(accepted, place, key, engine.get_tokenizer().decode)
     tracker = _Tracker()
     cumulative = params.output_kind != RequestOutputKind.DELTA
     fetched = False
     try:
         async for output in outputs:
             tracker.see(output, cumulative)
+            if stream is not None:
+                await stream.tell(tracker.choices(accepted.prompt_len))
             yield output
         choices = tracker.choices(accepted.prompt_len)
         summaries = await _fetch(engine, key, _limits(choices))
@@ -91,7 +112,50 @@ async def collect(
             # A long read is a second of work, in which others' tokens go on.
             reads[summary.child] = await asyncio.to_thread(_unpacked, summary.read)
     decode = engine.get_tokenizer().decode
+    if stream is not None:
+        stream.tell_rest(choices, reads)
     accepted.ticket.put(place, _reports(accepted, choices, summaries, reads, decode))
+
+
+class _Stream:
+    """A read of one engine request, told on its ticket as the request's outputs pass by."""
+
+    def __init__(self, read: Read, ticket: Ticket, place: int, key: str, decode: Any) -> None:
+        self._read = read
+        self._ticket = ticket
+        self._place = place
+        self._decode = decode
+        self._arrived = open_stream(key)
+        self._told: dict[int, Told] = {}
+
+    @classmethod
+    def of(cls, accepted: Accepted, place: int, key: str, decode: Any) -> _Stream | None:
+        """None for a request that does not stream its read."""
+        read = accepted.spec.read
+        if read is None or not read.stream:
+            return None
+        assert accepted.ticket is not None
+        return cls(read, accepted.ticket, place, key, decode)
+
+    async def tell(self, choices: dict[int, Choice]) -> None:
+        """Tell what has arrived of tokens that entered the model for good."""
+        for child, choice in choices.items():
+            found = self._arrived.take(child, choice.entered)
+            if len(found) > MANY_TOKENS:
+                await asyncio.to_thread(self._put, child, choice, found)
+            else:
+                self._put(child, choice, found)
+
+    def tell_rest(self, choices: dict[int, Choice], reads: dict[int, Any]) -> None:
+        """Tell what is left of the whole read: nothing, if it all came with the tokens."""
+        for child, choice in choices.items():
+            self._put(child, choice, reads.get(child, ()))
+
+    def _put(self, child: int, choice: Choice, found: Iterable[FeaturesAt]) -> None:
+        untold = self._told.setdefault(child, Told()).untold(found)
+        if untold:
+            read = read_object(self._read.sae, choice, untold, self._decode)
+            self._ticket.put_streamed(self._place, child, read)
 
 
 # Kept here, since the event loop alone lets a task be collected.

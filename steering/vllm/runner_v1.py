@@ -7,6 +7,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from steering.request.plan import SteeringPlan
+from steering.vllm import pass_outputs
 from steering.vllm.door import child_index, plan_of
 from steering.worker.ops import registered
 from steering.worker.worker_state import SteeringState
@@ -50,6 +51,7 @@ def attach(runner: Any, state: SteeringState) -> None:
             state.end_step()
 
     runner._update_states = _update_states
+    pass_outputs.attach(runner, state)
     runner._model_forward = _model_forward
     runner._determine_batch_execution_and_padding = _determine_batch
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from steering.vllm import pass_outputs
 from steering.vllm.door import child_index, plan_of
 from steering.vllm.piecewise import runs_between_pieces
 from steering.worker.ops import registered
@@ -64,6 +65,7 @@ def attach(runner: Any, state: SteeringState) -> None:
     model_state.add_request = _add_request
     model_state.preprocess_state = _preprocess_state
     runner.execute_model = _execute_model
+    pass_outputs.attach(runner, state)
     _intercept_dispatch()
 
 

@@ -10,13 +10,17 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from steering.config import DEFAULT_MAX_ROWS, SteeringConfig
+from steering.report import STOP_REASON
 from steering.request.plan import RowKey
 from steering.vllm.door import plan_of
 from steering.vllm.drain import Unfetched
 from steering.vllm.kv_transfer import connects_by_request, guard_transfers, stamp
+from steering.vllm.pass_outputs import findings_in
+from steering.vllm.streamed_reads import put_rows
+from steering.worker.streamed_read import StreamedRead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class _RowLimits:
@@ -107,11 +111,62 @@ class _RowLimits:
         return next(iter(held))
 
 
-class _SteeringScheduler(_RowLimits, Scheduler):
+class _Findings:
+    """Scheduler mixin: a request ends with the token at which its ``stop_when`` fired.
+
+    The pass that fed the token to the model sampled another, which is dropped; so is whatever a
+    later pass under way samples, since vLLM drops that of every request that has ended. What was
+    read of requests that stream it goes with their next output.
+    """
+
+    _fired: dict[str, int]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._read: dict[str, StreamedRead] = {}
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        findings = findings_in(model_runner_output)
+        self._fired = findings.fired
+        for req_id, part in findings.read.items():
+            earlier = self._read.get(req_id)
+            self._read[req_id] = part if earlier is None else earlier.followed_by(part)
+        updated = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if self._read:
+            self._send_reads(updated)
+        return updated
+
+    def _send_reads(self, updated: Mapping[int, Any]) -> None:
+        for of_client in updated.values():
+            for output in of_client.outputs:
+                if (part := self._read.pop(output.request_id, None)) is not None:
+                    put_rows(output, part)
+        # Of the prompt's chunks there is no output yet; of an aborted request there never is.
+        for req_id in self._read.keys() - self.requests.keys():  # type: ignore[attr-defined]
+            del self._read[req_id]
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        # Tokens before the last were judged when they were new: where they are computed again after
+        # a preemption, a difference in rounding must not take back what was answered since.
+        if self._fired.get(request.request_id) != request.num_tokens - 1:
+            updated: tuple[list[int], bool] = super()._update_request_with_output(  # type: ignore[misc]
+                request, new_token_ids, is_stale=is_stale
+            )
+            return updated
+        if request.num_output_placeholders and not is_stale:
+            request.num_output_placeholders -= len(new_token_ids)
+        request.status = RequestStatus.FINISHED_STOPPED
+        request.stop_reason = STOP_REASON
+        return [], True
+
+
+class _SteeringScheduler(_Findings, _RowLimits, Scheduler):
     pass
 
 
-class _SteeringAsyncScheduler(_RowLimits, AsyncScheduler):
+class _SteeringAsyncScheduler(_Findings, _RowLimits, AsyncScheduler):
     pass
 
 
@@ -119,7 +174,7 @@ class SteeringScheduler:
     """Name this as ``scheduler_cls``; it becomes vLLM's sync or async scheduler, as configured."""
 
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """The scheduler that vLLM would have made, with row limits."""
+        """The scheduler that vLLM would have made, with row limits, stops and streamed reads."""
         asynchronous = vllm_config.scheduler_config.async_scheduling
         chosen = _SteeringAsyncScheduler if asynchronous else _SteeringScheduler
         return chosen(vllm_config, *args, **kwargs)

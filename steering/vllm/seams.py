@@ -40,8 +40,21 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("plugins", "", mentions=("vllm.general_plugins",)),
     ),
     "steering/vllm/door.py": (
-        Seam("config.vllm", "VllmConfig", fields=("additional_config", "model_config")),
+        Seam(
+            "config.vllm",
+            "VllmConfig",
+            fields=(
+                *("additional_config", "model_config", "parallel_config"),
+                "speculative_config",
+            ),
+        ),
         Seam("config.model", "ModelConfig", fields=("max_model_len",)),
+        Seam("config.parallel", "ParallelConfig", fields=("pipeline_parallel_size",)),
+        Seam(
+            "distributed.utils",
+            "get_pp_indices",
+            first=("num_hidden_layers", "pp_rank", "pp_size"),
+        ),
         Seam(
             "v1.engine",
             "EngineCoreRequest",
@@ -53,7 +66,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam(
             "sampling_params",
             "SamplingParams",
-            fields=("extra_args", "n", "max_tokens", "skip_reading_prefix_cache"),
+            fields=("extra_args", "n", "max_tokens", "stop", "skip_reading_prefix_cache"),
         ),
         Seam("sampling_params", "SamplingParams.clone", mentions=("deepcopy",)),
         Seam("v1.engine.exceptions", "EngineGenerateError"),
@@ -99,7 +112,11 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "RequestOutput",
             fields=("request_id", "prompt_token_ids", "outputs", "num_cached_tokens"),
         ),
-        Seam("outputs", "CompletionOutput", fields=("index", "token_ids")),
+        Seam(
+            "outputs",
+            "CompletionOutput",
+            fields=("index", "token_ids", "finish_reason", "stop_reason"),
+        ),
     ),
     "steering/vllm/offline.py": (
         Seam("", "LLM"),
@@ -182,7 +199,33 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
         Seam("v1.core.sched.scheduler", "Scheduler.get_request_counts"),
         Seam("v1.core.sched.scheduler", "Scheduler._free_request", first=("request",)),
-        Seam("v1.request", "Request", fields=("request_id", "sampling_params", "status")),
+        Seam(
+            "v1.request",
+            "Request",
+            fields=(
+                *("request_id", "sampling_params", "status", "stop_reason", "num_tokens"),
+                "num_output_placeholders",
+            ),
+        ),
+        Seam(
+            "v1.core.sched.scheduler",
+            "Scheduler.update_from_output",
+            first=("scheduler_output", "model_runner_output"),
+            mentions=("_update_request_with_output", "should_emit_output", "stop_reason"),
+        ),
+        Seam(
+            "v1.core.sched.scheduler",
+            "Scheduler._update_request_with_output",
+            first=("request", "new_token_ids"),
+            parameters=("is_stale",),
+        ),
+        Seam(
+            "v1.core.sched.async_scheduler",
+            "AsyncScheduler._update_request_with_output",
+            first=("request", "new_token_ids"),
+            parameters=("is_stale",),
+            mentions=("num_output_placeholders",),
+        ),
         Seam("v1.request", "Request.__lt__", mentions=("priority", "arrival_time")),
         Seam("v1.request", "RequestStatus"),
         Seam("v1.engine.core", "EngineCore", mentions=("get_scheduler_cls", "finish_requests")),
@@ -348,6 +391,15 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             first=("module",),
             mentions=("MethodType", "forward"),
         ),
+    ),
+    "steering/vllm/pass_outputs.py": (
+        Seam("v1.outputs", "AsyncModelRunnerOutput.get_output", first=()),
+        Seam("v1.outputs", "ModelRunnerOutput", fields=("req_ids",)),
+        Seam("v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens"),
+        Seam("v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens"),
+        Seam("v1.worker.gpu_worker", "Worker.sample_tokens", mentions=("sample_tokens",)),
+        Seam("v1.executor.uniproc_executor", "", mentions=("AsyncModelRunnerOutput",)),
+        Seam("v1.executor.multiproc_executor", "", mentions=("AsyncModelRunnerOutput",)),
     ),
     "steering/vllm/runner_v1.py": (
         Seam(

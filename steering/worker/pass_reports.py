@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from threading import RLock
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -57,12 +58,15 @@ class PassReports:
 
     def __init__(self) -> None:
         self._copies: deque[_Copy] = deque()
+        # Where tokens are copied off the device by a thread, it takes apart what comes with them.
+        self._lock = RLock()
         # Records that are forgotten meanwhile are not waited for.
         self._records: WeakValueDictionary[int, RequestRecord] = WeakValueDictionary()
 
     def follow(self, record: RequestRecord) -> None:
         """Its rows go to this record from now on."""
-        self._records[record.number] = record
+        with self._lock:
+            self._records[record.number] = record
 
     def copy(self, put: Put, record_np: IntArray, *columns: Tensor) -> None:
         """Start copying rows to the host.
@@ -77,7 +81,8 @@ class PassReports:
             columns = tuple(_to_pinned(column) for column in columns)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        self._copies.append(_Copy(copied, put, record_np, columns))
+        with self._lock:
+            self._copies.append(_Copy(copied, put, record_np, columns))
 
     def settle(self) -> None:
         """Hand finished copies to their records once there are many; never wait."""
@@ -86,6 +91,10 @@ class PassReports:
 
     def settle_all(self) -> None:
         """Hand every finished copy to its records; never wait."""
+        with self._lock:
+            self._settle_finished()
+
+    def _settle_finished(self) -> None:
         done = [self._copies.popleft() for _ in range(self._num_finished())]
         for (put, _), group in groupby(done, key=lambda copy: copy.kind):
             copies = list(group)
@@ -108,12 +117,13 @@ class PassReports:
         It is not given any others afterwards. A request that is fetched has been sampled from the
         last pass that counts, and its copy was made before.
         """
-        if self._records.pop(record.number, None) is None:
-            return
-        for copy in list(self._copies)[: self._num_finished()]:
-            where = np.flatnonzero(copy.record_np == record.number)
-            if len(where):
-                copy.put(record, *(column.numpy()[where] for column in copy.columns))
+        with self._lock:
+            if self._records.pop(record.number, None) is None:
+                return
+            for copy in list(self._copies)[: self._num_finished()]:
+                where = np.flatnonzero(copy.record_np == record.number)
+                if len(where):
+                    copy.put(record, *(column.numpy()[where] for column in copy.columns))
 
     def _num_finished(self) -> int:
         for i, copy in enumerate(self._copies):

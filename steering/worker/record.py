@@ -59,6 +59,7 @@ class RequestRecord:
             else None
         )
         self.totals: Totals | None = None
+        self._stops: dict[int, tuple[int, float]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -85,11 +86,19 @@ class RequestRecord:
         if self.top is not None:
             self.top.put(positions, covered, latents, values)
 
+    def put_stop(self, position: int, gate: int, activation: float) -> None:
+        """A ``stop_when`` fired at a position; ``gate`` is which of the plan's.
+
+        With asynchronous scheduling the pass behind the last one may find another.
+        """
+        self._stops[position] = gate, activation
+
     def summary(self, limit: int) -> dict[str, Any]:
         """What was recorded on positions below ``limit``, in plain types.
 
         ``edits`` has one entry an edit, None where this worker does not hold its layer; ``edited``
         one entry for each hook point where a token was edited; ``read`` is for `features_read`;
+        ``stopped`` says what fired at the last of them, if anything did;
         ``cached`` counts the prompt's tokens that no pass of this request computed, None where none
         is known.
         """
@@ -111,10 +120,18 @@ class RequestRecord:
             "cached": self.plan.prompt_len - computed if computed else None,
             "edits": edits,
             "edited": edited,
+            "stopped": self._stop_at(limit - 1),
             "read": None if self.top is None else self.top.summary(limit),
             "aggregate": None if self.totals is None else self.totals.summary(limit),
             "measured": None if self.fit is None else self.fit.summary(limit),
         }
+
+    def _stop_at(self, position: int) -> dict[str, Any] | None:
+        stop = self._stops.get(position)
+        if stop is None:
+            return None
+        gate, activation = stop
+        return {"gate": gate, "position": position, "activation": _finite(activation)}
 
 
 def _counts(f: FloatArray) -> list[dict[str, Any]]:

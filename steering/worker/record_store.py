@@ -34,6 +34,10 @@ class RecordStore:
         self._running[req_id] = record
         return record
 
+    def running(self, req_id: str) -> RequestRecord | None:
+        """The record of a request that is in the batch; None if it keeps none."""
+        return self._running.get(req_id)
+
     def pause(self, req_id: str) -> None:
         """The request was preempted; what was recorded waits for it."""
         if (record := self._running.pop(req_id, None)) is not None:
@@ -71,11 +75,13 @@ class RecordStore:
         """Records that some client may fetch: all but internal ones."""
         return sum(not record.plan.internal for record in self._all())
 
-    def streaming(self) -> Iterator[RequestRecord]:
-        """Those that hand out what is read as it is read, and are not fetched yet."""
-        for record in self._all():
-            if record.plan.read is not None and record.plan.read.stream:
-                yield record
+    def streaming(self) -> dict[str, RequestRecord]:
+        """Those in the batch that hand out what is read as it is read, by request id."""
+        return {
+            req_id: record
+            for req_id, record in self._running.items()
+            if record.plan.read is not None and record.plan.read.stream
+        }
 
     def __len__(self) -> int:
         return sum(1 for _ in self._all())

@@ -340,21 +340,24 @@ class SteeringState:
                 summaries.append(record.summary(limit))
         return summaries
 
-    def take_streamed(self) -> list[StreamedRead]:
-        """What was read since the last call, of every request that streams its read.
+    def take_streamed(self, streaming: Mapping[str, RequestRecord]) -> dict[str, StreamedRead]:
+        """What was read since the last call, by request id.
 
         Rows follow each other as they were computed: a later one of the same position replaces an
-        earlier one. Passes whose copies are still under way come with a later call.
+        earlier one. Passes whose copies are still under way come with a later call. Another thread
+        than the one that drives the passes may call it.
+
+        Args:
+            streaming: what `RecordStore.streaming` said while the pass was under way.
         """
-        streaming = list(self.records.streaming())
         if not streaming:
-            return []
+            return {}
         self.reports.settle_all()
-        return [
-            StreamedRead(record.plan.key, record.child, *rows)
-            for record in streaming
+        return {
+            req_id: StreamedRead(record.plan.key, record.child, *rows)
+            for req_id, record in streaming.items()
             if record.top is not None and (rows := record.top.unsent()) is not None
-        ]
+        }
 
     def touched_tokens(self) -> tuple[int, int]:
         """Tokens edited, and kept off by a sink, since the last `take_stats`, on either path."""

@@ -252,6 +252,7 @@ class FakeEngine:
             additional_config=additional,
             model_config=SimpleNamespace(max_model_len=256),
             parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+            speculative_config=None,
         )
         self.model_config = model_config or SimpleNamespace(
             model="/nowhere", revision=None, max_model_len=256

@@ -69,6 +69,7 @@ def config(tmp_path: Path) -> Engine:
             additional_config={"steering": steering.to_dict()},
             model_config=SimpleNamespace(max_model_len=CONTEXT),
             parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+            speculative_config=None,
         )
 
     return make
@@ -315,6 +316,7 @@ def test_condition_of_another_pipeline_stage_is_refused(tmp_path: Path) -> None:
                 max_model_len=CONTEXT, get_total_num_hidden_layers=lambda: NUM_LAYERS
             ),
             parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+            speculative_config=None,
         )
 
     def parse(edit: int, condition: int, stages: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -112,17 +112,43 @@ def test_figures_are_passed_on_as_the_worker_named_them() -> None:
 def test_what_was_not_recorded_is_left_out() -> None:
     body = report(Summary(0, edits=[figures(1), figures(1)])).to_json(True)
     assert body.keys() == {"interventions", "tokens_cached", "read"}
-    full = report(
-        Summary(0, edited=[], stopped={"position": 4}), protected={"norm_kept": 0.9}
-    ).to_json(True)
+    full = report(Summary(0, edited=[]), protected={"norm_kept": 0.9}).to_json(True)
     assert full["edited"] == []
     assert full["protected"] == {"norm_kept": 0.9}
-    assert full["stopped"] == {"position": 4}
 
 
 def test_where_a_choice_stopped_is_told_without_a_report() -> None:
-    body = report(Summary(0, stopped={"position": 4})).to_json(False)
-    assert body.keys() == {"stopped", "read"}
+    spec = parse_spec({"stop_when": {"sae": "b", "feature": 7, "above": 2}}, SAES)
+    found = Summary(0, stopped={"gate": 0, "position": 4, "activation": 2.5})
+    # A token that only asynchronous scheduling fed to the model ends nothing.
+    for stopped in (True, False):
+        choice = replace(CHOICE, stopped=stopped)
+        body = Report.of(spec, choice, [found], (), str).to_json(False)
+        told = {"sae": "b", "feature": 7, "position": 4, "activation": 2.5}
+        assert body == ({"stopped": told} if stopped else {})
+
+
+def test_token_that_ended_its_choice_entered_the_model() -> None:
+    assert CHOICE.entered == 4
+    assert replace(CHOICE, stopped=True).entered == 5
+
+
+def test_streamed_reads_are_told_once_and_named_by_choice_where_there_are_several() -> None:
+    alone = Ticket(False)
+    place = alone.expect()
+    assert alone.take_streamed() is None
+    for position in (3, 4):
+        alone.put_streamed(place, 0, {"sae": "b", "tokens": [{"position": position}]})
+    assert alone.take_streamed() == {
+        "read": {"sae": "b", "tokens": [{"position": 3}, {"position": 4}]}
+    }
+    assert alone.take_streamed() is None
+    several = Ticket(False)
+    places = several.expect(2), several.expect(2)
+    several.put_streamed(places[1], 1, {"sae": "b", "tokens": [{"position": 0}]})
+    assert several.take_streamed() == {
+        "choices": [{"index": 3, "read": {"sae": "b", "tokens": [{"position": 0}]}}]
+    }
 
 
 def test_cached_tokens_are_the_workers_count_if_there_is_one() -> None:

@@ -268,16 +268,16 @@ def test_what_streams_is_handed_out_pass_by_pass_and_is_whole_in_the_end(
     streaming = replace(READ, stream=True)
     worker.state.add_request("a", plan("ka", edits=(), report=False, read=streaming), child=2)
     worker.state.add_request("b", plan("kb", edits=(), report=False, read=READ))
-    assert worker.state.take_streamed() == []
+    assert worker.state.take_streamed(worker.state.records.streaming()) == {}
     got = []
     for start, stop in ((0, PROMPT), (6, 8), (7, 8)):
         worker.forward([("a", start, stop), ("b", start, stop)], given)
-        [part] = worker.state.take_streamed()
+        [part] = worker.state.take_streamed(worker.state.records.streaming()).values()
         assert (part.key, part.child) == ("ka", 2)
         got.append(part.positions.tolist())
         assert part.covered.tolist() == [position != 0 for position in part.positions]
     assert got == [[0, 1, 2, 3, 4, 5], [6, 7], [7]]
-    assert worker.state.take_streamed() == []
+    assert worker.state.take_streamed(worker.state.records.streaming()) == {}
     worker.state.remove_request("a")
     [summary] = worker.state.take_results("ka", {2: 8})
     assert [position for position, _ in features_read(summary["read"])] == list(range(1, 8))
