@@ -239,6 +239,12 @@ def test_what_ends_the_answer_first_is_its_reason(engine: Engine) -> None:
     reports(engine, least)
 
 
+def test_read_that_streams_is_refused_where_nothing_is_streamed(engine: Engine) -> None:
+    with pytest.raises(SteeringError, match="streamed") as refused:
+        generate(engine, [{"read": {"sae": "a", "stream": True}}])
+    assert refused.value.param == "steering.read.stream"
+
+
 def test_stop_string_that_reads_like_the_reason_is_refused(engine: Engine) -> None:
     with pytest.raises(SteeringError, match="stop string 'steering'") as refused:
         generate(engine, [{"stop_when": stop_at(1)}], stop=["steering"], detokenize=True)
