@@ -193,7 +193,7 @@ def test_report_and_read_count_the_stopping_token(engine: Engine) -> None:
 
 
 def test_each_of_several_choices_stops_by_itself(engine: Engine) -> None:
-    sampling = {"n": 2, "temperature": 1.0, "seed": SEED}
+    sampling: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": SEED}
     plain, found = activations(engine, **sampling)
     feature, _, _ = late_feature(found[0], after=3)
     [output] = generate(engine, [{"stop_when": stop_at(feature)}], **sampling)
