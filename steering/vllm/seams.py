@@ -401,6 +401,16 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.executor.uniproc_executor", "", mentions=("AsyncModelRunnerOutput",)),
         Seam("v1.executor.multiproc_executor", "", mentions=("AsyncModelRunnerOutput",)),
     ),
+    "steering/vllm/streamed_reads.py": (
+        Seam("v1.engine", "EngineCoreOutput", fields=("request_id", "kv_transfer_params")),
+        Seam("v1.engine", "EngineCoreOutputs", fields=("outputs",)),
+        Seam(
+            "v1.engine.output_processor",
+            "OutputProcessor.process_outputs",
+            first=("engine_core_outputs",),
+        ),
+        Seam("v1.engine.async_llm", "AsyncLLM", mentions=("process_outputs",)),
+    ),
     "steering/vllm/runner_v1.py": (
         Seam(
             "v1.worker.gpu_model_runner",

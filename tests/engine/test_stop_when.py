@@ -193,7 +193,7 @@ def test_report_and_read_count_the_stopping_token(engine: Engine) -> None:
 
 
 def test_each_of_several_choices_stops_by_itself(engine: Engine) -> None:
-    sampling = {"n": 2, "temperature": 1.0, "seed": SEED}
+    sampling: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": SEED}
     plain, found = activations(engine, **sampling)
     feature, _, _ = late_feature(found[0], after=3)
     [output] = generate(engine, [{"stop_when": stop_at(feature)}], **sampling)
@@ -237,6 +237,12 @@ def test_what_ends_the_answer_first_is_its_reason(engine: Engine) -> None:
     [least] = generate(engine, [field], min_tokens=GENERATED)
     assert len(least.outputs[0].token_ids) == count
     reports(engine, least)
+
+
+def test_read_that_streams_is_refused_where_nothing_is_streamed(engine: Engine) -> None:
+    with pytest.raises(SteeringError, match="streamed") as refused:
+        generate(engine, [{"read": {"sae": "a", "stream": True}}])
+    assert refused.value.param == "steering.read.stream"
 
 
 def test_stop_string_that_reads_like_the_reason_is_refused(engine: Engine) -> None:

@@ -57,7 +57,8 @@ def text_of(choice: dict[str, Any]) -> str:
 
 def joined(found: list[dict[str, Any]], index: int = 0) -> tuple[str, list[int], Any, Any]:
     """Text, token ids, finish and stop reason of one choice of a streamed answer."""
-    text, ids, finish, stop = "", [], None, None
+    text, finish, stop = "", None, None
+    ids: list[int] = []
     for chunk in found:
         for choice in chunk["choices"]:
             if choice["index"] != index:
@@ -153,7 +154,10 @@ def test_streamed_reads_are_the_whole_read_once_each_and_in_time(
 
 def test_each_choice_streams_its_own_read(live_server: LiveServer) -> None:
     more = {"n": 2, "temperature": 1.0, "seed": 7}
-    field = {"read": {"sae": SAE, "top_k": 2}, "positions": {"special_tokens": True}}
+    field: dict[str, Any] = {
+        "read": {"sae": SAE, "top_k": 2},
+        "positions": {"special_tokens": True},
+    }
     plain = whole(live_server, TEXT, field, **more)
     found = chunks(live_server, TEXT, {**field, "read": {**field["read"], "stream": True}}, **more)
     for i, choice in enumerate(plain["steering"]["choices"]):
