@@ -153,7 +153,7 @@ class Report:
             tokens_cached=choice.cached if cached is None else int(cached),
             read=_read(spec, choice, read, decode),
             edited=edited if any(s.edited is not None for s in summaries) else None,
-            protected=protected,
+            protected=None if protected is None else dict(protected),
             stopped=_stopped(spec, _first(s.stopped for s in summaries))
             if choice.stopped
             else None,

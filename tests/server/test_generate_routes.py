@@ -67,7 +67,7 @@ def test_what_was_accepted_reaches_the_sampling_parameters(server: Server, path:
     assert server.recorder.extra_args.keys() == {"steering"}
     (edit,) = server.recorder.accepted.spec.edits
     assert (edit.sae, edit.feature, edit.effective_value) == ("a", 5, 2.5)
-    assert server.recorder.accepted.fingerprints.keys() == {"a"}
+    assert server.recorder.accepted.prepared.fingerprints.keys() == {"a"}
 
 
 @routes

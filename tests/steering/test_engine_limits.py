@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sae.source import SAEReference
+from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
 from steering.request.catalog import Catalog
@@ -22,7 +22,7 @@ def catalog_of(tmp_path: Any) -> Any:
     """A catalog of SAEs at the first and the last layer, of an engine with these limits."""
     layers = {"early": 0, "late": NUM_LAYERS - 1}
     saes = tuple(
-        SAEReference(name, str(path), path=str(path))
+        ResolvedSAE(name, str(path), path=str(path))
         for name, layer in layers.items()
         for path in (make_tiny_sae(tmp_path / name, layer=layer),)
     )
