@@ -44,12 +44,6 @@ forward(self, x): return self.decode(self.encode(x)) What is the capital of Fran
 of France is Paris. How many words are there in this sentence?
 """
 
-_MOE_SHARED: dict[str, Any] = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-}
 _GATED_DELTA_NET: dict[str, Any] = {
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 2,
@@ -120,8 +114,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": (
         "Qwen3NextConfig",
         {
-            **_MOE_SHARED,
             **_GATED_DELTA_NET,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
             "layer_types": ["linear_attention", "full_attention"] * 2,
             "partial_rotary_factor": 0.5,
         },
