@@ -188,7 +188,8 @@ class ReferencePass:
         in_prompt = t < self.prompt_len
         phase = in_prompt & where.get("prompt", True) | ~in_prompt & where.get("generation", True)
         kind = self.ordinary | where.get("special_tokens", False)
-        return phase & kind & (t >= start) & (t < end)
+        covered: Tensor = phase & kind & (t >= start) & (t < end)
+        return covered
 
     def _conditions(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         when = item.get("when") or self.field.get("when")
@@ -235,7 +236,8 @@ class ReferencePass:
     def _sinks(self, name: str) -> Tensor:
         most = self.saes[name].sink_norm
         x = self.seen[name]
-        return x.norm(dim=-1) > (torch.inf if most is None else most)
+        sinks: Tensor = x.norm(dim=-1) > (torch.inf if most is None else most)
+        return sinks
 
     def _near(self, distance: Tensor) -> None:
         self.nearest = min(self.nearest, float(distance.min()))
@@ -243,12 +245,12 @@ class ReferencePass:
 
 def _applied(item: dict[str, Any], so_far: Tensor, old: Tensor) -> Tensor:
     v = item.get("value", 0.0)
-    if item["op"] == "add":
-        return so_far + v
-    if item["op"] == "scale":
-        return v * old
-    if item["op"] == "floor":
-        return old.clamp(min=v)
-    if item["op"] == "cap":
-        return old.clamp(max=v)
-    return torch.full_like(old, v if item["op"] == "clamp" else 0.0)
+    made: dict[str, Tensor] = {
+        "clamp": torch.full_like(old, v),
+        "ablate": torch.zeros_like(old),
+        "scale": v * old,
+        "add": so_far + v,
+        "floor": old.clamp(min=v),
+        "cap": old.clamp(max=v),
+    }
+    return made[item["op"]]

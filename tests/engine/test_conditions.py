@@ -278,7 +278,7 @@ ALWAYS: Final[list[Any]] = [
 
 def alone(engine: Engine, prompt: Sequence[int], field: dict[str, Any] | None) -> Generated:
     """Its own batch, and nothing from the prefix cache."""
-    sampling = {"skip_reading_prefix_cache": True}
+    sampling: dict[str, Any] = {"skip_reading_prefix_cache": True}
     [made] = engine.generate([prompt], [field], max_tokens=6, **sampling)
     return made
 

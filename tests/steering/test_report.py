@@ -155,9 +155,7 @@ def test_last_sampled_token_never_entered_the_model() -> None:
 
 
 def test_summary_comes_off_the_wire_as_it_went_on() -> None:
-    sent = Summary(
-        1, 2, [figures(1), None], [{"hook": "h"}], None, None, [b"", b"", b""], [[1, 2.0]]
-    )
+    sent = Summary(1, 2, [figures(1), None], [{"hook": "h"}], None, [b"", b"", b""], [[1, 2.0]])
     assert Summary.from_wire(sent.to_wire()) == sent
 
 
