@@ -236,21 +236,21 @@ class ReferencePass:
     def _sinks(self, name: str) -> Tensor:
         most = self.saes[name].sink_norm
         x = self.seen[name]
-        above: Tensor = x.norm(dim=-1) > (torch.inf if most is None else most)
-        return above
+        sinks: Tensor = x.norm(dim=-1) > (torch.inf if most is None else most)
+        return sinks
 
     def _near(self, distance: Tensor) -> None:
         self.nearest = min(self.nearest, float(distance.min()))
 
 
 def _applied(item: dict[str, Any], so_far: Tensor, old: Tensor) -> Tensor:
-    v = float(item.get("value", 0.0))
-    if item["op"] == "add":
-        return so_far + v
-    if item["op"] == "scale":
-        return v * old
-    if item["op"] == "floor":
-        return old.clamp(min=v)
-    if item["op"] == "cap":
-        return old.clamp(max=v)
-    return torch.full_like(old, v if item["op"] == "clamp" else 0.0)
+    v = item.get("value", 0.0)
+    made: dict[str, Tensor] = {
+        "clamp": torch.full_like(old, v),
+        "ablate": torch.zeros_like(old),
+        "scale": v * old,
+        "add": so_far + v,
+        "floor": old.clamp(min=v),
+        "cap": old.clamp(max=v),
+    }
+    return made[item["op"]]

@@ -128,7 +128,7 @@ def test_report_has_what_conditions_protection_and_limits_did(live_server: LiveS
     at_14, at_20 = steering["edited"]
     for entry in (at_14, at_20):
         assert entry.keys() == {"hook", "tokens", "mean_share", "max_share", "tokens_limited"}
-        assert 0 < entry["mean_share"] <= entry["max_share"] <= pytest.approx(0.05)
+        assert 0 < entry["mean_share"] <= entry["max_share"] < 0.05001
     assert (at_14["tokens"], at_20["tokens"]) == (held["tokens_edited"], always["tokens_edited"])
     assert at_14["tokens_limited"] > 0
 

@@ -252,10 +252,8 @@ def test_engine_that_streams_refuses_an_invalid_field_as_a_value_error(config: E
 
 def test_edits_that_meet_in_this_prompt_are_refused_before_anything_runs(config: Engine) -> None:
     # Of one feature: the first three tokens, and the last four.
-    edits: list[dict[str, Any]] = [
-        {"feature": 1, "op": "ablate", "positions": where} for where in ({"end": 3}, {"start": -4})
-    ]
-    edits[1]["positions"]["generation"] = False
+    windows: tuple[Any, ...] = ({"end": 3}, {"start": -4, "generation": False})
+    edits = [{"feature": 1, "op": "ablate", "positions": where} for where in windows]
     engine = SimpleNamespace(vllm_config=config(None))
     for length, meets in ((7, False), (6, True)):
         expected: Any = SteeringError if meets else Started
