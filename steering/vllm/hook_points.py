@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from enum import Enum, auto
 from typing import Any, Final
 
 import torch
@@ -25,6 +26,20 @@ class UnsupportedModelError(ValueError):
     """The model's structure is not one that this project knows how to hook."""
 
 
+class Store(Enum):
+    """What the op adds to a compiled graph of a 16-bit model, which rounds what it stores.
+
+    Attributes:
+        AS_PLAIN: nothing: what the op is given, a matrix product's output, is stored without it.
+        WIDE: a store in float32 (`registered.steer_wide`), which rounds nothing.
+        ROUNDED: a store that rounds where vLLM's own graph does not.
+    """
+
+    AS_PLAIN = auto()
+    WIDE = auto()
+    ROUNDED = auto()
+
+
 def owned_hook_points(
     model: nn.Module, points: Iterable[HookPoint], num_layers: int
 ) -> list[HookPoint]:
@@ -36,11 +51,8 @@ def owned_hook_points(
     return [point for point in points if not _is_placeholder(layers[point.layer])]
 
 
-def install(model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel: int) -> bool:
+def install(model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel: int) -> Store:
     """Make the model call the op at ``point``.
-
-    Returns:
-        whether a compiled graph gives the op float32 (`registered.steer_wide`).
 
     Raises:
         UnsupportedModelError: where the structure is not understood.
@@ -62,23 +74,33 @@ def install(model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel
                 "would not see the edit; use hook_resid_post"
             )
         fused = "residual" in parameters
-        wide = fused and _is_sandwich(layer)
+        wide = fused and (_is_sandwich(layer) or _has_shared_experts(layer))
         if point.kind == "hook_resid_pre":
             _wrap_input(layer, hook, parameters, fused, wide)
         else:
             _wrap_output(layer, hook, fused, wide)
-        return wide
+        return Store.WIDE if wide else Store.AS_PLAIN if fused else Store.ROUNDED
     submodule = _branch_output(layer, point)
     if tensor_parallel > 1:
         _refuse_partial_sums(submodule, hook)
     wide = _is_sandwich(layer)
     _wrap_output(submodule, hook, fused=False, wide=wide)
-    return wide
+    if wide:
+        return Store.WIDE
+    return Store.ROUNDED if _has_shared_experts(layer) else Store.AS_PLAIN
 
 
 def _is_sandwich(layer: nn.Module) -> bool:
     """Whether a norm follows each branch, so that it makes what the layer returns."""
     return hasattr(layer, "pre_feedforward_layernorm")
+
+
+def _has_shared_experts(layer: nn.Module) -> bool:
+    """Whether the MLP's output is a sum, of experts that are chosen and experts that are not."""
+    return any(
+        name.rsplit(".", 1)[-1] in ("shared_expert", "shared_experts")
+        for name, _ in layer.named_modules()
+    )
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:

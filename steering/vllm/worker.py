@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from steering.special_tokens import special_token_ids
 from steering.state import SteeringState
 from steering.step import Step
 from steering.vllm import hook_points, runner_v1, runner_v2
+from steering.vllm.hook_points import Store
 from steering.vllm.support import (
     UnsupportedEngineError,
     refuse_unknown_runner,
@@ -36,6 +39,8 @@ else:
     raise UnsupportedEngineError(
         f"SAE steering runs on CUDA and on CPU, not on {current_platform.device_name}"
     )
+
+logger = logging.getLogger("vllm.sae.steering")
 
 
 class SteeringWorker(PlatformWorker):
@@ -109,19 +114,35 @@ class SteeringWorker(PlatformWorker):
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
             free_bytes=None if runner.device.type != "cuda" else self._free_bytes,
         )
-        wide = [
-            hook_points.install(
+        stores = {
+            point: hook_points.install(
                 model, point, config.num_layers, self.parallel_config.tensor_parallel_size
             )
             for point in owned
-        ]
+        }
         dtype = self.vllm_config.model_config.dtype
-        compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
-        hidden_dtypes = {dtype, torch.float32} if compiled and any(wide) else {dtype}
+        hidden_dtypes = {dtype}
+        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            _tell_of_rounding(stores, dtype)
+            if Store.WIDE in stores.values():
+                hidden_dtypes.add(torch.float32)
         state.compile_kernel(dtype, config.d_model, hidden_dtypes)
         registered.make_current(state)
         adapter.attach(runner, state)
         return state
+
+
+def _tell_of_rounding(stores: Mapping[HookPoint, Store], dtype: torch.dtype) -> None:
+    """Log where a compiled graph cannot be kept from rounding the stream."""
+    rounded = ", ".join(str(point) for point, store in stores.items() if store is Store.ROUNDED)
+    if rounded and dtype != torch.float32:
+        logger.warning(
+            "compiled in %s, the stream is rounded at %s, where it is not without SAEs: unsteered "
+            "answers differ from those of a server without SAEs, about as much as %s from float32 "
+            "(seen: a tenth of greedy tokens). They do not depend on who steers beside them. "
+            "--enforce-eager or --dtype float32 makes them the same.",
+            *(dtype, rounded, dtype),
+        )
 
 
 def _leave_word(error: Exception) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-# First: it tells vLLM, before that is imported, to stay in this process.
+# Before vLLM is imported: it tells that to stay in this process.
+from server.demo_model import ensure_demo_model
 from tests.bench import demo_engine
 from tests.bench.record import Record, arguments
 from tests.bench.steering_prompts import REPORT, SELECTION
@@ -61,7 +62,7 @@ def model_named(name: str) -> Model:
     """Gemma 3 270M, whose layers end in a norm, or the demo model, a Llama."""
     if name == "gemma":
         return Model("gemma-3-270m", ensure_gemma_model(), D_MODEL, NUM_LAYERS, 9)
-    folder = demo_engine.ensure_demo_model()
+    folder = ensure_demo_model()
     return Model("smollm2-135m", folder, demo_engine.D_MODEL, demo_engine.NUM_LAYERS, 14)
 
 
