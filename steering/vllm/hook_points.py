@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from enum import Enum, auto
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,21 @@ from steering.vllm.forward_trace import NotUnderstood
 from steering.vllm.layer_form import Layer, Place
 from steering.vllm.layer_source import LayerSource, original_class
 from steering.vllm.unsupported import UnsupportedModelError
+
+
+class Store(Enum):
+    """What the op adds to a compiled graph of a 16-bit model, which rounds what it stores.
+
+    Attributes:
+        AS_PLAIN: nothing: what the op is given, a matrix product's output, is stored without it.
+        WIDE: a store in float32 (`registered.steer_wide`), which rounds nothing.
+        ROUNDED: a store that rounds where vLLM's own graph does not.
+    """
+
+    AS_PLAIN = auto()
+    WIDE = auto()
+    ROUNDED = auto()
+
 
 _LAYER_POINTS: Final = ("hook_resid_pre", "hook_resid_post")
 #: Of Gemma-2 and 3, and of GLM-4.
@@ -39,7 +55,7 @@ def install(
     num_layers: int,
     tensor_parallel: int,
     dtype: torch.dtype = torch.float32,
-) -> bool:
+) -> Store:
     """Make the model call the op at ``point``.
 
     Args:
@@ -50,7 +66,7 @@ def install(
         dtype: of the model.
 
     Returns:
-        whether a compiled graph gives the op float32 (`registered.steer_wide`).
+        what the op adds to a compiled graph.
 
     Raises:
         UnsupportedModelError: where the structure is not understood.
@@ -64,16 +80,30 @@ def install(
     place = layer.place(point)
     if tensor_parallel > 1 and point.kind not in _LAYER_POINTS:
         _refuse_partial_sums(module, place, str(point))
-    wide = _made_by_a_norm(module, place)
+    store = _store(module, place)
+    wide = store is Store.WIDE
     installation.install(module, place, str(point), layer.parameters(), wide=wide)
-    return wide
+    return store
 
 
-def _made_by_a_norm(layer: nn.Module, place: Place) -> bool:
-    """Whether a norm follows the layer's branches, so that it makes the stream at this place."""
-    if not any(hasattr(layer, name) for name in _NORMS_AFTER_BRANCHES):
-        return False
-    return place.other is not None or place.path.endswith("norm")
+def _store(layer: nn.Module, place: Place) -> Store:
+    """What the op at this place adds, by what makes the tensor that it is given."""
+    if place.other is None and not place.path:
+        return Store.ROUNDED  # a whole stream, which an addition makes
+    after_norm = any(hasattr(layer, name) for name in _NORMS_AFTER_BRANCHES)
+    if place.other is not None:
+        return Store.WIDE if after_norm or _has_shared_experts(layer) else Store.AS_PLAIN
+    if after_norm and place.path.endswith("norm"):
+        return Store.WIDE
+    return Store.ROUNDED if _has_shared_experts(layer) else Store.AS_PLAIN
+
+
+def _has_shared_experts(layer: nn.Module) -> bool:
+    """Whether the MLP's output is a sum, of experts that are chosen and experts that are not."""
+    return any(
+        name.rsplit(".", 1)[-1] in ("shared_expert", "shared_experts")
+        for name, _ in layer.named_modules()
+    )
 
 
 def _layer(module: nn.Module, index: int, dtype: Any, tensor_parallel: int) -> Layer:
@@ -120,4 +150,4 @@ def _refuse_deferred_sums(layer: nn.Module, hook: str) -> None:
         )
 
 
-__all__ = ["Place", "UnsupportedModelError", "install", "owned_hook_points"]
+__all__ = ["Place", "Store", "UnsupportedModelError", "install", "owned_hook_points"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,11 +60,16 @@ def logprobs(made: list[Generated]) -> list[list[float]]:
     return [each.logprobs for each in made]
 
 
-# Gemma's layers end in a norm, whose output plain vLLM's graph does not round.
+# Gemma's layers end in a norm, Qwen2-MoE's in a sum, neither of which plain vLLM's graph rounds.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "hook_kind"),
-    [("llama", "hook_resid_post"), ("gemma2", "hook_mlp_out"), ("gemma3", "hook_resid_post")],
+    [
+        ("llama", "hook_resid_post"),
+        ("gemma2", "hook_mlp_out"),
+        ("gemma3", "hook_resid_post"),
+        ("qwen2_moe", "hook_resid_post"),
+    ],
 )
 def test_unsteered_requests_of_a_compiled_bfloat16_model_keep_every_bit(
     make_engine: Callable[..., Engine],
@@ -84,3 +90,23 @@ def test_unsteered_requests_of_a_compiled_bfloat16_model_keep_every_bit(
     beside = logprobs(engine.generate(prompts, [STRONG, None, None, None]))
     assert beside[0] != clean[0]
     assert beside[1:] == clean[1:]
+
+
+@pytest.mark.slow
+def test_a_stream_that_a_compiled_graph_rounds_is_named_at_start(
+    make_engine: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    logger = logging.getLogger("vllm.sae.steering")
+    logger.addHandler(caplog.handler)  # vLLM's loggers pass nothing on to the root
+    try:
+        make_engine("gpt2", enforce_eager=False, dtype="bfloat16")
+        assert "the stream is rounded at blocks.1.hook_resid_post" in caplog.text
+        caplog.clear()
+        make_engine("gpt2", dtype="bfloat16")
+        assert caplog.text == ""
+    finally:
+        logger.removeHandler(caplog.handler)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from starlette.datastructures import State
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from sae.self_check import TEXT, Measured
@@ -22,6 +24,7 @@ from steering.config import SteeringConfig
 from steering.report import Summary
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.plan import SteeringPlan
+from steering.vllm.plugin import register
 from tests.models import D_MODEL, NUM_LAYERS
 from tests.server.fakes import FakeEngine, serve_args
 
@@ -70,6 +73,7 @@ def logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[pytest.LogCaptureFixture]:
     """What the server's logger says; whether vLLM hands it on to pytest depends on its set-up."""
+    register()  # reports come to whoever asked through what it puts around the engine
     monkeypatch.setattr(self_check.logger, "propagate", False)
     self_check.logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, self_check.logger.name)
@@ -211,5 +215,7 @@ def test_flag_and_saes_say_whether_it_starts(
     engine = CheckedEngine(*references(**{name: {} for name in "abc"[:saes]}))
     args = serve_args()
     args.steering_self_check = flag
-    asyncio.run(SteeringEndpointPlugin().init_state(engine, State(), args))
+    state = State()
+    state.openai_serving_models = OpenAIServingModels(engine, [BaseModelPath("m", "/nowhere")])
+    asyncio.run(SteeringEndpointPlugin().init_state(engine, state, args))
     assert started == ([] if limit == "not started" else [limit])

@@ -47,9 +47,9 @@ steer = torch.ops.vllm_sae.steer
 
 
 def steer_wide(hidden_states: Tensor, residual: Tensor | None, hook: str) -> Tensor:
-    """`steer` where a norm, and no matrix product, makes ``hidden_states``; returns what goes on.
+    """`steer` where a norm or a sum makes ``hidden_states``; returns what goes on.
 
-    A compiled graph keeps a norm's output in float32 until it is stored, and the addition that
+    A compiled graph keeps such an output in float32 until it is stored, and the addition that
     follows takes it from the registers. The op has it stored; stored in the model's dtype the
     addition would read it rounded, and requests that nobody steers would differ from those of a
     graph without the op. So it is stored in float32: the compiler leaves out conversions to the
