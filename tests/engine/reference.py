@@ -33,7 +33,9 @@ class ReferenceSAE:
         self.max_activation: dict[int, float] = {}
         if (features := folder / "features.jsonl").exists():
             entries = [json.loads(line) for line in features.read_text().splitlines()]
-            self.max_activation = {e["index"]: e["max_activation"] for e in entries}
+            self.max_activation = {
+                e["index"]: e["max_activation"] for e in entries if e.get("max_activation")
+            }
 
     @property
     def threshold(self) -> Tensor:
