@@ -168,13 +168,14 @@ class SteeringWorker(PlatformWorker):
 def _tell_of_rounding(stores: Mapping[HookPoint, Store], dtype: torch.dtype) -> None:
     """Log where a compiled graph cannot be kept from rounding the stream."""
     rounded = ", ".join(str(point) for point, store in stores.items() if store is Store.ROUNDED)
+    name = str(dtype).removeprefix("torch.")
     if rounded and dtype != torch.float32:
         logger.warning(
             "compiled in %s, the stream is rounded at %s, where it is not without SAEs: unsteered "
             "answers differ from those of a server without SAEs, about as much as %s from float32 "
             "(seen: a tenth of greedy tokens). They do not depend on who steers beside them. "
             "--enforce-eager or --dtype float32 makes them the same.",
-            *(dtype, rounded, dtype),
+            *(name, rounded, name),
         )
 
 
