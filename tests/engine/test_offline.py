@@ -58,7 +58,7 @@ def test_each_prompt_may_have_a_field_of_its_own(llm: Any) -> None:
     fields = [EDIT, None, read]
     outputs = llm.generate([prompt(i) for i in range(3)], params(), steering=fields, use_tqdm=False)
     assert [output.steering and [*output.steering] for output in outputs] == [
-        ["interventions", "tokens_cached"],
+        ["interventions", "tokens_cached", "edited"],
         None,
         ["read"],
     ]
