@@ -100,6 +100,8 @@ def test_a_stream_that_a_compiled_graph_rounds_is_named_at_start(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    import vllm.logger  # noqa: F401 (it takes away the handlers that are there)
+
     logger = logging.getLogger("vllm.sae.steering")
     logger.addHandler(caplog.handler)  # vLLM's loggers may pass nothing on to the root
     try:
