@@ -29,7 +29,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "vllm-sae")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device, and `network` unless asked for."""
+    """Skip tests marked `gpu` where torch sees no CUDA device, and `network` unless asked for.
+
+    The families of models come last: vLLM's backend for transformers changes the classes of some
+    for the rest of the process, and they cannot be made outside of an engine then.
+    """
+    items.sort(key=lambda item: item.path.name == "test_families.py")
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no CUDA device"
