@@ -91,10 +91,10 @@ def _store(layer: nn.Module, place: Place) -> Store:
     if place.other is None and not place.path:
         return Store.ROUNDED  # a whole stream, which an addition makes
     after_norm = any(hasattr(layer, name) for name in _NORMS_AFTER_BRANCHES)
-    if place.other is not None:
-        return Store.WIDE if after_norm or _has_shared_experts(layer) else Store.AS_PLAIN
-    if after_norm and place.path.endswith("norm"):
+    if after_norm and (place.other is not None or place.path.endswith("norm")):
         return Store.WIDE
+    # Experts that are always chosen are added to those that are, in the compiler's registers. A
+    # store in float32 does not keep every bit there.
     return Store.ROUNDED if _has_shared_experts(layer) else Store.AS_PLAIN
 
 
