@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 #: Every `error.code` of this project's own answers.
 ErrorCode = Literal[
     "body_too_large",
-    "budget_not_met",
     "condition_too_late",
     "duplicate_intervention",
     "feature_out_of_range",
@@ -21,7 +20,6 @@ ErrorCode = Literal[
     "presets_read_only",
     "sae_required",
     "steering_unavailable",
-    "study_too_large",
     "too_many_interventions",
     "too_many_presets",
     "unknown_field",

@@ -22,11 +22,6 @@ _WITHIN_LAYER: Final = (
 )
 
 
-def layer_of(hook: str) -> int:
-    """The layer of a hook point that a card names."""
-    return place_in_pass(hook)[0]
-
-
 def place_in_pass(hook: str) -> tuple[int, int]:
     """What orders hook points as a pass comes by them: layer, then place within the layer."""
     match = _HOOK_POINT.fullmatch(hook)

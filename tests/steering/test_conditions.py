@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from sae.card import HookPoint
 from steering.errors import SteeringError
 from steering.request.cache_salt import cache_salt
 from steering.request.condition_rules import refuse_across_stages
 from steering.request.conditions import Condition, When
-from steering.request.hook_order import layer_of, place_in_pass
+from steering.request.hook_order import place_in_pass
 from steering.request.parse import parse_spec
 from tests.steering.test_spec import EDIT, HERE, ONE, Facts, edit
 
@@ -156,7 +157,7 @@ def test_conditions_on_another_pipeline_stage_are_refused() -> None:
         raw = {"interventions": [{**EDIT, "sae": edited}], "when": condition}
         spec = parse_spec(raw, SAES)
         edits = [(made.sae, made.when) for made in spec.edits]
-        refuse_across_stages(edits, SAES, lambda hook: int(layer_of(hook) >= 2))
+        refuse_across_stages(edits, SAES, lambda hook: int(HookPoint.parse(hook).layer >= 2))
 
     check("s5", {**FIRES, "sae": "s0"})
     check("s7", {**FIRES, "sae": "s6"})
