@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -22,7 +23,20 @@ def oracle(module: str, package: str) -> ModuleType:
         imported: ModuleType = pytest.importorskip(
             module, reason=f"the oracle of this test is the package {package}", exc_type=ImportError
         )
+    _undo_nnsight()
     return imported
+
+
+def _undo_nnsight() -> None:
+    """Take back what nnsight, which dictionary-learning imports, replaces in torch at import.
+
+    torch's FakeTensor is among it, and without its own constructor nothing compiles any more in
+    this process.
+    """
+    nnsight = sys.modules.get("nnsight")
+    if nnsight is not None:
+        for patch in nnsight.DEFAULT_PATCHER.patches:
+            patch.restore()
 
 
 def assert_same_sae(
