@@ -15,7 +15,7 @@ from typing import Any
 def main() -> None:
     """Arguments: model folder, scratch folder, JSON of extra engine arguments."""
     from tests.engine.engine import tiny_engine
-    from tests.engine.test_traps import GENERATION_ONLY, OTHER, STRONG, reporting, tokens
+    from tests.engine.outputs import GENERATION_ONLY, OTHER, STRONG, reporting, tokens
 
     model, folder, arguments = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     saes = ({"layer": 0}, {"layer": 3, "architecture": "standard", "seed": 1})

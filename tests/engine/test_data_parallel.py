@@ -14,8 +14,8 @@ import pytest
 
 from tests.engine import server
 from tests.engine.engine import Generated, tiny_engine
+from tests.engine.outputs import tokens
 from tests.engine.server import LiveServer
-from tests.engine.test_traps import tokens
 
 # The first test to ask waits for the server.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.engine.engine import Engine
-from tests.engine.test_traps import STRONG, same, tokens
+from tests.engine.outputs import STRONG, same, tokens
 
 MOST = 1e6
 #: Each is beyond what float16 holds, or makes the next layer's infinite.

@@ -11,7 +11,7 @@ from server.reader import Run, Text, run_offline
 from steering.request.accepted import Accepted, accept
 from steering.vllm.door import catalog_for
 from tests.engine.engine import Engine, tiny_engine
-from tests.engine.test_traps import tokens
+from tests.engine.outputs import tokens
 from tests.models import make_tiny_model
 
 PROMPT = tokens(5, 20)

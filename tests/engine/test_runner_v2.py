@@ -14,12 +14,7 @@ from typing import Final
 
 import pytest
 
-#: Environment in which vLLM runs its V2 model runner on a CPU.
-INTERPRETER: Final = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(Path(__file__).parent / "interpreter"),
-}
+from tests.engine.interpreted import INTERPRETER
 
 SELECTION: Final = (
     "test_traps.py::test_blocks_of_a_steered_request_are_never_served_to_a_clean_one",

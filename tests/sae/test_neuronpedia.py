@@ -12,7 +12,7 @@ from sae.card import UNIT_TIMES_DECODER_NORM, SAECard
 from sae.errors import SAEError
 from sae.features import Example, Feature, FeatureTable
 from sae.neuronpedia import BATCH, ImportSummary, import_neuronpedia, same
-from tests.sae.test_card import CARD as LARGE_CARD
+from tests.sae.cards import CARD as LARGE_CARD
 
 CARD = replace(LARGE_CARD, d_sae=3)
 NORMS = [0.5, 2.0, 0.0]
