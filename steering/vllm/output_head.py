@@ -20,7 +20,7 @@ class OutputHead:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model: Any = model
 
     def __call__(self, hidden_states: Tensor) -> Tensor | None:
         """``[n, vocabulary]`` logits; None on a rank to which they are not gathered.

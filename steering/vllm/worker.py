@@ -117,6 +117,7 @@ class SteeringWorker(PlatformWorker):
         targets: list[int],
         start: int,
         stop: int,
+        then_forget: list[str],
     ) -> list[Any] | None:
         """RPC: figures of steered texts beside an unsteered one; see `Scores.compare`.
 
@@ -126,12 +127,14 @@ class SteeringWorker(PlatformWorker):
             targets: the actual tokens of the rows asked for, or none.
             start: the first of the kept rows that this is about.
             stop: one past the last.
+            then_forget: keys of what is not needed any more.
 
         Returns:
             of each steered text what `packed` makes of it, or None if rows are missing; None from
             workers that hold no final hidden states, or do not report.
         """
         rows = [self._kept(key, start, stop) for key in (unsteered, *(key for key, _ in steered))]
+        self.steering_forget(then_forget)
         if self._scores is None or rows[0] is None:
             return None
         whole = [
@@ -147,18 +150,20 @@ class SteeringWorker(PlatformWorker):
 
     @torch.inference_mode()
     def steering_log_probabilities(
-        self, texts: list[tuple[str, int, list[int]]]
+        self, texts: list[tuple[str, int, list[int]]], then_forget: list[str]
     ) -> list[Any] | None:
         """RPC: log p of texts' tokens; see `Scores.log_probabilities`.
 
         Args:
             texts: the key of what was kept of each, the first of the rows that this is about, and
                 the actual tokens of these rows.
+            then_forget: keys of what is not needed any more.
 
         Returns:
             float32 bytes of each text, None if rows are missing; None as from `steering_compare`.
         """
         rows = [self._kept(key, start, start + len(ids)) for key, start, ids in texts]
+        self.steering_forget(then_forget)
         whole = [kept for kept in rows if kept is not None]
         if self._scores is None or not whole:
             return None
@@ -167,7 +172,7 @@ class SteeringWorker(PlatformWorker):
         found = self._scores.log_probabilities(torch.cat(whole), targets)
         if found is None:
             return None
-        of_each = iter(found.split([len(kept) for kept in whole]))
+        of_each = iter(torch.split(found, [len(kept) for kept in whole]))
         return [None if kept is None else next(of_each).numpy().tobytes() for kept in rows]
 
     def steering_forget(self, keys: list[str]) -> None:

@@ -99,7 +99,7 @@ class Scores:
                 if stacked:
                     known, logits = self._distribution(logits[: len(before)]), logits[len(before) :]
                 assert known is not None
-                for i, of_side in enumerate(logits.split(len(before))):
+                for i, of_side in enumerate(torch.split(logits, len(before))):
                     parts[first + i].append(
                         self._compared(known, of_side, actual, sides[i].watched)
                     )
