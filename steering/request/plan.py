@@ -11,7 +11,7 @@ from steering.request.edits import Edit
 from steering.request.float32 import float32
 from steering.request.limits import OPS, POSITION_LIMIT
 from steering.request.positions import Positions
-from steering.request.probe import Keep, Pool, Probe, Tokens
+from steering.request.probe import Pool, Probe, Tokens
 from steering.request.probe_plan import (
     PlannedCapture,
     PlannedPool,
@@ -368,7 +368,7 @@ def _planned_probe(
     sae, windows = sae_index[probe.sae], _windows(probe.tokens, prompt_len, length)
     if isinstance(probe, Pool):
         return PlannedPool(sae, windows, probe.pool, probe.scaled, probe.peaks)
-    return PlannedCapture(sae, windows, probe.key, not isinstance(probe, Keep))
+    return PlannedCapture(sae, windows, probe.key)
 
 
 def _windows(tokens: Tokens, prompt_len: int, length: int) -> tuple[Window, ...]:

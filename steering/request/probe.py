@@ -42,12 +42,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Keep:
-    """Keep the stream where an SAE reads it, behind all edits that are made there.
+    """Keep the stream where an SAE reads it, behind all edits that are made there, until it is
+    compared with another run's.
 
     Attributes:
         sae: name of the SAE.
-        tokens: which tokens; at least those that are compared.
-        key: what it is kept under.
+        tokens: which tokens; of an unsteered run at least those that are compared.
+        key: what it is kept under, of this run alone.
     """
 
     sae: str
@@ -55,19 +56,4 @@ class Keep:
     key: str
 
 
-@dataclass(frozen=True)
-class Compare:
-    """Compare the features of this run with those of the one that was kept.
-
-    Attributes:
-        sae: name of the SAE.
-        tokens: the tokens that take part, but for those that were sinks in the run that was kept.
-        key: what that run was kept under.
-    """
-
-    sae: str
-    tokens: Tokens
-    key: str
-
-
-Probe = Pool | Keep | Compare
+Probe = Pool | Keep

@@ -36,19 +36,17 @@ class PlannedPool:
 
 @dataclass(frozen=True)
 class PlannedCapture:
-    """What `steering.request.probe.Keep` or `Compare` asks for.
+    """What `steering.request.probe.Keep` asks for.
 
     Attributes:
         sae: index of the SAE.
         windows: which tokens.
-        key: what the unsteered run is kept under.
-        compares: whether this run is compared with that one, and is not that one itself.
+        key: what the stream is kept under.
     """
 
     sae: int
     windows: tuple[Window, ...]
     key: str
-    compares: bool
 
 
 PlannedProbe = PlannedPool | PlannedCapture

@@ -98,6 +98,22 @@ class SteeringWorker(PlatformWorker):
             return None
         return self.steering.take_results(key, limits)
 
+    def steering_compare_features(
+        self, unsteered: str, steered: str, saes: list[int], start: int, stop: int
+    ) -> list[dict[str, Any] | None] | None:
+        """RPC: what became of features; see `StudyProbes.compare`. None from those without records.
+
+        All tensor-parallel ranks see the same stream.
+        """
+        if self.steering is None or not self._keeps_records:
+            return None
+        return self.steering.probes.compare(unsteered, steered, saes, start, stop)
+
+    def steering_release_streams(self, keys: list[str]) -> None:
+        """RPC: forget what was kept of these runs."""
+        if self.steering is not None:
+            self.steering.probes.kept.release(keys)
+
     def steering_take_stats(self) -> dict[str, float] | None:
         """RPC: gauges, and counters since the last call; None from all but one worker a stage."""
         if self.steering is None or not self._keeps_records:

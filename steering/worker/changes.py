@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,8 @@ def compare(
     unsteered: KeptStream,
     steered: KeptStream,
     sae: SAE,
-    edited: Sequence[int],
+    start: int,
+    stop: int,
     device: torch.device,
 ) -> dict[str, Any]:
     """Encode both streams and compare what is read, in blocks of tokens.
@@ -31,29 +33,36 @@ def compare(
         unsteered: of every token of the other one.
         steered: of the tokens that are compared.
         sae: the SAE, its matrices where they are needed.
-        edited: its latents that the steered run edits.
+        start: the first of the steered run's kept tokens that this is about.
+        stop: one past the last.
         device: where to compute.
 
     Returns:
-        ``tokens``; ``unmatched``, tokens that the unsteered run does not have; ``latents`` ``[m]``
-        int32, those that fire in either run; ``before`` and ``after`` ``[m]`` float64, sums of
-        activations, as bytes; of the latents that are not edited ``newly_active`` and ``silenced``,
-        counts, and ``others``, the squared norm of their change; ``asked``, that of the change
-        asked for; ``stream`` and ``unexplained``, squared norms of the stream's change and of what
-        the features' does not explain of it, None for an SAE that does not write where it reads.
+        ``left``, how many kept tokens follow; ``unmatched``, tokens that the unsteered run does not
+        have; ``tokens`` that were compared; ``latents`` ``[m]`` int32, those that fire in either
+        run; ``before`` and ``after`` ``[m]`` float64, sums of activations, as bytes; of the latents
+        that are not edited ``newly_active`` and ``silenced``, counts, and ``others``, the squared
+        norm of their change; ``asked``, that of the change asked for; ``stream`` and
+        ``unexplained``, squared norms of the stream's change and of what the features' does not
+        explain of it, None for an SAE that does not write where it reads.
     """
-    where, unmatched = counterparts(unsteered, steered)
-    found = _Sums(sae, edited, device)
-    if not unmatched:
-        size = max(1, _BLOCK_ELEMENTS // sae.card.d_sae)
-        for start in range(0, len(where), size):
-            block = slice(start, start + size)
-            found.add(
-                torch.from_numpy(unsteered.x[where[block]]).to(device),
-                torch.from_numpy(steered.x[block]).to(device),
-                torch.from_numpy(steered.asked[block]).to(device),
-            )
-    return {"unmatched": unmatched, **found.summary()}
+    where = counterparts(unsteered, steered)
+    here = np.arange(min(start, len(where)), min(stop, len(where)))
+    matched = here[where[here] >= 0]
+    found = _Sums(sae, steered.edited, device)
+    size = max(1, _BLOCK_ELEMENTS // sae.card.d_sae)
+    for first in range(0, len(matched), size):
+        block = matched[first : first + size]
+        found.add(
+            torch.from_numpy(unsteered.x[where[block]]).to(device),
+            torch.from_numpy(steered.x[block]).to(device),
+            torch.from_numpy(steered.asked[block]).to(device),
+        )
+    return {
+        "left": max(len(where) - stop, 0),
+        "unmatched": len(here) - len(matched),
+        **found.summary(),
+    }
 
 
 class _Sums:

@@ -1,10 +1,12 @@
-"""The stream where an SAE reads it, of one text: kept of its unsteered run, for its steered ones.
+"""The stream where an SAE reads it, of one run of a text: kept to be compared with another's.
 
 Streams lie in the host's memory: they go there by the copies that every pass makes for its records.
+A study names each run by a key of its own, and releases it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +23,13 @@ class KeptStream(NamedTuple):
             differ have their completion's tokens in common.
         x: ``[n, d_in]`` float32, behind the edits of the hook point.
         asked: ``[n]`` float32, the squared changes that this SAE's edits ask for, summed over them.
+        edited: latents of this SAE that the run edits.
     """
 
     offset: IntArray
     x: FloatArray
     asked: FloatArray
+    edited: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -36,8 +40,9 @@ class KeptStream(NamedTuple):
 class StreamRows:
     """The stream of a request that runs, as its passes leave it behind."""
 
-    def __init__(self, prompt_len: int) -> None:
+    def __init__(self, prompt_len: int, edited: tuple[int, ...] = ()) -> None:
         self._prompt_len = prompt_len
+        self._edited = edited
         self._rows = RowsByPosition()
 
     @property
@@ -58,11 +63,11 @@ class StreamRows:
         if not counted.any():
             return None
         x, asked = (column[counted] for column in columns)
-        return KeptStream(positions[counted] - self._prompt_len, x, asked)
+        return KeptStream(positions[counted] - self._prompt_len, x, asked, self._edited)
 
 
 class KeptStreams:
-    """Streams by the key of their text and the index of the SAE, until the key is released."""
+    """Streams by the key of their run and the index of the SAE, until the key is released."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[int, KeptStream]] = {}
@@ -75,9 +80,10 @@ class KeptStreams:
         """What was kept; None if nothing is, or if it was released."""
         return self._kept.get(key, {}).get(sae)
 
-    def release(self, key: str) -> None:
-        """Forget what is kept under a key, if anything is."""
-        self._kept.pop(key, None)
+    def release(self, keys: Iterable[str]) -> None:
+        """Forget what is kept under these keys, if anything is."""
+        for key in keys:
+            self._kept.pop(key, None)
 
     @property
     def nbytes(self) -> int:
@@ -88,13 +94,9 @@ class KeptStreams:
         return len(self._kept)
 
 
-def counterparts(unsteered: KeptStream, steered: KeptStream) -> tuple[IntArray, int]:
-    """Where the steered run's tokens are in the unsteered one's.
-
-    Returns:
-        ``[n]`` int64 indices of those that are found, and how many are not.
-    """
+def counterparts(unsteered: KeptStream, steered: KeptStream) -> IntArray:
+    """``[n]`` where the steered run's tokens are in the unsteered one's; -1 for those not there."""
     where = np.searchsorted(unsteered.offset, steered.offset)
-    known = where < len(unsteered.offset)
-    known[known] = unsteered.offset[where[known]] == steered.offset[known]
-    return where[known], int((~known).sum())
+    # One past the last is nowhere: the last stands in for it, and is another token.
+    nearest = np.minimum(where, len(unsteered.offset) - 1)
+    return np.where(unsteered.offset[nearest] == steered.offset, nearest, -1)

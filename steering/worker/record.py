@@ -68,7 +68,10 @@ class RequestRecord:
         self._stops: dict[int, tuple[int, float]] = {}
         self.pools: dict[int, Pooled] = {}
         self.streams = {
-            i: StreamRows(plan.prompt_len)
+            i: StreamRows(
+                plan.prompt_len,
+                tuple(edit.latent for edit in plan.edits if edit.sae == probe.sae),
+            )
             for i, probe in enumerate(plan.probes)
             if isinstance(probe, PlannedCapture)
         }

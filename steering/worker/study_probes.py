@@ -1,12 +1,12 @@
-"""What a worker finds out for studies: sums over a text, and what became of another run's features.
+"""What a worker finds out for studies: sums over a text, and what became of features between runs.
 
-A run that is to be compared with leaves its streams here when its results are fetched; the results
-of the other run are the comparison.
+A run whose streams are to be compared leaves them here when its results are fetched. Which run is
+done first makes no difference; whoever wants them compared asks when both are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +41,8 @@ class StudyProbes:
             limit: as `RequestRecord.summary` takes it; 0 from whoever wants it forgotten.
 
         Returns:
-            None if it has no probes. Of each `Pooled.summary`, `changes.compare`, or ``kept``, the
-            tokens that were kept; None where another stage holds the layer, or if no token came.
+            None if it has no probes. Of each `Pooled.summary`, or ``kept``, the tokens whose stream
+            is kept; None where another stage holds the layer, or if no token came.
         """
         if not record.plan.probes or not limit:
             return None
@@ -59,12 +59,30 @@ class StudyProbes:
         stream = record.streams[probe].below(limit)
         if stream is None:
             return None
-        if not planned.compares:
-            self.kept.keep(planned.key, planned.sae, stream)
-            return {"kept": len(stream.offset)}
-        unsteered = self.kept.get(planned.key, planned.sae)
-        if unsteered is None:
-            return {"unmatched": len(stream.offset)}
-        edited = [edit.latent for edit in record.plan.edits if edit.sae == planned.sae]
-        sae = self._residency.whole(planned.sae)
-        return compare(unsteered, stream, sae, edited, self._device)
+        self.kept.keep(planned.key, planned.sae, stream)
+        return {"kept": len(stream.offset)}
+
+    def compare(
+        self, unsteered: str, steered: str, saes: Sequence[int], start: int, stop: int
+    ) -> list[dict[str, Any] | None]:
+        """Compare two runs' features, in plain types.
+
+        Args:
+            unsteered: key of the run to compare with.
+            steered: key of the other.
+            saes: indices of the SAEs.
+            start: the first of the steered run's kept tokens that this is about.
+            stop: one past the last.
+
+        Returns:
+            Of each SAE what `changes.compare` says; None where nothing is kept of either run.
+        """
+        found: list[dict[str, Any] | None] = []
+        for sae in saes:
+            streams = self.kept.get(unsteered, sae), self.kept.get(steered, sae)
+            if streams[0] is None or streams[1] is None:
+                found.append(None)
+                continue
+            whole = self._residency.whole(sae)
+            found.append(compare(streams[0], streams[1], whole, start, stop, self._device))
+        return found
