@@ -7,8 +7,8 @@ from typing import Any
 
 from steering.report import Ticket, wants_report
 from steering.request.catalog import Catalog, Prepared
+from steering.request.keep import Keep
 from steering.request.plan import Inspection
-from steering.request.positions import Positions
 from steering.request.probe import Probe
 from steering.request.spec import SteeringSpec
 
@@ -28,6 +28,7 @@ class Accepted:
             whole text there, of which a part counts as generated.
         ticket: where the reports go; None if nobody asked for any, or if they are fetched by hand.
         awaited: whether what is recorded will be fetched, or forgotten by name, in any case.
+        keep: streams that a study compares.
         probes: what a study wants to know of the text.
     """
 
@@ -37,6 +38,7 @@ class Accepted:
     prompt_len: int | None = None
     ticket: Ticket | None = None
     awaited: bool = False
+    keep: Keep | None = None
     probes: tuple[Probe, ...] = ()
 
     @property
@@ -50,11 +52,6 @@ class Accepted:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accepted:
         return self
-
-
-def unsteered() -> Accepted:
-    """What a run carries that edits nothing, but is probed."""
-    return Accepted(SteeringSpec((), Positions(), True, False, None), Prepared({}))
 
 
 def accept(raw: object, catalog: Catalog, inspection: Inspection | None = None) -> Accepted:

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sae.arrays import FloatArray, IntArray
-from steering.request.accepted import Accepted, unsteered
+from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
 from steering.request.probe import Pool
+from steering.studies.kept_runs import UNSTEERED
 from steering.studies.study import Reader
 from steering.vllm.reader import Run, Text
 
@@ -46,8 +47,8 @@ class Pooled:
     def of(cls, figures: Mapping[str, Any] | None, pool: Pool, d_sae: int) -> Pooled:
         """What `steering.worker.pooled` found; None if no token came."""
         if figures is None:
-            nothing = np.empty(0)
-            return cls(d_sae, 0, *(nothing.astype(t) for t in ("i4", "f8", "i4", "f8")))
+            none = np.empty(0, np.int32)
+            return cls(d_sae, 0, none, np.empty(0), none, np.empty(0))
         tokens, total = figures["tokens"], np.frombuffer(figures["total"], np.float64)
         if figures["pooled"] is None:
             pooled = total / max(tokens, 1)
@@ -99,7 +100,7 @@ async def pooled(
         SteeringError: ``invalid_weights`` if the SAE has some that are not finite.
     """
     await catalog.prepare_whole(pool.sae)
-    probed = replace(accepted or unsteered(), probes=(pool,))
+    probed = replace(accepted or UNSTEERED, probes=(pool,))
     d_sae = catalog.card(pool.sae).d_sae
     finished = await reader.all(
         (Run.of(text, probed) for text in texts),

@@ -38,13 +38,13 @@ def compare(
         device: where to compute.
 
     Returns:
-        ``left``, how many kept tokens follow; ``unmatched``, tokens that the unsteered run does not
-        have; ``tokens`` that were compared; ``latents`` ``[m]`` int32, those that fire in either
-        run; ``before`` and ``after`` ``[m]`` float64, sums of activations, as bytes; of the latents
-        that are not edited ``newly_active`` and ``silenced``, counts, and ``others``, the squared
-        norm of their change; ``asked``, that of the change asked for; ``stream`` and
-        ``unexplained``, squared norms of the stream's change and of what the features' does not
-        explain of it, None for an SAE that does not write where it reads.
+        ``unmatched``, tokens that the unsteered run does not have; ``tokens`` that were compared;
+        ``latents`` ``[m]`` int32, those that fire in either run; ``before`` and ``after`` ``[m]``
+        float64, sums of activations, as bytes; of the latents that are not edited ``newly_active``
+        and ``silenced``, counts, and ``others``, the squared norm of their change; ``asked``, that
+        of the change asked for; ``stream`` and ``unexplained``, squared norms of the stream's
+        change and of what the features' does not explain of it, None for an SAE that does not
+        write where it reads.
     """
     where = counterparts(unsteered, steered)
     here = np.arange(min(start, len(where)), min(stop, len(where)))
@@ -58,11 +58,7 @@ def compare(
             torch.from_numpy(steered.x[block]).to(device),
             torch.from_numpy(steered.asked[block]).to(device),
         )
-    return {
-        "left": max(len(where) - stop, 0),
-        "unmatched": len(here) - len(matched),
-        **found.summary(),
-    }
+    return {"unmatched": len(here) - len(matched), **found.summary()}
 
 
 class _Sums:
