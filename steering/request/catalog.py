@@ -135,6 +135,7 @@ class Catalog:
             if item.sae.weight_bytes > SCAN_LIMIT_BYTES
         }
         self._solvable: set[tuple[str, frozenset[int], frozenset[int]]] = set()
+        self._stream_norms: dict[str, float] = {}
         # What a scan of all of such an SAE found, if a request has needed one.
         self._scanned: dict[str, str | None] = {}
 
@@ -192,6 +193,19 @@ class Catalog:
     def features(self, name: str) -> FeatureTable:
         """Labels and statistics of one SAE. Raises SteeringError ``unknown_sae``."""
         return self._get(name).features
+
+    def stream_norm(self, name: str) -> float | None:
+        """The median norm of the stream that an SAE edits; None if nothing has measured it."""
+        return self._stream_norms.get(name)
+
+    def note_stream_norm(self, name: str, norm: float) -> None:
+        """Take note of the median norm of the stream at the hook point that an SAE reads.
+
+        Nothing is known by it of the stream that an SAE writes to at another place.
+        """
+        loaded = self._get(name)
+        if loaded.writes == (loaded.reads,):
+            self._stream_norms[name] = norm
 
     def parse(self, raw: object, *, empty_allowed: bool = False) -> SteeringSpec:
         """Validate a ``steering`` field against these SAEs and this engine; see `parse_spec`.
