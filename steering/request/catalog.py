@@ -260,6 +260,22 @@ class Catalog:
             self._protected(spec) if spec.report and spec.protect else None,
         )
 
+    async def prepare_whole(self, name: str, param: str | None = None) -> None:
+        """Check an SAE that is to be encoded in full, off the event loop if all of it is read.
+
+        Args:
+            name: of the SAE.
+            param: what to name in a refusal.
+
+        Raises:
+            SteeringError: ``invalid_weights`` as in `prepare`.
+        """
+        self.refuse_changed(name, param)
+        if name in self._checked and name not in self._scanned:
+            await asyncio.to_thread(self._check_all, name, param)
+        else:
+            self._check_all(name, param)
+
     def _refuse_unsolvable(self, spec: SteeringSpec) -> None:
         """SteeringError ``ill_conditioned`` if the edits of some SAE cannot be solved together."""
         for name in spec.saes:
@@ -322,7 +338,7 @@ class Catalog:
             )
         checked.add(feature)
 
-    def _check_all(self, name: str, param: str) -> None:
+    def _check_all(self, name: str, param: str | None) -> None:
         """The same for every row, for a request that encodes or decodes in full."""
         if name not in self._checked:
             return
