@@ -325,7 +325,7 @@ async def test_error_inside_a_stream_is_an_event_with_all_that_an_answer_has() -
         raise BudgetNotMetError("too strong", "budget", curve)
 
     *progress, error, end = await streamed(RunningStudy(study))
-    assert progress[0] == {"object": "steering.progress", "done": 0, "of": 2}
+    assert progress[-1] == {"object": "steering.progress", "done": 1, "of": 2}
     assert error["error"] == {
         "message": "too strong",
         "type": "invalid_request_error",
