@@ -1,0 +1,128 @@
+"""The search for the strength at which an edit costs what it may: few tries, no gradients.
+
+A try is a pass of all texts through the model, so what counts is their number. Multiplier and cost
+are compared as logarithms: where an edit is weak its cost goes as a power of its strength (KL as
+the square), so that the curve is nearly a line there.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from itertools import pairwise
+from typing import Final
+
+#: A cost meets a budget of which it is at least this share and at most all.
+LEAST_SHARE: Final = 0.9
+#: Multipliers that are tried.
+LOWEST, HIGHEST = 1 / 64, 64.0
+#: Tries of one search; a search that finds nothing makes all of them.
+MAX_TRIES: Final = 16
+
+#: Where in the window a try aims: its middle, as logarithms go.
+_AIM: Final = math.sqrt(LEAST_SHARE)
+#: Costs below this share of the budget, negative ones among them, say only that they are low.
+_LEAST_KNOWN: Final = 2.0**-16
+#: Octaves that one try may go beyond those before it.
+_MOST_OCTAVES: Final = 4.0
+#: Powers of the strength as which a cost is taken to grow beyond what was tried.
+_LEAST_POWER, _MOST_POWER = 0.5, 4.0
+#: Multipliers nearer to each other than this, in octaves, have no other between them: a curve that
+#: still leaps over the window there has a jump.
+_JUMP: Final = 2.0**-10
+#: Without a crossing, gaps wider than this many octaves are looked into.
+_WIDEST_GAP: Final = 1.0
+
+
+class BudgetSearch:
+    """Look for the largest multiplier whose cost is within a budget.
+
+    Costs on both sides of the budget at two multipliers bracket a third, if the curve has no jump.
+    Of several brackets that of the largest multipliers is followed, since curves may fall again.
+
+    Args:
+        budget: above 0; met by costs in [0.9 budget, budget].
+        power: of the multiplier, as which small costs grow: 2 for KL.
+        lowest: multiplier to try at least.
+        highest: multiplier to try at most.
+    """
+
+    def __init__(
+        self,
+        budget: float,
+        power: float = 2.0,
+        lowest: float = LOWEST,
+        highest: float = HIGHEST,
+    ) -> None:
+        assert budget > 0 and 0 < lowest <= highest
+        self._budget = budget
+        self._power = power
+        self._low, self._high = math.log2(lowest), math.log2(highest)
+        #: (log2 of the multiplier, log2 of cost / aim, multiplier, cost), ascending
+        self._tried: list[tuple[float, float, float, float]] = []
+        self._slow = 0
+
+    @property
+    def found(self) -> float | None:
+        """The largest multiplier so far that meets the budget."""
+        return next((m for _, _, m, cost in reversed(self._tried) if self._meets(cost)), None)
+
+    def put(self, multiplier: float, cost: float) -> None:
+        """What a multiplier costs; NaN counts as too much."""
+        share = cost / (self._budget * _AIM)
+        y = math.log2(max(share, _LEAST_KNOWN)) if math.isfinite(share) else -math.log2(_LEAST_KNOWN)
+        insort(self._tried, (math.log2(multiplier), y, multiplier, cost))
+
+    def next(self) -> float | None:
+        """The multiplier to try next; None if the search is over."""
+        if self.found is not None or len(self._tried) >= MAX_TRIES:
+            return None
+        if not self._tried:
+            return self._multiplier(0.0)
+        bracket = self._bracket()
+        x = self._within(*bracket) if bracket is not None else self._beyond()
+        return None if x is None else self._multiplier(x)
+
+    def _meets(self, cost: float) -> bool:
+        return LEAST_SHARE * self._budget <= cost <= self._budget
+
+    def _multiplier(self, x: float) -> float:
+        """2^x within the limits, in four digits if these have not been tried: it is read by people."""
+        exact = 2.0 ** min(max(x, self._low), self._high)
+        short = float(f"{exact:.4g}")
+        inside = 2.0**self._low <= short <= 2.0**self._high
+        return short if inside and all(short != m for _, _, m, _ in self._tried) else exact
+
+    def _bracket(self) -> tuple[int, int] | None:
+        """Neighbours among what was tried with the budget between them."""
+        for i in reversed(range(len(self._tried) - 1)):
+            (x0, y0, *_), (x1, y1, *_) = self._tried[i], self._tried[i + 1]
+            if (y0 < 0) != (y1 < 0) and x1 - x0 > _JUMP:
+                return i, i + 1
+        return None
+
+    def _within(self, left: int, right: int) -> float:
+        """Between two neighbours: where a curve through what was tried near them meets the aim."""
+        (x0, y0, *_), (x1, y1, *_) = self._tried[left], self._tried[right]
+        width = x1 - x0
+        x = x0 - y0 * width / (y1 - y0)
+        return min(max(x, x0 + width / 16), x1 - width / 16)
+
+    def _beyond(self) -> float | None:
+        """Outside of what was tried if the budget may lie there, else in its widest gap."""
+        all_low = all(y < 0 for _, y, *_ in self._tried)
+        edge = self._tried[-1] if all_low else self._tried[0]
+        x, y = edge[0], edge[1]
+        room = self._high - x if all_low else x - self._low
+        if room > _JUMP and (all_low or all(y >= 0 for _, y, *_ in self._tried)):
+            octaves = min(abs(y) / self._slope(), _MOST_OCTAVES)
+            return x + octaves if all_low else x - octaves
+        ends = sorted({self._low, self._high, *(x for x, *_ in self._tried)})
+        gaps = [(b - a, a, b) for a, b in pairwise(ends) if b - a > _WIDEST_GAP]
+        if not gaps:
+            return None
+        _, a, b = max(gaps)
+        return (a + b) / 2
+
+    def _slope(self) -> float:
+        return self._power
