@@ -58,6 +58,7 @@ def refusal(path: str, error: SteeringError) -> Response:
         "type": INVALID_REQUEST,
         "param": error.param,
         "code": error.code,
+        **error.details,
     }
     if "/v1/messages" in path:
         return TolerantJSONResponse({"type": "error", "error": details}, error.status)

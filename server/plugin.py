@@ -17,7 +17,6 @@ from server.metrics import WorkerSeries, start_series
 from server.middleware import ForeignSteering, MetricsRefresh, PresetNames
 from server.presets.models import PresetModels, taken_names
 from server.presets.store import open_store
-from server.reader import Reader
 from server.routes import features, generate, inspect, presets, saes
 from server.start import engine_death
 from server.start.flags import ServerOptions
@@ -26,6 +25,7 @@ from server.unembedding import open_unembedding
 from steering.request.catalog import SCAN_LIMIT_BYTES, Catalog
 from steering.vllm.door import catalog_for
 from steering.vllm.plugin import register
+from steering.vllm.reader import Reader
 from steering.vllm.results import worker_stats
 
 

@@ -17,11 +17,11 @@ from typing import Any, Final
 
 from sae.self_check import TEXT, Measured, Outcome, stated_by
 from sae.source import ResolvedSAE
-from server.reader import Finished, Reader, Run, Text, run_offline
 from steering.config import SteeringConfig
 from steering.request.accepted import Accepted, accept
 from steering.request.plan import SELF_CHECK, Inspection
 from steering.vllm.door import catalog_for
+from steering.vllm.reader import Finished, Reader, Run, Text, run_offline
 
 logger = logging.getLogger("vllm.sae.server")
 

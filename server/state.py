@@ -11,8 +11,8 @@ from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries
 from server.presets.models import PresetModels
 from server.presets.store import PresetStore
-from server.reader import Reader
 from steering.request.catalog import Catalog
+from steering.vllm.reader import Reader
 
 
 @dataclass(frozen=True)

@@ -710,7 +710,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.parallel", "ParallelConfig", fields=("_api_process_rank",)),
         Seam("config.model", "ModelConfig", fields=("max_model_len", "model")),
     ),
-    "server/reader.py": (
+    "steering/vllm/reader.py": (
         Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("lora_request", "priority")),
         Seam("", "SamplingParams"),
         Seam(

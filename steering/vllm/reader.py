@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Final
 
 from steering.report import Report, Ticket, wants_report
@@ -103,9 +104,14 @@ class Run:
         accepted = self.accepted if ticket is None else self.accepted.reporting_to(ticket)
         return carrying(params, accepted)
 
+    @property
+    def reports(self) -> bool:
+        """Whether what was edited and read is told."""
+        return self.accepted is not None and wants_report(self.accepted.spec)
+
     def ticket(self) -> Ticket | None:
         """Where its report goes; None if it has none."""
-        if self.accepted is None or not wants_report(self.accepted.spec):
+        if self.accepted is None or not self.reports:
             return None
         return Ticket(self.accepted.spec.report)
 
@@ -204,8 +210,64 @@ class Reader:
         return [found[place] for place in sorted(found)]
 
 
+class OfflineReader:
+    """Runs texts through a `vllm.LLM`, which batches them itself; the same calls as `Reader`'s.
+
+    Args:
+        llm: the engine.
+        in_flight: most runs that are handed to it at a time.
+    """
+
+    def __init__(self, llm: Any, in_flight: int = IN_FLIGHT) -> None:
+        self._llm = llm
+        self._in_flight = in_flight
+
+    async def run(self, run: Run) -> Finished:
+        """Run one text.
+
+        Raises:
+            SteeringError: if the engine's door refuses it.
+        """
+        return run_offline(self._llm, run)
+
+    async def each(self, runs: Iterable[Run]) -> AsyncIterator[tuple[int, Finished]]:
+        """Run many texts, a batch at a time, and yield each with its place."""
+        waiting = iter(runs)
+        place = 0
+        while batch := list(islice(waiting, self._in_flight)):
+            for finished in run_batch(self._llm, batch):
+                yield place, finished
+                place += 1
+
+    async def all(
+        self, runs: Iterable[Run], progress: Callable[[int], None] | None = None
+    ) -> list[Finished]:
+        """Run many texts; what came of each, in their order. See `Reader.all`."""
+        found = []
+        async for _, finished in self.each(runs):
+            found.append(finished)
+            if progress is not None:
+                progress(len(found))
+        return found
+
+
 def run_offline(llm: Any, run: Run) -> Finished:
     """Run one text through a `vllm.LLM`."""
-    (output,) = llm.generate([dict(run.prompt)], run.params(None), use_tqdm=False)
-    wanted = run.accepted is not None and wants_report(run.accepted.spec)
-    return Finished(output, results_of(llm, output)[0] if wanted else None)
+    (finished,) = run_batch(llm, [run])
+    return finished
+
+
+def run_batch(llm: Any, runs: Sequence[Run]) -> list[Finished]:
+    """Run texts through a `vllm.LLM` together; what came of each, in their order."""
+    from vllm import LLM
+
+    params = [run.params(None) for run in runs]
+    prompts = [dict(run.prompt) for run in runs]
+    # Of `SteeringLLM` not its own, which would fetch the reports and hand them out once.
+    outputs = LLM.generate(
+        llm, prompts, params, use_tqdm=False, lora_request=[run.lora_request for run in runs]
+    )
+    return [
+        Finished(output, results_of(llm, output)[0] if run.reports else None)
+        for run, output in zip(runs, outputs, strict=True)
+    ]
