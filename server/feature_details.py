@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sae.neighbours import interference, nearest
 from sae.sae import SAE
-from server.unembedding import Unembedding
+from steering.unembedding import Unembedding
 
 #: Neighbours, interferers, promoted and suppressed tokens shown of a feature.
 NUM_SHOWN: Final = 10

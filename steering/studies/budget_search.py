@@ -17,21 +17,21 @@ LEAST_SHARE: Final = 0.9
 #: Multipliers that are tried.
 LOWEST, HIGHEST = 1 / 64, 64.0
 #: Tries of one search; a search that finds nothing makes all of them.
-MAX_TRIES: Final = 16
+MAX_TRIES: Final = 12
 
 #: Where in the window a try aims: its middle, as logarithms go.
 _AIM: Final = math.sqrt(LEAST_SHARE)
 #: Costs below this share of the budget, negative ones among them, say only that they are low.
 _LEAST_KNOWN: Final = 2.0**-16
 #: Octaves that one try may go beyond those before it.
-_MOST_OCTAVES: Final = 4.0
+_MOST_OCTAVES: Final = 6.0
 #: Powers of the strength as which a cost is taken to grow beyond what was tried.
 _LEAST_POWER, _MOST_POWER = 0.5, 4.0
 #: Multipliers nearer to each other than this, in octaves, have no other between them: a curve that
 #: still leaps over the window there has a jump.
 _JUMP: Final = 2.0**-10
 #: Without a crossing, gaps wider than this many octaves are looked into.
-_WIDEST_GAP: Final = 1.0
+_WIDEST_GAP: Final = 2.0
 
 
 class BudgetSearch:
@@ -60,6 +60,8 @@ class BudgetSearch:
         self._low, self._high = math.log2(lowest), math.log2(highest)
         #: (log2 of the multiplier, log2 of cost / aim, multiplier, cost), ascending
         self._tried: list[tuple[float, float, float, float]] = []
+        #: Of the brackets that were looked into, and how many of them were no half of the one before.
+        self._widths: list[float] = []
         self._slow = 0
 
     @property
@@ -105,8 +107,35 @@ class BudgetSearch:
         """Between two neighbours: where a curve through what was tried near them meets the aim."""
         (x0, y0, *_), (x1, y1, *_) = self._tried[left], self._tried[right]
         width = x1 - x0
-        x = x0 - y0 * width / (y1 - y0)
+        if self._widths and width > self._widths[-1] / 2:
+            self._slow += 1
+        self._widths.append(width)
+        if self._slow > 1:
+            self._slow = 0
+            return (x0 + x1) / 2
+        x = self._through_three(left, right)
+        if x is None:
+            x = x0 - y0 * width / (y1 - y0)
         return min(max(x, x0 + width / 16), x1 - width / 16)
+
+    def _through_three(self, left: int, right: int) -> float | None:
+        """Inverse quadratic interpolation with a neighbour of the two; None if there is none on a
+        curve that rises or falls all the way."""
+        outside = [i for i in (left - 1, right + 1) if 0 <= i < len(self._tried)]
+        if not outside:
+            return None
+        third = min(outside, key=lambda i: abs(self._tried[i][1]))
+        points = sorted(self._tried[i][:2] for i in (left, right, third))
+        (x0, y0), (x1, y1), (x2, y2) = points
+        if not (y0 < y1 < y2 or y0 > y1 > y2):
+            return None
+        x = (
+            x0 * y1 * y2 / ((y0 - y1) * (y0 - y2))
+            + x1 * y0 * y2 / ((y1 - y0) * (y1 - y2))
+            + x2 * y0 * y1 / ((y2 - y0) * (y2 - y1))
+        )
+        inside: bool = self._tried[left][0] < x < self._tried[right][0]
+        return x if inside else None
 
     def _beyond(self) -> float | None:
         """Outside of what was tried if the budget may lie there, else in its widest gap."""
@@ -115,7 +144,7 @@ class BudgetSearch:
         x, y = edge[0], edge[1]
         room = self._high - x if all_low else x - self._low
         if room > _JUMP and (all_low or all(y >= 0 for _, y, *_ in self._tried)):
-            octaves = min(abs(y) / self._slope(), _MOST_OCTAVES)
+            octaves = min(abs(y) / self._slope(rising=all_low), _MOST_OCTAVES)
             return x + octaves if all_low else x - octaves
         ends = sorted({self._low, self._high, *(x for x, *_ in self._tried)})
         gaps = [(b - a, a, b) for a, b in pairwise(ends) if b - a > _WIDEST_GAP]
@@ -124,5 +153,9 @@ class BudgetSearch:
         _, a, b = max(gaps)
         return (a + b) / 2
 
-    def _slope(self) -> float:
-        return self._power
+    def _slope(self, *, rising: bool) -> float:
+        """As which power of the multiplier the cost goes beyond what was tried, above or below."""
+        if len(self._tried) < 2:
+            return self._power
+        (x0, y0, *_), (x1, y1, *_) = self._tried[-2:] if rising else self._tried[:2]
+        return min(max((y1 - y0) / (x1 - x0), _LEAST_POWER), _MOST_POWER)
