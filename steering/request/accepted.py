@@ -7,6 +7,7 @@ from typing import Any
 
 from steering.report import Ticket
 from steering.request.catalog import Catalog, Prepared
+from steering.request.keep import Keep
 from steering.request.plan import Inspection
 from steering.request.spec import SteeringSpec
 
@@ -26,6 +27,7 @@ class Accepted:
             whole text there, of which a part counts as generated.
         ticket: where the reports go; None if nobody asked for any, or if they are fetched by hand.
         awaited: whether what is recorded will be fetched, or forgotten by name, in any case.
+        keep: streams that a study compares.
     """
 
     spec: SteeringSpec
@@ -34,6 +36,7 @@ class Accepted:
     prompt_len: int | None = None
     ticket: Ticket | None = None
     awaited: bool = False
+    keep: Keep | None = None
 
     def reporting_to(self, ticket: Ticket) -> Accepted:
         """The same, with its reports put under ``ticket``."""

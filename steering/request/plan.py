@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 from steering.request.conditions import ABOVE, PROMPT, SO_FAR, STOP, TOKEN, Condition
 from steering.request.edits import Edit
 from steering.request.float32 import float32
+from steering.request.keep import Keep
 from steering.request.limits import OPS, POSITION_LIMIT
 from steering.request.positions import Positions
 from steering.request.spec import SteeringSpec
@@ -142,6 +143,7 @@ class SteeringPlan:
         max_share: the largest share of the stream's norm that a token's whole change at one hook
             point may be; None for no limit.
         internal: no client sent this; metrics leave it out.
+        keep: streams that a study compares.
     """
 
     key: str
@@ -157,6 +159,7 @@ class SteeringPlan:
     protect: tuple[tuple[int, int], ...] = ()
     max_share: float | None = None
     internal: bool = False
+    keep: Keep | None = None
 
     @property
     def edit_rows(self) -> tuple[RowKey, ...]:
@@ -228,6 +231,11 @@ class SteeringPlan:
         return self.report or self.read is not None or self.stops
 
     @property
+    def only_keeps(self) -> bool:
+        """Whether passes over this request are those of an unsteered one."""
+        return self.keep is not None and not (self.edits or self.gates or self.wants_results)
+
+    @property
     def stops(self) -> bool:
         """Whether a condition may end the request."""
         return any(gate.scope == SCOPE_STOP for gate in self.gates)
@@ -248,6 +256,7 @@ class SteeringPlan:
             "protect": [list(pair) for pair in self.protect],
             "max_share": self.max_share,
             "internal": self.internal,
+            "keep": None if self.keep is None else self.keep.to_wire(),
         }
 
     @classmethod
@@ -267,6 +276,7 @@ class SteeringPlan:
             protect=tuple((sae, latent) for sae, latent in wire["protect"]),
             max_share=wire["max_share"],
             internal=wire["internal"],
+            keep=None if wire["keep"] is None else Keep.from_wire(wire["keep"]),
         )
 
 
@@ -287,6 +297,7 @@ def make_plan(
     inspection: Inspection | None = None,
     *,
     awaited: bool = False,
+    keep: Keep | None = None,
 ) -> SteeringPlan:
     """Compile a validated spec: names become indices, values float32, positions bits.
 
@@ -326,6 +337,7 @@ def make_plan(
         protect=tuple((sae_index[name], feature) for name, feature in spec.protect),
         max_share=None if spec.max_share is None else float32(spec.max_share),
         internal=fit,
+        keep=keep,
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from steering.errors import SteeringError
 from steering.request.accepted import Accepted
@@ -24,9 +24,17 @@ _FIELD: Final = "steering"
 class Reader(Protocol):
     """Runs texts through the model; see `steering.vllm.reader`."""
 
+    @property
+    def engines(self) -> int: ...
+
+    @property
+    def external_blocks(self) -> bool: ...
+
+    async def ask(self, engine: int, method: str, *args: Any) -> list[Any]: ...
+
     async def run(self, run: Run) -> Finished: ...
 
-    def each(self, runs: Iterable[Run]) -> AsyncIterator[tuple[int, Finished]]: ...
+    def each(self, runs: Iterable[Run]) -> AsyncGenerator[tuple[int, Finished], None]: ...
 
     async def all(
         self, runs: Iterable[Run], progress: Callable[[int], None] | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
@@ -20,7 +20,7 @@ from typing import Any, Final
 from steering.report import Report, Ticket, wants_report
 from steering.request.accepted import Accepted
 from steering.vllm.door import carrying, refusal_in
-from steering.vllm.results import results_of
+from steering.vllm.results import ask_workers, results_of
 
 #: Engine requests of one study at a time.
 IN_FLIGHT: Final = 8
@@ -47,6 +47,7 @@ class Run:
             `prompt_logprobs`.
         lora_request: vLLM's, None for the model itself.
         priority: vLLM's; served requests have 0.
+        engine: which of the reader's engines runs it; None for any.
     """
 
     prompt: Mapping[str, Any]
@@ -54,6 +55,7 @@ class Run:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     lora_request: Any = None
     priority: int = LAST
+    engine: int | None = None
 
     @classmethod
     def of(
@@ -141,6 +143,26 @@ class Reader:
         self._engine = engine
         self._in_flight = in_flight
 
+    @property
+    def engines(self) -> int:
+        """How many engines there are: with data parallelism, those that this process serves."""
+        return len(self._engine.engine_core.core_engines)
+
+    @property
+    def external_blocks(self) -> bool:
+        """Whether a text's blocks may come from elsewhere, though none is taken from the cache."""
+        return self._engine.vllm_config.kv_transfer_config is not None
+
+    async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker of one engine; what each answers.
+
+        Args:
+            engine: which of `engines`.
+            method: one of `SteeringWorker`'s.
+            args: plain types.
+        """
+        return await ask_workers(self._engine, engine, method, args)
+
     async def run(self, run: Run) -> Finished:
         """Run one text. Cancelled, its request leaves the engine.
 
@@ -155,6 +177,7 @@ class Reader:
             f"read-{uuid.uuid4().hex}",
             lora_request=run.lora_request,
             priority=run.priority,
+            data_parallel_rank=run.engine,
         )
         last = None
         try:
@@ -169,7 +192,7 @@ class Reader:
         reports = [] if ticket is None else ticket.reports
         return Finished(last, reports[0] if reports else None)
 
-    async def each(self, runs: Iterable[Run]) -> AsyncIterator[tuple[int, Finished]]:
+    async def each(self, runs: Iterable[Run]) -> AsyncGenerator[tuple[int, Finished], None]:
         """Run many texts, and yield each with its place as it is done, in no order.
 
         Runs are taken from the iterable when there is room for them. Closing the iterator, or
@@ -222,6 +245,21 @@ class OfflineReader:
         self._llm = llm
         self._in_flight = in_flight
 
+    @property
+    def engines(self) -> int:
+        """See `Reader.engines`."""
+        return 1
+
+    @property
+    def external_blocks(self) -> bool:
+        """See `Reader.external_blocks`."""
+        return self._llm.llm_engine.vllm_config.kv_transfer_config is not None
+
+    async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker; what each answers. See `Reader.ask`."""
+        found: list[Any] = self._llm.collective_rpc(method, args=args)
+        return found
+
     async def run(self, run: Run) -> Finished:
         """Run one text.
 
@@ -230,7 +268,7 @@ class OfflineReader:
         """
         return run_offline(self._llm, run)
 
-    async def each(self, runs: Iterable[Run]) -> AsyncIterator[tuple[int, Finished]]:
+    async def each(self, runs: Iterable[Run]) -> AsyncGenerator[tuple[int, Finished], None]:
         """Run many texts, a batch at a time, and yield each with its place."""
         waiting = iter(runs)
         place = 0

@@ -24,7 +24,7 @@ from steering.report import (
 from steering.request.accepted import Accepted
 from steering.request.spec import Read
 from steering.vllm.door import PLAN, accepted_of, result_key
-from steering.vllm.drain import TAKE
+from steering.vllm.drain import ASK, TAKE
 from steering.vllm.streamed_reads import Told, open_stream
 from steering.worker.record_store import MAX_FINISHED_RECORDS
 from steering.worker_stats import WorkerStats
@@ -197,6 +197,32 @@ async def _fetch(engine: Any, key: str, limits: dict[int, int]) -> list[Summary]
         for call in waiting:
             call.cancel()
     return summaries
+
+
+async def ask_workers(engine: Any, index: int, method: str, args: Sequence[Any]) -> list[Any]:
+    """Call a method of every worker of one engine, and wait while that engine lives.
+
+    Args:
+        engine: the `AsyncLLM`.
+        index: which of its engines.
+        method: the workers' method.
+        args: plain types.
+
+    Raises:
+        vllm.v1.engine.exceptions.EngineDeadError: if an engine has ended.
+    """
+    client = engine.engine_core
+    call = asyncio.ensure_future(
+        client._call_utility_async(ASK, method, list(args), engine=client.core_engines[index])
+    )
+    try:
+        while not (await asyncio.wait({call}, timeout=LIVENESS_SECONDS))[0]:
+            if engine.errored:
+                raise engine.dead_error
+    finally:
+        call.cancel()
+    found: list[Any] = call.result()
+    return found
 
 
 def remember_engines() -> None:

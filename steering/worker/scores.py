@@ -99,7 +99,7 @@ class Scores:
                 if stacked:
                     known, logits = self._distribution(logits[: len(before)]), logits[len(before) :]
                 assert known is not None
-                for i, of_side in enumerate(logits.split(len(before))):
+                for i, of_side in enumerate(torch.split(logits, len(before))):
                     parts[first + i].append(
                         self._compared(known, of_side, actual, sides[i].watched)
                     )
@@ -208,6 +208,11 @@ def _ranks(log_p: Tensor, of: Tensor) -> Tensor:
     """``[n, w]`` how many tokens are strictly likelier than those of these log p."""
     ranks = [(log_p > column[:, None]).sum(-1) for column in of.T]
     return torch.stack(ranks, -1) if ranks else torch.zeros_like(of, dtype=torch.int64)
+
+
+def packed(columns: Columns) -> dict[str, bytes]:
+    """Plain types, for an RPC: float32 and int64 in C order."""
+    return {name: column.numpy().tobytes() for name, column in columns.items()}
 
 
 def _joined(parts: Sequence[Columns]) -> Columns:

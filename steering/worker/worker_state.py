@@ -6,7 +6,7 @@ The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from sae.arrays import IntArray
 from sae.card import HookPoint
 from sae.sae import SAE
 from steering.request.plan import RowKey, SteeringPlan
+from steering.worker.captures import Captures
 from steering.worker.gates import GateState, GateTable
 from steering.worker.ops.buffers import Buffers, Kernel
 from steering.worker.ops.layout import MAX_ENTRIES, NO_SLOT
@@ -106,6 +107,7 @@ class SteeringState:
         self.rows = RowPool(saes, max_rows, d_in, device)
         self.records = RecordStore()
         self.reports = PassReports()
+        self.captures = Captures()
         self.op_seconds = 0.0
         self.d_in = d_in
         self._record = record
@@ -194,6 +196,10 @@ class SteeringState:
     def add_request(self, req_id: str, plan: SteeringPlan, child: int = 0) -> None:
         """A steered request enters the batch: take a slot, make its rows resident, fill tables."""
         assert req_id not in self._running, req_id
+        if plan.keep is not None:
+            self.captures.open(req_id, plan.keep)
+        if plan.only_keeps:
+            return
         slot = self.slots.take()
         row_of = self.rows.acquire(self._rows_of(plan))
         record = None
@@ -233,6 +239,7 @@ class SteeringState:
         self.records.pause(req_id)
 
     def _leave(self, req_id: str) -> None:
+        self.captures.close(req_id)
         request = self._running.pop(req_id, None)
         if request is None:
             return
@@ -250,13 +257,20 @@ class SteeringState:
         request = self._running.get(req_id)
         return NO_SLOT if request is None else request.slot
 
-    def begin_step(self, req_ids: Sequence[str], query_start_loc: IntArray) -> None:
+    def begin_step(
+        self,
+        req_ids: Sequence[str],
+        query_start_loc: IntArray,
+        first_positions: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         """Lay out a forward pass.
 
         Args:
             req_ids: the input batch's requests, in the runner's order.
             query_start_loc: ``[num_reqs + 1]`` offsets of their tokens.
+            first_positions: see `Captures.begin`.
         """
+        self.captures.begin(req_ids, query_start_loc, first_positions)
         self._in_pass = []
         if not self._running:
             self.step.begin((), query_start_loc[:1])
@@ -274,6 +288,7 @@ class SteeringState:
 
     def end_step(self) -> None:
         """The forward pass is over."""
+        self.captures.end()
         if self.step.active:
             self._reported.collect(self.step, self.reports)
             for req_id, num_tokens in self._in_pass:
