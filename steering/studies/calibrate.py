@@ -18,7 +18,7 @@ from steering.request.shape import Number, Shape
 from steering.studies.body import SteeringValue, StudyBody, parse_body
 from steering.studies.budget_search import HIGHEST, LOWEST, MAX_TRIES, BudgetSearch
 from steering.studies.neutral import neutral_texts
-from steering.studies.scoring import Scorer, Side
+from steering.studies.scoring import Comparison, Scorer, Side
 from steering.studies.study import Context
 from steering.studies.texts import Texts
 from steering.vllm.reader import Text
@@ -187,18 +187,20 @@ async def cost(context: Context, texts: Sequence[Text], accepted: Accepted) -> C
         accepted: the edit, with a report.
     """
     kl, rise, share, edited = [], [], 0.0, 0
-    scorer = Scorer(context.reader)
-    for text in texts:
-        steered = [(Side(text.prompt, text.completion, accepted), ())]
-        compared = scorer.compare(Side(text.prompt, text.completion), steered)
-        async with aclosing(compared):
-            async for _, figures in compared:
-                kl.append(figures.kl)
-                rise.append(figures.unsteered - figures.steered)
-                for hook in (figures.report.edited if figures.report else None) or ():
-                    edited += hook["tokens"]
-                    share += hook["tokens"] * hook["mean_share"]
-        context.progress.step()
+    comparisons = [
+        Comparison(
+            Side(text.prompt, text.completion), [(Side(text.prompt, text.completion, accepted), ())]
+        )
+        for text in texts
+    ]
+    async with aclosing(Scorer(context.reader).compare_all(comparisons)) as compared:
+        async for _, _, figures in compared:
+            kl.append(figures.kl)
+            rise.append(figures.unsteered - figures.steered)
+            for hook in (figures.report.edited if figures.report else None) or ():
+                edited += hook["tokens"]
+                share += hook["tokens"] * hook["mean_share"]
+            context.progress.step()
     return Cost(
         float(np.concatenate(kl).mean()),
         float(np.concatenate(rise).mean()),
