@@ -60,7 +60,7 @@ class BudgetSearch:
         self._low, self._high = math.log2(lowest), math.log2(highest)
         #: (log2 of the multiplier, log2 of cost / aim, multiplier, cost), ascending
         self._tried: list[tuple[float, float, float, float]] = []
-        #: Of the brackets that were looked into, and how many of them were no half of the one before.
+        #: Of the brackets looked into, and how many of them were no half of the one before.
         self._widths: list[float] = []
         self._slow = 0
 
@@ -72,7 +72,11 @@ class BudgetSearch:
     def put(self, multiplier: float, cost: float) -> None:
         """What a multiplier costs; NaN counts as too much."""
         share = cost / (self._budget * _AIM)
-        y = math.log2(max(share, _LEAST_KNOWN)) if math.isfinite(share) else -math.log2(_LEAST_KNOWN)
+        y = (
+            math.log2(max(share, _LEAST_KNOWN))
+            if math.isfinite(share)
+            else -math.log2(_LEAST_KNOWN)
+        )
         insort(self._tried, (math.log2(multiplier), y, multiplier, cost))
 
     def next(self) -> float | None:
@@ -89,7 +93,7 @@ class BudgetSearch:
         return LEAST_SHARE * self._budget <= cost <= self._budget
 
     def _multiplier(self, x: float) -> float:
-        """2^x within the limits, in four digits if these have not been tried: it is read by people."""
+        """2^x within the limits, in four digits unless these were tried: people read it."""
         exact = 2.0 ** min(max(x, self._low), self._high)
         short = float(f"{exact:.4g}")
         inside = 2.0**self._low <= short <= 2.0**self._high
@@ -113,29 +117,23 @@ class BudgetSearch:
         if self._slow > 1:
             self._slow = 0
             return (x0 + x1) / 2
-        x = self._through_three(left, right)
-        if x is None:
-            x = x0 - y0 * width / (y1 - y0)
-        return min(max(x, x0 + width / 16), x1 - width / 16)
+        x = x0 + width * _root(y0, y1, self._bend(left, right))
+        return min(max(x, x0 + width / 32), x1 - width / 32)
 
-    def _through_three(self, left: int, right: int) -> float | None:
-        """Inverse quadratic interpolation with a neighbour of the two; None if there is none on a
-        curve that rises or falls all the way."""
+    def _bend(self, left: int, right: int) -> float:
+        """How far the curve between two neighbours lies above their line in its middle, times 4.
+
+        It is that of the parabola through a third of what was tried, or, if there is none, of one
+        that begins as a small cost grows.
+        """
+        (x0, y0, *_), (x1, y1, *_) = self._tried[left], self._tried[right]
+        width = x1 - x0
         outside = [i for i in (left - 1, right + 1) if 0 <= i < len(self._tried)]
         if not outside:
-            return None
-        third = min(outside, key=lambda i: abs(self._tried[i][1]))
-        points = sorted(self._tried[i][:2] for i in (left, right, third))
-        (x0, y0), (x1, y1), (x2, y2) = points
-        if not (y0 < y1 < y2 or y0 > y1 > y2):
-            return None
-        x = (
-            x0 * y1 * y2 / ((y0 - y1) * (y0 - y2))
-            + x1 * y0 * y2 / ((y1 - y0) * (y1 - y2))
-            + x2 * y0 * y1 / ((y2 - y0) * (y2 - y1))
-        )
-        inside: bool = self._tried[left][0] < x < self._tried[right][0]
-        return x if inside else None
+            return self._power * width - (y1 - y0) if y0 < 0 else 0.0
+        x, y, *_ = self._tried[min(outside, key=lambda i: abs(self._tried[i][1]))]
+        t = (x - x0) / width
+        return (y - y0 - (y1 - y0) * t) / (t * (1 - t))
 
     def _beyond(self) -> float | None:
         """Outside of what was tried if the budget may lie there, else in its widest gap."""
@@ -158,4 +156,18 @@ class BudgetSearch:
         if len(self._tried) < 2:
             return self._power
         (x0, y0, *_), (x1, y1, *_) = self._tried[-2:] if rising else self._tried[:2]
-        return min(max((y1 - y0) / (x1 - x0), _LEAST_POWER), _MOST_POWER)
+        # Large costs level off, so that below them a curve is steeper than it was seen to be.
+        least = _LEAST_POWER if rising else self._power / 2
+        return min(max((y1 - y0) / (x1 - x0), least), _MOST_POWER)
+
+
+def _root(y0: float, y1: float, bend: float) -> float:
+    """Where y0 + (y1 - y0) t + bend t (1 - t) is 0, for t in [0, 1] and y0, y1 of two signs."""
+    if abs(bend) < 1e-9 * abs(y1 - y0):
+        return y0 / (y0 - y1)
+    # -bend t^2 + (y1 - y0 + bend) t + y0 has one root between, since the signs differ.
+    b = y1 - y0 + bend
+    root = math.sqrt(b * b + 4 * bend * y0)
+    q = (b + math.copysign(root, b)) / 2
+    candidates = [q / bend, -y0 / q if q else 0.5]
+    return min(candidates, key=lambda t: abs(t - 0.5))

@@ -211,9 +211,7 @@ async def cost(context: Context, texts: Sequence[Text], accepted: Accepted) -> C
 async def _texts(context: Context, body: Body) -> list[Text]:
     if body.texts is None:
         return await neutral_texts(context)
-    texts = [
-        await context.tokens(text, f"texts[{i}]") for i, text in enumerate(body.texts)
-    ]
+    texts = [await context.tokens(text, f"texts[{i}]") for i, text in enumerate(body.texts)]
     for i, text in enumerate(texts):
         if len(text.prompt) == 1 and not text.completion:
             raise SteeringError(

@@ -151,11 +151,11 @@ async def rank(context: Context, sae: str, body: object) -> dict[str, Any]:
     where = "messages" if asked.messages is not None else "prompt"
     context.charge((len(features) + 2) * len(text.prompt), "features" if asked.features else None)
     edits = await asyncio.to_thread(_accept, context, sae, edit, features, paths)
-    context.progress.expect(len(features))
     edits = await _where_covered(context, sae, text, edit, edits, where)
     promoted = await _promoted(context, sae, features, required=by == "output_score")
     watched = [[*ids, *targets.values()] for ids in promoted]
     sides = ((Side(text.prompt, (), one), ids) for one, ids in zip(edits, watched, strict=True))
+    context.progress.expect(len(features))
     found: dict[int, dict[str, Any]] = {}
     compared = Scorer(context.reader).compare(Side(text.prompt), sides, after_last=True)
     vocabulary = context.unembedding()
@@ -324,9 +324,7 @@ def _at_each_token(accepted: Accepted, maxima: dict[int, float]) -> Accepted:
     return replace(accepted, spec=replace(accepted.spec, edits=edits))
 
 
-async def _run(
-    context: Context, text: Text, accepted: Accepted, *, report: bool = False
-) -> Report:
+async def _run(context: Context, text: Text, accepted: Accepted, *, report: bool = False) -> Report:
     asking = replace(accepted, spec=replace(accepted.spec, report=report))
     finished = await context.reader.run(Run.of(text, asking))
     assert finished.report is not None
@@ -349,9 +347,7 @@ async def _promoted(
     return [[] for _ in features]
 
 
-def promoted_tokens(
-    context: Context, sae: str, features: Sequence[int]
-) -> list[list[int]] | None:
+def promoted_tokens(context: Context, sae: str, features: Sequence[int]) -> list[list[int]] | None:
     """Ids of the `NUM_PROMOTED` tokens that each feature's decoder row promotes most, best first.
 
     None of a row that is zero. None at all where the checkpoint does not show the model's final
@@ -380,7 +376,9 @@ def _figures(
             figures.watched_steered[0, :num_promoted].tolist(),
             vocabulary.vocab_size,
         )
-    changes = figures.watched_steered[0, num_promoted:] - figures.watched_unsteered[0, num_promoted:]
+    changes = (
+        figures.watched_steered[0, num_promoted:] - figures.watched_unsteered[0, num_promoted:]
+    )
     confidence = figures.confidence_steered[0] - figures.confidence_unsteered[0]
     return {
         "kl": finite(figures.kl[0]),
@@ -390,9 +388,7 @@ def _figures(
     }
 
 
-def _ordered(
-    found: list[dict[str, Any]], by: str, targets: dict[str, int]
-) -> list[dict[str, Any]]:
+def _ordered(found: list[dict[str, Any]], by: str, targets: dict[str, int]) -> list[dict[str, Any]]:
     """Highest first; ties by lower index, what is not known last."""
     first = next(iter(targets), "")
 
