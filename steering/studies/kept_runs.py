@@ -57,7 +57,7 @@ class KeptRun:
     def run(self, reader: Reader) -> Run:
         """What the reader is to run."""
         accepted = self.accepted
-        if accepted is None or not (accepted.spec.edits or accepted.spec.read):
+        if accepted is None or not (accepted.spec.edits or accepted.spec.read or accepted.probes):
             accepted = UNSTEERED
         keep = Keep(self.key, self.start, self.start + self.rows, self.places)
         run = Run.of(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
 
-from steering.report import Report, Ticket, wants_report
+from steering.report import Report, Ticket
 from steering.request.accepted import Accepted
 from steering.vllm.door import carrying, refusal_in
 from steering.vllm.results import ask_workers, results_of
@@ -103,13 +103,16 @@ class Run:
         )
         if self.accepted is None:
             return params
-        accepted = self.accepted if ticket is None else self.accepted.reporting_to(ticket)
+        if ticket is not None:
+            accepted = self.accepted.reporting_to(ticket)
+        else:
+            accepted = replace(self.accepted, awaited=self.reports)
         return carrying(params, accepted)
 
     @property
     def reports(self) -> bool:
         """Whether what was edited and read is told."""
-        return self.accepted is not None and wants_report(self.accepted.spec)
+        return self.accepted is not None and self.accepted.reports
 
     def ticket(self) -> Ticket | None:
         """Where its report goes; None if it has none."""

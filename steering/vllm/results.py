@@ -19,7 +19,6 @@ from steering.report import (
     Ticket,
     features_read,
     read_object,
-    wants_report,
 )
 from steering.request.accepted import Accepted
 from steering.request.spec import Read
@@ -264,7 +263,7 @@ def remember_accepted(input_processor: Any, request_id: str, accepted: Accepted)
 
     As many are kept as workers keep records of ended requests that nobody need fetch.
     """
-    if accepted.ticket is not None or not wants_report(accepted.spec):
+    if accepted.ticket is not None or not accepted.reports:
         return
     kept: OrderedDict[str, Accepted] = input_processor.__dict__.setdefault(_ACCEPTED, OrderedDict())
     kept[request_id] = accepted

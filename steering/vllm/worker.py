@@ -103,6 +103,34 @@ class SteeringWorker(PlatformWorker):
             return None
         return self.steering.take_results(key, limits)
 
+    def steering_compare_features(
+        self,
+        unsteered: str,
+        steered: str,
+        saes: list[int],
+        start: int,
+        stop: int,
+        then_forget: list[str],
+    ) -> list[dict[str, Any] | None] | None:
+        """RPC: what became of features; see `StudyProbes.compare`.
+
+        Args:
+            unsteered: key of the run to compare with.
+            steered: key of the other.
+            saes: indices of the SAEs.
+            start: the first of the steered run's kept tokens that this is about.
+            stop: one past the last.
+            then_forget: keys of what is not needed any more.
+
+        Returns:
+            of each SAE; None from workers that keep no records.
+        """
+        found = None
+        if self.steering is not None and self._keeps_records:
+            found = self.steering.probes.compare(unsteered, steered, saes, start, stop)
+        self.steering_forget(then_forget)
+        return found
+
     def steering_take_stats(self) -> dict[str, float] | None:
         """RPC: gauges, and counters since the last call; None from all but one worker a stage."""
         if self.steering is None or not self._keeps_records:
@@ -179,6 +207,7 @@ class SteeringWorker(PlatformWorker):
         """RPC: forget what was kept under these keys."""
         if self.steering is not None:
             self.steering.captures.forget(keys)
+            self.steering.probes.kept.release(keys)
 
     def _kept(self, key: str, start: int, stop: int) -> Tensor | None:
         assert self.steering is not None

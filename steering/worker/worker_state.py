@@ -32,6 +32,7 @@ from steering.worker.slots import EditTable, SlotAllocator, SlotFacts
 from steering.worker.step import Step
 from steering.worker.stops import GatedSlots, Stops
 from steering.worker.streamed_read import StreamedRead
+from steering.worker.study_probes import StudyProbes
 
 #: Token ids past the vocabulary that a runner may still see: multimodal models put placeholders
 #: of images and sound there.
@@ -43,7 +44,7 @@ class RunningRequest:
     """A steered request that is in the batch now.
 
     Attributes:
-        encoded_until: the position from which on none of its tokens needs a full encode.
+        encoded_until: the position from which on none of its tokens needs a full pass.
         next_position: no later pass computes a position before this one.
     """
 
@@ -135,6 +136,7 @@ class SteeringState:
             for column, point in enumerate(owned)
         }
         self._owned_saes = {i for site in self.hooks.values() for i in site.saes}
+        self.probes = StudyProbes(residency, self._owned_saes, device)
         self._running: dict[str, RunningRequest] = {}
         # Those of the running that need a whole encode, here or in another pipeline stage: all
         # stages must choose the same kind of pass.
@@ -215,7 +217,7 @@ class SteeringState:
         for site in self.hooks.values():
             site.set_slot(slot, plan, row_of, full, record)
         request = RunningRequest(plan, slot, plan.encoded_until(self._exact_from_row))
-        if full:
+        if full or plan.captured:
             self._full[req_id] = request
         self._running[req_id] = request
         self._internal += plan.internal
@@ -352,7 +354,8 @@ class SteeringState:
             record = self.records.take(key, child)
             if record is not None:
                 self.reports.settle_one(record)
-                summaries.append(record.summary(limit))
+                probed = self.probes.results(record, limit)
+                summaries.append({**record.summary(limit), "probed": probed})
         return summaries
 
     def take_streamed(self, streaming: Mapping[str, RequestRecord]) -> dict[str, StreamedRead]:
