@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from steering.errors import SteeringError
 from steering.studies.study import Context
 from steering.studies.texts import TextBody
 from steering.vllm.reader import Text
 
 _FILE: Final = Path(__file__).with_name("neutral.txt")
 _SEPARATOR: Final = "\n---\n"
-#: Tokens that a tokenizer may put around a text of its own accord.
-_AROUND: Final = 8
 
 
 def neutral_passages() -> list[str]:
@@ -21,12 +20,15 @@ def neutral_passages() -> list[str]:
 
 
 async def neutral_texts(context: Context) -> list[Text]:
-    """The passages' tokens; what a short context cannot hold of one is left out."""
-    room = max(context.vocabulary.max_model_len - _AROUND, 2)
-    texts = []
-    for passage in neutral_passages():
-        ids = context.vocabulary.encode(passage)
-        if len(ids) > room:
-            passage = context.vocabulary.decode(ids[:room])
-        texts.append(await context.tokens(TextBody(prompt=passage), ""))
-    return texts
+    """The passages' tokens; of one that a short context cannot hold, the beginning."""
+    return [await _beginning(context, passage) for passage in neutral_passages()]
+
+
+async def _beginning(context: Context, passage: str) -> Text:
+    try:
+        return await context.tokens(TextBody(prompt=passage), "")
+    except SteeringError:
+        words = passage.split(" ")
+        if len(words) == 1:
+            raise
+    return await _beginning(context, " ".join(words[: len(words) // 2]))

@@ -16,9 +16,12 @@ from steering.errors import SteeringError
 from steering.report import Report
 from steering.request.accepted import Accepted, accept
 from steering.request.limits import MAX_INTERVENTIONS, VALUE_LIMIT, Op
+from steering.request.positions import Positions
+from steering.request.probe import Pool
 from steering.request.shape import Number, Shape
 from steering.request.shape_errors import shown
 from steering.studies.body import StudyBody, parse_body
+from steering.studies.reading import pooled
 from steering.studies.scoring import Figures, Scorer, Side
 from steering.studies.study import Context
 from steering.studies.texts import MAX_TEXTS, StringOrIds, TextBody
@@ -145,7 +148,7 @@ async def rank(context: Context, sae: str, body: object) -> dict[str, Any]:
     """
     asked = parse_body(Body, body)
     edit, by = _Edit.of(asked), asked.by or "kl"
-    targets = _targets(context, asked, by)
+    targets = await _targets(context, asked, by)
     features, paths = _features(context, sae, asked, edit)
     text = await _text(context, asked)
     where = "messages" if asked.messages is not None else "prompt"
@@ -190,13 +193,11 @@ async def _text(context: Context, body: Body) -> Text:
     return await context.tokens(text, "", room=1, answered=True)
 
 
-def _targets(context: Context, body: Body, by: str) -> dict[str, int]:
+async def _targets(context: Context, body: Body, by: str) -> dict[str, int]:
     """The first token of each target."""
     found = {}
     for i, target in enumerate(body.targets or ()):
-        ids = context.vocabulary.encode(target)
-        if not ids:
-            raise SteeringError("invalid_value", "a target of no token", f"targets[{i}]")
+        ids = await context.encode(target, f"targets[{i}]", special_tokens=False)
         found[target] = ids[0]
     if by == "change" and not found:
         raise SteeringError("invalid_value", "by change needs a target", "targets")
@@ -297,17 +298,13 @@ async def _token_maxima(context: Context, sae: str, text: Text, *, last: bool) -
     They are what an edited run would read as well: edits of one SAE change the stream nowhere
     before the place where that SAE reads it.
     """
-    field = {
-        "read": {"sae": sae, "top_k": 1},
-        "positions": {"start": -1} if last else None,
-    }
-    reading = await asyncio.to_thread(accept, field, context.catalog)
-    read = (await _run(context, text, reading)).read
-    assert read is not None
-    return {
-        token["position"]: token["features"][0][1] if token["features"] else 0.0
-        for token in read["tokens"]
-    }
+    tokens = (Positions(start=-1) if last else Positions(),)
+    pool = Pool(sae, tokens, peaks=True)
+    (read,) = await pooled(context.reader, context.catalog, [text], pool)
+    if read.peaks is None:
+        return {}
+    positions, largest = read.peaks
+    return dict(zip(positions.tolist(), largest.tolist(), strict=True))
 
 
 def _at_each_token(accepted: Accepted, maxima: dict[int, float]) -> Accepted:
