@@ -98,6 +98,11 @@ class FeatureTable:
     def label(self, index: int) -> str | None:
         return self._row(index).label
 
+    def labelled(self) -> list[int]:
+        """The features that have a label, ascending."""
+        features = self._loaded().features
+        return sorted(index for index, feature in features.items() if feature.label is not None)
+
     def get(self, index: int) -> Feature:
         """One feature with its examples. IndexError where it is not in [0, d_sae).
 

@@ -22,8 +22,8 @@ from server.routes import features, generate, inspect, presets, saes, studies
 from server.start import engine_death
 from server.start.flags import ServerOptions
 from server.state import SteeringState
-from server.unembedding import open_unembedding
 from steering.request.catalog import SCAN_LIMIT_BYTES, Catalog
+from steering.unembedding import open_unembedding
 from steering.vllm.door import catalog_for
 from steering.vllm.plugin import register
 from steering.vllm.reader import Reader

@@ -61,7 +61,10 @@ class SteeringState:
             SteeringError: if no SAE is loaded.
         """
         assert self.vocabulary is not None, "the engine does not run yet"
-        return Context(self.catalog, self.reader, self.vocabulary, self.max_study_tokens, progress)
+        return Context(
+            *(self.catalog, self.reader, self.vocabulary, self.max_study_tokens, progress),
+            unembedding=self.details.unembedding,
+        )
 
     def attach(self, state: State) -> None:
         """Make it the state of an app."""

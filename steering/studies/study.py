@@ -14,6 +14,7 @@ from steering.request.limits import MAX_INTERVENTIONS
 from steering.request.spec import nothing_loaded
 from steering.studies.progress import Progress
 from steering.studies.texts import TextBody, Tokens, check_text, within
+from steering.unembedding import Unembedding
 from steering.vllm.reader import Finished, Run, Text
 
 #: Default of `--steering-max-study-tokens`.
@@ -51,6 +52,8 @@ class Context:
         vocabulary: makes tokens of texts, and texts of tokens.
         max_tokens: how many tokens the study may send through the model.
         progress: is told how far it is.
+        unembedding: the model's final norm and output head, where its checkpoint shows them; may
+            read files when it is first called.
     """
 
     catalog: Catalog
@@ -58,6 +61,7 @@ class Context:
     vocabulary: Tokens
     max_tokens: int = MAX_STUDY_TOKENS
     progress: Progress = field(default_factory=Progress)
+    unembedding: Callable[[], Unembedding | None] = lambda: None
     _charged: int = 0
 
     def __post_init__(self) -> None:
