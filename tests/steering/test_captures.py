@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from steering.request.keep import FINAL, Keep
+from steering.request.keep import Keep
 from steering.worker.captures import Captures
 
 D = 4
@@ -18,19 +18,19 @@ def stream(positions: Sequence[int], of: int = 0) -> torch.Tensor:
     return torch.tensor([[float(of), float(position), 0, 0] for position in positions])
 
 
-def one_pass(captures: Captures, *parts: tuple[str, int, int], place: str = FINAL) -> None:
+def one_pass(captures: Captures, *parts: tuple[str, int, int]) -> None:
     """A pass over ``(request, first position, one past the last)``; request "r3" is number 3."""
     starts = np.cumsum([0, *(stop - start for _, start, stop in parts)])
     captures.begin(
         [req_id for req_id, _, _ in parts], starts, lambda: {r: start for r, start, _ in parts}
     )
     rows = [stream(range(start, stop), int(req_id[1:])) for req_id, start, stop in parts]
-    captures.put(place, torch.cat([*rows, torch.full((3, D), torch.nan)]))  # padding
+    captures.put(torch.cat([*rows, torch.full((3, D), torch.nan)]))  # padding
     captures.end()
 
 
 def kept(captures: Captures, key: str) -> list[list[float]] | None:
-    rows = captures.rows(key, FINAL)
+    rows = captures.rows(key)
     return None if rows is None else rows[:, :2].tolist()
 
 
@@ -41,7 +41,7 @@ def test_only_rows_that_were_asked_for_are_kept() -> None:
     one_pass(captures, ("r0", 0, 4), ("r1", 0, 8), ("r2", 5, 6), ("r3", 0, 2))
     assert kept(captures, "a") == [[1, 3], [1, 4], [1, 5]]
     assert kept(captures, "b") == [[3, 0], [3, 1]]
-    assert captures.rows("nobody", FINAL) is None
+    assert captures.rows("nobody") is None
 
 
 def test_chunks_are_put_together_and_no_part_is_told_before() -> None:
@@ -65,7 +65,7 @@ def test_position_that_is_computed_again_replaces_itself() -> None:
     assert kept(captures, "a") is None
     captures.open("r1", Keep("a", 0, 4))
     captures.begin(["r1"], np.array([0, 4]), lambda: {"r1": 0})
-    captures.put(FINAL, stream(range(4), of=7))
+    captures.put(stream(range(4), of=7))
     captures.end()
     assert kept(captures, "a") == [[7, position] for position in range(4)]
 
@@ -94,27 +94,15 @@ def test_what_is_forgotten_takes_nothing_any_more() -> None:
     assert (len(captures), captures.nbytes) == (0, 0)
 
 
-def test_places_are_kept_apart() -> None:
-    captures = Captures()
-    hook = "blocks.1.hook_resid_post"
-    captures.open("r1", Keep("a", 0, 2, (hook, FINAL)))
-    one_pass(captures, ("r1", 0, 2))
-    assert kept(captures, "a") is not None
-    assert captures.rows("a", hook) is None
-    one_pass(captures, ("r1", 0, 2), place=hook)
-    assert captures.rows("a", hook) is not None
-    one_pass(captures, ("r1", 0, 2), place="blocks.2.hook_resid_post")  # nobody asked
-
-
 def test_positions_are_not_asked_for_where_nothing_is_kept() -> None:
     def asked() -> dict[str, int]:
         raise AssertionError
 
     captures = Captures()
     captures.begin(["r1"], np.array([0, 4]), asked)
-    captures.put(FINAL, stream(range(4)))
+    captures.put(stream(range(4)))
 
 
 def test_keep_survives_its_way_to_the_worker() -> None:
-    keep = Keep("a", 3, 9, (FINAL, "blocks.1.hook_resid_post"))
+    keep = Keep("a", 3, 9)
     assert Keep.from_wire(keep.to_wire()) == keep
