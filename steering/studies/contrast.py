@@ -130,12 +130,13 @@ async def contrast(context: Context, sae: str, body: object) -> dict[str, Any]:
     bounds = _bounds(asked.density)
     texts = {name: getattr(asked, name) for name in ("positive", "negative")}
     over = asked.over or _default_over([*asked.positive, *asked.negative])
-    made = {name: await _tokens(context, name, given, over) for name, given in texts.items()}
+    made = {name: await texts_to_read(context, name, given, over) for name, given in texts.items()}
     context.charge(sum(_length(text) for side in made.values() for text in side))
     context.progress.expect(sum(map(len, made.values())))
     pool = Pool(sae, _TOKENS[over], asked.pool or "mean")
+    paths = [f"{name}[{i}]" for name, side in made.items() for i in range(len(side))]
     found = await contrasted(
-        context, pool, made["positive"], made["negative"], context.progress.step
+        context, pool, made["positive"], made["negative"], paths, context.progress.step
     )
     by, top_k = asked.by or "auroc", asked.top_k or DEFAULT_TOP_K
     table = context.catalog.features(sae)
@@ -147,6 +148,7 @@ async def contrasted(
     pool: Pool,
     positive: Sequence[Text],
     negative: Sequence[Text],
+    paths: Sequence[str],
     done: Callable[[], None] | None = None,
 ) -> Contrasted:
     """Read two sets of texts and compare every feature's pooled activations.
@@ -156,16 +158,16 @@ async def contrasted(
         pool: the SAE, the tokens that take part, and how a text's become one value.
         positive: of the first set, at least one.
         negative: of the second, at least one.
+        paths: of all of them in the body, the first set's first.
         done: called for each text that is read.
 
     Raises:
         SteeringError: ``invalid_value`` for a text of which no token takes part.
     """
     read = await pooled(context.reader, context.catalog, [*positive, *negative], pool, done=done)
-    for place, one in enumerate(read):
+    for path, one in zip(paths, read, strict=True):
         if one.tokens == 0:
-            n = len(positive)
-            raise _no_token(f"positive[{place}]" if place < n else f"negative[{place - n}]")
+            raise _no_token(path)
     first, second = read[: len(positive)], read[len(positive) :]
     figures = await asyncio.to_thread(lambda: compared(_values(first), _values(second)))
     return Contrasted(figures, first, second)
@@ -183,7 +185,20 @@ def _default_over(texts: Sequence[TextBody]) -> Over:
     return "completion" if all(text.completion is not None for text in texts) else "prompt"
 
 
-async def _tokens(context: Context, name: str, texts: Sequence[TextBody], over: Over) -> list[Text]:
+async def texts_to_read(
+    context: Context, name: str, texts: Sequence[TextBody], over: Over
+) -> list[Text]:
+    """The tokens of a list of texts of which some take part.
+
+    Args:
+        context: the study's.
+        name: of the list in the body.
+        texts: the list.
+        over: which tokens take part.
+
+    Raises:
+        SteeringError: as `Context.tokens`; ``invalid_value`` where no token takes part.
+    """
     found = []
     for i, text in enumerate(texts):
         path = f"{name}[{i}]"
