@@ -285,15 +285,18 @@ def test_features_are_read_on_the_same_texts_unsteered_and_steered(scored: Score
     (edited,) = first["edited"]
     # Over the covered tokens: all but the first of each text and the special ones.
     before: list[float] = []
+    after: list[float] = []
     for text in GIVEN:
         prompt, completion = ids_of(scored, text)
         seen: dict[str, Any] = {}
         scored.model.trace(prompt, completion, scored.saes, None, seen)
         covered = [i for i, t in enumerate([*prompt, *completion][:-1]) if i and t > 3]
-        before += scored.saes["a"].encode(seen["a"])[covered, 5].tolist()
+        sae, x = scored.saes["a"], seen["a"][covered]
+        before += sae.encode(x)[:, 5].tolist()
+        after += sae.encode(x + 4 * sae.weights["W_dec"][5])[:, 5].tolist()
     assert edited["feature"] == 5
     assert edited["before"] == pytest.approx(np.mean(before), abs=1e-4)
-    assert edited["after"] > edited["before"]
+    assert edited["after"] == pytest.approx(np.mean(after), abs=1e-4)
     for one in nothing["features"]:
         assert (one["edited"], one["leak"], one["newly_active"], one["silenced"]) == (
             *([], None, 0, 0),
