@@ -92,6 +92,9 @@ class FeatureTable:
     def max_activation(self, index: int) -> float | None:
         return self._row(index).max_activation
 
+    def density(self, index: int) -> float | None:
+        return self._row(index).density
+
     def label(self, index: int) -> str | None:
         return self._row(index).label
 

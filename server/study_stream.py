@@ -34,7 +34,7 @@ class RunningStudy:
 
     def __init__(self, work: Work) -> None:
         self._changed = asyncio.Event()
-        self._counts = (0, 0)
+        self._counts: tuple[int, int] | None = None
         self._task = asyncio.ensure_future(self._run(work))
 
     async def result(self) -> Answer:
@@ -55,7 +55,7 @@ class RunningStudy:
         except asyncio.CancelledError:
             await self.end()
             raise
-        if self._task.done():
+        if self._counts is None:
             self._task.result()
         return True
 
@@ -66,10 +66,15 @@ class RunningStudy:
 
     async def events(self) -> AsyncGenerator[str, None]:
         """Progress, then the result or what went wrong, then the end."""
-        while not self._task.done():
+        told = None
+        while True:
             self._changed.clear()
-            done, of = self._counts
-            yield _event({"object": "steering.progress", "done": done, "of": of})
+            ended, counts = self._task.done(), self._counts
+            if counts is not None and counts != told:
+                told = counts
+                yield _event({"object": "steering.progress", "done": told[0], "of": told[1]})
+            if ended:
+                break
             await self._next()
         try:
             yield _event(self._task.result())

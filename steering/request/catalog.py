@@ -125,7 +125,7 @@ class Catalog:
     ) -> None:
         self.max_read_values = max_read_values
         self._limits = limits
-        self._special_token_ids = special_token_ids
+        self.special_token_ids = special_token_ids
         self._fingerprints: dict[str, str] = {}
         self._loaded = dict(loaded)
         # Rows already found finite, in SAEs too large to be scanned at start.
@@ -368,7 +368,7 @@ class Catalog:
     def _fingerprint(self, name: str) -> str:
         if name not in self._fingerprints:
             with _unchanged(name, "steering"):
-                made = self._get(name).fingerprint(self._special_token_ids)
+                made = self._get(name).fingerprint(self.special_token_ids)
             self._fingerprints[name] = made
         return self._fingerprints[name]
 

@@ -55,7 +55,7 @@ class BudgetSearch:
         highest: float = HIGHEST,
     ) -> None:
         assert budget > 0 and 0 < lowest <= highest
-        self._budget = budget
+        self.budget = budget
         self._power = power
         self._low, self._high = math.log2(lowest), math.log2(highest)
         #: (log2 of the multiplier, log2 of cost / aim, multiplier, cost), ascending
@@ -71,7 +71,7 @@ class BudgetSearch:
 
     def put(self, multiplier: float, cost: float) -> None:
         """What a multiplier costs; NaN counts as too much."""
-        share = cost / (self._budget * _AIM)
+        share = cost / (self.budget * _AIM)
         y = (
             math.log2(max(share, _LEAST_KNOWN))
             if math.isfinite(share)
@@ -90,7 +90,7 @@ class BudgetSearch:
         return None if x is None else self._multiplier(x)
 
     def _meets(self, cost: float) -> bool:
-        return LEAST_SHARE * self._budget <= cost <= self._budget
+        return LEAST_SHARE * self.budget <= cost <= self.budget
 
     def _multiplier(self, x: float) -> float:
         """2^x within the limits, in four digits unless these were tried: people read it."""
