@@ -354,8 +354,9 @@ class SteeringState:
             record = self.records.take(key, child)
             if record is not None:
                 self.reports.settle_one(record)
-                probed = self.probes.results(record, limit)
-                summaries.append({**record.summary(limit), "probed": probed})
+                summaries.append(record.summary(limit))
+                if record.plan.probes:
+                    summaries[-1]["probed"] = self.probes.results(record, limit)
         return summaries
 
     def take_streamed(self, streaming: Mapping[str, RequestRecord]) -> dict[str, StreamedRead]:
