@@ -132,6 +132,8 @@ def _run(tokenizer: Any, vllm_config: Any, accepted: Accepted) -> Run:
 def _outcome(vllm_config: Any, reference: ResolvedSAE, finished: Finished) -> Outcome:
     card = catalog_for(vllm_config).card(reference.name)
     measured = None if finished.report is None else finished.report.measured
+    if measured is not None and measured.median_norm and math.isfinite(measured.median_norm):
+        catalog_for(vllm_config).note_stream_norm(reference.name, measured.median_norm)
     return Outcome(
         card=card,
         measured=measured or Measured(0, 0, math.nan, math.nan),

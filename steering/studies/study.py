@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from steering.errors import SteeringError
+from steering.errors import ErrorCode, SteeringError
 from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
 from steering.request.limits import MAX_INTERVENTIONS
+from steering.request.shape_errors import shown
 from steering.request.spec import nothing_loaded
 from steering.studies.progress import Progress
 from steering.studies.texts import TextBody, Tokens, check_text, within
+from steering.unembedding import Unembedding
 from steering.vllm.reader import Finished, Run, Text
 
 #: Default of `--steering-max-study-tokens`.
@@ -50,6 +53,8 @@ class Context:
         vocabulary: makes tokens of texts, and texts of tokens.
         max_tokens: how many tokens the study may send through the model.
         progress: is told how far it is.
+        unembedding: the model's final norm and output head, where its checkpoint shows them; may
+            read files when it is first called.
     """
 
     catalog: Catalog
@@ -57,6 +62,7 @@ class Context:
     vocabulary: Tokens
     max_tokens: int = MAX_STUDY_TOKENS
     progress: Progress = field(default_factory=Progress)
+    unembedding: Callable[[], Unembedding | None] = lambda: None
     _charged: int = 0
 
     def __post_init__(self) -> None:
@@ -81,21 +87,7 @@ class Context:
             SteeringError: if it is no text, the model does not take it, or it is too long.
         """
         check_text(text, path)
-        name = "messages" if text.prompt is None else "prompt"
-        try:
-            if text.messages is not None:
-                wanted = text.completion is not None if answered is None else answered
-                prompt = await self.vocabulary.chat(text.messages, generation_prompt=wanted)
-            else:
-                assert text.prompt is not None
-                prompt = await self.vocabulary.prompt(text.prompt)
-        except SteeringError:
-            raise
-        except ValueError as error:
-            said = " ".join(str(error).split())
-            raise SteeringError("invalid_value", f"{said:.500}", within(path, name)) from None
-        if not prompt:
-            raise SteeringError("invalid_value", "a text of no token", within(path, name))
+        prompt = await self._prompt(text, path, answered)
         made = Text(tuple(prompt), tuple(await self._completion(text, path)))
         length = len(made.prompt) + len(made.completion)
         if length + room > self.vocabulary.max_model_len:
@@ -108,18 +100,38 @@ class Context:
             )
         return made
 
+    async def _prompt(self, text: TextBody, path: str, answered: bool | None) -> list[int]:
+        if text.messages is None:
+            assert text.prompt is not None
+            return await self.encode(text.prompt, within(path, "prompt"), special_tokens=True)
+        wanted = text.completion is not None if answered is None else answered
+        with _refusing(within(path, "messages")):
+            return await self.vocabulary.chat(text.messages, generation_prompt=wanted)
+
     async def _completion(self, text: TextBody, path: str) -> list[int]:
         if text.completion is None:
             return []
         where = within(path, "completion")
-        if not isinstance(text.completion, str):
-            try:
-                return await self.vocabulary.prompt(text.completion)
-            except ValueError as error:
-                raise SteeringError("invalid_value", f"{error}"[:500], where) from None
-        ids = self.vocabulary.encode(text.completion)
-        if not ids:
-            raise SteeringError("invalid_value", "a completion of no token", where)
+        return await self.encode(text.completion, where, special_tokens=False)
+
+    async def encode(
+        self, text: str | Sequence[int], path: str, *, special_tokens: bool
+    ) -> list[int]:
+        """The tokens of a string of the body, of which there is at least one; ids stay ids.
+
+        Args:
+            text: the string.
+            path: of it in the body.
+            special_tokens: whether those are added that begin or end a prompt.
+
+        Raises:
+            SteeringError: ``invalid_value`` if there is no token, an id is not in the vocabulary,
+                or the text is too long.
+        """
+        with _refusing(path):
+            ids = await self.vocabulary.encode(text, special_tokens=special_tokens)
+            if not ids:
+                raise ValueError("a text of no token")
         return ids
 
     async def accept(
@@ -158,6 +170,25 @@ class Context:
         except SteeringError as error:
             raise SteeringError(error.code, error.message, _moved(error.param, path)) from None
 
+    def sae(self, name: str | None, path: str) -> str:
+        """The SAE that an object of the body names; the only one if it names none.
+
+        Args:
+            name: as it came.
+            path: of the object in the body.
+
+        Raises:
+            SteeringError: ``unknown_sae``, or ``sae_required`` if several are loaded.
+        """
+        loaded = self.catalog.names
+        if name is None and len(loaded) == 1:
+            return loaded[0]
+        if name not in loaded:
+            code: ErrorCode = "sae_required" if name is None else "unknown_sae"
+            said = "name one" if name is None else f"no SAE {shown(name)} is loaded"
+            raise SteeringError(code, f"{said}; there are {', '.join(loaded)}", f"{path}.sae")
+        return name
+
     def charge(self, tokens: int, param: str | None = None) -> None:
         """Reckon with so many further tokens through the model; all of them before anything runs.
 
@@ -176,6 +207,18 @@ class Context:
                 f"{self.max_tokens} (--steering-max-study-tokens)",
                 param,
             )
+
+
+@contextmanager
+def _refusing(param: str) -> Iterator[None]:
+    """Answer ``invalid_value`` for a text that the model does not take."""
+    try:
+        yield
+    except SteeringError:
+        raise
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise SteeringError("invalid_value", f"{said:.500}", param) from None
 
 
 def _moved(param: str | None, path: str) -> str:

@@ -70,16 +70,12 @@ class Tokens(Protocol):
         """
         ...
 
-    async def prompt(self, prompt: str | list[int]) -> list[int]:
-        """A prompt as the completions route tokenises it; ids as they are.
+    async def encode(self, text: str | Sequence[int], *, special_tokens: bool) -> list[int]:
+        """The tokens of a text, with those that begin a prompt if `special_tokens`; ids stay ids.
 
         Raises:
             ValueError: if it is too long, or an id is not in the vocabulary.
         """
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """A text by itself, without special tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -392,7 +392,7 @@ class SteeringState:
             "slots_capacity": self.slots.num_slots,
             "rows_in_use": self.rows.rows_in_use,
             "rows_capacity": self.rows.capacity,
-            "results_held": self.records.clients,
+            "results_held": self.records.clients + len(self.captures) + len(self.probes.kept),
             "edited_tokens": edited,
             "skipped_tokens": skipped,
             "op_seconds": self.op_seconds,
