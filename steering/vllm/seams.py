@@ -128,7 +128,21 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("entrypoints.llm", "LLM.get_default_sampling_params"),
     ),
     "steering/vllm/reader.py": (
-        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("lora_request", "priority")),
+        Seam(
+            "v1.engine.async_llm",
+            "AsyncLLM.generate",
+            parameters=("lora_request", "priority", "data_parallel_rank"),
+        ),
+        Seam(
+            "v1.engine.core_client",
+            "DPLBAsyncMPClient.get_core_engine_for_request",
+            mentions=("data_parallel_rank", "core_engines"),
+        ),
+        Seam("v1.engine.async_llm", "AsyncLLM", fields=("engine_core", "vllm_config")),
+        Seam("v1.engine.core_client", "AsyncMPClient", fields=("core_engines",)),
+        Seam("config.vllm", "VllmConfig", fields=("kv_transfer_config",)),
+        Seam("entrypoints.llm", "LLM", fields=("llm_engine",)),
+        Seam("entrypoints.llm", "LLM.collective_rpc", first=("method",), parameters=("args",)),
         Seam("", "LLM"),
         Seam("", "SamplingParams"),
         Seam(
@@ -350,6 +364,25 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.worker.gpu.model_runner", "GPUModelRunner", mentions=("compute_logits",)),
         Seam("v1.worker.gpu.model_runner", "", mentions=("compute_logits_local",)),
     ),
+    "steering/vllm/output_head.py": (
+        Seam("model_executor.models.interfaces_base", "VllmModelForTextGeneration.compute_logits"),
+        Seam(
+            "lora.layers.logits_processor",
+            "LogitsProcessorWithLoRA",
+            mentions=("punica_wrapper", "add_lora_logits"),
+        ),
+    ),
+    "steering/vllm/pass_positions.py": (
+        Seam(
+            "v1.core.sched.output",
+            "SchedulerOutput",
+            fields=("scheduled_cached_reqs", "scheduled_new_reqs"),
+        ),
+        Seam(
+            "v1.core.sched.output", "CachedRequestData", fields=("req_ids", "num_computed_tokens")
+        ),
+        Seam("v1.core.sched.output", "NewRequestData", fields=("req_id", "num_computed_tokens")),
+    ),
     "steering/vllm/rehearsal.py": (
         Seam("v1.worker.gpu_model_runner", "GPUModelRunner.profile_run"),
         Seam("v1.worker.gpu.model_runner", "GPUModelRunner.profile_run"),
@@ -501,7 +534,10 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam(
             "v1.worker.gpu.model_runner",
             "GPUModelRunner",
-            fields=("input_buffers", "model_state", "get_model", "device"),
+            fields=(
+                *("input_buffers", "model_state", "get_model", "device"),
+                "execute_model_state",
+            ),
             mentions=("add_request", "preprocess_state"),
         ),
         Seam(
@@ -531,6 +567,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "ModelState.preprocess_state",
             first=("input_batch",),
         ),
+        Seam("v1.worker.gpu.model_runner", "ExecuteModelState", fields=("hidden_states",)),
         Seam("v1.worker.gpu.input_batch", "InputBuffers", fields=("positions", "input_ids")),
         Seam(
             "v1.worker.gpu.input_batch",
@@ -783,7 +820,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             fields=("get_hidden_size", "get_total_num_hidden_layers"),
         ),
     ),
-    "server/unembedding.py": (
+    "steering/unembedding.py": (
         Seam("config.model", "ModelConfig", fields=("model", "revision", "hf_text_config")),
     ),
 }

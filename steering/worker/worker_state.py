@@ -354,8 +354,9 @@ class SteeringState:
             record = self.records.take(key, child)
             if record is not None:
                 self.reports.settle_one(record)
-                probed = self.probes.results(record, limit)
-                summaries.append({**record.summary(limit), "probed": probed})
+                summaries.append(record.summary(limit))
+                if record.plan.probes:
+                    summaries[-1]["probed"] = self.probes.results(record, limit)
         return summaries
 
     def take_streamed(self, streaming: Mapping[str, RequestRecord]) -> dict[str, StreamedRead]:
@@ -391,7 +392,7 @@ class SteeringState:
             "slots_capacity": self.slots.num_slots,
             "rows_in_use": self.rows.rows_in_use,
             "rows_capacity": self.rows.capacity,
-            "results_held": self.records.clients,
+            "results_held": self.records.clients + len(self.captures) + len(self.probes.kept),
             "edited_tokens": edited,
             "skipped_tokens": skipped,
             "op_seconds": self.op_seconds,
