@@ -127,6 +127,64 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("entrypoints.llm", "LLM.chat", first=("messages", "sampling_params")),
         Seam("entrypoints.llm", "LLM.get_default_sampling_params"),
     ),
+    "steering/vllm/reader.py": (
+        Seam(
+            "v1.engine.async_llm",
+            "AsyncLLM.generate",
+            parameters=("lora_request", "priority", "data_parallel_rank"),
+        ),
+        Seam(
+            "v1.engine.core_client",
+            "DPLBAsyncMPClient.get_core_engine_for_request",
+            mentions=("data_parallel_rank", "core_engines"),
+        ),
+        Seam("v1.engine.async_llm", "AsyncLLM", fields=("engine_core", "vllm_config")),
+        Seam("v1.engine.core_client", "AsyncMPClient", fields=("core_engines",)),
+        Seam("config.vllm", "VllmConfig", fields=("kv_transfer_config",)),
+        Seam("entrypoints.llm", "LLM", fields=("llm_engine",)),
+        Seam("entrypoints.llm", "LLM.collective_rpc", first=("method",), parameters=("args",)),
+        Seam("", "LLM"),
+        Seam("", "SamplingParams"),
+        Seam(
+            "sampling_params",
+            "SamplingParams",
+            fields=(
+                *("max_tokens", "temperature", "detokenize", "skip_reading_prefix_cache"),
+                "extra_args",
+            ),
+        ),
+        Seam("inputs", "TokensPrompt", fields=("prompt_token_ids", "cache_salt")),
+        Seam("inputs.engine", "TokensInput", fields=("type", "prompt_token_ids")),
+        Seam(
+            "entrypoints.llm",
+            "LLM.generate",
+            first=("prompts", "sampling_params"),
+            parameters=("use_tqdm", "lora_request"),
+        ),
+    ),
+    "steering/vllm/vocabulary.py": (
+        Seam("exceptions", "VLLMClientError"),
+        Seam("entrypoints.llm", "LLM", fields=("renderer",)),
+        Seam(
+            "entrypoints.common.offline",
+            "OfflineInferenceMixin._preprocess_chat",
+            first=("conversations",),
+            parameters=("add_generation_prompt",),
+        ),
+        Seam("renderers.base", "BaseRenderer", fields=("model_config", "default_cmpl_tok_params")),
+        *(
+            Seam("renderers.base", f"BaseRenderer.{method}", first=first)
+            for method, first in (
+                ("tokenize_prompt", ("prompt", "params")),
+                ("tokenize_prompt_async", ("prompt", "params")),
+                ("validate_token_ids", ("token_ids",)),
+                ("get_tokenizer", ()),
+            )
+        ),
+        Seam("renderers.params", "TokenizeParams.with_kwargs"),
+        Seam("renderers.params", "TokenizeParams", fields=("add_special_tokens",)),
+        Seam("inputs.engine", "TokensInput", fields=("type", "prompt_token_ids")),
+    ),
     "steering/vllm/engine_arguments.py": (
         Seam(
             "config.model",
@@ -306,6 +364,25 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.worker.gpu.model_runner", "GPUModelRunner", mentions=("compute_logits",)),
         Seam("v1.worker.gpu.model_runner", "", mentions=("compute_logits_local",)),
     ),
+    "steering/vllm/output_head.py": (
+        Seam("model_executor.models.interfaces_base", "VllmModelForTextGeneration.compute_logits"),
+        Seam(
+            "lora.layers.logits_processor",
+            "LogitsProcessorWithLoRA",
+            mentions=("punica_wrapper", "add_lora_logits"),
+        ),
+    ),
+    "steering/vllm/pass_positions.py": (
+        Seam(
+            "v1.core.sched.output",
+            "SchedulerOutput",
+            fields=("scheduled_cached_reqs", "scheduled_new_reqs"),
+        ),
+        Seam(
+            "v1.core.sched.output", "CachedRequestData", fields=("req_ids", "num_computed_tokens")
+        ),
+        Seam("v1.core.sched.output", "NewRequestData", fields=("req_id", "num_computed_tokens")),
+    ),
     "steering/vllm/rehearsal.py": (
         Seam("v1.worker.gpu_model_runner", "GPUModelRunner.profile_run"),
         Seam("v1.worker.gpu.model_runner", "GPUModelRunner.profile_run"),
@@ -457,7 +534,10 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam(
             "v1.worker.gpu.model_runner",
             "GPUModelRunner",
-            fields=("input_buffers", "model_state", "get_model", "device"),
+            fields=(
+                *("input_buffers", "model_state", "get_model", "device"),
+                "execute_model_state",
+            ),
             mentions=("add_request", "preprocess_state"),
         ),
         Seam(
@@ -487,6 +567,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "ModelState.preprocess_state",
             first=("input_batch",),
         ),
+        Seam("v1.worker.gpu.model_runner", "ExecuteModelState", fields=("hidden_states",)),
         Seam("v1.worker.gpu.input_batch", "InputBuffers", fields=("positions", "input_ids")),
         Seam(
             "v1.worker.gpu.input_batch",
@@ -710,26 +791,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.parallel", "ParallelConfig", fields=("_api_process_rank",)),
         Seam("config.model", "ModelConfig", fields=("max_model_len", "model")),
     ),
-    "server/reader.py": (
-        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("lora_request", "priority")),
-        Seam("", "SamplingParams"),
-        Seam(
-            "sampling_params",
-            "SamplingParams",
-            fields=(
-                *("max_tokens", "temperature", "detokenize", "skip_reading_prefix_cache"),
-                "extra_args",
-            ),
-        ),
-        Seam("inputs", "TokensPrompt", fields=("prompt_token_ids", "cache_salt")),
-        Seam("inputs.engine", "TokensInput", fields=("type", "prompt_token_ids")),
-        Seam(
-            "entrypoints.llm",
-            "LLM.generate",
-            first=("prompts", "sampling_params"),
-            parameters=("use_tqdm",),
-        ),
-    ),
     "server/rendering.py": (
         Seam("entrypoints.serve.engine.protocol", "ErrorResponse", fields=("error",)),
         *(
@@ -759,7 +820,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             fields=("get_hidden_size", "get_total_num_hidden_layers"),
         ),
     ),
-    "server/unembedding.py": (
+    "steering/unembedding.py": (
         Seam("config.model", "ModelConfig", fields=("model", "revision", "hf_text_config")),
     ),
 }

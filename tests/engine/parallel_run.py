@@ -6,10 +6,17 @@ main module, so it cannot be a test file.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
+
+from steering.request.accepted import accept
+from steering.studies.scoring import Figures, Scorer, Side
+from steering.vllm.door import catalog_for
+from steering.vllm.reader import OfflineReader
 
 
 def main() -> None:
@@ -44,8 +51,33 @@ def main() -> None:
         }
         for m in made
     ]
+    scored = scored_on(engine, tokens(700, 30), tokens(701, 20)[1:], both)
+    result.append(
+        {"tokens": scored.top_steered.tolist(), "logprobs": _columns(scored), "steering": None}
+    )
     print("RESULT " + json.dumps(result), flush=True)
     engine.shut_down()
+
+
+def scored_on(engine: Any, prompt: list[int], text: list[int], field: dict[str, Any]) -> Figures:
+    """Figures of one steered text."""
+    accepted = accept(
+        {"interventions": field["interventions"]},
+        catalog_for(engine.llm.llm_engine.vllm_config),
+    )
+    sides = [Side(tuple(prompt), tuple(text), one) for one in (None, accepted)]
+    scorer = Scorer(OfflineReader(engine.llm))
+
+    async def run() -> Figures:
+        async with aclosing(scorer.compare(sides[0], [(sides[1], (5, 9))])) as found:
+            return await anext(figures async for _, figures in found)
+
+    return asyncio.run(run())
+
+
+def _columns(scored: Figures) -> list[float]:
+    columns = (scored.kl, scored.reverse_kl, scored.steered, scored.watched_steered.flatten())
+    return [value for column in columns for value in column.tolist()]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""What a worker keeps of a study's run until it is compared with another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Final hidden states, as the model returns them, are kept under a name.
+
+    They outlive the request: whoever asked for it has them forgotten, see
+    `steering.worker.captures`.
+
+    Attributes:
+        key: the name, distinct over all runs.
+        start: the first position.
+        stop: one past the last.
+    """
+
+    key: str
+    start: int
+    stop: int
+
+    def to_wire(self) -> list[Any]:
+        """Plain types for a plan."""
+        return [self.key, self.start, self.stop]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> Keep:
+        """The inverse of `to_wire`."""
+        return cls(*wire)
