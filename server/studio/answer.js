@@ -87,7 +87,7 @@ export class AnswerView {
     for (let i = 0; i < Math.max(count, 1); i++) this.byPosition.set(position + i, token);
     this.generated += count;
     this.body.append(space, span);
-    this.status.textContent = `${this.generated} tokens`;
+    this.status.textContent = counted(this.generated);
   }
 
   /** @param {{position: number, text: string, phase: string, features: [number, number][]}[]} read */
@@ -131,7 +131,7 @@ export class AnswerView {
   /** Nothing more will come. */
   end() {
     this.root.removeAttribute("aria-busy");
-    this.status.textContent = `${this.generated} tokens, ${this.finished || "stopped by you"}`;
+    this.status.textContent = `${counted(this.generated)}, ${this.finished || "stopped by you"}`;
     this.showReport();
     announce(`${this.name}: ${this.status.textContent}`);
   }
@@ -139,7 +139,7 @@ export class AnswerView {
   /** @param {Error} error */
   fail(error) {
     this.root.removeAttribute("aria-busy");
-    this.status.textContent = this.generated ? `${this.generated} tokens, then it broke off` : "";
+    this.status.textContent = this.generated ? `${counted(this.generated)}, then it broke off` : "";
     this.error.textContent = error instanceof GoneError ? error.message : `Refused: ${error.message}`;
     this.error.hidden = false;
   }
@@ -162,10 +162,13 @@ export class AnswerView {
   }
 }
 
+/** @param {number} tokens */
+const counted = (tokens) => `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
+
 /** A token's own colour begins after its leading space. @param {string} text */
 function spanOf(text) {
-  const space = /^ */.exec(text)?.[0] ?? "";
-  return { space, span: h("span", { class: "token" }, text.slice(space.length) || (space && "\u200b")) };
+  const space = /^ +(?=\S)/.exec(text)?.[0] ?? "";
+  return { space, span: h("span", { class: "token" }, text.slice(space.length)) };
 }
 
 /** The features of a piece of several tokens. @param {[number, number][] | null} before @param {[number, number][]} more */

@@ -78,7 +78,6 @@ async function ask(name, signal) {
       prompt: (ids) => view.setPrompt(ids),
       piece: (text, tokens) => view.addPiece(text, tokens),
       read: (tokens) => view.addRead(tokens),
-      usage: () => {},
       report: (report) => { view.setReport(report); measured(name, report); },
       finish: (reason, stopped) => view.finish(reason, stopped),
     });

@@ -48,7 +48,6 @@ async function read(reader, signal) {
  * @property {(ids: number[]) => void} prompt the prompt's tokens
  * @property {(text: string, tokens: number) => void} piece text, and of how many tokens it is
  * @property {(tokens: {position: number, text: string, phase: string, features: [number, number][]}[]) => void} read
- * @property {(usage: {prompt_tokens: number, completion_tokens: number}) => void} usage
  * @property {(report: any) => void} report
  * @property {(reason: string, stopped: unknown) => void} finish
  */
@@ -62,8 +61,7 @@ async function read(reader, signal) {
  */
 export async function generate(mode, body, signal, listener) {
   const path = mode === "chat" ? "v1/chat/completions" : "v1/completions";
-  const more = { stream: true, stream_options: { include_usage: true }, return_token_ids: true };
-  const response = await call(path, { body: { ...body, ...more }, signal });
+  const response = await call(path, { body: { ...body, stream: true, return_token_ids: true }, signal });
   for await (const chunk of events(response, signal)) {
     const choice = chunk.choices?.[0];
     const prompt = chunk.prompt_token_ids ?? choice?.prompt_token_ids;
@@ -76,7 +74,6 @@ export async function generate(mode, body, signal, listener) {
     }
     if (chunk.steering?.read) listener.read(chunk.steering.read.tokens);
     if (chunk.steering?.interventions) listener.report(chunk.steering);
-    if (chunk.usage) listener.usage(chunk.usage);
     if (choice?.finish_reason) listener.finish(choice.finish_reason, choice.stop_reason);
   }
 }
