@@ -92,8 +92,16 @@ class FeatureTable:
     def max_activation(self, index: int) -> float | None:
         return self._row(index).max_activation
 
+    def density(self, index: int) -> float | None:
+        return self._row(index).density
+
     def label(self, index: int) -> str | None:
         return self._row(index).label
+
+    def labelled(self) -> list[int]:
+        """The features that have a label, ascending."""
+        features = self._loaded().features
+        return sorted(index for index, feature in features.items() if feature.label is not None)
 
     def get(self, index: int) -> Feature:
         """One feature with its examples. IndexError where it is not in [0, d_sae).

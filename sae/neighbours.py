@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+from torch import Tensor
 
 from sae.sae import SAE
 
@@ -54,15 +57,34 @@ def interference(
     if row.W_enc.shape[1] != len(written):
         return None, []
     own = float(row.gain * (row.W_enc[0] @ written))
+    return own, most_moved(sae, written, [latent], count)
+
+
+def most_moved(
+    sae: SAE, written: Tensor, left_out: Collection[int], count: int = 10
+) -> list[tuple[int, float]]:
+    """The latents whose pre-activations a change of the stream moves most.
+
+    Args:
+        sae: which reads the width of `written`.
+        written: ``[d_in]`` float32, the change.
+        left_out: latents that are not asked about.
+        count: how many to return.
+
+    Returns:
+        `[(i, gain_i W_enc_i . written)]` by size, largest first, ties by lower index. One pass over
+        the weights in parts of the workspace.
+    """
+    skipped = torch.tensor(sorted(left_out), dtype=torch.long)
     best_changes, best_latents = torch.empty(0), torch.empty(0, dtype=torch.long)
     # Both matrices, and a copy of one in float64, from which `rows` makes the vectors.
     for start, stop in sae.chunks(16 * len(written)):
         rows = sae.rows(range(start, stop))
         changes = rows.gain * (rows.W_enc @ written)  # [stop - start]
         latents = torch.arange(start, stop)
-        kept = (latents != latent) & changes.isfinite()
+        kept = ~torch.isin(latents, skipped) & changes.isfinite()
         changes = torch.cat([best_changes, changes[kept]])
         order = changes.abs().sort(descending=True, stable=True).indices[:count]
         best_latents = torch.cat([best_latents, latents[kept]])[order]
         best_changes = changes[order]
-    return own, list(zip(best_latents.tolist(), best_changes.tolist(), strict=True))
+    return list(zip(best_latents.tolist(), best_changes.tolist(), strict=True))

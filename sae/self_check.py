@@ -125,12 +125,14 @@ class Measured:
     Attributes:
         tokens: tokens that count.
         sinks: tokens left out for their norm.
+        median_norm: of the stream at the tokens that count; None if there is none.
     """
 
     tokens: int
     sinks: int
     l0: float
     variance_explained: float
+    median_norm: float | None = None
 
 
 class Observed:
@@ -172,6 +174,7 @@ class Observed:
             sinks=int((~kept).sum()),
             l0=float(l0[kept].mean()),
             variance_explained=1 - float(error[kept].sum()) / total if total > 0 else math.nan,
+            median_norm=float(np.median(norm[kept])),
         )
 
 

@@ -85,10 +85,31 @@ def solve(
     )
 
 
-def gain_matrix(sae: SAE, latents: Sequence[int]) -> Tensor:
-    """G of these latents, as above: ``[n, n]`` float64."""
-    W_enc, W_dec = _folded(sae, latents)
-    return W_enc @ W_dec.T
+def gain_matrix(
+    sae: SAE, latents: Sequence[int], protected: Sequence[LatentOf] = ()
+) -> Tensor | None:
+    """G of these latents, as above: ``[n, n]`` float64.
+
+    Args:
+        sae: any SAE.
+        latents: any of its latents.
+        protected: as in `solve`.
+
+    Returns:
+        None if the SAE reads another width than it writes.
+    """
+    W_enc, _ = _folded(sae, latents)
+    W_dec = written_rows(sae, latents, protected)
+    return None if W_enc.shape[1] != W_dec.shape[1] else W_enc @ W_dec.T
+
+
+def written_rows(sae: SAE, latents: Sequence[int], protected: Sequence[LatentOf] = ()) -> Tensor:
+    """What one unit of each latent adds to the stream: ``[n, d_out]`` float64.
+
+    The decoder's scale is folded in, and the rows are made orthogonal to what is ``protected``.
+    """
+    _, W_dec = _folded(sae, latents)
+    return W_dec if not protected else _orthogonal(W_dec, protected)
 
 
 def _folded(sae: SAE, latents: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -53,15 +53,21 @@ def refusal(path: str, error: SteeringError) -> Response:
     """The response to a refused request, counted and logged. `path` is the URL's."""
     REJECTED.labels(code=error.code).inc()
     logger.info("refused %r: %s", path[:200], error.code)
-    details = {
+    details = error_object(error)
+    if "/v1/messages" in path:
+        return TolerantJSONResponse({"type": "error", "error": details}, error.status)
+    return TolerantJSONResponse({"error": details}, error.status)
+
+
+def error_object(error: SteeringError) -> dict[str, Any]:
+    """What stands as `error` in an answer."""
+    return {
         "message": error.message,
         "type": INVALID_REQUEST,
         "param": error.param,
         "code": error.code,
+        **error.details,
     }
-    if "/v1/messages" in path:
-        return TolerantJSONResponse({"type": "error", "error": details}, error.status)
-    return TolerantJSONResponse({"error": details}, error.status)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

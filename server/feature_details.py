@@ -6,11 +6,12 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any, Final
 
 from sae.neighbours import interference, nearest
 from sae.sae import SAE
-from server.unembedding import Unembedding
+from steering.unembedding import Unembedding
 
 #: Neighbours, interferers, promoted and suppressed tokens shown of a feature.
 NUM_SHOWN: Final = 10
@@ -31,6 +32,7 @@ class FeatureDetails:
         self._open_unembedding = unembedding
         self._unembedding: Unembedding | None = None
         self._opened = False
+        self._opening = Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feature-details")
         self._remembered: OrderedDict[tuple[str, int], Details] = OrderedDict()
 
@@ -50,14 +52,23 @@ class FeatureDetails:
                 self._remembered.popitem(last=False)
         return self._remembered[key]
 
+    def unembedding(self) -> Unembedding | None:
+        """The model's, opened when it is first asked for; None if its checkpoint does not show it.
+
+        From any thread.
+        """
+        with self._opening:
+            if not self._opened:
+                self._unembedding, self._opened = self._open_unembedding(), True
+        return self._unembedding
+
     def _compute(self, sae: SAE, feature: int) -> Details:
-        if not self._opened:
-            self._unembedding, self._opened = self._open_unembedding(), True
+        unembedding = self.unembedding()
         direction = sae.decoder_rows(feature, feature + 1)[0]
         promoted: list[list[Any]] = []
         suppressed: list[list[Any]] = []
-        if self._unembedding is not None:
-            promoted, suppressed = self._unembedding.strongest(direction, NUM_SHOWN)
+        if unembedding is not None:
+            promoted, suppressed = unembedding.strongest(direction, NUM_SHOWN)
         self_gain, interferers = interference(sae, feature, NUM_SHOWN)
         return {
             "self_gain": self_gain,

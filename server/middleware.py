@@ -22,6 +22,7 @@ from steering.errors import SteeringError
 from steering.request.catalog import Catalog
 from steering.request.misplaced import refuse_misplaced
 from steering.request.spec import nothing_loaded
+from steering.studies.registry import STUDIES
 from steering.vllm.door import FIELD
 
 
@@ -68,7 +69,7 @@ class ForeignSteering:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) in ROUTES:
+        if scope["type"] != "http" or scope["method"] != "POST" or _steers(_path(scope)):
             await self.app(scope, receive, send)
             return
         try:
@@ -84,6 +85,11 @@ class ForeignSteering:
             await refusal(_path(scope), error)(scope, receive, send)
             return
         await self.app(scope, _replay(body, receive), send)
+
+
+def _steers(path: str) -> bool:
+    """Whether a route reads `steering` itself, in its own body or inside a study's."""
+    return path in ROUTES or _STUDY.fullmatch(path) is not None
 
 
 def refuse_foreign(body: bytes, catalog: Catalog) -> None:
@@ -151,6 +157,10 @@ GENERATES_ELSEWHERE: Final = frozenset(
 #: an adapter may not be loaded under it.
 _RUNS_UNSTEERED: Final = re.compile(
     r"/(?:de)?tokenize|/v1/messages/count_tokens|/v1/saes/.+/inspect|/v1/load_lora_adapter"
+)
+#: Studies refuse what they do not know, wherever it stands.
+_STUDY: Final = re.compile(
+    "|".join(re.escape(s.route).replace(re.escape("{sae}"), ".+") for s in STUDIES.values())
 )
 
 

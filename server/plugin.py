@@ -17,15 +17,16 @@ from server.metrics import WorkerSeries, start_series
 from server.middleware import ForeignSteering, MetricsRefresh, PresetNames
 from server.presets.models import PresetModels, taken_names
 from server.presets.store import open_store
-from server.reader import Reader
-from server.routes import features, generate, inspect, presets, saes, studio
+from server.rendering import ServedVocabulary
+from server.routes import features, generate, inspect, presets, saes, studies, studio
 from server.start import engine_death
 from server.start.flags import ServerOptions
 from server.state import SteeringState
-from server.unembedding import open_unembedding
 from steering.request.catalog import SCAN_LIMIT_BYTES, Catalog
+from steering.unembedding import open_unembedding
 from steering.vllm.door import catalog_for
 from steering.vllm.plugin import register
+from steering.vllm.reader import Reader
 from steering.vllm.results import worker_stats
 
 
@@ -50,6 +51,7 @@ class SteeringEndpointPlugin:
             presets,
             features,
             inspect,
+            studies,
             saes,
         ):  # the last has a path that takes all others
             app.include_router(resource.router)
@@ -81,9 +83,15 @@ class SteeringEndpointPlugin:
         models = PresetModels(served, store)
         if store.in_use:
             models.install()
-        SteeringState(catalog, details, series, limit, Reader(engine_client), store, models).attach(
-            state
+        reader = Reader(engine_client)
+        vocabulary = ServedVocabulary(
+            engine_client.renderer, getattr(state, "openai_serving_chat", None)
         )
+        SteeringState(
+            *(catalog, details, series, limit, reader, store, models),
+            vocabulary=vocabulary,
+            max_study_tokens=options.max_study_tokens,
+        ).attach(state)
         start_series(catalog.names, (preset.name for preset in store.all()))
         # Only our own command has the flag; plain vLLM is left as it is.
         wanted = getattr(args, "steering_self_check", False)

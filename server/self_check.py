@@ -17,11 +17,11 @@ from typing import Any, Final
 
 from sae.self_check import TEXT, Measured, Outcome, stated_by
 from sae.source import ResolvedSAE
-from server.reader import Finished, Reader, Run, Text, run_offline
 from steering.config import SteeringConfig
 from steering.request.accepted import Accepted, accept
 from steering.request.plan import SELF_CHECK, Inspection
 from steering.vllm.door import catalog_for
+from steering.vllm.reader import Finished, Reader, Run, Text, run_offline
 
 logger = logging.getLogger("vllm.sae.server")
 
@@ -132,6 +132,8 @@ def _run(tokenizer: Any, vllm_config: Any, accepted: Accepted) -> Run:
 def _outcome(vllm_config: Any, reference: ResolvedSAE, finished: Finished) -> Outcome:
     card = catalog_for(vllm_config).card(reference.name)
     measured = None if finished.report is None else finished.report.measured
+    if measured is not None and measured.median_norm and math.isfinite(measured.median_norm):
+        catalog_for(vllm_config).note_stream_norm(reference.name, measured.median_norm)
     return Outcome(
         card=card,
         measured=measured or Measured(0, 0, math.nan, math.nan),

@@ -11,8 +11,11 @@ from server.feature_details import FeatureDetails
 from server.metrics import WorkerSeries
 from server.presets.models import PresetModels
 from server.presets.store import PresetStore
-from server.reader import Reader
 from steering.request.catalog import Catalog
+from steering.studies.progress import Progress
+from steering.studies.study import MAX_STUDY_TOKENS, Context
+from steering.studies.texts import Tokens
+from steering.vllm.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class SteeringState:
     running_reader: Reader | None = None
     presets: PresetStore | None = None
     served: PresetModels | None = None
+    vocabulary: Tokens | None = None
+    max_study_tokens: int = MAX_STUDY_TOKENS
 
     @property
     def reader(self) -> Reader:
@@ -48,6 +53,18 @@ class SteeringState:
         """The served models, presets among them."""
         assert self.served is not None, "the engine does not run yet"
         return self.served
+
+    def context(self, progress: Progress) -> Context:
+        """What a study is given that tells its progress there.
+
+        Raises:
+            SteeringError: if no SAE is loaded.
+        """
+        assert self.vocabulary is not None, "the engine does not run yet"
+        return Context(
+            *(self.catalog, self.reader, self.vocabulary, self.max_study_tokens, progress),
+            unembedding=self.details.unembedding,
+        )
 
     def attach(self, state: State) -> None:
         """Make it the state of an app."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal
 
 #: Every `error.code` of this project's own answers.
 ErrorCode = Literal[
     "body_too_large",
+    "budget_not_met",
     "condition_too_late",
     "duplicate_intervention",
     "feature_out_of_range",
@@ -20,6 +22,7 @@ ErrorCode = Literal[
     "presets_read_only",
     "sae_required",
     "steering_unavailable",
+    "study_too_large",
     "too_many_interventions",
     "too_many_presets",
     "unknown_field",
@@ -48,6 +51,11 @@ class SteeringError(ValueError):
         self.message = message
         self.param = param
 
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """What the answer's `error` has beside message, type, param and code."""
+        return {}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.code, self.message, self.param))
 
@@ -68,3 +76,24 @@ class BodyTooLargeError(SteeringError):
     """The request has more bytes than are read."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class BudgetNotMetError(SteeringError):
+    """No strength of an edit keeps a study's budget.
+
+    Attributes:
+        curve: what was tried, as the answer would have it.
+    """
+
+    def __init__(
+        self, message: str, param: str | None = None, curve: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        super().__init__("budget_not_met", message, param)
+        self.curve = curve
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        return {"curve": self.curve}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.message, self.param, self.curve))

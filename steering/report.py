@@ -50,6 +50,8 @@ class Summary:
             activations, best first, as bytes.
         aggregate: ``[latent, score]`` of the strongest features over the text, best first.
         measured: the fields of `sae.self_check.Measured`.
+        probed: of each of a study's probes what `steering.worker.study_probes` found, None where
+            this worker does not hold the layer.
     """
 
     child: int
@@ -60,6 +62,7 @@ class Summary:
     read: Sequence[bytes] | None = None
     aggregate: list[list[float]] | None = None
     measured: Mapping[str, Any] | None = None
+    probed: Sequence[Figures | None] | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """Plain types, for vLLM's RPC."""
@@ -108,8 +111,8 @@ class Choice:
 class Report:
     """What one choice's steering did, in the shapes of the contract.
 
-    ``aggregate`` and ``measured`` are for `inspect` and the self-check, and no part of a response's
-    ``steering``.
+    ``aggregate``, ``measured`` and ``probed`` are for `inspect`, the self-check and studies, and no
+    part of a response's ``steering``.
     """
 
     interventions: list[dict[str, Any]]
@@ -120,6 +123,7 @@ class Report:
     stopped: dict[str, Any] | None = None
     aggregate: list[list[float]] | None = None
     measured: Measured | None = None
+    probed: tuple[Figures | None, ...] = ()
 
     @classmethod
     def of(
@@ -159,6 +163,10 @@ class Report:
             else None,
             aggregate=_first(s.aggregate for s in summaries),
             measured=None if measured is None else Measured(**measured),
+            probed=tuple(
+                _first(of_stages)
+                for of_stages in zip(*(s.probed for s in summaries if s.probed), strict=True)
+            ),
         )
 
     def to_json(self, with_report: bool) -> dict[str, Any]:

@@ -70,7 +70,6 @@ SERVER_FILES_ON_VLLM = {
     "commands/serve.py",
     "presets/models.py",
     "protocol.py",
-    "reader.py",
     "rendering.py",
     "routes/generate.py",
     "self_check.py",

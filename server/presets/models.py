@@ -85,6 +85,10 @@ class PresetModels:
             return False
         return bool(envs.VLLM_SKIP_MODEL_NAME_VALIDATION or self._is_base(name))
 
+    def is_other(self, name: str) -> bool:
+        """Whether `name` is that of an adapter or a preset."""
+        return name in self._models.lora_requests or self._presets.known(name) is not None
+
     def is_base_or_preset(self, name: str) -> bool:
         """Replaces `is_base_model`."""
         if self._is_base(name) or name == _ANSWERED_AS.get():

@@ -19,12 +19,12 @@ from server.inspection import INSPECT_SCHEMA, Inspection
 from server.json_response import TolerantJSONResponse
 from server.models import InspectAnswer, answers
 from server.protocol import SteerableChatCompletionRequest, SteerableCompletionRequest
-from server.reader import Finished, Run
 from server.rendering import rendered
 from server.routes.parameters import known_sae
 from server.state import SteeringState, steering_state
 from steering.errors import SteeringError
 from steering.vllm.door import FIELD
+from steering.vllm.reader import Finished, Run
 
 router = APIRouter(tags=["saes"], responses=REFUSALS)
 

@@ -20,6 +20,7 @@ from steering.config import (
 )
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
+from steering.studies.study import MAX_STUDY_TOKENS
 
 SAE_FLAG: Final = "--sae"
 PRESET_FLAG: Final = "--steering-preset"
@@ -83,6 +84,16 @@ class ServerOptions:
         help="How many features one request may have read: those of each covered token of its "
         "prompt and max_tokens, in each of its n choices. Default: as many as one choice may ask "
         f"for, at least {LEAST_MAX_READ_VALUES}.",
+    )
+    max_study_tokens: int = _flag(
+        "--steering-max-study-tokens",
+        MAX_STUDY_TOKENS,
+        least=1,
+        why="or no study could run",
+        routes_only=True,
+        type=int,
+        metavar="N",
+        help="How many tokens one study may send through the model, in all of its runs.",
     )
     max_body_bytes: int = _flag(
         "--steering-max-body-bytes",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from steering.report import Ticket
+from steering.report import Ticket, wants_report
 from steering.request.catalog import Catalog, Prepared
+from steering.request.keep import Keep
 from steering.request.plan import Inspection
+from steering.request.probe import Probe
 from steering.request.spec import SteeringSpec
 
 
@@ -26,6 +28,8 @@ class Accepted:
             whole text there, of which a part counts as generated.
         ticket: where the reports go; None if nobody asked for any, or if they are fetched by hand.
         awaited: whether what is recorded will be fetched, or forgotten by name, in any case.
+        keep: streams that a study compares.
+        probes: what a study wants to know of the text.
     """
 
     spec: SteeringSpec
@@ -34,6 +38,13 @@ class Accepted:
     prompt_len: int | None = None
     ticket: Ticket | None = None
     awaited: bool = False
+    keep: Keep | None = None
+    probes: tuple[Probe, ...] = ()
+
+    @property
+    def reports(self) -> bool:
+        """Whether something comes of it beside the answer."""
+        return wants_report(self.spec) or bool(self.probes)
 
     def reporting_to(self, ticket: Ticket) -> Accepted:
         """The same, with its reports put under ``ticket``."""

@@ -125,7 +125,7 @@ class Catalog:
     ) -> None:
         self.max_read_values = max_read_values
         self._limits = limits
-        self._special_token_ids = special_token_ids
+        self.special_token_ids = special_token_ids
         self._fingerprints: dict[str, str] = {}
         self._loaded = dict(loaded)
         # Rows already found finite, in SAEs too large to be scanned at start.
@@ -135,6 +135,7 @@ class Catalog:
             if item.sae.weight_bytes > SCAN_LIMIT_BYTES
         }
         self._solvable: set[tuple[str, frozenset[int], frozenset[int]]] = set()
+        self._stream_norms: dict[str, float] = {}
         # What a scan of all of such an SAE found, if a request has needed one.
         self._scanned: dict[str, str | None] = {}
 
@@ -193,6 +194,19 @@ class Catalog:
         """Labels and statistics of one SAE. Raises SteeringError ``unknown_sae``."""
         return self._get(name).features
 
+    def stream_norm(self, name: str) -> float | None:
+        """The median norm of the stream that an SAE edits; None if nothing has measured it."""
+        return self._stream_norms.get(name)
+
+    def note_stream_norm(self, name: str, norm: float) -> None:
+        """Take note of the median norm of the stream at the hook point that an SAE reads.
+
+        Nothing is known by it of the stream that an SAE writes to at another place.
+        """
+        loaded = self._get(name)
+        if loaded.writes == (loaded.reads,):
+            self._stream_norms[name] = norm
+
     def parse(self, raw: object, *, empty_allowed: bool = False) -> SteeringSpec:
         """Validate a ``steering`` field against these SAEs and this engine; see `parse_spec`.
 
@@ -245,6 +259,22 @@ class Catalog:
             {name: self._fingerprint(name) for name in spec.kv_saes},
             self._protected(spec) if spec.report and spec.protect else None,
         )
+
+    async def prepare_whole(self, name: str, param: str | None = None) -> None:
+        """Check an SAE that is to be encoded in full, off the event loop if all of it is read.
+
+        Args:
+            name: of the SAE.
+            param: what to name in a refusal.
+
+        Raises:
+            SteeringError: ``invalid_weights`` as in `prepare`.
+        """
+        self.refuse_changed(name, param)
+        if name in self._checked and name not in self._scanned:
+            await asyncio.to_thread(self._check_all, name, param)
+        else:
+            self._check_all(name, param)
 
     def _refuse_unsolvable(self, spec: SteeringSpec) -> None:
         """SteeringError ``ill_conditioned`` if the edits of some SAE cannot be solved together."""
@@ -308,7 +338,7 @@ class Catalog:
             )
         checked.add(feature)
 
-    def _check_all(self, name: str, param: str) -> None:
+    def _check_all(self, name: str, param: str | None) -> None:
         """The same for every row, for a request that encodes or decodes in full."""
         if name not in self._checked:
             return
@@ -338,7 +368,7 @@ class Catalog:
     def _fingerprint(self, name: str) -> str:
         if name not in self._fingerprints:
             with _unchanged(name, "steering"):
-                made = self._get(name).fingerprint(self._special_token_ids)
+                made = self._get(name).fingerprint(self.special_token_ids)
             self._fingerprints[name] = made
         return self._fingerprints[name]
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from steering.request.conditions import ABOVE, PROMPT, SO_FAR, STOP, TOKEN, Condition
 from steering.request.edits import Edit
 from steering.request.float32 import float32
+from steering.request.keep import Keep
 from steering.request.limits import OPS, POSITION_LIMIT
 from steering.request.positions import Positions
+from steering.request.probe import Pool, Probe, Tokens
+from steering.request.probe_plan import (
+    PlannedCapture,
+    PlannedPool,
+    PlannedProbe,
+    Window,
+    probe_from_wire,
+)
 from steering.request.spec import SteeringSpec
 
 # Bits of an edit's coverage.
@@ -142,6 +151,8 @@ class SteeringPlan:
         max_share: the largest share of the stream's norm that a token's whole change at one hook
             point may be; None for no limit.
         internal: no client sent this; metrics leave it out.
+        keep: streams that a study compares.
+        probes: what a study wants to know of the text.
     """
 
     key: str
@@ -157,6 +168,8 @@ class SteeringPlan:
     protect: tuple[tuple[int, int], ...] = ()
     max_share: float | None = None
     internal: bool = False
+    keep: Keep | None = None
+    probes: tuple[PlannedProbe, ...] = ()
 
     @property
     def edit_rows(self) -> tuple[RowKey, ...]:
@@ -189,10 +202,16 @@ class SteeringPlan:
         """
         found = {edit.sae for edit in self.edits if self._encodes(edit, exact_from_row)}
         found |= {gate.sae for gate in self.gates if not exact_from_row(gate.sae)}
+        found |= {probe.sae for probe in self.probes if isinstance(probe, PlannedPool)}
         return frozenset(found if self.read is None else found | {self.read.sae})
 
+    @property
+    def captured(self) -> frozenset[int]:
+        """The SAEs whose stream is kept: such passes are full ones, though nothing is encoded."""
+        return frozenset(probe.sae for probe in self.probes if isinstance(probe, PlannedCapture))
+
     def encoded_until(self, exact_from_row: Callable[[int], bool]) -> int:
-        """The position from which on no token needs a full encode.
+        """The position from which on no token needs a full pass.
 
         Args:
             exact_from_row: as `encoded` takes it.
@@ -200,6 +219,7 @@ class SteeringPlan:
         ends = [self._end(e) for e in self.edits if self._encodes(e, exact_from_row)]
         if self.read is not None:
             ends.append(self._end(self.read))
+        ends += [self._end(window) for probe in self.probes for window in probe.windows]
         for i, gate in enumerate(self.gates):
             if exact_from_row(gate.sae):
                 continue
@@ -216,7 +236,7 @@ class SteeringPlan:
             return True
         return not exact_from_row(edit.sae) and (edit.op != OP_ADD or self.report)
 
-    def _end(self, where: PlannedEdit | PlannedRead) -> int:
+    def _end(self, where: PlannedEdit | PlannedRead | Window) -> int:
         """One past the last position that is covered."""
         if where.coverage & COVERS_GENERATION:
             return where.end
@@ -225,7 +245,12 @@ class SteeringPlan:
     @property
     def wants_results(self) -> bool:
         """Whether something is recorded for this request."""
-        return self.report or self.read is not None or self.stops
+        return self.report or self.read is not None or self.stops or bool(self.probes)
+
+    @property
+    def only_keeps(self) -> bool:
+        """Whether passes over this request are those of an unsteered one."""
+        return self.keep is not None and not (self.edits or self.gates or self.wants_results)
 
     @property
     def stops(self) -> bool:
@@ -248,6 +273,8 @@ class SteeringPlan:
             "protect": [list(pair) for pair in self.protect],
             "max_share": self.max_share,
             "internal": self.internal,
+            "keep": None if self.keep is None else self.keep.to_wire(),
+            "probes": [_fields(probe) for probe in self.probes],
         }
 
     @classmethod
@@ -267,6 +294,8 @@ class SteeringPlan:
             protect=tuple((sae, latent) for sae, latent in wire["protect"]),
             max_share=wire["max_share"],
             internal=wire["internal"],
+            keep=None if wire["keep"] is None else Keep.from_wire(wire["keep"]),
+            probes=tuple(probe_from_wire(probe) for probe in wire["probes"]),
         )
 
 
@@ -287,8 +316,22 @@ def make_plan(
     inspection: Inspection | None = None,
     *,
     awaited: bool = False,
+    keep: Keep | None = None,
+    probes: Sequence[Probe] = (),
+    length: int = POSITION_LIMIT,
 ) -> SteeringPlan:
     """Compile a validated spec: names become indices, values float32, positions bits.
+
+    Args:
+        spec: what was accepted.
+        sae_index: indices of the SAEs by name.
+        key: see `SteeringPlan`.
+        children: see `SteeringPlan`.
+        prompt_len: see `SteeringPlan`.
+        inspection: how `inspect` reads.
+        awaited: see `SteeringPlan`.
+        probes: what a study asks for beside the field.
+        length: of the text, behind which no probe looks.
 
     Raises:
         SteeringError: ``duplicate_intervention``, see `SteeringSpec.at`.
@@ -326,6 +369,24 @@ def make_plan(
         protect=tuple((sae_index[name], feature) for name, feature in spec.protect),
         max_share=None if spec.max_share is None else float32(spec.max_share),
         internal=fit,
+        keep=keep,
+        probes=tuple(_planned_probe(probe, sae_index, prompt_len, length) for probe in probes),
+    )
+
+
+def _planned_probe(
+    probe: Probe, sae_index: Mapping[str, int], prompt_len: int, length: int
+) -> PlannedProbe:
+    sae, windows = sae_index[probe.sae], _windows(probe.tokens, prompt_len, length)
+    if isinstance(probe, Pool):
+        return PlannedPool(sae, windows, probe.pool, probe.scaled, probe.peaks)
+    return PlannedCapture(sae, windows, probe.key)
+
+
+def _windows(tokens: Tokens, prompt_len: int, length: int) -> tuple[Window, ...]:
+    at = [where.at(prompt_len) for where in tokens]
+    return tuple(
+        dict.fromkeys(Window(_coverage(where), where.start, min(where.end, length)) for where in at)
     )
 
 
@@ -354,7 +415,7 @@ def _planned_gate(condition: Condition, sae: int) -> PlannedGate:
     )
 
 
-def _fields(item: PlannedEdit | PlannedGate | PlannedRead) -> list[Any]:
+def _fields(item: PlannedEdit | PlannedGate | PlannedRead | PlannedProbe) -> list[Any]:
     """The values in the order of the fields; `dataclasses.astuple` would copy each deeply."""
     return list(vars(item).values())
 

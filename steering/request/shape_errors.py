@@ -38,7 +38,11 @@ _LENGTH_CODES: Final[Mapping[tuple[int | str, ...], ErrorCode]] = {
 
 
 def refusal(
-    error: ValidationError, value: object, root: str, members: Mapping[str, Sequence[str]]
+    error: ValidationError,
+    value: object,
+    root: str,
+    members: Mapping[str, Sequence[str]],
+    length_codes: Mapping[tuple[int | str, ...], ErrorCode] = _LENGTH_CODES,
 ) -> SteeringError:
     """The refusal that stands for a failed validation: the first fault, a misspelt name before all.
 
@@ -47,6 +51,7 @@ def refusal(
         value: what was validated.
         root: its path.
         members: names that an object may have, by the last name in its path, "" for the root's.
+        length_codes: codes of lists that are too long, by their place; else ``invalid_value``.
     """
     found = error.errors(include_url=False)
     first = found[0]
@@ -57,7 +62,7 @@ def refusal(
         # A key, not a value, has a lone surrogate, which UTF-8 cannot hold.
         known = members[_last_name(first["loc"])]
         return _unknown(first["input"], _path(root, first["loc"]), known)
-    return _refusal(first, root, members)
+    return _refusal(first, root, members, length_codes)
 
 
 def shown(value: object) -> str:
@@ -73,7 +78,12 @@ def wrong_type(raw: object, wanted: str, path: str) -> SteeringError:
     return SteeringError("invalid_type", f"expected {wanted}, got {shown(raw)}", path)
 
 
-def _refusal(error: ErrorDetails, root: str, members: Mapping[str, Sequence[str]]) -> SteeringError:
+def _refusal(
+    error: ErrorDetails,
+    root: str,
+    members: Mapping[str, Sequence[str]],
+    length_codes: Mapping[tuple[int | str, ...], ErrorCode],
+) -> SteeringError:
     kind, loc, raw = error["type"], error["loc"], error["input"]
     context: Mapping[str, Any] = error.get("ctx", {})
     path, name = _path(root, loc), _last_name(loc) or root
@@ -89,7 +99,7 @@ def _refusal(error: ErrorDetails, root: str, members: Mapping[str, Sequence[str]
         return wrong_type(raw, _EXPECTED[kind], path)
     if kind == "too_long":
         return SteeringError(
-            _LENGTH_CODES.get(loc, "invalid_value"),
+            length_codes.get(loc, "invalid_value"),
             f"{context['actual_length']} items in {name}, the limit is {context['max_length']}",
             path,
         )

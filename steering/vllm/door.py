@@ -136,6 +136,9 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
         prompt_len=prompt_len,
         inspection=accepted.inspection,
         awaited=accepted.awaited,
+        keep=accepted.keep,
+        probes=accepted.probes,
+        length=length,
     )
     params.extra_args = {**rest, PLAN: plan.to_wire()}
     if traced:

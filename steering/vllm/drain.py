@@ -11,16 +11,19 @@ import contextlib
 import functools
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 #: The utility call, and the workers' method, that fetches a request's results.
 TAKE: Final = "steering_take_results"
+#: The utility call that asks any of the workers' methods.
+ASK: Final = "steering_ask"
 #: Seconds after a request's end in which its front end, if it still lives, fetches.
 PATIENCE: Final = 5.0
 #: Seconds between two looks at what came in, while an engine has nothing else to do.
 PAUSE: Final = 0.001
-#: Attribute of an engine core: futures of results that were asked for beside a batch in flight.
-_TAKES: Final = "steering_takes"
+#: Attribute of an engine core: futures of what was asked of workers beside a batch in flight.
+_CALLS: Final = "steering_calls"
 
 
 class Unfetched:
@@ -55,35 +58,45 @@ def stay_for_results() -> None:
     if hasattr(EngineCore, TAKE):
         return
     setattr(EngineCore, TAKE, _take)
+    setattr(EngineCore, ASK, _ask)
     EngineCoreProc.has_work = _staying(EngineCoreProc.has_work)
     EngineCoreProc._reject_utility_in_shutdown = _answering(
         EngineCoreProc._reject_utility_in_shutdown
     )
 
 
-def _take(core: Any, key: str, limits: dict[int, int]) -> Any:
-    """Each worker's records of a request, which are then forgotten; or a future of them.
+def _nothing(*_: Any) -> None:
+    pass
 
-    While a batch is in flight an answer from workers in processes of their own comes behind that
-    batch's. To wait for it would keep the engine from scheduling the next batch meanwhile; as it
-    is, whoever waits for a later batch finds it on the way.
-    """
+
+def _take(core: Any, key: str, limits: dict[int, int]) -> Any:
+    """Each worker's records of a request, which are then forgotten; or a future of them."""
     unfetched = _unfetched(core)
 
     def forget(_: object = None) -> None:
         if unfetched is not None:
             unfetched.discard(key)
 
+    return _ask(core, TAKE, (key, limits), forget)
+
+
+def _ask(core: Any, method: str, args: Sequence[Any], then: Callable[..., None] = _nothing) -> Any:
+    """What each worker answers to a call, or a future of it.
+
+    While a batch is in flight an answer from workers in processes of their own comes behind that
+    batch's. To wait for it would keep the engine from scheduling the next batch meanwhile; as it
+    is, whoever waits for a later batch finds it on the way.
+    """
     if not (core.batch_queue and _answers_in_order(core.model_executor)):
-        found = core.collective_rpc(TAKE, args=(key, limits))
-        forget()
+        found = core.collective_rpc(method, args=tuple(args))
+        then()
         return found
-    future = core.model_executor.collective_rpc(TAKE, args=(key, limits), non_block=True)
-    future.add_done_callback(forget)
-    takes: deque[Any] = core.__dict__.setdefault(_TAKES, deque())
-    while takes and takes[0].done():
-        takes.popleft()
-    takes.append(future)
+    future = core.model_executor.collective_rpc(method, args=tuple(args), non_block=True)
+    future.add_done_callback(then)
+    calls: deque[Any] = core.__dict__.setdefault(_CALLS, deque())
+    while calls and calls[0].done():
+        calls.popleft()
+    calls.append(future)
     return future
 
 
@@ -94,19 +107,19 @@ def _answers_in_order(executor: Any) -> bool:
     return isinstance(executor, MultiprocExecutor)
 
 
-def _finish_takes(core: Any) -> None:
+def _finish_calls(core: Any) -> None:
     """Once no batch is in flight, no later one need come: complete what is not complete."""
-    takes = core.__dict__.get(_TAKES)
-    while takes and not core.batch_queue:
+    calls = core.__dict__.get(_CALLS)
+    while calls and not core.batch_queue:
         # What went wrong is told to whoever asked, by the future's callback.
         with contextlib.suppress(Exception):
-            takes.popleft().result()
+            calls.popleft().result()
 
 
 def _staying(has_work: Any) -> Any:
     @functools.wraps(has_work)
     def wrapper(self: Any) -> bool:
-        _finish_takes(self)
+        _finish_calls(self)
         if has_work(self):
             return True
         drains = not self.is_running() and self.vllm_config.shutdown_timeout > 0

@@ -12,8 +12,11 @@ from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS
 from steering.report import response_object, wants_report
 from steering.request.accepted import Accepted, accept
 from steering.request.catalog import Catalog
+from steering.studies.progress import Listener
+from steering.studies.study import MAX_STUDY_TOKENS
 from steering.vllm.door import FIELD, accepted_of, carrying, catalog_for
 from steering.vllm.engine_arguments import engine_arguments, offline_config
+from steering.vllm.offline_studies import OfflineStudies
 from steering.vllm.plugin import register
 from steering.vllm.results import results_of
 
@@ -33,6 +36,7 @@ class SteeringLLM(LLM):
         saes: each as ``--sae`` takes it: ``["l14=path/to/sae"]``.
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: how many features one request may have read, over all its tokens.
+        max_study_tokens: how many tokens one study may send through the model.
         engine_args: whatever else ``LLM`` takes.
 
     Raises:
@@ -47,6 +51,7 @@ class SteeringLLM(LLM):
         *,
         max_rows: int = DEFAULT_MAX_ROWS,
         max_read_values: int | None = None,
+        max_study_tokens: int = MAX_STUDY_TOKENS,
         **engine_args: Any,
     ) -> None:
         register()  # vLLM goes on without a plugin that failed to load
@@ -62,6 +67,7 @@ class SteeringLLM(LLM):
             raise ValueError(f"additional_config: {CONFIG_KEY!r} is taken")
         steered["additional_config"] = {**own, **steered["additional_config"]}
         super().__init__(model, **engine_args, **steered)
+        self._studies = OfflineStudies(self, max_study_tokens)
 
     @property
     def catalog(self) -> Catalog:
@@ -99,6 +105,42 @@ class SteeringLLM(LLM):
         """
         params = self._steered(sampling_params, steering)
         return self._with_reports(super().chat(messages, params, **options), params)
+
+    def evaluate(self, body: Field, progress: Listener | None = None) -> dict[str, Any]:
+        """What POST /v1/steering/evaluate answers: what edits do to texts.
+
+        Args:
+            body: as the route takes it.
+            progress: is told how many steps are done, and of how many.
+
+        Raises:
+            SteeringError: a ValueError, with the code and the path of what is wrong.
+        """
+        return self._studies.run("evaluate", body, progress=progress)
+
+    def calibrate(self, body: Field, progress: Listener | None = None) -> dict[str, Any]:
+        """What POST /v1/steering/calibrate answers: how strong an edit may be. See `evaluate`."""
+        return self._studies.run("calibrate", body, progress=progress)
+
+    def contrast(self, sae: str, body: Field, progress: Listener | None = None) -> dict[str, Any]:
+        """What POST /v1/saes/{sae}/contrast answers: features that part texts. See `evaluate`."""
+        return self._studies.run("contrast", body, sae, progress)
+
+    def rank(self, sae: str, body: Field, progress: Listener | None = None) -> dict[str, Any]:
+        """What POST /v1/saes/{sae}/rank answers: features that move a text. See `evaluate`."""
+        return self._studies.run("rank", body, sae, progress)
+
+    def attribute(self, sae: str, body: Field, progress: Listener | None = None) -> dict[str, Any]:
+        """What POST /v1/saes/{sae}/attribute answers: what a text rests on. See `evaluate`."""
+        return self._studies.run("attribute", body, sae, progress)
+
+    def suggest(self, body: Field, progress: Listener | None = None) -> dict[str, Any]:
+        """What POST /v1/steering/suggest answers: an edit for what is wanted. See `evaluate`."""
+        return self._studies.run("suggest", body, progress=progress)
+
+    def forecast(self, body: Field, progress: Listener | None = None) -> dict[str, Any]:
+        """What POST /v1/steering/forecast answers: an edit, from weights alone. See `evaluate`."""
+        return self._studies.run("forecast", body, progress=progress)
 
     def _steered(
         self, given: Any, steering: Field | Sequence[Field | None] | None

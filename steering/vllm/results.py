@@ -19,12 +19,11 @@ from steering.report import (
     Ticket,
     features_read,
     read_object,
-    wants_report,
 )
 from steering.request.accepted import Accepted
 from steering.request.spec import Read
 from steering.vllm.door import PLAN, accepted_of, result_key
-from steering.vllm.drain import TAKE
+from steering.vllm.drain import ASK, TAKE
 from steering.vllm.streamed_reads import Told, open_stream
 from steering.worker.record_store import MAX_FINISHED_RECORDS
 from steering.worker_stats import WorkerStats
@@ -199,6 +198,32 @@ async def _fetch(engine: Any, key: str, limits: dict[int, int]) -> list[Summary]
     return summaries
 
 
+async def ask_workers(engine: Any, index: int, method: str, args: Sequence[Any]) -> list[Any]:
+    """Call a method of every worker of one engine, and wait while that engine lives.
+
+    Args:
+        engine: the `AsyncLLM`.
+        index: which of its engines.
+        method: the workers' method.
+        args: plain types.
+
+    Raises:
+        vllm.v1.engine.exceptions.EngineDeadError: if an engine has ended.
+    """
+    client = engine.engine_core
+    call = asyncio.ensure_future(
+        client._call_utility_async(ASK, method, list(args), engine=client.core_engines[index])
+    )
+    try:
+        while not (await asyncio.wait({call}, timeout=LIVENESS_SECONDS))[0]:
+            if engine.errored:
+                raise engine.dead_error
+    finally:
+        call.cancel()
+    found: list[Any] = call.result()
+    return found
+
+
 def remember_engines() -> None:
     """Teach vLLM's client of several engines to note which of them runs what will be fetched."""
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
@@ -238,7 +263,7 @@ def remember_accepted(input_processor: Any, request_id: str, accepted: Accepted)
 
     As many are kept as workers keep records of ended requests that nobody need fetch.
     """
-    if accepted.ticket is not None or not wants_report(accepted.spec):
+    if accepted.ticket is not None or not accepted.reports:
         return
     kept: OrderedDict[str, Accepted] = input_processor.__dict__.setdefault(_ACCEPTED, OrderedDict())
     kept[request_id] = accepted

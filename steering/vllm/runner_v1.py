@@ -6,9 +6,11 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from steering.request.keep import FINAL
 from steering.request.plan import SteeringPlan
 from steering.vllm import pass_outputs
 from steering.vllm.door import child_index, plan_of
+from steering.vllm.pass_positions import FirstPositions
 from steering.worker.ops import registered
 from steering.worker.worker_state import SteeringState
 
@@ -28,9 +30,11 @@ def attach(runner: Any, state: SteeringState) -> None:
     determine_batch = runner._determine_batch_execution_and_padding
     # Preempted requests keep their plan here while they wait to resume.
     plans: dict[str, SteeringPlan] = {}
+    first_positions = FirstPositions()
 
     def _update_states(scheduler_output: Any) -> Any:
         _follow(scheduler_output, state, plans)
+        first_positions.scheduler_output = scheduler_output
         return update_states(scheduler_output)
 
     def _determine_batch(*args: Any, force_eager: bool = False, **kwargs: Any) -> Any:
@@ -43,10 +47,17 @@ def attach(runner: Any, state: SteeringState) -> None:
         registered.make_current(state)
         num_reqs = runner.input_batch.num_reqs
         state.begin_step(
-            runner.input_batch.req_ids[:num_reqs], runner.query_start_loc.np[: num_reqs + 1]
+            runner.input_batch.req_ids[:num_reqs],
+            runner.query_start_loc.np[: num_reqs + 1],
+            first_positions,
         )
         try:
-            return model_forward(*args, **kwargs)
+            output = model_forward(*args, **kwargs)
+            # Beside what a draft model needs; not the last pipeline stage's if it is no tensor.
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden_states, Tensor):
+                state.captures.put(FINAL, hidden_states)
+            return output
         finally:
             state.end_step()
 

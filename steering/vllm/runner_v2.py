@@ -8,8 +8,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from steering.request.keep import FINAL
 from steering.vllm import pass_outputs
 from steering.vllm.door import child_index, plan_of
+from steering.vllm.pass_positions import FirstPositions
 from steering.vllm.piecewise import runs_between_pieces
 from steering.worker.ops import registered
 from steering.worker.worker_state import SteeringState
@@ -32,6 +34,7 @@ def attach(runner: Any, state: SteeringState) -> None:
     add_request = model_state.add_request
     preprocess_state = model_state.preprocess_state
     execute_model = runner.execute_model
+    first_positions = FirstPositions()
 
     def _add_request(req_index: int, new_req_data: Any) -> None:
         add_request(req_index, new_req_data)
@@ -43,7 +46,9 @@ def attach(runner: Any, state: SteeringState) -> None:
     def _preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> None:
         preprocess_state(input_batch, *args, **kwargs)
         state.begin_step(
-            input_batch.req_ids, input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
+            input_batch.req_ids,
+            input_batch.query_start_loc_np[: input_batch.num_reqs + 1],
+            first_positions,
         )
 
     def _execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,9 +59,14 @@ def attach(runner: Any, state: SteeringState) -> None:
             state.pause_request(req_id)
         for req_id in scheduler_output.finished_req_ids:
             state.remove_request(req_id)
+        first_positions.scheduler_output = scheduler_output
         _full_pass.needed = lambda: state.needs_full(scheduler_output.num_scheduled_tokens)
         try:
-            return execute_model(scheduler_output, *args, **kwargs)
+            output = execute_model(scheduler_output, *args, **kwargs)
+            made = runner.execute_model_state
+            if made is not None and made.hidden_states is not None:
+                state.captures.put(FINAL, made.hidden_states)
+            return output
         finally:
             # Dummy passes that follow must find nothing to steer.
             state.end_step()

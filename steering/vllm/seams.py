@@ -127,6 +127,50 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("entrypoints.llm", "LLM.chat", first=("messages", "sampling_params")),
         Seam("entrypoints.llm", "LLM.get_default_sampling_params"),
     ),
+    "steering/vllm/reader.py": (
+        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("lora_request", "priority")),
+        Seam("", "LLM"),
+        Seam("", "SamplingParams"),
+        Seam(
+            "sampling_params",
+            "SamplingParams",
+            fields=(
+                *("max_tokens", "temperature", "detokenize", "skip_reading_prefix_cache"),
+                "extra_args",
+            ),
+        ),
+        Seam("inputs", "TokensPrompt", fields=("prompt_token_ids", "cache_salt")),
+        Seam("inputs.engine", "TokensInput", fields=("type", "prompt_token_ids")),
+        Seam(
+            "entrypoints.llm",
+            "LLM.generate",
+            first=("prompts", "sampling_params"),
+            parameters=("use_tqdm", "lora_request"),
+        ),
+    ),
+    "steering/vllm/vocabulary.py": (
+        Seam("exceptions", "VLLMClientError"),
+        Seam("entrypoints.llm", "LLM", fields=("renderer",)),
+        Seam(
+            "entrypoints.common.offline",
+            "OfflineInferenceMixin._preprocess_chat",
+            first=("conversations",),
+            parameters=("add_generation_prompt",),
+        ),
+        Seam("renderers.base", "BaseRenderer", fields=("model_config", "default_cmpl_tok_params")),
+        *(
+            Seam("renderers.base", f"BaseRenderer.{method}", first=first)
+            for method, first in (
+                ("tokenize_prompt", ("prompt", "params")),
+                ("tokenize_prompt_async", ("prompt", "params")),
+                ("validate_token_ids", ("token_ids",)),
+                ("get_tokenizer", ()),
+            )
+        ),
+        Seam("renderers.params", "TokenizeParams.with_kwargs"),
+        Seam("renderers.params", "TokenizeParams", fields=("add_special_tokens",)),
+        Seam("inputs.engine", "TokensInput", fields=("type", "prompt_token_ids")),
+    ),
     "steering/vllm/engine_arguments.py": (
         Seam(
             "config.model",
@@ -709,26 +753,6 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.engine.exceptions", "EngineDeadError"),
         Seam("config.parallel", "ParallelConfig", fields=("_api_process_rank",)),
         Seam("config.model", "ModelConfig", fields=("max_model_len", "model")),
-    ),
-    "server/reader.py": (
-        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("lora_request", "priority")),
-        Seam("", "SamplingParams"),
-        Seam(
-            "sampling_params",
-            "SamplingParams",
-            fields=(
-                *("max_tokens", "temperature", "detokenize", "skip_reading_prefix_cache"),
-                "extra_args",
-            ),
-        ),
-        Seam("inputs", "TokensPrompt", fields=("prompt_token_ids", "cache_salt")),
-        Seam("inputs.engine", "TokensInput", fields=("type", "prompt_token_ids")),
-        Seam(
-            "entrypoints.llm",
-            "LLM.generate",
-            first=("prompts", "sampling_params"),
-            parameters=("use_tqdm",),
-        ),
     ),
     "server/rendering.py": (
         Seam("entrypoints.serve.engine.protocol", "ErrorResponse", fields=("error",)),

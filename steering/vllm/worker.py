@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
@@ -20,11 +21,13 @@ from sae.card import HookPoint
 from sae.errors import SAEError
 from sae.sae import open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
+from steering.request.keep import FINAL
 from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
 from steering.vllm.finite_logits import keep_logits_finite
 from steering.vllm.hook_points import Store
 from steering.vllm.kv_transfer import refuse_unsalted_connectors
+from steering.vllm.output_head import OutputHead
 from steering.vllm.pass_guard import PassGuard
 from steering.vllm.piecewise import split_at_steer
 from steering.vllm.rehearsal import rehearse_full_passes
@@ -36,6 +39,7 @@ from steering.vllm.support import (
 from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import registered
 from steering.worker.ops.buffers import Kernel
+from steering.worker.scores import Scores, SteeredSide, packed
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
 
@@ -56,6 +60,7 @@ class SteeringWorker(PlatformWorker):
 
     steering: SteeringState | None = None
     _guard: PassGuard | None = None
+    _scores: Scores | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, then put the op at every hook point that this worker holds."""
@@ -98,11 +103,116 @@ class SteeringWorker(PlatformWorker):
             return None
         return self.steering.take_results(key, limits)
 
+    def steering_compare_features(
+        self,
+        unsteered: str,
+        steered: str,
+        saes: list[int],
+        start: int,
+        stop: int,
+        then_forget: list[str],
+    ) -> list[dict[str, Any] | None] | None:
+        """RPC: what became of features; see `StudyProbes.compare`.
+
+        Args:
+            unsteered: key of the run to compare with.
+            steered: key of the other.
+            saes: indices of the SAEs.
+            start: the first of the steered run's kept tokens that this is about.
+            stop: one past the last.
+            then_forget: keys of what is not needed any more.
+
+        Returns:
+            of each SAE; None from workers that keep no records.
+        """
+        found = None
+        if self.steering is not None and self._keeps_records:
+            found = self.steering.probes.compare(unsteered, steered, saes, start, stop)
+        self.steering_forget(then_forget)
+        return found
+
     def steering_take_stats(self) -> dict[str, float] | None:
         """RPC: gauges, and counters since the last call; None from all but one worker a stage."""
         if self.steering is None or not self._keeps_records:
             return None
         return self.steering.take_stats()
+
+    @torch.inference_mode()
+    def steering_compare(
+        self,
+        unsteered: str,
+        steered: list[tuple[str, list[int]]],
+        targets: list[int],
+        start: int,
+        stop: int,
+        then_forget: list[str],
+    ) -> list[Any] | None:
+        """RPC: figures of steered texts beside an unsteered one; see `Scores.compare`.
+
+        Args:
+            unsteered: key of what was kept of it.
+            steered: keys of the others, and the ids that each watches.
+            targets: the actual tokens of the rows asked for, or none.
+            start: the first of the kept rows that this is about.
+            stop: one past the last.
+            then_forget: keys of what is not needed any more.
+
+        Returns:
+            of each steered text what `packed` makes of it, or None if rows are missing; None from
+            workers that hold no final hidden states, or do not report.
+        """
+        rows = [self._kept(key, start, stop) for key in (unsteered, *(key for key, _ in steered))]
+        self.steering_forget(then_forget)
+        if self._scores is None or rows[0] is None:
+            return None
+        whole = [
+            (i, SteeredSide(kept, watched))
+            for i, (kept, (_, watched)) in enumerate(zip(rows[1:], steered, strict=True))
+            if kept is not None
+        ]
+        found = self._scores.compare(rows[0], [side for _, side in whole], targets)
+        if found is None:
+            return None
+        by_place = {i: packed(columns) for (i, _), columns in zip(whole, found, strict=True)}
+        return [by_place.get(i) for i in range(len(steered))]
+
+    @torch.inference_mode()
+    def steering_log_probabilities(
+        self, texts: list[tuple[str, int, list[int]]], then_forget: list[str]
+    ) -> list[Any] | None:
+        """RPC: log p of texts' tokens; see `Scores.log_probabilities`.
+
+        Args:
+            texts: the key of what was kept of each, the first of the rows that this is about, and
+                the actual tokens of these rows.
+            then_forget: keys of what is not needed any more.
+
+        Returns:
+            float32 bytes of each text, None if rows are missing; None as from `steering_compare`.
+        """
+        rows = [self._kept(key, start, start + len(ids)) for key, start, ids in texts]
+        self.steering_forget(then_forget)
+        whole = [kept for kept in rows if kept is not None]
+        if self._scores is None or not whole:
+            return None
+        there = zip(rows, texts, strict=True)
+        targets = [i for kept, (_, _, ids) in there if kept is not None for i in ids]
+        found = self._scores.log_probabilities(torch.cat(whole), targets)
+        if found is None:
+            return None
+        of_each = iter(torch.split(found, [len(kept) for kept in whole]))
+        return [None if kept is None else next(of_each).numpy().tobytes() for kept in rows]
+
+    def steering_forget(self, keys: list[str]) -> None:
+        """RPC: forget what was kept under these keys."""
+        if self.steering is not None:
+            self.steering.captures.forget(keys)
+            self.steering.probes.kept.release(keys)
+
+    def _kept(self, key: str, start: int, stop: int) -> Tensor | None:
+        assert self.steering is not None
+        kept = self.steering.captures.rows(key, FINAL)
+        return None if kept is None else kept[start:stop]
 
     @property
     def _keeps_records(self) -> bool:
@@ -113,6 +223,10 @@ class SteeringWorker(PlatformWorker):
         if config.special_token_ids is not None:
             return config.special_token_ids
         return special_token_ids(cached_tokenizer_from_config(self.vllm_config.model_config))
+
+    def _scores_of(self, model: nn.Module, device: torch.device) -> Scores:
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        return Scores(OutputHead(model), vocab_size, device, reports=self._keeps_records)
 
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner
@@ -159,6 +273,7 @@ class SteeringWorker(PlatformWorker):
         registered.make_current(state)
         adapter.attach(runner, state)
         keep_logits_finite(model, state)
+        self._scores = self._scores_of(model, runner.device)
         if runner.device.type == "cuda":
             rehearse_full_passes(runner, state)
         self._guard = PassGuard(state, model, replayed=state.graphs)

@@ -22,9 +22,16 @@ from steering.request.plan import (
     PlannedGate,
     PlannedRead,
 )
+from steering.request.probe_plan import PlannedCapture, PlannedPool, PlannedProbe
 from steering.worker.ops import compiled
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.compiled import CompiledEdits, CompiledGates, Covers
+from steering.worker.probed_tokens import (
+    CapturedTokens,
+    PooledTokens,
+    captured_tokens,
+    pooled_tokens,
+)
 from steering.worker.record import RequestRecord
 from steering.worker.step import Step
 
@@ -46,6 +53,7 @@ class SlotWork:
         read: what is read at this hook point.
         prompt_len: tokens of the request's original prompt.
         record: where what is read goes; None if nothing is recorded.
+        probes: ``(index in the request, probe)`` of those at this hook point.
     """
 
     edits: list[tuple[int, PlannedEdit]]
@@ -55,6 +63,7 @@ class SlotWork:
     read: PlannedRead | None
     prompt_len: int
     record: RequestRecord | None
+    probes: Sequence[tuple[int, PlannedProbe]] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class FullPart:
         gates: None if none has any at this SAE.
         decodes: ``[m]`` bool, the reconstruction replaces the stream; None if of none.
         reads: None if none is read.
+        pools: tokens whose activations are summed up.
     """
 
     sae: int
@@ -109,6 +119,7 @@ class FullPart:
     gates: Exact | None
     decodes: Tensor | None
     reads: ReadTokens | None
+    pools: list[PooledTokens]
 
 
 @dataclass(frozen=True)
@@ -119,12 +130,14 @@ class BatchPart:
         token: their index in the batch, a slice if they are neighbours.
         edits: None if no slot among them has any.
         gates: None if no slot among them has any here.
+        captures: tokens whose stream is kept behind the edits.
     """
 
     token: slice | Tensor
     edits: CompiledEdits | None
     gates: CompiledGates | None
     full: list[FullPart]
+    captures: list[CapturedTokens]
 
 
 @dataclass
@@ -198,6 +211,13 @@ class BatchParts:
                 self._full_part(sae, slots, num_edits, num_gates, device)
                 for sae in sorted({sae for slot in slots for sae in self.work[slot].full})
             ],
+            captures=[
+                captured_tokens(*(record, probe, planned, work.edits, token_np[here], here, device))
+                for slot, here in slots.items()
+                if (record := (work := self.work[slot]).record) is not None
+                for probe, planned in work.probes
+                if isinstance(planned, PlannedCapture)
+            ],
         )
 
     def _full_part(
@@ -224,6 +244,13 @@ class BatchParts:
             gates=_exact(sae, gates, in_encode, (len(index_np), num_gates), device),
             decodes=torch.from_numpy(decodes_np).to(device) if decodes_np.any() else None,
             reads=self._reads(sae, work, in_part, in_encode, device),
+            pools=[
+                pooled_tokens(record, probe, planned, in_encode[slot], in_part[slot], device)
+                for slot, one in work.items()
+                if (record := one.record) is not None
+                for probe, planned in one.probes
+                if isinstance(planned, PlannedPool) and planned.sae == sae
+            ],
         )
 
     def _reads(

@@ -27,8 +27,8 @@ def apply(
 ) -> None:
     """Read conditions, edit, and read features on the tokens of one part, in this order.
 
-    All of it is of the stream as it came. Parts follow each other in the order of their tokens, so
-    that a condition on earlier tokens knows them.
+    All of it is of the stream as it came, but for what is kept of it behind the edits. Parts follow
+    each other in the order of their tokens, so that a condition on earlier tokens knows them.
     """
     stream = batched.gather_stream(hidden_states, residual, part.token, buffers)
     encoded = [(full, residency.whole(full.sae).encode(stream.x[full.index])) for full in part.full]
@@ -37,11 +37,16 @@ def apply(
         for full, f_all in encoded:
             _put_exact(f, full, full.gates, f_all)
         batched.note_events(stream, f, part.gates, buffers)
+    asked = None
     if part.edits is not None:
-        _edit(hidden_states, stream, part, encoded, residency, buffers)
+        asked = _edit(hidden_states, stream, part, encoded, residency, buffers)
     for full, f_all in encoded:
         if full.reads is not None:
             _read(stream, full, f_all, residency.whole(full.sae), reports)
+        for pooled in full.pools:
+            pooled.observe(stream, f_all, residency.whole(full.sae))
+    for captured in part.captures:
+        captured.keep(hidden_states, residual, asked, buffers, reports)
 
 
 def _edit(
@@ -51,7 +56,13 @@ def _edit(
     encoded: list[tuple[FullPart, Tensor]],
     residency: Residency,
     buffers: Buffers,
-) -> None:
+) -> Tensor | None:
+    """Edit the part's tokens.
+
+    Returns:
+        ``[n, e]`` f' - f as each edit asks for it, zero where it is not active; None if nobody asks
+        for that.
+    """
     edits = part.edits
     assert edits is not None
     coverage = batched.cover(stream, edits.covers)
@@ -76,6 +87,9 @@ def _edit(
     buffers.counters[0] += touched.sum()
     if skipped is not None:
         buffers.counters[1] += skipped.any(dim=1).sum()
+    if not part.captures:
+        return None
+    return torch.where(active, batched.asked(read.f, edits), 0.0)
 
 
 def _put_exact(f: Tensor, full: FullPart, exact: Exact | None, f_all: Tensor) -> None:

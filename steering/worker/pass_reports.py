@@ -24,8 +24,9 @@ from torch import Tensor
 from sae.arrays import IntArray
 from steering.worker.record import RequestRecord
 
-#: Copies are taken apart once there are so many.
+#: Copies are taken apart once there are so many, or so many bytes of them.
 _MOST_COPIES: Final = 32
+_MOST_BYTES: Final = 64 * 2**20
 
 #: Takes positions ``[n]`` and columns ``[n, ...]``: a method of the record's class.
 Put = Callable[..., None]
@@ -52,12 +53,18 @@ class _Copy:
         """Copies of one kind can be put together."""
         return self.put, [tuple(column.shape[1:]) for column in self.columns]
 
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return sum(column.nbytes for column in self.columns)
+
 
 class PassReports:
     """Copies of one worker's passes, oldest first."""
 
     def __init__(self) -> None:
         self._copies: deque[_Copy] = deque()
+        self._bytes = 0
         # Where tokens are copied off the device by a thread, it takes apart what comes with them.
         self._lock = RLock()
         # Records that are forgotten meanwhile are not waited for.
@@ -83,10 +90,11 @@ class PassReports:
             copied.record()
         with self._lock:
             self._copies.append(_Copy(copied, put, record_np, columns))
+            self._bytes += self._copies[-1].nbytes
 
     def settle(self) -> None:
         """Hand finished copies to their records once there are many; never wait."""
-        if len(self._copies) >= _MOST_COPIES:
+        if len(self._copies) >= _MOST_COPIES or self._bytes >= _MOST_BYTES:
             self.settle_all()
 
     def settle_all(self) -> None:
@@ -96,6 +104,7 @@ class PassReports:
 
     def _settle_finished(self) -> None:
         done = [self._copies.popleft() for _ in range(self._num_finished())]
+        self._bytes -= sum(copy.nbytes for copy in done)
         for (put, _), group in groupby(done, key=lambda copy: copy.kind):
             copies = list(group)
             number = np.concatenate([copy.record_np for copy in copies])

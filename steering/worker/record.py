@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from sae.arrays import BoolArray, FloatArray, IntArray
 from steering.request.plan import SteeringPlan
+from steering.request.probe_plan import PlannedCapture, PlannedPool
+from steering.worker.kept_streams import StreamRows
 from steering.worker.ops.layout import HELD_BACK, NOT_EDITED, SKIPPED_SINK
+from steering.worker.pooled import Pooled
 from steering.worker.probes import Fit, TopFeatures, Totals
 from steering.worker.rows_by_position import RowsByPosition
 
@@ -35,6 +39,8 @@ class RequestRecord:
         top: the strongest features of each token; None if they were not asked for.
         totals: figures over all tokens, made when the first token comes.
         fit: how well the SAE fits; None but in a self-check.
+        pools: by the index of the plan's probe, made when the first token comes.
+        streams: by the index of the plan's probe.
     """
 
     def __init__(
@@ -60,11 +66,20 @@ class RequestRecord:
         )
         self.totals: Totals | None = None
         self._stops: dict[int, tuple[int, float]] = {}
+        self.pools: dict[int, Pooled] = {}
+        self.streams = {
+            i: StreamRows(
+                plan.prompt_len,
+                tuple(edit.latent for edit in plan.edits if edit.sae == probe.sae),
+            )
+            for i, probe in enumerate(plan.probes)
+            if isinstance(probe, PlannedCapture)
+        }
 
     @property
     def nbytes(self) -> int:
         """Memory held, roughly."""
-        probes = (self.top, self.totals, self.fit)
+        probes = (self.top, self.totals, self.fit, *self.pools.values(), *self.streams.values())
         held = sum(probe.nbytes for probe in probes if probe is not None)
         return self._edits.nbytes + held + _EMPTY_BYTES
 
@@ -85,6 +100,27 @@ class RequestRecord:
         """Add tokens of a pass, as `TopFeatures.put` takes them."""
         if self.top is not None:
             self.top.put(positions, covered, latents, values)
+
+    def put_stream(
+        self,
+        positions: IntArray,
+        probe: IntArray,
+        covered: BoolArray,
+        x: FloatArray,
+        asked: FloatArray,
+    ) -> None:
+        """Add tokens of a pass: ``[n]`` which of the plan's probes, then as `StreamRows.put`."""
+        for i in np.unique(probe).tolist():
+            here = probe == i
+            self.streams[i].put(positions[here], covered[here], x[here], asked[here])
+
+    def pooled(self, probe: int, d_sae: int, device: torch.device) -> Pooled:
+        """Where a probe's activations are summed up."""
+        if probe not in self.pools:
+            planned = self.plan.probes[probe]
+            assert isinstance(planned, PlannedPool)
+            self.pools[probe] = Pooled(planned, d_sae, device)
+        return self.pools[probe]
 
     def put_stop(self, position: int, gate: int, activation: float) -> None:
         """A ``stop_when`` fired at a position; ``gate`` is which of the plan's.

@@ -84,10 +84,13 @@ class Site:
         self.buffers.gates.write(slot, gates, [row_of[gate_rows[i]] for i, _ in gates])
         full &= self.saes.keys()
         read = plan.read if plan.read is not None and plan.read.sae in self.saes else None
-        if edits or gates or full:
+        probes = [(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes]
+        if edits or gates or full or probes:
             decode = None if plan.error_term or not edits else edits[0][1].sae
-            self.work[slot] = SlotWork(edits, gates, full, decode, read, plan.prompt_len, record)
-        if full:
+            self.work[slot] = SlotWork(
+                edits, gates, full, decode, read, plan.prompt_len, record, probes
+            )
+        if full or probes:
             self._full_slots.add(slot)
         if gates:
             self._gated_slots.add(slot)
@@ -112,7 +115,9 @@ class Site:
         if slot in self._full_slots:
             self._parts.forget()
             self._full_slots.discard(slot)
-            self.work[slot] = replace(self.work[slot], full=frozenset(), decode=None, read=None)
+            self.work[slot] = replace(
+                self.work[slot], full=frozenset(), decode=None, read=None, probes=()
+            )
 
     def runs_in_torch(self, slots: Iterable[int]) -> bool:
         """Whether this pass has a whole encode, so that it must run outside CUDA graphs."""

@@ -6,7 +6,7 @@ The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from sae.arrays import IntArray
 from sae.card import HookPoint
 from sae.sae import SAE
 from steering.request.plan import RowKey, SteeringPlan
+from steering.worker.captures import Captures
 from steering.worker.gates import GateState, GateTable
 from steering.worker.ops.buffers import Buffers, Kernel
 from steering.worker.ops.layout import MAX_ENTRIES, NO_SLOT
@@ -31,6 +32,7 @@ from steering.worker.slots import EditTable, SlotAllocator, SlotFacts
 from steering.worker.step import Step
 from steering.worker.stops import GatedSlots, Stops
 from steering.worker.streamed_read import StreamedRead
+from steering.worker.study_probes import StudyProbes
 
 #: Token ids past the vocabulary that a runner may still see: multimodal models put placeholders
 #: of images and sound there.
@@ -42,7 +44,7 @@ class RunningRequest:
     """A steered request that is in the batch now.
 
     Attributes:
-        encoded_until: the position from which on none of its tokens needs a full encode.
+        encoded_until: the position from which on none of its tokens needs a full pass.
         next_position: no later pass computes a position before this one.
     """
 
@@ -106,6 +108,7 @@ class SteeringState:
         self.rows = RowPool(saes, max_rows, d_in, device)
         self.records = RecordStore()
         self.reports = PassReports()
+        self.captures = Captures()
         self.op_seconds = 0.0
         self.d_in = d_in
         self._record = record
@@ -133,6 +136,7 @@ class SteeringState:
             for column, point in enumerate(owned)
         }
         self._owned_saes = {i for site in self.hooks.values() for i in site.saes}
+        self.probes = StudyProbes(residency, self._owned_saes, device)
         self._running: dict[str, RunningRequest] = {}
         # Those of the running that need a whole encode, here or in another pipeline stage: all
         # stages must choose the same kind of pass.
@@ -194,6 +198,10 @@ class SteeringState:
     def add_request(self, req_id: str, plan: SteeringPlan, child: int = 0) -> None:
         """A steered request enters the batch: take a slot, make its rows resident, fill tables."""
         assert req_id not in self._running, req_id
+        if plan.keep is not None:
+            self.captures.open(req_id, plan.keep)
+        if plan.only_keeps:
+            return
         slot = self.slots.take()
         row_of = self.rows.acquire(self._rows_of(plan))
         record = None
@@ -209,7 +217,7 @@ class SteeringState:
         for site in self.hooks.values():
             site.set_slot(slot, plan, row_of, full, record)
         request = RunningRequest(plan, slot, plan.encoded_until(self._exact_from_row))
-        if full:
+        if full or plan.captured:
             self._full[req_id] = request
         self._running[req_id] = request
         self._internal += plan.internal
@@ -233,6 +241,7 @@ class SteeringState:
         self.records.pause(req_id)
 
     def _leave(self, req_id: str) -> None:
+        self.captures.close(req_id)
         request = self._running.pop(req_id, None)
         if request is None:
             return
@@ -250,13 +259,20 @@ class SteeringState:
         request = self._running.get(req_id)
         return NO_SLOT if request is None else request.slot
 
-    def begin_step(self, req_ids: Sequence[str], query_start_loc: IntArray) -> None:
+    def begin_step(
+        self,
+        req_ids: Sequence[str],
+        query_start_loc: IntArray,
+        first_positions: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         """Lay out a forward pass.
 
         Args:
             req_ids: the input batch's requests, in the runner's order.
             query_start_loc: ``[num_reqs + 1]`` offsets of their tokens.
+            first_positions: see `Captures.begin`.
         """
+        self.captures.begin(req_ids, query_start_loc, first_positions)
         self._in_pass = []
         if not self._running:
             self.step.begin((), query_start_loc[:1])
@@ -274,6 +290,7 @@ class SteeringState:
 
     def end_step(self) -> None:
         """The forward pass is over."""
+        self.captures.end()
         if self.step.active:
             self._reported.collect(self.step, self.reports)
             for req_id, num_tokens in self._in_pass:
@@ -337,7 +354,8 @@ class SteeringState:
             record = self.records.take(key, child)
             if record is not None:
                 self.reports.settle_one(record)
-                summaries.append(record.summary(limit))
+                probed = self.probes.results(record, limit)
+                summaries.append({**record.summary(limit), "probed": probed})
         return summaries
 
     def take_streamed(self, streaming: Mapping[str, RequestRecord]) -> dict[str, StreamedRead]:

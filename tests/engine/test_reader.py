@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from server.reader import Run, Text, run_offline
 from steering.request.accepted import Accepted, accept
 from steering.vllm.door import catalog_for
+from steering.vllm.reader import Run, Text, run_offline
 from tests.engine.engine import Engine, tiny_engine
 from tests.engine.test_traps import tokens
 from tests.models import make_tiny_model

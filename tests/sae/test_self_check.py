@@ -48,7 +48,7 @@ def observe(
 
 def test_variance_explained_is_one_less_the_error_over_the_spread() -> None:
     measured = observe(SQUARE, error=1.0, l0=[1, 2, 3, 4]).measured(limit=99)
-    assert measured == Measured(tokens=4, sinks=0, l0=2.5, variance_explained=1 - 4 / 16)
+    assert measured == Measured(4, 0, 2.5, 1 - 4 / 16, median_norm=2.0)
 
 
 def test_spread_is_around_the_mean() -> None:
@@ -71,7 +71,7 @@ def test_token_that_is_computed_again_counts_once() -> None:
 
 def test_positions_past_the_limit_do_not_count() -> None:
     observed = observe([*SQUARE, [50, 50]], l0=[1, 1, 1, 1, 99])
-    assert observed.measured(limit=5) == Measured(4, 0, 1.0, 1.0)
+    assert observed.measured(limit=5) == Measured(4, 0, 1.0, 1.0, 2.0)
 
 
 def test_token_of_more_than_ten_times_the_median_norm_is_a_sink() -> None:

@@ -58,10 +58,13 @@ def start(
         max_body_bytes: int | None = None,
         max_read_values: int = LEAST_MAX_READ_VALUES,
         options: Mapping[str, Any] | None = None,
+        special_token_ids: tuple[int, ...] | None = None,
     ) -> Server:
         refs = references(**({"a": {}} if saes is None else saes))
         config = (
-            SteeringConfig(refs, D_MODEL, NUM_LAYERS, max_read_values=max_read_values)
+            SteeringConfig(
+                refs, D_MODEL, NUM_LAYERS, special_token_ids, max_read_values=max_read_values
+            )
             if refs
             else None
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -257,7 +257,7 @@ class FakeEngine:
         self.model_config = model_config or SimpleNamespace(
             model="/nowhere", revision=None, max_model_len=256
         )
-        self.renderer = SimpleNamespace(tokenizer=None)
+        self.renderer = FakeRenderer()
         self.input_processor = None
         self.engine_core = self
         self.core_engines = ["0"]
@@ -326,6 +326,33 @@ class FakeEngine:
             read=None if plan.read is None else READ_BYTES,
             aggregate=[[3, 2.0], [8, 1.0]],
         )
+
+
+class FakeRenderer:
+    """A renderer whose tokens are the bytes of a text, after one special token."""
+
+    tokenizer = None
+    model_config = SimpleNamespace(max_model_len=256)
+
+    class default_cmpl_tok_params:
+        """vLLM's `TokenizeParams`."""
+
+        @staticmethod
+        def with_kwargs(**given: bool) -> dict[str, bool]:
+            return given
+
+    async def tokenize_prompt_async(
+        self, prompt: Mapping[str, str], params: Mapping[str, bool]
+    ) -> dict[str, list[int]]:
+        special = [1] if params["add_special_tokens"] else []
+        return {"prompt_token_ids": special + list(prompt["prompt"].encode())}
+
+    def validate_token_ids(self, token_ids: Sequence[int]) -> None:
+        if max(token_ids) >= 320:
+            raise ValueError(f"Token id {max(token_ids)} is out of vocabulary")
+
+    def get_tokenizer(self) -> Any:
+        return SimpleNamespace(decode=lambda ids: bytes(ids).decode())
 
 
 class FakeCollector:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sae.sae import open_sae
 from sae.source import SAEReference
 from server.feature_details import FeatureDetails
-from server.unembedding import Unembedding, open_unembedding
+from steering.unembedding import Unembedding, open_unembedding
 from tests.models import D_MODEL, make_tiny_model, make_tiny_sae
 
 

@@ -11,12 +11,13 @@ import pytest
 
 from sae.source import ResolvedSAE
 from server.disconnect import unless_disconnected
-from server.reader import IN_FLIGHT, LAST, Finished, Reader, Run, Text
 from steering.config import SteeringConfig
 from steering.errors import SteeringError
 from steering.request.accepted import Accepted, accept
 from steering.request.plan import SteeringPlan
 from steering.vllm.door import catalog_for
+from steering.vllm.plugin import register
+from steering.vllm.reader import IN_FLIGHT, LAST, Finished, Reader, Run, Text
 from tests.models import D_MODEL, NUM_LAYERS
 from tests.server.fakes import FakeEngine
 
@@ -56,6 +57,7 @@ class WatchedEngine(FakeEngine):
 
 @pytest.fixture
 def engine(references: References) -> WatchedEngine:
+    register()  # reports come to whoever asked through what it puts around the engine
     return WatchedEngine(SteeringConfig(references(a={}), D_MODEL, NUM_LAYERS))
 
 

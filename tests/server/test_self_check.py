@@ -19,12 +19,12 @@ from sae.self_check import TEXT, Measured
 from sae.source import ResolvedSAE
 from server import self_check
 from server.plugin import SteeringEndpointPlugin
-from server.reader import LAST
 from steering.config import SteeringConfig
 from steering.report import Summary
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.plan import SteeringPlan
 from steering.vllm.plugin import register
+from steering.vllm.reader import LAST
 from tests.models import D_MODEL, NUM_LAYERS
 from tests.server.fakes import FakeEngine, serve_args
 

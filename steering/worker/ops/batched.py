@@ -178,15 +178,22 @@ def open_edits(stream: Stream, conditions: Conditions, state: GateState) -> Tens
     return torch.where(conditions.one_is_enough, named != 0, named == conditions.named)
 
 
+def asked(f: Tensor, edits: CompiledEdits) -> Tensor:
+    """``f' - f`` ``[n, e]`` float32 of activations, wherever the edit is active."""
+    change = edits.change
+    d = torch.addcmul(change.offset, change.factor, f)
+    if change.least is not None and change.most is not None:
+        d = torch.clamp(d, change.least, change.most)
+    return d
+
+
 def difference(read: Read, edits: CompiledEdits, active: Tensor) -> Tensor:
     """The change of each activation ``[n, e]`` float32, zero where the edit is not active.
 
     It is ``f' - f``, or ``p' - p`` where the row is solved for what is read again.
     """
-    change, f = edits.change, read.f
-    d = torch.addcmul(change.offset, change.factor, f)
-    if change.least is not None and change.most is not None:
-        d = torch.clamp(d, change.least, change.most)
+    f = read.f
+    d = asked(f, edits)
     if edits.rereads is not None:
         again = edits.rereads
         new = torch.clamp(torch.addcmul(again.offset, again.factor, f), again.least, again.most)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-logger = logging.getLogger("vllm.sae.server")
+logger = logging.getLogger("vllm.sae.steering")
 
 #: Rows of the unembedding upcast at a time: [ROWS_AT_A_TIME, d_model] float32.
 ROWS_AT_A_TIME: Final = 8192
@@ -68,7 +68,10 @@ class Unembedding:
         centred: bool,
         token_text: Callable[[int], str],
         num_tokens: int,
+        vocab_size: int,
     ) -> None:
+        #: Logits that the model has: as a rule some more than the tokenizer has tokens.
+        self.vocab_size = vocab_size
         self._file = files[head]
         self._head = head
         self._centred = centred
@@ -93,18 +96,41 @@ class Unembedding:
 
     def logits(self, direction: Tensor) -> Tensor:
         """[d_model] float32 -> [num_tokens] float32."""
+        scaled = self._scaled(direction)
+        return torch.cat([rows @ scaled for _, rows in self._rows(self._num_tokens)])
+
+    def promoted(self, directions: Tensor, count: int) -> Tensor:
+        """Ids of the tokens whose logits each direction raises most, of the whole vocabulary.
+
+        Args:
+            directions: [n, d_model] float32.
+            count: how many of each.
+
+        Returns:
+            [n, min(count, vocab_size)] int64, best first.
+        """
+        scaled = self._scaled(directions)
+        best = scaled.new_empty(len(scaled), 0)
+        ids = torch.empty(len(scaled), 0, dtype=torch.int64)
+        for start, rows in self._rows(self.vocab_size):
+            logits = torch.cat([best, scaled @ rows.T], dim=1)
+            here = torch.arange(start, start + len(rows)).expand(len(scaled), -1)
+            best, at = logits.topk(min(count, logits.shape[1]), dim=1)
+            ids = torch.cat([ids, here], dim=1).gather(1, at)
+        return ids
+
+    def _scaled(self, direction: Tensor) -> Tensor:
         if self._centred:
-            direction = direction - direction.mean()
-        scaled = self._gamma * direction
+            direction = direction - direction.mean(dim=-1, keepdim=True)
+        return self._gamma * direction
+
+    def _rows(self, most: int) -> Iterator[tuple[int, Tensor]]:
+        """The unembedding's first rows, a part at a time: index of the first, [rows, d_model]."""
         with safe_open(self._file, framework="pt") as file:
             rows = file.get_slice(self._head)
-            count = min(rows.get_shape()[0], self._num_tokens)
-            return torch.cat(
-                [
-                    rows[start : min(start + ROWS_AT_A_TIME, count)].float() @ scaled
-                    for start in range(0, count, ROWS_AT_A_TIME)
-                ]
-            )
+            count = min(rows.get_shape()[0], most)
+            for start in range(0, count, ROWS_AT_A_TIME):
+                yield start, rows[start : min(start + ROWS_AT_A_TIME, count)].float()
 
 
 def open_unembedding(model_config: Any, tokenizer: Any) -> Unembedding | None:
@@ -142,6 +168,7 @@ def _find(files: dict[str, Path], config: Any, tokenizer: Any) -> Unembedding | 
         centred=biased or config.model_type in _LAYER_NORM_WITHOUT_BIAS,
         token_text=lambda token: str(tokenizer.decode([token])),
         num_tokens=len(tokenizer),
+        vocab_size=config.vocab_size,
     )
 
 

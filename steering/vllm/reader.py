@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Final
 
-from steering.report import Report, Ticket, wants_report
+from steering.report import Report, Ticket
 from steering.request.accepted import Accepted
 from steering.vllm.door import carrying, refusal_in
-from steering.vllm.results import results_of
+from steering.vllm.results import ask_workers, results_of
 
 #: Engine requests of one study at a time.
 IN_FLIGHT: Final = 8
@@ -46,6 +47,7 @@ class Run:
             `prompt_logprobs`.
         lora_request: vLLM's, None for the model itself.
         priority: vLLM's; served requests have 0.
+        engine: which of the reader's engines runs it; None for any.
     """
 
     prompt: Mapping[str, Any]
@@ -53,6 +55,7 @@ class Run:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     lora_request: Any = None
     priority: int = LAST
+    engine: int | None = None
 
     @classmethod
     def of(
@@ -100,12 +103,20 @@ class Run:
         )
         if self.accepted is None:
             return params
-        accepted = self.accepted if ticket is None else self.accepted.reporting_to(ticket)
+        if ticket is not None:
+            accepted = self.accepted.reporting_to(ticket)
+        else:
+            accepted = replace(self.accepted, awaited=self.reports)
         return carrying(params, accepted)
+
+    @property
+    def reports(self) -> bool:
+        """Whether what was edited and read is told."""
+        return self.accepted is not None and self.accepted.reports
 
     def ticket(self) -> Ticket | None:
         """Where its report goes; None if it has none."""
-        if self.accepted is None or not wants_report(self.accepted.spec):
+        if self.accepted is None or not self.reports:
             return None
         return Ticket(self.accepted.spec.report)
 
@@ -135,6 +146,26 @@ class Reader:
         self._engine = engine
         self._in_flight = in_flight
 
+    @property
+    def engines(self) -> int:
+        """How many engines there are: with data parallelism, those that this process serves."""
+        return len(self._engine.engine_core.core_engines)
+
+    @property
+    def external_blocks(self) -> bool:
+        """Whether a text's blocks may come from elsewhere, though none is taken from the cache."""
+        return self._engine.vllm_config.kv_transfer_config is not None
+
+    async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker of one engine; what each answers.
+
+        Args:
+            engine: which of `engines`.
+            method: one of `SteeringWorker`'s.
+            args: plain types.
+        """
+        return await ask_workers(self._engine, engine, method, args)
+
     async def run(self, run: Run) -> Finished:
         """Run one text. Cancelled, its request leaves the engine.
 
@@ -149,6 +180,7 @@ class Reader:
             f"read-{uuid.uuid4().hex}",
             lora_request=run.lora_request,
             priority=run.priority,
+            data_parallel_rank=run.engine,
         )
         last = None
         try:
@@ -163,7 +195,7 @@ class Reader:
         reports = [] if ticket is None else ticket.reports
         return Finished(last, reports[0] if reports else None)
 
-    async def each(self, runs: Iterable[Run]) -> AsyncIterator[tuple[int, Finished]]:
+    async def each(self, runs: Iterable[Run]) -> AsyncGenerator[tuple[int, Finished], None]:
         """Run many texts, and yield each with its place as it is done, in no order.
 
         Runs are taken from the iterable when there is room for them. Closing the iterator, or
@@ -204,8 +236,79 @@ class Reader:
         return [found[place] for place in sorted(found)]
 
 
+class OfflineReader:
+    """Runs texts through a `vllm.LLM`, which batches them itself; the same calls as `Reader`'s.
+
+    Args:
+        llm: the engine.
+        in_flight: most runs that are handed to it at a time.
+    """
+
+    def __init__(self, llm: Any, in_flight: int = IN_FLIGHT) -> None:
+        self._llm = llm
+        self._in_flight = in_flight
+
+    @property
+    def engines(self) -> int:
+        """See `Reader.engines`."""
+        return 1
+
+    @property
+    def external_blocks(self) -> bool:
+        """See `Reader.external_blocks`."""
+        return self._llm.llm_engine.vllm_config.kv_transfer_config is not None
+
+    async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker; what each answers. See `Reader.ask`."""
+        found: list[Any] = self._llm.collective_rpc(method, args=args)
+        return found
+
+    async def run(self, run: Run) -> Finished:
+        """Run one text.
+
+        Raises:
+            SteeringError: if the engine's door refuses it.
+        """
+        return run_offline(self._llm, run)
+
+    async def each(self, runs: Iterable[Run]) -> AsyncGenerator[tuple[int, Finished], None]:
+        """Run many texts, a batch at a time, and yield each with its place."""
+        waiting = iter(runs)
+        place = 0
+        while batch := list(islice(waiting, self._in_flight)):
+            for finished in run_batch(self._llm, batch):
+                yield place, finished
+                place += 1
+
+    async def all(
+        self, runs: Iterable[Run], progress: Callable[[int], None] | None = None
+    ) -> list[Finished]:
+        """Run many texts; what came of each, in their order. See `Reader.all`."""
+        found = []
+        async for _, finished in self.each(runs):
+            found.append(finished)
+            if progress is not None:
+                progress(len(found))
+        return found
+
+
 def run_offline(llm: Any, run: Run) -> Finished:
     """Run one text through a `vllm.LLM`."""
-    (output,) = llm.generate([dict(run.prompt)], run.params(None), use_tqdm=False)
-    wanted = run.accepted is not None and wants_report(run.accepted.spec)
-    return Finished(output, results_of(llm, output)[0] if wanted else None)
+    (finished,) = run_batch(llm, [run])
+    return finished
+
+
+def run_batch(llm: Any, runs: Sequence[Run]) -> list[Finished]:
+    """Run texts through a `vllm.LLM` together; what came of each, in their order."""
+    from vllm import LLM
+
+    params = [run.params(None) for run in runs]
+    prompts = [dict(run.prompt) for run in runs]
+    # Of `SteeringLLM` not its own, which would fetch the reports and hand them out once.
+    outputs = LLM.generate(
+        llm, prompts, params, use_tqdm=False, lora_request=[run.lora_request for run in runs]
+    )
+    return [
+        Finished(output, results_of(llm, output)[0] if run.reports else None)
+        for run, output in zip(runs, outputs, strict=True)
+    ]

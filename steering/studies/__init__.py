@@ -1,0 +1,1 @@
+"""Studies: what an edit does, and which edit does it, measured on texts run through the model."""

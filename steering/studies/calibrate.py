@@ -1,0 +1,230 @@
+"""How strong an edit may be within a budget of KL or of negative log-likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from sae.numbers import finite
+from steering.errors import BudgetNotMetError, SteeringError
+from steering.request.accepted import Accepted
+from steering.request.limits import FLOAT32_MAX, VALUE_LIMIT
+from steering.request.shape import Number, Shape
+from steering.studies.body import SteeringValue, StudyBody, parse_body
+from steering.studies.budget_search import HIGHEST, LOWEST, MAX_TRIES, BudgetSearch
+from steering.studies.neutral import neutral_texts
+from steering.studies.scoring import Comparison, Scorer, Side
+from steering.studies.study import Context
+from steering.studies.texts import Texts
+from steering.vllm.reader import Text
+
+Metric = Literal["kl", "nll"]
+DEFAULT_BUDGET: Final = 0.1
+#: As which power of the multiplier small costs grow.
+_POWER: Final[Mapping[str, float]] = {"kl": 2.0, "nll": 1.5}
+#: Operations whose value is multiplied; that of scale moves away from 1, the others have none.
+_MULTIPLIED: Final = ("clamp", "add", "floor")
+
+
+class BudgetBody(Shape):
+    """What an edit may cost."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringBudget")
+
+    metric: Metric | None = Field(
+        default=None,
+        description="kl (default): mean KL of unsteered against steered; nll: the rise of the "
+        "mean negative log-likelihood.",
+    )
+    value: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None, description=f"Nats a token (default {DEFAULT_BUDGET})."
+    )
+
+
+class Body(StudyBody):
+    """The body of a calibration."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringCalibrationRequest")
+
+    steering: SteeringValue = Field(description="The edit, as in a request.")
+    budget: BudgetBody | None = Field(default=None, description="KL of 0.1 if left out.")
+    texts: Texts | None = Field(
+        default=None, description="What it is measured on; left out, a text of the project's."
+    )
+
+
+class CurvePoint(BaseModel):
+    """What one multiplier costs."""
+
+    multiplier: float
+    kl: float | None
+    nll: float | None
+    mean_share: float | None
+
+
+class Answer(BaseModel):
+    """The answer of a calibration."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringCalibration")
+
+    multiplier: float
+    steering: dict[str, Any]
+    achieved: float
+    curve: list[CurvePoint]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an edit costs, means over all scored positions of all texts.
+
+    Attributes:
+        kl: KL(unsteered || steered).
+        nll: by how much the mean negative log-likelihood rises.
+        mean_share: mean share of the change in the stream over edited tokens and hook points; None
+            if no token was edited.
+    """
+
+    kl: float
+    nll: float
+    mean_share: float | None
+
+
+async def calibrate(context: Context, body: object) -> dict[str, Any]:
+    """POST /v1/steering/calibrate.
+
+    Args:
+        context: this study's own.
+        body: the JSON value of the body.
+
+    Raises:
+        SteeringError: with the code and the path of what is wrong; ``budget_not_met``, with the
+            curve, if no multiplier that was tried meets the budget.
+    """
+    asked = parse_body(Body, body)
+    accepted = await context.accept(asked.steering, "steering", report=True)
+    lowest, highest = multipliers(accepted)
+    texts = await _texts(context, asked)
+    length = sum(len(text.prompt) + len(text.completion) for text in texts)
+    # Each try needs both sides.
+    context.charge(2 * MAX_TRIES * length, None if asked.texts is None else "texts")
+    metric, value = "kl", DEFAULT_BUDGET
+    if asked.budget is not None:
+        metric = asked.budget.metric or metric
+        value = asked.budget.value or value
+    search = BudgetSearch(value, _POWER[metric], lowest, highest)
+    curve: dict[float, Cost] = {}
+    while (multiplier := search.next()) is not None:
+        context.progress.expect(len(texts))
+        tried = await context.accept(scaled(asked.steering, multiplier), "steering", report=True)
+        curve[multiplier] = await cost(context, texts, tried)
+        search.put(multiplier, getattr(curve[multiplier], metric))
+    points = [_point(multiplier, curve[multiplier]) for multiplier in sorted(curve)]
+    if search.found is None:
+        raise BudgetNotMetError(
+            f"none of {len(points)} multipliers from {lowest:.4g} to {highest:.4g} costs between "
+            f"{0.9 * value:.4g} and {value:.4g} nats of {metric}: state another budget or edit",
+            "budget",
+            points,
+        )
+    return {
+        "multiplier": search.found,
+        "steering": scaled(asked.steering, search.found),
+        "achieved": getattr(curve[search.found], metric),
+        "curve": points,
+    }
+
+
+def scaled(steering: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
+    """A valid `steering` object with its edits so many times as strong; ablate and cap stay."""
+    interventions = []
+    for item in steering["interventions"]:
+        if item["op"] in _MULTIPLIED:
+            item = {**item, "value": item["value"] * multiplier}
+        elif item["op"] == "scale":
+            item = {**item, "value": 1 + multiplier * (item["value"] - 1)}
+        interventions.append(item)
+    return {**steering, "interventions": interventions}
+
+
+def multipliers(accepted: Accepted) -> tuple[float, float]:
+    """The least and the largest multiplier of an edit that can be tried.
+
+    Values have limits. Where nothing of the edit changes with the multiplier there is only 1.
+
+    Raises:
+        SteeringError: ``unsupported_op`` if it has only operations that no multiplier changes.
+    """
+    edits = [edit for edit in accepted.spec.edits if edit.op in (*_MULTIPLIED, "scale")]
+    if not edits:
+        raise SteeringError(
+            "unsupported_op",
+            "ablate and cap have no strength: calibrate needs an edit that clamps, adds, scales or "
+            "has a floor",
+            "steering.interventions",
+        )
+    highest, changes = HIGHEST, False
+    for edit in edits:
+        size, limit = abs(edit.value), float(VALUE_LIMIT)
+        if edit.op == "scale":
+            size, limit = abs(edit.value - 1), limit - 1
+        if size > 0:
+            changes = True
+            highest = min(highest, limit / size, FLOAT32_MAX / (abs(edit.effective_value) or 1))
+    return (LOWEST, highest) if changes else (1.0, 1.0)
+
+
+async def cost(context: Context, texts: Sequence[Text], accepted: Accepted) -> Cost:
+    """What an edit costs on texts; each is a step of the study's progress.
+
+    Args:
+        context: the study's.
+        texts: at least one, each with a scored position.
+        accepted: the edit, with a report.
+    """
+    kl, rise, share, edited = [], [], 0.0, 0
+    comparisons = [
+        Comparison(
+            Side(text.prompt, text.completion), [(Side(text.prompt, text.completion, accepted), ())]
+        )
+        for text in texts
+    ]
+    async with aclosing(Scorer(context.reader).compare_all(comparisons)) as compared:
+        async for _, _, figures in compared:
+            kl.append(figures.kl)
+            rise.append(figures.unsteered - figures.steered)
+            for hook in (figures.report.edited if figures.report else None) or ():
+                edited += hook["tokens"]
+                share += hook["tokens"] * hook["mean_share"]
+            context.progress.step()
+    return Cost(
+        float(np.concatenate(kl).mean()),
+        float(np.concatenate(rise).mean()),
+        share / edited if edited else None,
+    )
+
+
+async def _texts(context: Context, body: Body) -> list[Text]:
+    if body.texts is None:
+        return await neutral_texts(context)
+    texts = [await context.tokens(text, f"texts[{i}]") for i, text in enumerate(body.texts)]
+    for i, text in enumerate(texts):
+        if len(text.prompt) == 1 and not text.completion:
+            raise SteeringError(
+                "invalid_value", "a text of one token has nothing to score", f"texts[{i}]"
+            )
+    return texts
+
+
+def _point(multiplier: float, cost: Cost) -> dict[str, Any]:
+    share = None if cost.mean_share is None else finite(cost.mean_share)
+    return {
+        "multiplier": multiplier,
+        "kl": finite(cost.kl),
+        "nll": finite(cost.nll),
+        "mean_share": share,
+    }

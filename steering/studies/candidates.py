@@ -1,0 +1,160 @@
+"""Edits that may make wanted completions likelier: by what parts them, and what they rest on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from sae.discovery import strongest
+from steering.errors import SteeringError
+from steering.request.accepted import Accepted, accept
+from steering.request.probe import COMPLETION_TOKENS, EVERY_TOKEN, Pool
+from steering.studies.contrast import Contrasted, contrasted
+from steering.studies.halves import Half, log_odds
+from steering.studies.reading import Pooled, pooled
+from steering.studies.study import Context
+from steering.vllm.reader import Text
+
+#: Features whose ablation is tried: those that write most over the texts.
+NUM_ATTRIBUTED: Final = 24
+
+Float64Array = npt.NDArray[np.float64]
+#: One intervention of a `steering` object.
+Intervention = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """A feature, and whether more or less of it is wanted.
+
+    Attributes:
+        feature: its index.
+        more: which of the two.
+        activation: what it has where it fires.
+    """
+
+    feature: int
+    more: bool
+    activation: float
+
+    def interventions(self, sae: str) -> list[Intervention]:
+        """Edits that pull that way, each with a strength to be calibrated.
+
+        One writes the feature's direction on every token; the other changes the feature where it
+        fires, from nothing at strength 0 to twice or none of it at strength 1.
+        """
+        edit = {"sae": sae, "feature": self.feature}
+        value = self.activation if self.more else -self.activation
+        return [
+            {**edit, "op": "add", "value": value},
+            {**edit, "op": "scale", "value": 2.0 if self.more else 0.0},
+        ]
+
+
+async def candidates(
+    context: Context, sae: str, half: Half, paths: Sequence[str], number: int, attributed: int
+) -> list[Intervention]:
+    """Edits to try, the most promising first.
+
+    Args:
+        context: the study's.
+        sae: name of the SAE.
+        half: the texts that the edit is fitted on.
+        paths: of its texts in the body.
+        number: of edits, at most.
+        attributed: features whose ablation is tried.
+
+    Raises:
+        SteeringError: ``invalid_value`` for a text of which no token takes part.
+    """
+    pool = Pool(sae, COMPLETION_TOKENS, "mean")
+    context.progress.expect(2 * len(half.texts))
+    read = await contrasted(
+        context, pool, half.positive, half.negative, paths, context.progress.step
+    )
+    pulls = [
+        list(await asyncio.to_thread(_parting, context, sae, read, number, more))
+        for more in (True, False)
+    ]
+    pulls.append(await _carrying(context, sae, half, attributed))
+    # From each list in turn, each feature once.
+    found: dict[int, _Pull] = {}
+    for pull in chain.from_iterable(zip_longest(*pulls)):
+        if pull is not None:
+            found.setdefault(pull.feature, pull)
+    made = chain.from_iterable(pull.interventions(sae) for pull in found.values())
+    return list(made)[:number]
+
+
+def _parting(
+    context: Context, sae: str, read: Contrasted, number: int, more: bool
+) -> Iterator[_Pull]:
+    """Features that are larger in the texts of one side, by AUROC, then by what they write."""
+    figures = read.figures
+    written = figures.difference * _norms(context, sae)
+    score = figures.auroc - 0.5 if more else 0.5 - figures.auroc
+    score = np.where(score > 0, score, np.nan)
+    side = read.positive if more else read.negative
+    activation = _activation(side)
+    for feature in strongest(score, written, number).tolist():
+        if activation[feature] > 0:
+            yield _Pull(feature, more, float(activation[feature]))
+
+
+async def _carrying(context: Context, sae: str, half: Half, number: int) -> list[_Pull]:
+    """Features on which the difference rests, by what their ablation does to it."""
+    entering = [Text(text.prompt, text.completion[:-1]) for text in half.texts]
+    pool = Pool(sae, EVERY_TOKEN, "max", scaled=True)
+    read = await pooled(context.reader, context.catalog, entering, pool, done=context.progress.step)
+    edits = await asyncio.to_thread(_ablations, context, sae, read, number)
+    before, *after = await log_odds(context, half, [None, *edits.values()])
+    activation = _activation(read)
+    effects = {
+        feature: before - odds for feature, odds in zip(edits, after, strict=True) if odds != before
+    }
+    return [
+        _Pull(feature, effects[feature] > 0, float(activation[feature]))
+        for feature in sorted(effects, key=lambda one: (-abs(effects[one]), one))
+        if activation[feature] > 0
+    ]
+
+
+def _ablations(
+    context: Context, sae: str, read: Sequence[Pooled], number: int
+) -> dict[int, Accepted]:
+    """The ablation of each of the features that write most."""
+    total = np.zeros(read[0].d_sae)
+    for one in read:
+        total += one.dense(one.total)
+    written = np.abs(total) * _norms(context, sae)
+    written = np.where(written > 0, written, np.nan)
+    found = {}
+    for feature in strongest(written, written, number).tolist():
+        edit = {"sae": sae, "feature": feature, "op": "ablate"}
+        try:
+            found[feature] = accept({"interventions": [edit]}, context.catalog)
+        except SteeringError:
+            continue  # its weights are not finite
+    return found
+
+
+def _activation(read: Sequence[Pooled]) -> Float64Array:
+    """``[d_sae]`` mean activation over the tokens where a feature fires, 0 where it never does."""
+    total, count = np.zeros(read[0].d_sae), np.zeros(read[0].d_sae)
+    for one in read:
+        total += one.dense(one.total)
+        count += one.dense(one.count)
+    mean: Float64Array = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+    return mean
+
+
+def _norms(context: Context, sae: str) -> Float64Array:
+    """``[d_sae]`` norms of the decoder rows."""
+    norms: Float64Array = context.catalog.sae(sae).decoder_row_norms().numpy().astype(np.float64)
+    return norms

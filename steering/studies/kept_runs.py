@@ -1,0 +1,138 @@
+"""Runs of which the workers keep hidden states until somebody has asked about them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Final, Self
+
+from steering.report import Report
+from steering.request.accepted import Accepted
+from steering.request.catalog import Prepared
+from steering.request.keep import FINAL, Keep
+from steering.request.positions import Positions
+from steering.request.spec import SteeringSpec
+from steering.studies.study import Reader
+from steering.vllm.reader import Run, Text
+
+#: Rows of hidden states that one study has kept at a time; a single text may have more.
+MAX_HELD_ROWS: Final = 2**14
+
+#: The model as it is, where something is kept of it.
+UNSTEERED: Final = Accepted(
+    SteeringSpec((), Positions(), error_term=True, report=False, read=None), Prepared({})
+)
+
+
+@dataclass(eq=False)
+class KeptRun:
+    """A text that is run once, and of which the workers keep rows.
+
+    Attributes:
+        text: token ids.
+        accepted: how it is steered; None, or without edits, for the model as it is.
+        start: the first position that is kept.
+        rows: how many are.
+        last_enters: see `Run.of`.
+        engine: which of the reader's engines runs it: only runs of one can be compared.
+        places: see `Keep`.
+        key: names what is kept.
+        report: of its edits, once it has run; None if it has none, or did not ask.
+    """
+
+    text: Text
+    accepted: Accepted | None
+    start: int
+    rows: int
+    last_enters: bool
+    engine: int = 0
+    places: tuple[str, ...] = (FINAL,)
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    report: Report | None = None
+
+    def run(self, reader: Reader) -> Run:
+        """What the reader is to run."""
+        accepted = self.accepted
+        if accepted is None or not (accepted.spec.edits or accepted.spec.read or accepted.probes):
+            accepted = UNSTEERED
+        keep = Keep(self.key, self.start, self.start + self.rows, self.places)
+        run = Run.of(
+            self.text,
+            replace(accepted, keep=keep),
+            last_enters=self.last_enters,
+            # A block that another engine computed would come without hidden states.
+            salt=self.key if reader.external_blocks else None,
+        )
+        return replace(run, engine=self.engine if reader.engines > 1 else None)
+
+
+def in_groups(runs: Iterable[KeptRun]) -> Iterator[list[KeptRun]]:
+    """Consecutive runs of `MAX_HELD_ROWS` in all, or one of more."""
+    group: list[KeptRun] = []
+    rows = 0
+    for run in runs:
+        if group and rows + run.rows > MAX_HELD_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append(run)
+        rows += run.rows
+    if group:
+        yield group
+
+
+class Held:
+    """What the workers keep for one study; left in any way, they forget it.
+
+    Args:
+        reader: what runs the texts, and asks the workers.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._keys: dict[int, set[str]] = {}
+
+    async def each(self, group: Sequence[KeptRun]) -> AsyncGenerator[KeptRun, None]:
+        """Run texts; each as it is done, in no order."""
+
+        def runs() -> Iterator[Run]:
+            for kept in group:
+                self._keys.setdefault(kept.engine, set()).add(kept.key)
+                yield kept.run(self._reader)
+
+        async with aclosing(self._reader.each(runs())) as finished:
+            async for place, one in finished:
+                group[place].report = one.report
+                yield group[place]
+
+    def dropped(self, engine: int, keys: Iterable[str]) -> None:
+        """The workers have forgotten these."""
+        self._keys[engine].difference_update(keys)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Runs in flight have been told to leave the engine before, on the way that this goes.
+        for engine, keys in self._keys.items():
+            if keys:
+                forgetting = asyncio.ensure_future(_forget(self._reader, engine, sorted(keys)))
+                _forgetting.add(forgetting)
+                forgetting.add_done_callback(_forgetting.discard)
+
+
+# Kept here, since the event loop alone lets a task be collected.
+_forgetting: set[asyncio.Future[None]] = set()
+
+
+async def _forget(reader: Reader, engine: int, keys: list[str]) -> None:
+    with suppress(Exception):  # an engine that has ended has forgotten everything
+        await reader.ask(engine, "steering_forget", keys)

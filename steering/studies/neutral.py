@@ -1,0 +1,34 @@
+"""The text that edits are measured on where a study is given none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from steering.errors import SteeringError
+from steering.studies.study import Context
+from steering.studies.texts import TextBody
+from steering.vllm.reader import Text
+
+_FILE: Final = Path(__file__).with_name("neutral.txt")
+_SEPARATOR: Final = "\n---\n"
+
+
+def neutral_passages() -> list[str]:
+    """Thirteen short passages of plain English in as many registers, written for this project."""
+    return _FILE.read_text(encoding="utf-8").strip().split(_SEPARATOR)
+
+
+async def neutral_texts(context: Context) -> list[Text]:
+    """The passages' tokens; of one that a short context cannot hold, the beginning."""
+    return [await _beginning(context, passage) for passage in neutral_passages()]
+
+
+async def _beginning(context: Context, passage: str) -> Text:
+    try:
+        return await context.tokens(TextBody(prompt=passage), "")
+    except SteeringError:
+        words = passage.split(" ")
+        if len(words) == 1:
+            raise
+    return await _beginning(context, " ".join(words[: len(words) // 2]))

@@ -1,0 +1,114 @@
+"""What texts do to features: their activations over a text, summed up in the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sae.arrays import FloatArray, IntArray
+from steering.request.accepted import Accepted
+from steering.request.catalog import Catalog
+from steering.request.probe import Pool
+from steering.studies.kept_runs import UNSTEERED
+from steering.studies.study import Reader
+from steering.vllm.reader import Run, Text
+
+DoubleArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Every feature's activations over one text; features that are not named never fired.
+
+    Attributes:
+        d_sae: features of the SAE.
+        tokens: tokens that took part.
+        features: ``[m]`` int32, ascending.
+        total: ``[m]`` float64, sum of the activations, scaled if that was asked for.
+        count: ``[m]`` int32, tokens on which the feature fires.
+        pooled: ``[m]`` the mean, the largest or the last activation.
+        peaks: positions ``[tokens]`` int64 and each one's largest activation float32; None if they
+            were not asked for.
+    """
+
+    d_sae: int
+    tokens: int
+    features: IntArray
+    total: DoubleArray
+    count: IntArray
+    pooled: DoubleArray
+    peaks: tuple[IntArray, FloatArray] | None = None
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any] | None, pool: Pool, d_sae: int) -> Pooled:
+        """What `steering.worker.pooled` found; None if no token came."""
+        if figures is None:
+            none = np.empty(0, np.int32)
+            return cls(d_sae, 0, none, np.empty(0), none, np.empty(0))
+        tokens, total = figures["tokens"], np.frombuffer(figures["total"], np.float64)
+        if figures["pooled"] is None:
+            pooled = total / max(tokens, 1)
+        else:
+            pooled = np.frombuffer(figures["pooled"], np.float32).astype(np.float64)
+        peaks = figures["peaks"]
+        return cls(
+            d_sae,
+            tokens,
+            np.frombuffer(figures["latents"], np.int32),
+            total,
+            np.frombuffer(figures["count"], np.int32),
+            pooled,
+            None
+            if peaks is None
+            else (np.frombuffer(peaks[0], np.int64), np.frombuffer(peaks[1], np.float32)),
+        )
+
+    def dense(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``[m]`` values as ``[d_sae]``, zero for the features that are not named."""
+        found = np.zeros(self.d_sae, dtype=values.dtype)
+        found[self.features] = values
+        return found
+
+
+async def pooled(
+    reader: Reader,
+    catalog: Catalog,
+    texts: Sequence[Text],
+    pool: Pool,
+    *,
+    accepted: Accepted | None = None,
+    done: Callable[[], None] | None = None,
+) -> list[Pooled]:
+    """Read texts, whole, and sum up each one's activations.
+
+    Args:
+        reader: runs them.
+        catalog: the SAEs.
+        texts: of at least one token each.
+        pool: at which SAE, over which tokens, and how.
+        accepted: how they are steered; None for the model as it is.
+        done: called for each text that is read.
+
+    Returns:
+        Of each, in their order.
+
+    Raises:
+        SteeringError: ``invalid_weights`` if the SAE has some that are not finite.
+    """
+    await catalog.prepare_whole(pool.sae)
+    probed = replace(accepted or UNSTEERED, probes=(pool,))
+    d_sae = catalog.card(pool.sae).d_sae
+    finished = await reader.all(
+        (Run.of(text, probed) for text in texts),
+        None if done is None else lambda _: done(),
+    )
+    found = []
+    for one in finished:
+        assert one.report is not None
+        figures = one.report.probed[0] if one.report.probed else None
+        found.append(Pooled.of(figures, pool, d_sae))
+    return found

@@ -1,0 +1,97 @@
+"""Every study: its name, its route and what it is made of.
+
+A study is a module of this folder by its name, with
+
+- a function of the same name: `async (context, body)`, or `async (context, sae, body)` for a study
+  of one SAE, which takes the JSON value of the body, validates all of it before anything runs, and
+  returns the JSON object of the answer;
+- `Body`, the strict model of the body, a `StudyBody`;
+- `Answer`, a pydantic model that describes the answer and is never filled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from steering.studies.body import StudyBody
+from steering.studies.study import Context
+
+
+@dataclass(frozen=True)
+class Study:
+    """One kind of study.
+
+    Attributes:
+        name: of the study, its module and its function.
+        route: where it is POSTed to; `{sae}` in it stands for an SAE's name.
+        summary: what it answers, in a line.
+    """
+
+    name: str
+    route: str
+    summary: str
+
+    @property
+    def of_sae(self) -> bool:
+        """Whether it is a study of one SAE, which its route names."""
+        return "{sae}" in self.route
+
+    @property
+    def body(self) -> type[StudyBody]:
+        """The model of its body."""
+        found: type[StudyBody] = self._module().Body
+        return found
+
+    @property
+    def answer(self) -> type[BaseModel]:
+        """The model that describes its answer."""
+        found: type[BaseModel] = self._module().Answer
+        return found
+
+    async def run(self, context: Context, body: object, sae: str | None = None) -> dict[str, Any]:
+        """Validate the body, run the study, and return its answer.
+
+        Args:
+            context: this study's own.
+            body: the JSON value.
+            sae: a loaded SAE's name, for a study of one.
+
+        Raises:
+            SteeringError: with the code and the path of what is wrong.
+        """
+        function: Callable[..., Awaitable[dict[str, Any]]] = getattr(self._module(), self.name)
+        if not self.of_sae:
+            return await function(context, body)
+        return await function(context, sae, body)
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"steering.studies.{self.name}")
+
+
+STUDIES: Final = {
+    study.name: study
+    for study in (
+        Study("evaluate", "/v1/steering/evaluate", "What edits, or a system message, do to texts."),
+        Study("calibrate", "/v1/steering/calibrate", "How strong an edit may be within a budget."),
+        Study(
+            "contrast",
+            "/v1/saes/{sae}/contrast",
+            "Which features tell one set of texts from another.",
+        ),
+        Study("rank", "/v1/saes/{sae}/rank", "Which features move what comes after a text most."),
+        Study(
+            "attribute",
+            "/v1/saes/{sae}/attribute",
+            "Which features a completion's probability rests on.",
+        ),
+        Study("suggest", "/v1/steering/suggest", "An edit that makes wanted completions likelier."),
+        Study("forecast", "/v1/steering/forecast", "What an edit does, from weights alone."),
+    )
+    if importlib.util.find_spec(f"steering.studies.{study.name}")
+}

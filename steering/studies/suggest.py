@@ -1,0 +1,286 @@
+"""An edit that makes wanted completions likelier than unwanted ones, within a budget of KL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Final
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+)
+
+from steering.errors import SteeringError
+from steering.request.accepted import accept
+from steering.request.shape import Number
+from steering.studies.body import StudyBody, parse_body
+from steering.studies.budget_search import MAX_TRIES as ALL_TRIES
+from steering.studies.calibrate import DEFAULT_BUDGET, BudgetBody
+from steering.studies.candidates import NUM_ATTRIBUTED, Intervention, candidates
+from steering.studies.contrast import texts_to_read
+from steering.studies.edit_search import MAX_FITS, MAX_TRIES, WEAKER, EditSearch, Priced
+from steering.studies.halves import Half, log_odds
+from steering.studies.neutral import neutral_texts
+from steering.studies.study import Context
+from steering.studies.texts import Texts
+from steering.vllm.reader import Text
+
+DEFAULT_MAX_EDITS: Final = 4
+MAX_EDITS: Final = 16
+#: Edits that are tried alone, and beside those that have been chosen, at most and at least.
+NUM_FIRST: Final = 16
+NUM_NEXT: Final = 6
+FEWEST: Final = 2
+#: Tokens of the neutral texts that are enough to compare edits by; the best is measured on all.
+ENOUGH_NEUTRAL: Final = 768
+
+_KL: Final = TypeAdapter(Annotated[Number, Field(gt=0)])
+
+
+def _budget(raw: Any) -> BudgetBody:
+    """A number stands for the KL itself."""
+    if isinstance(raw, int | float) and not isinstance(raw, bool):
+        return BudgetBody(value=_KL.validate_python(raw))
+    return BudgetBody.model_validate(raw)
+
+
+class Body(StudyBody):
+    """What is wanted and what is not."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringSuggestionRequest")
+
+    positive: Texts = Field(description="At least two, with completions: what is wanted.")
+    negative: Texts = Field(description="At least two, with completions: what is not.")
+    sae: StrictStr | None = Field(
+        default=None, description="Of whose features; may be left out when one SAE is loaded."
+    )
+    budget: (
+        Annotated[BudgetBody, PlainValidator(_budget, json_schema_input_type=BudgetBody)] | None
+    ) = Field(
+        default=None,
+        description="What the edit may cost on the neutral texts: a metric, which is kl, and a "
+        f"value (default {DEFAULT_BUDGET}), or that value alone.",
+    )
+    max_edits: Annotated[StrictInt, Field(ge=1, le=MAX_EDITS)] | None = Field(
+        default=None, description=f"Edits at most (default {DEFAULT_MAX_EDITS})."
+    )
+    neutral: Texts | None = Field(
+        default=None, description="What the budget is of; left out, a text of the project's."
+    )
+
+
+class BeforeAfter(BaseModel):
+    """Mean log P of the positive completions less that of the negative ones, a token."""
+
+    before: float
+    after: float
+
+
+class Tried(BaseModel):
+    """One edit at the budget."""
+
+    steering: dict[str, Any]
+    kl: float | None
+    fit: float | None = Field(description="As `fit.after` is, steered by it.")
+
+
+class Answer(BaseModel):
+    """The edit, null if none gains on the half that was held out."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringSuggestion")
+
+    steering: dict[str, Any] | None
+    fit: BeforeAfter
+    held_out: BeforeAfter
+    kl: float
+    tried: list[Tried]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a suggestion is made of, and how much of it is done.
+
+    Attributes:
+        fit: the texts that edits are chosen by.
+        held_out: the texts by which the best is judged.
+        neutral: the texts of the budget.
+        sample: those of them by which edits are compared.
+        paths: of the texts that are fitted on, in the body.
+        first: edits that are tried alone.
+        following: edits that are tried beside those that have been chosen.
+        attributed: features whose ablation is tried.
+        max_edits: edits in all.
+        budget: KL.
+    """
+
+    fit: Half
+    held_out: Half
+    neutral: Sequence[Text]
+    sample: Sequence[Text]
+    paths: Sequence[str]
+    first: int
+    following: int
+    attributed: int
+    max_edits: int
+    budget: float
+
+    @property
+    def tokens(self) -> int:
+        """Through the model at most."""
+        fit, sample, neutral = self.fit.length, _length(self.sample), _length(self.neutral)
+
+        def rounds(edits: int) -> int:
+            return MAX_TRIES * (edits + 1) * sample + MAX_FITS * edits * fit
+
+        last = 2 * ALL_TRIES * neutral + MAX_FITS * fit
+        weaker = (len(WEAKER) + 1) * neutral + len(WEAKER) * fit
+        reads = (3 + self.attributed) * fit
+        more = (self.max_edits - 1) * rounds(self.following)
+        return reads + rounds(self.first) + more + last + weaker + 2 * self.held_out.length
+
+
+async def suggest(context: Context, body: object) -> dict[str, Any]:
+    """POST /v1/steering/suggest.
+
+    Args:
+        context: this study's own.
+        body: the JSON value of the body.
+
+    Raises:
+        SteeringError: with the code and the path of what is wrong.
+    """
+    asked = parse_body(Body, body)
+    sae = _sae(context, asked.sae)
+    plan = await _plan(context, asked)
+    (before,) = await log_odds(context, plan.fit, [None])
+    found = await candidates(context, sae, plan.fit, plan.paths, plan.first, plan.attributed)
+    best, tried = await _chosen(context, plan, found, before)
+    edits = [None] if best is None else [None, accept(best.steering, context.catalog)]
+    held_before, *held_after = await log_odds(context, plan.held_out, edits)
+    if best is None or not held_after[0] > held_before:
+        best, held_after = None, [held_before]
+    return {
+        "steering": None if best is None else best.steering,
+        "fit": {"before": before, "after": before if best is None else best.odds},
+        "held_out": {"before": held_before, "after": held_after[0]},
+        "kl": 0.0 if best is None else best.kl,
+        "tried": [one.to_json() for one in tried],
+    }
+
+
+async def _chosen(
+    context: Context, plan: _Plan, found: Sequence[Intervention], before: float
+) -> tuple[Priced | None, list[Priced]]:
+    """The best edit on the half that is fitted on, None if none gains; and all that were tried."""
+    search = EditSearch(context, plan.fit, plan.sample, plan.budget)
+    alone = [one for one in await search.price([[one] for one in found]) if one is not None]
+    alone.sort(key=lambda one: -one.odds)
+    tried = list(alone)
+    best = alone[0] if alone and alone[0].odds > before else None
+    while best is not None and len(best.steering["interventions"]) < plan.max_edits:
+        beside = [one for one in alone if not _shares_a_feature(one, best)][: plan.following]
+        joint = await search.price([[*_edits(best), *_edits(one)] for one in beside])
+        gained = [one for one in joint if one is not None]
+        tried += gained
+        following = max(gained, key=lambda one: one.odds, default=None)
+        if following is None or not following.odds > best.odds:
+            break
+        best = following
+    if best is None:
+        return None, tried
+    # What has been chosen by a part of the neutral texts is made to meet the budget on all.
+    search = EditSearch(context, plan.fit, plan.neutral, plan.budget)
+    (exact,) = await search.price([_edits(best)], ALL_TRIES)
+    if exact is None:
+        return None, tried
+    exact = await search.weaker(exact)
+    tried.append(exact)
+    return (exact if exact.odds > before else None), tried
+
+
+def _edits(priced: Priced) -> list[Intervention]:
+    edits: list[Intervention] = priced.steering["interventions"]
+    return edits
+
+
+def _shares_a_feature(one: Priced, other: Priced) -> bool:
+    features = {edit["feature"] for edit in _edits(other)}
+    return any(edit["feature"] in features for edit in _edits(one))
+
+
+def _sae(context: Context, name: str | None) -> str:
+    names = context.catalog.names
+    if name is None and len(names) > 1:
+        raise SteeringError(
+            "sae_required", f"{len(names)} SAEs are loaded, name one: {', '.join(names)}", "sae"
+        )
+    if name is None:
+        return names[0]
+    if name not in names:
+        raise SteeringError(
+            "unknown_sae", f"no SAE {name[:80]!r} is loaded, only {', '.join(names)}", "sae"
+        )
+    return name
+
+
+async def _plan(context: Context, body: Body) -> _Plan:
+    """What is tried: as much as the limit of tokens allows. Raises SteeringError if too little."""
+    sides = {}
+    for name in ("positive", "negative"):
+        given = getattr(body, name)
+        if len(given) < 2:
+            raise SteeringError(
+                "invalid_value", f"{name} needs at least 2 texts: one half is held out", name
+            )
+        sides[name] = await texts_to_read(context, name, given, "completion")
+    if body.neutral is None:
+        neutral = await neutral_texts(context)
+    else:
+        neutral = [await context.tokens(t, f"neutral[{i}]") for i, t in enumerate(body.neutral)]
+        for i, text in enumerate(neutral):
+            if len(text.prompt) == 1 and not text.completion:
+                raise SteeringError(
+                    "invalid_value", "a text of one token has nothing to score", f"neutral[{i}]"
+                )
+    fit, held_out = (Half.of(sides["positive"], sides["negative"], first) for first in (0, 1))
+    paths = [f"{name}[{i}]" for name, side in sides.items() for i in range(0, len(side), 2)]
+    max_edits = body.max_edits or DEFAULT_MAX_EDITS
+
+    def plan(first: int) -> _Plan:
+        share = first / NUM_FIRST
+        return _Plan(
+            *(fit, held_out, neutral, _sample(neutral), paths),
+            first=first,
+            following=max(FEWEST, round(NUM_NEXT * share)),
+            attributed=max(FEWEST, round(NUM_ATTRIBUTED * share)),
+            max_edits=max_edits,
+            budget=_value(body.budget),
+        )
+
+    affordable = (plan(first) for first in range(NUM_FIRST, FEWEST, -1))
+    chosen = next((one for one in affordable if one.tokens <= context.max_tokens), plan(FEWEST))
+    context.charge(chosen.tokens)
+    return chosen
+
+
+def _value(budget: BudgetBody | None) -> float:
+    if budget is None:
+        return DEFAULT_BUDGET
+    if budget.metric == "nll":
+        raise SteeringError("invalid_value", "suggest has a budget of kl alone", "budget.metric")
+    return budget.value or DEFAULT_BUDGET
+
+
+def _sample(neutral: Sequence[Text]) -> list[Text]:
+    """Every n-th text, so that there are about `ENOUGH_NEUTRAL` tokens."""
+    return list(neutral[:: max(1, round(_length(neutral) / ENOUGH_NEUTRAL))])
+
+
+def _length(texts: Sequence[Text]) -> int:
+    return sum(len(text.prompt) + len(text.completion) for text in texts)

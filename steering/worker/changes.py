@@ -1,0 +1,140 @@
+"""What became of an SAE's features between two runs of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.sae import SAE
+from steering.worker.kept_streams import KeptStream, counterparts
+
+#: Elements of one array of activations; a block has some six of them at a time.
+_BLOCK_ELEMENTS: Final = 2**22
+
+
+@torch.inference_mode()
+def compare(
+    unsteered: KeptStream,
+    steered: KeptStream,
+    sae: SAE,
+    start: int,
+    stop: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Encode both streams and compare what is read, in blocks of tokens.
+
+    A token whose stream in the unsteered run is a sink's takes no part.
+
+    Args:
+        unsteered: of every token of the other one.
+        steered: of the tokens that are compared.
+        sae: the SAE, its matrices where they are needed.
+        start: the first of the steered run's kept tokens that this is about.
+        stop: one past the last.
+        device: where to compute.
+
+    Returns:
+        ``unmatched``, tokens that the unsteered run does not have; ``tokens`` that were compared;
+        ``latents`` ``[m]`` int32, those that fire in either run; ``before`` and ``after`` ``[m]``
+        float64, sums of activations, as bytes; of the latents that are not edited ``newly_active``
+        and ``silenced``, counts, and ``others``, the squared norm of their change; ``asked``, that
+        of the change asked for; ``stream`` and ``unexplained``, squared norms of the stream's
+        change and of what the features' does not explain of it, None for an SAE that does not
+        write where it reads.
+    """
+    where = counterparts(unsteered, steered)
+    here = np.arange(min(start, len(where)), min(stop, len(where)))
+    matched = here[where[here] >= 0]
+    found = _Sums(sae, steered.edited, device)
+    size = max(1, _BLOCK_ELEMENTS // sae.card.d_sae)
+    for first in range(0, len(matched), size):
+        block = matched[first : first + size]
+        found.add(
+            torch.from_numpy(unsteered.x[where[block]]).to(device),
+            torch.from_numpy(steered.x[block]).to(device),
+            torch.from_numpy(steered.asked[block]).to(device),
+        )
+    return {"unmatched": len(here) - len(matched), **found.summary()}
+
+
+class _Sums:
+    """Figures over blocks of tokens; float64 on the device."""
+
+    def __init__(self, sae: SAE, edited: Sequence[int], device: torch.device) -> None:
+        self._sae = sae
+        self._edited = torch.tensor(sorted(set(edited)), dtype=torch.int64, device=device)
+        self._tokens = 0
+        d_sae = sae.card.d_sae
+        self._before, self._after = torch.zeros(2, d_sae, dtype=torch.float64, device=device)
+        self._newly_active, self._silenced = torch.zeros(2, dtype=torch.int64, device=device)
+        self._others, self._asked, self._stream, self._unexplained = torch.zeros(
+            4, dtype=torch.float64, device=device
+        )
+
+    def add(self, x: Tensor, x_new: Tensor, asked: Tensor) -> None:
+        """Add tokens: streams ``[n, d_in]`` of the two runs, ``[n]`` changes asked for, squared."""
+        sink_norm = self._sae.card.sink_norm
+        if sink_norm is not None:
+            kept = ~(torch.linalg.vector_norm(x, dim=1) > sink_norm)
+            x, x_new, asked = x[kept], x_new[kept], asked[kept]
+        self._tokens += len(x)
+        f, f_new = (_finite(self._sae.encode(stream)) for stream in (x, x_new))
+        self._before += f.sum(dim=0, dtype=torch.float64)
+        self._after += f_new.sum(dim=0, dtype=torch.float64)
+        self._asked += asked.sum(dtype=torch.float64)
+        change = f_new - f
+        if _writes_where_it_reads(self._sae):
+            of_stream = x_new - x
+            self._stream += _square(of_stream)
+            self._unexplained += _square(of_stream - self._decoded(change, f, f_new, x, x_new))
+        fires, fires_new = f > 0, f_new > 0
+        for of_edited, nothing in ((change, 0.0), (fires, False), (fires_new, False)):
+            of_edited[:, self._edited] = nothing
+        self._others += _square(change)
+        self._newly_active += (fires_new & ~fires).sum()
+        self._silenced += (fires & ~fires_new).sum()
+
+    def _decoded(
+        self, change: Tensor, f: Tensor, f_new: Tensor, x: Tensor, x_new: Tensor
+    ) -> Tensor:
+        """The change of the reconstruction: of the features alone where the decoder is linear."""
+        sae = self._sae
+        if sae.card.normalize_activations == "none":
+            return sae.decode(change, x_new - x) - sae.b_dec.to(x.device)
+        return sae.decode(f_new, x_new) - sae.decode(f, x)
+
+    def summary(self) -> dict[str, Any]:
+        touched = ((self._before != 0) | (self._after != 0)).nonzero().squeeze(1)
+        latents, before, after = (
+            column.cpu().numpy().tobytes()
+            for column in (touched.int(), self._before[touched], self._after[touched])
+        )
+        linear = _writes_where_it_reads(self._sae)
+        return {
+            "tokens": self._tokens,
+            "latents": latents,
+            "before": before,
+            "after": after,
+            "newly_active": int(self._newly_active),
+            "silenced": int(self._silenced),
+            "others": float(self._others),
+            "asked": float(self._asked),
+            "stream": float(self._stream) if linear else None,
+            "unexplained": float(self._unexplained) if linear else None,
+        }
+
+
+def _writes_where_it_reads(sae: SAE) -> bool:
+    return sae.card.writes == (sae.card.reads,)
+
+
+def _finite(f: Tensor) -> Tensor:
+    return torch.where(f.isfinite(), f, 0.0)
+
+
+def _square(values: Tensor) -> Tensor:
+    return values.double().square().sum()

@@ -1,0 +1,102 @@
+"""The stream where an SAE reads it, of one run of a text: kept to be compared with another's.
+
+Streams lie in the host's memory: they go there by the copies that every pass makes for its records.
+A study names each run by a key of its own, and releases it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from sae.arrays import BoolArray, FloatArray, IntArray
+from steering.worker.rows_by_position import RowsByPosition
+
+
+class KeptStream(NamedTuple):
+    """The stream at one SAE, of the tokens that take part.
+
+    Attributes:
+        offset: ``[n]`` int64 ascending, positions less the prompt's length: texts whose prompts
+            differ have their completion's tokens in common.
+        x: ``[n, d_in]`` float32, behind the edits of the hook point.
+        asked: ``[n]`` float32, the squared changes that this SAE's edits ask for, summed over them.
+        edited: latents of this SAE that the run edits.
+    """
+
+    offset: IntArray
+    x: FloatArray
+    asked: FloatArray
+    edited: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return self.offset.nbytes + self.x.nbytes + self.asked.nbytes
+
+
+class StreamRows:
+    """The stream of a request that runs, as its passes leave it behind."""
+
+    def __init__(self, prompt_len: int, edited: tuple[int, ...] = ()) -> None:
+        self._prompt_len = prompt_len
+        self._edited = edited
+        self._rows = RowsByPosition()
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return self._rows.nbytes
+
+    def put(
+        self, positions: IntArray, covered: BoolArray, x: FloatArray, asked: FloatArray
+    ) -> None:
+        """Add tokens of a pass; see `KeptStream`, ``covered`` are those that take part."""
+        self._rows.put(positions[covered], x[covered], asked[covered])
+
+    def below(self, limit: int) -> KeptStream | None:
+        """Positions below ``limit``; None if there are none."""
+        positions, columns = self._rows.latest()
+        counted = positions < limit
+        if not counted.any():
+            return None
+        x, asked = (column[counted] for column in columns)
+        return KeptStream(positions[counted] - self._prompt_len, x, asked, self._edited)
+
+
+class KeptStreams:
+    """Streams by the key of their run and the index of the SAE, until the key is released."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[int, KeptStream]] = {}
+
+    def keep(self, key: str, sae: int, stream: KeptStream) -> None:
+        """Keep a stream; it replaces what was kept there."""
+        self._kept.setdefault(key, {})[sae] = stream
+
+    def get(self, key: str, sae: int) -> KeptStream | None:
+        """What was kept; None if nothing is, or if it was released."""
+        return self._kept.get(key, {}).get(sae)
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Forget what is kept under these keys, if anything is."""
+        for key in keys:
+            self._kept.pop(key, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return sum(stream.nbytes for saes in self._kept.values() for stream in saes.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def counterparts(unsteered: KeptStream, steered: KeptStream) -> IntArray:
+    """``[n]`` where the steered run's tokens are in the unsteered one's; -1 for those not there."""
+    where = np.searchsorted(unsteered.offset, steered.offset)
+    # One past the last is nowhere: the last stands in for it, and is another token.
+    nearest = np.minimum(where, len(unsteered.offset) - 1)
+    return np.where(unsteered.offset[nearest] == steered.offset, nearest, -1)

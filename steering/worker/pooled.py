@@ -1,0 +1,108 @@
+"""Every latent's activations over one text, summed up on the device as its passes go by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steering.request.probe_plan import PlannedPool
+from steering.worker.rows_by_position import RowsByPosition
+
+#: Device memory of a latent: total, count, and the pooled value.
+_BYTES_A_LATENT = 8 + 4 + 4
+
+
+class Pooled:
+    """What a `PlannedPool` asks for.
+
+    A position counts when it is first observed, so that one which is computed again counts once.
+    Activations that are not finite take no part.
+
+    Args:
+        planned: what is asked for.
+        d_sae: latents of the SAE.
+        device: where activations are.
+    """
+
+    def __init__(self, planned: PlannedPool, d_sae: int, device: torch.device | str) -> None:
+        self._pool = planned.pool
+        self._total = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self._count = torch.zeros(d_sae, dtype=torch.int32, device=device)
+        # The largest activation, or that of the last token; not kept for a mean.
+        start = -torch.inf if planned.pool == "max" else 0.0
+        self._pooled = torch.full((d_sae,), start, dtype=torch.float32, device=device)
+        self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._counted_to = torch.zeros((), dtype=torch.int64, device=device)
+        self._peaks: list[tuple[Tensor, Tensor, Tensor]] | None = [] if planned.peaks else None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, on the device."""
+        return len(self._total) * _BYTES_A_LATENT
+
+    def observe(self, position: Tensor, covered: Tensor, f: Tensor, scale: Tensor | None) -> None:
+        """Add tokens of a pass.
+
+        Args:
+            position: ``[n]`` int64.
+            covered: ``[n]`` bool.
+            f: ``[n, d_sae]`` float32 activations.
+            scale: ``[n]`` float32, what activations are multiplied by in the sum; None for one.
+        """
+        fresh = covered & (position >= self._counted_to)
+        counts = fresh[:, None] & f.isfinite()
+        f = torch.where(counts, f, 0.0)
+        scaled = f if scale is None else f * scale[:, None]
+        self._total += scaled.sum(dim=0, dtype=torch.float64)
+        self._count += (f > 0).sum(dim=0, dtype=torch.int32)
+        if self._pool == "max":
+            largest = torch.where(counts, f, -torch.inf).amax(dim=0)
+            torch.maximum(self._pooled, largest, out=self._pooled)
+        elif self._pool == "last":
+            last = torch.where(fresh, position, -1).argmax()
+            self._pooled = torch.where(fresh.any(), f[last], self._pooled)
+        if self._peaks is not None:
+            self._peaks.append((position, fresh, f.amax(dim=1)))
+        self._num_tokens += fresh.sum()
+        self._counted_to = torch.maximum(
+            self._counted_to, torch.where(covered, position + 1, 0).amax()
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Of the latents that were ever anything but zero, as bytes; the others are zero.
+
+        Returns:
+            ``tokens``, how many took part; ``latents`` ``[m]`` int32; ``total`` ``[m]`` float64;
+            ``count`` ``[m]`` int32; ``pooled`` ``[m]`` float32, None for a mean; ``peaks``,
+            positions int64 and values float32, None if they were not asked for.
+        """
+        touched = ((self._total != 0) | (self._count != 0)).nonzero().squeeze(1)
+        pooled = self._pooled[touched]
+        # Of a latent that is finite nowhere nothing is known.
+        pooled = torch.where(pooled.isfinite(), pooled, 0.0)
+        return {
+            "tokens": int(self._num_tokens),
+            "latents": _bytes(touched.int()),
+            "total": _bytes(self._total[touched]),
+            "count": _bytes(self._count[touched]),
+            "pooled": None if self._pool == "mean" else _bytes(pooled),
+            "peaks": self._peaks_by_position(),
+        }
+
+    def _peaks_by_position(self) -> list[bytes] | None:
+        if self._peaks is None:
+            return None
+        rows = RowsByPosition()
+        for position, fresh, peak in self._peaks:
+            taken = fresh.cpu().numpy()
+            rows.put(position.cpu().numpy()[taken], peak.cpu().numpy()[taken])
+        positions, columns = rows.latest()
+        values = columns[0] if columns else np.empty(0, dtype=np.float32)
+        return [positions.astype(np.int64).tobytes(), values.astype(np.float32).tobytes()]
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.cpu().numpy().tobytes()

@@ -1,0 +1,173 @@
+"""The tokens of a pass that a study's probes look at, and what is taken of them.
+
+Indices are named as in `batch_parts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.arrays import IntArray
+from sae.sae import SAE
+from steering.request.plan import (
+    COVERS_GENERATION,
+    COVERS_PROMPT,
+    COVERS_SPECIAL,
+    PlannedEdit,
+)
+from steering.request.probe_plan import PlannedCapture, PlannedPool, Window
+from steering.worker.ops import batched
+from steering.worker.ops.batched import Stream
+from steering.worker.ops.buffers import Buffers
+from steering.worker.pass_reports import PassReports
+from steering.worker.record import RequestRecord
+
+
+@dataclass(frozen=True)
+class PooledTokens:
+    """One request's tokens in a full encode, whose activations are summed up.
+
+    Attributes:
+        record: where they are.
+        probe: which of the plan's probes asks for it.
+        in_encode: ``[r]`` int64, or a slice.
+        in_part: ``[r]`` int64, or a slice.
+    """
+
+    record: RequestRecord
+    probe: int
+    planned: PlannedPool
+    in_encode: slice | Tensor
+    in_part: slice | Tensor
+
+    def observe(self, stream: Stream, f_all: Tensor, sae: SAE) -> None:
+        """Sum up what the whole encode ``[m, d_sae]`` of the part's stream says."""
+        here = self.in_part
+        covered = _covered(
+            self.planned.windows,
+            stream.position[here],
+            stream.special[here],
+            self.record.plan.prompt_len,
+        )
+        sink_norm = sae.card.sink_norm
+        if sink_norm is not None:
+            covered &= ~(stream.norm[here] > sink_norm)
+        scale = None
+        if self.planned.scaled and sae.card.normalize_activations != "none":
+            _, scale = sae.normalise(stream.x[here])
+        f = f_all[self.in_encode]
+        pooled = self.record.pooled(self.probe, f.shape[1], f.device)
+        pooled.observe(stream.position[here], covered, f, scale)
+
+
+@dataclass(frozen=True)
+class CapturedTokens:
+    """One request's tokens, whose stream is kept.
+
+    Attributes:
+        record: where it goes.
+        probe: which of the plan's probes asks for it.
+        in_batch: ``[r]`` int64.
+        in_part: ``[r]`` int64, or a slice.
+        columns: ``[k]`` int64, the entries of the part that are edits of the same SAE.
+    """
+
+    record: RequestRecord
+    probe: int
+    planned: PlannedCapture
+    in_batch: Tensor
+    in_part: slice | Tensor
+    columns: Tensor
+
+    def keep(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        asked: Tensor | None,
+        buffers: Buffers,
+        reports: PassReports,
+    ) -> None:
+        """Start copying the stream as the edits left it.
+
+        Args:
+            hidden_states: ``[num_tokens, d_in]`` model dtype.
+            residual: the same shape, or None.
+            asked: ``[n, e]`` float32, the change that the part's edits ask for; None without edits.
+            buffers: of the hook point.
+            reports: where copies go.
+        """
+        stream = batched.gather_stream(hidden_states, residual, self.in_batch, buffers)
+        covered = _covered(
+            self.planned.windows, stream.position, stream.special, self.record.plan.prompt_len
+        )
+        square = stream.x.new_zeros(len(stream.x))
+        if asked is not None and len(self.columns):
+            square = asked[self.in_part][:, self.columns].square().sum(dim=1)
+        reports.copy(
+            RequestRecord.put_stream,
+            np.full(len(square), self.record.number),
+            stream.position,
+            torch.full_like(stream.position, self.probe),
+            covered,
+            stream.x,
+            square,
+        )
+
+
+def pooled_tokens(
+    record: RequestRecord,
+    probe: int,
+    planned: PlannedPool,
+    in_encode: IntArray,
+    in_part: IntArray,
+    device: torch.device,
+) -> PooledTokens:
+    """Lay out one request's tokens: ``[r]`` each."""
+    return PooledTokens(record, probe, planned, _index(in_encode, device), _index(in_part, device))
+
+
+def captured_tokens(
+    record: RequestRecord,
+    probe: int,
+    planned: PlannedCapture,
+    edits: Sequence[tuple[int, PlannedEdit]],
+    in_batch: IntArray,
+    in_part: IntArray,
+    device: torch.device,
+) -> CapturedTokens:
+    """Lay out one request's tokens: ``[r]`` each; ``edits`` are its own here, by column."""
+    columns = [column for column, (_, edit) in enumerate(edits) if edit.sae == planned.sae]
+    return CapturedTokens(
+        record,
+        probe,
+        planned,
+        torch.from_numpy(in_batch.astype(np.int64)).to(device),
+        _index(in_part, device),
+        torch.tensor(columns, dtype=torch.int64, device=device),
+    )
+
+
+def _covered(
+    windows: Sequence[Window], position: Tensor, special: Tensor, prompt_len: int
+) -> Tensor:
+    """``[n]`` bool: some window covers the token, sinks apart."""
+    covered = torch.zeros_like(special)
+    for coverage, start, end in windows:
+        low = start if coverage & COVERS_PROMPT else max(start, prompt_len)
+        high = end if coverage & COVERS_GENERATION else min(end, prompt_len)
+        here = (position >= low) & (position < high)
+        covered |= here if coverage & COVERS_SPECIAL else here & ~special
+    return covered
+
+
+def _index(index: IntArray, device: torch.device) -> slice | Tensor:
+    """A slice where the indices are neighbours, so that nothing is copied."""
+    first, last = int(index[0]), int(index[-1])
+    if last - first + 1 == len(index):
+        return slice(first, last + 1)
+    return torch.from_numpy(index.astype(np.int64)).to(device)

@@ -1,0 +1,88 @@
+"""What a worker finds out for studies: sums over a text, and what became of features between runs.
+
+A run whose streams are to be compared leaves them here when its results are fetched. Which run is
+done first makes no difference; whoever wants them compared asks when both are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from steering.request.probe_plan import PlannedCapture
+from steering.worker.changes import compare
+from steering.worker.kept_streams import KeptStreams
+from steering.worker.record import RequestRecord
+from steering.worker.residency import Residency
+
+
+class StudyProbes:
+    """The results of requests with probes.
+
+    Args:
+        residency: the SAEs that are read on this worker's layers.
+        owned: their indices.
+        device: where the model runs.
+    """
+
+    def __init__(self, residency: Residency, owned: Collection[int], device: torch.device) -> None:
+        self._residency = residency
+        self._owned = owned
+        self._device = device
+        self.kept = KeptStreams()
+
+    def results(self, record: RequestRecord, limit: int) -> list[dict[str, Any] | None] | None:
+        """What came of each of a request's probes, in plain types.
+
+        Args:
+            record: the request's, with all that its passes found.
+            limit: as `RequestRecord.summary` takes it; 0 from whoever wants it forgotten.
+
+        Returns:
+            None if it has no probes. Of each `Pooled.summary`, or ``kept``, the tokens whose stream
+            is kept; None where another stage holds the layer, or if no token came.
+        """
+        if not record.plan.probes or not limit:
+            return None
+        return [
+            self._result(record, i, limit) if probe.sae in self._owned else None
+            for i, probe in enumerate(record.plan.probes)
+        ]
+
+    def _result(self, record: RequestRecord, probe: int, limit: int) -> dict[str, Any] | None:
+        planned = record.plan.probes[probe]
+        if not isinstance(planned, PlannedCapture):
+            pooled = record.pools.get(probe)
+            return None if pooled is None else pooled.summary()
+        stream = record.streams[probe].below(limit)
+        if stream is None:
+            return None
+        self.kept.keep(planned.key, planned.sae, stream)
+        return {"kept": len(stream.offset)}
+
+    def compare(
+        self, unsteered: str, steered: str, saes: Sequence[int], start: int, stop: int
+    ) -> list[dict[str, Any] | None]:
+        """Compare two runs' features, in plain types.
+
+        Args:
+            unsteered: key of the run to compare with.
+            steered: key of the other.
+            saes: indices of the SAEs.
+            start: the first of the steered run's kept tokens that this is about.
+            stop: one past the last.
+
+        Returns:
+            Of each SAE what `changes.compare` says; None where nothing is kept of either run.
+        """
+        found: list[dict[str, Any] | None] = []
+        for sae in saes:
+            streams = self.kept.get(unsteered, sae), self.kept.get(steered, sae)
+            if streams[0] is None or streams[1] is None:
+                found.append(None)
+                continue
+            whole = self._residency.whole(sae)
+            found.append(compare(streams[0], streams[1], whole, start, stop, self._device))
+        return found
