@@ -13,7 +13,7 @@ from typing import Final, Self
 from steering.report import Report
 from steering.request.accepted import Accepted
 from steering.request.catalog import Prepared
-from steering.request.keep import FINAL, Keep
+from steering.request.keep import Keep
 from steering.request.positions import Positions
 from steering.request.spec import SteeringSpec
 from steering.studies.study import Reader
@@ -39,7 +39,6 @@ class KeptRun:
         rows: how many are.
         last_enters: see `Run.of`.
         engine: which of the reader's engines runs it: only runs of one can be compared.
-        places: see `Keep`.
         key: names what is kept.
         report: of its edits, once it has run; None if it has none, or did not ask.
     """
@@ -50,7 +49,6 @@ class KeptRun:
     rows: int
     last_enters: bool
     engine: int = 0
-    places: tuple[str, ...] = (FINAL,)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     report: Report | None = None
 
@@ -59,7 +57,7 @@ class KeptRun:
         accepted = self.accepted
         if accepted is None or not (accepted.spec.edits or accepted.spec.read or accepted.probes):
             accepted = UNSTEERED
-        keep = Keep(self.key, self.start, self.start + self.rows, self.places)
+        keep = Keep(self.key, self.start, self.start + self.rows)
         run = Run.of(
             self.text,
             replace(accepted, keep=keep),

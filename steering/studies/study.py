@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from steering.errors import SteeringError
+from steering.errors import ErrorCode, SteeringError
 from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
 from steering.request.limits import MAX_INTERVENTIONS
+from steering.request.shape_errors import shown
 from steering.request.spec import nothing_loaded
 from steering.studies.progress import Progress
 from steering.studies.texts import TextBody, Tokens, check_text, within
@@ -168,6 +169,25 @@ class Context:
             return Accepted(spec, await self.catalog.prepare(spec))
         except SteeringError as error:
             raise SteeringError(error.code, error.message, _moved(error.param, path)) from None
+
+    def sae(self, name: str | None, path: str) -> str:
+        """The SAE that an object of the body names; the only one if it names none.
+
+        Args:
+            name: as it came.
+            path: of the object in the body.
+
+        Raises:
+            SteeringError: ``unknown_sae``, or ``sae_required`` if several are loaded.
+        """
+        loaded = self.catalog.names
+        if name is None and len(loaded) == 1:
+            return loaded[0]
+        if name not in loaded:
+            code: ErrorCode = "sae_required" if name is None else "unknown_sae"
+            said = "name one" if name is None else f"no SAE {shown(name)} is loaded"
+            raise SteeringError(code, f"{said}; there are {', '.join(loaded)}", f"{path}.sae")
+        return name
 
     def charge(self, tokens: int, param: str | None = None) -> None:
         """Reckon with so many further tokens through the model; all of them before anything runs.

@@ -6,7 +6,6 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from steering.request.keep import FINAL
 from steering.request.plan import SteeringPlan
 from steering.vllm import pass_outputs
 from steering.vllm.door import child_index, plan_of
@@ -56,7 +55,7 @@ def attach(runner: Any, state: SteeringState) -> None:
             # Beside what a draft model needs; not the last pipeline stage's if it is no tensor.
             hidden_states = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden_states, Tensor):
-                state.captures.put(FINAL, hidden_states)
+                state.captures.put(hidden_states)
             return output
         finally:
             state.end_step()

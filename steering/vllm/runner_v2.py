@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from steering.request.keep import FINAL
 from steering.vllm import pass_outputs
 from steering.vllm.door import child_index, plan_of
 from steering.vllm.pass_positions import FirstPositions
@@ -65,7 +64,7 @@ def attach(runner: Any, state: SteeringState) -> None:
             output = execute_model(scheduler_output, *args, **kwargs)
             made = runner.execute_model_state
             if made is not None and made.hidden_states is not None:
-                state.captures.put(FINAL, made.hidden_states)
+                state.captures.put(made.hidden_states)
             return output
         finally:
             # Dummy passes that follow must find nothing to steer.

@@ -21,7 +21,6 @@ from sae.card import HookPoint
 from sae.errors import SAEError
 from sae.sae import open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
-from steering.request.keep import FINAL
 from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
 from steering.vllm.finite_logits import keep_logits_finite
@@ -211,7 +210,7 @@ class SteeringWorker(PlatformWorker):
 
     def _kept(self, key: str, start: int, stop: int) -> Tensor | None:
         assert self.steering is not None
-        kept = self.steering.captures.rows(key, FINAL)
+        kept = self.steering.captures.rows(key)
         return None if kept is None else kept[start:stop]
 
     @property

@@ -1,4 +1,4 @@
-"""Streams that are kept of a study's texts until they are compared.
+"""Final hidden states that are kept of a study's texts until they are compared.
 
 They lie on the host, so that no study takes memory from the KV cache: pinned beside an accelerator,
 to which copies go on the compute stream. A copy back on that stream finds what the pass wrote, and
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.arrays import BoolArray, IntArray
+from sae.arrays import IntArray
 from steering.request.keep import Keep
 
 #: Host memory of an empty capture, roughly.
@@ -22,43 +22,39 @@ _EMPTY_BYTES: Final = 512
 
 
 class Capture:
-    """One run's streams at some places, by position.
-
-    A position that is computed again, after a preemption, say, replaces itself.
-    """
+    """One run's final hidden states by position; one that is computed again replaces itself."""
 
     def __init__(self, keep: Keep) -> None:
         self.keep = keep
-        self._rows: dict[str, Tensor] = {}
-        self._filled: dict[str, BoolArray] = {
-            place: np.zeros(keep.stop - keep.start, dtype=np.bool_) for place in keep.places
-        }
+        self._rows: Tensor | None = None
+        self._filled = np.zeros(keep.stop - keep.start, dtype=np.bool_)
 
-    def put(self, place: str, start: int, stream: Tensor) -> None:
+    def put(self, start: int, hidden_states: Tensor) -> None:
         """Keep rows of consecutive positions.
 
         Args:
-            place: where they come from.
             start: position of the first, within the keep's.
-            stream: ``[n, d]`` on the model's device; copied on its stream.
+            hidden_states: ``[n, d]`` on the model's device; copied on its stream.
         """
-        length, where = len(self._filled[place]), start - self.keep.start
-        rows = self._rows.get(place)
-        if rows is None:
-            rows = self._rows[place] = torch.empty(
-                *(length, stream.shape[1]), dtype=stream.dtype, pin_memory=stream.is_cuda
+        if self._rows is None:
+            self._rows = torch.empty(
+                *(len(self._filled), hidden_states.shape[1]),
+                dtype=hidden_states.dtype,
+                pin_memory=hidden_states.is_cuda,
             )
-        rows[where : where + len(stream)].copy_(stream, non_blocking=True)
-        self._filled[place][where : where + len(stream)] = True
+        where = slice(start - self.keep.start, start - self.keep.start + len(hidden_states))
+        self._rows[where].copy_(hidden_states, non_blocking=True)
+        self._filled[where] = True
 
-    def rows(self, place: str) -> Tensor | None:
+    @property
+    def rows(self) -> Tensor | None:
         """``[n, d]`` on the host, in the model's dtype; None while a position is missing."""
-        return self._rows[place] if self._filled[place].all() else None
+        return self._rows if self._filled.all() else None
 
     @property
     def nbytes(self) -> int:
         """Memory held, roughly."""
-        return _EMPTY_BYTES + sum(rows.nbytes for rows in self._rows.values())
+        return _EMPTY_BYTES + (0 if self._rows is None else self._rows.nbytes)
 
 
 class Captures:
@@ -106,25 +102,23 @@ class Captures:
                 rows = slice(start + low - first, start + high - first)
                 self._in_pass.append((capture, low, rows))
 
-    def put(self, place: str, stream: Tensor) -> None:
-        """Keep the pass's rows of whoever asked for this place.
+    def put(self, hidden_states: Tensor) -> None:
+        """Keep the pass's rows of whoever asked for them.
 
         Args:
-            place: see `Keep`.
-            stream: ``[>= num_tokens, d]`` in the batch's order.
+            hidden_states: ``[>= num_tokens, d]`` in the batch's order.
         """
         for capture, start, rows in self._in_pass:
-            if place in capture.keep.places:
-                capture.put(place, start, stream[rows])
+            capture.put(start, hidden_states[rows])
 
     def end(self) -> None:
         """The forward pass is over."""
         self._in_pass = []
 
-    def rows(self, key: str, place: str) -> Tensor | None:
+    def rows(self, key: str) -> Tensor | None:
         """What is kept under a key, see `Capture.rows`; None if nothing is."""
         capture = self._kept.get(key)
-        return None if capture is None else capture.rows(place)
+        return None if capture is None else capture.rows
 
     def forget(self, keys: Iterable[str]) -> None:
         """Forget what was kept under these keys, and what requests that still run would add."""

@@ -65,7 +65,8 @@ class Pooled:
             last = torch.where(fresh, position, -1).argmax()
             self._pooled = torch.where(fresh.any(), f[last], self._pooled)
         if self._peaks is not None:
-            self._peaks.append((position, fresh, f.amax(dim=1)))
+            # Positions may be a view of the runner's buffer.
+            self._peaks.append((position.clone(), fresh, f.amax(dim=1)))
         self._num_tokens += fresh.sum()
         self._counted_to = torch.maximum(
             self._counted_to, torch.where(covered, position + 1, 0).amax()

@@ -1,0 +1,186 @@
+"""What edits, or a system message in their place, do to texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sae.numbers import finite
+from steering.studies.body import parse_body
+from steering.studies.cases import Case, Configuration, cases_of, charge, configurations_of
+from steering.studies.changes import Steered, changes, covered_by
+from steering.studies.evaluate_body import DEFAULT_MAX_TOKENS, DEFAULT_TOP_K, Body
+from steering.studies.evaluation import Answer as Answer
+from steering.studies.evaluation import Evaluated
+from steering.studies.scoring import Comparison, Scorer, Side
+from steering.studies.study import Context
+from steering.vllm.reader import Run, Text
+
+
+async def evaluate(context: Context, body: object) -> dict[str, Any]:
+    """POST /v1/steering/evaluate.
+
+    Args:
+        context: this study's own.
+        body: the JSON value of the body.
+
+    Raises:
+        SteeringError: with the code and the path of what is wrong.
+    """
+    asked = parse_body(Body, body)
+    configurations = await configurations_of(context, asked)
+    saes = await _saes(context, asked)
+    max_tokens = asked.max_tokens or DEFAULT_MAX_TOKENS
+    cases = await cases_of(context, asked, configurations, max_tokens)
+    charge(context, cases, configurations, max_tokens, bool(saes))
+    found = [
+        Evaluated(one.name, alone=[] if asked.interactions and one.system is None else None)
+        for one in configurations
+    ]
+    _expect(context, cases, configurations, bool(saes))
+    cases = await _answered(context, cases, configurations, max_tokens, found)
+    noise = await _compare(context, cases, configurations, found)
+    if saes:
+        await _read(
+            context, cases, configurations, list(dict.fromkeys(name for name, _ in saes)), found
+        )
+    decode = context.vocabulary.decode if asked.detail else None
+    return {
+        "object": "steering.evaluation",
+        "noise": {"kl": noise},
+        "configurations": [
+            one.to_json(len(asked.texts), _features(context, one, saes), decode) for one in found
+        ],
+    }
+
+
+async def _saes(context: Context, body: Body) -> list[tuple[str, int]]:
+    """Names of the SAEs at which texts are read, and how many features of each are told."""
+    found = []
+    for i, one in enumerate(body.features or ()):
+        name = context.sae(one.sae, f"features[{i}]")
+        await context.catalog.prepare_whole(name, f"features[{i}].sae")
+        found.append((name, one.top_k or DEFAULT_TOP_K))
+    return found
+
+
+def _expect(
+    context: Context,
+    cases: Sequence[Case],
+    configurations: Sequence[Configuration],
+    reads: bool,
+) -> None:
+    steps = 0
+    for case in cases:
+        tried = len(case.configurations)
+        alone = sum(len(configurations[j].alone) for j in case.configurations)
+        answers = 0 if case.unsteered.completion else tried
+        steps += answers + tried * (1 + reads) + alone + case.again
+    context.progress.expect(steps)
+
+
+async def _answered(
+    context: Context,
+    cases: Sequence[Case],
+    configurations: Sequence[Configuration],
+    max_tokens: int,
+    found: Sequence[Evaluated],
+) -> list[Case]:
+    """The cases with the answers that configurations give to texts without completion."""
+    made = list(cases)
+    places = [i for i, case in enumerate(cases) if not case.unsteered.completion]
+
+    def runs() -> Iterator[Run]:
+        for i in places:
+            accepted = configurations[cases[i].configurations[0]].accepted
+            if accepted is not None:
+                accepted = replace(accepted, spec=replace(accepted.spec, report=False))
+            yield Run.of(Text(cases[i].prompts[0]), accepted, max_tokens=max_tokens)
+
+    async with aclosing(context.reader.each(runs())) as finished:
+        async for number, one in finished:
+            i = places[number]
+            case = made[i]
+            choice = one.output.outputs[0]
+            ids = tuple(choice.token_ids)
+            made[i] = replace(case, unsteered=Text(case.unsteered.prompt, ids))
+            # What ended it is no part of its text.
+            shown = ids[:-1] if choice.finish_reason == "stop" else ids
+            answers = found[case.configurations[0]].answers
+            answers[case.text] = context.vocabulary.decode(shown)
+            context.progress.step()
+    return made
+
+
+async def _compare(
+    context: Context,
+    cases: Sequence[Case],
+    configurations: Sequence[Configuration],
+    found: Sequence[Evaluated],
+) -> float | None:
+    """Fill in the figures; mean KL of unsteered runs against each other."""
+    comparisons, roles = [], []
+    for case in cases:
+        sides: list[Side] = []
+        of_sides: list[tuple[int, int | None] | None] = []  # configuration and edit; None: again
+        for j, text in zip(case.configurations, case.texts, strict=True):
+            one = configurations[j]
+            sides.append(Side(text.prompt, text.completion, one.accepted))
+            of_sides.append((j, None))
+            for edit, accepted in enumerate(one.alone):
+                sides.append(Side(text.prompt, text.completion, accepted))
+                of_sides.append((j, edit))
+        own = Side(case.unsteered.prompt, case.unsteered.completion)
+        if case.again:
+            sides.append(own)
+            of_sides.append(None)
+        comparisons.append(Comparison(own, [(side, ()) for side in sides]))
+        roles.append(of_sides)
+    noise = []
+    async with aclosing(Scorer(context.reader).compare_all(comparisons)) as compared:
+        async for i, side, figures in compared:
+            case, role = cases[i], roles[i][side]
+            if role is None:
+                noise.append(figures.kl)
+            else:
+                found[role[0]].put(case.text, role[1], case.unsteered.completion, figures)
+                if configurations[role[0]].control:
+                    noise.append(figures.kl)
+            context.progress.step()
+    return finite(float(np.concatenate(noise).mean()))
+
+
+async def _read(
+    context: Context,
+    cases: Sequence[Case],
+    configurations: Sequence[Configuration],
+    saes: Sequence[str],
+    found: Sequence[Evaluated],
+) -> None:
+    """Read the same texts at SAEs, unsteered and steered."""
+    texts = []
+    for case in cases:
+        steered = []
+        for j, text in zip(case.configurations, case.texts, strict=True):
+            accepted = configurations[j].accepted
+            spec = None if accepted is None else accepted.spec
+            steered.append(Steered(text, covered_by(spec), accepted))
+        texts.append((case.unsteered, steered))
+    read = changes(context.reader, context.catalog, texts, saes)
+    async with aclosing(read) as changed:
+        async for i, side, of_saes in changed:
+            found[cases[i].configurations[side]].add_changes(of_saes)
+            context.progress.step()
+
+
+def _features(
+    context: Context, evaluated: Evaluated, saes: Sequence[tuple[str, int]]
+) -> list[dict[str, Any]]:
+    return [
+        evaluated.changes[name].to_json(top_k, context.catalog.features(name).label)
+        for name, top_k in saes
+    ]

@@ -1,0 +1,297 @@
+"""The figures of an evaluation, put together over texts, in the words of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from sae.arrays import FloatArray
+from sae.numbers import finite
+from steering.report import Report
+from steering.studies.changes import Changes
+from steering.studies.scoring import Figures
+
+
+class KL(BaseModel):
+    """KL(unsteered || steered) over all scored positions, in nats."""
+
+    mean: float | None
+    max: float | None
+    sum: float | None
+
+
+class Mean(BaseModel):
+    """A mean over all scored positions."""
+
+    mean: float | None
+
+
+class NLL(BaseModel):
+    """Mean of -log p of the actual tokens."""
+
+    unsteered: float | None
+    steered: float | None
+
+
+class Share(BaseModel):
+    """The change's share of the stream's norm, over edited tokens and hook points."""
+
+    mean: float | None
+    max: float | None
+
+
+class FeatureChange(BaseModel):
+    """Mean activation of a feature over the covered tokens, unsteered and steered."""
+
+    feature: int
+    before: float
+    after: float
+
+
+class MovedFeature(FeatureChange):
+    """One that no edit names."""
+
+    label: str | None
+
+
+class FeatureChanges(BaseModel):
+    """What became of an SAE's features."""
+
+    sae: str
+    edited: list[FeatureChange]
+    moved: list[MovedFeature]
+    newly_active: float = Field(description="Of a token.")
+    silenced: float = Field(description="Of a token.")
+    leak: float | None
+    explained: float | None
+
+
+class Alone(BaseModel):
+    """What one edit does by itself."""
+
+    sae: str
+    feature: int
+    nll: float | None = Field(description="By how much it raises nll.")
+
+
+class Interactions(BaseModel):
+    """Whether edits add up."""
+
+    alone: list[Alone]
+    additivity: float | None
+
+
+class Token(BaseModel):
+    """A scored token; log-probabilities."""
+
+    id: int
+    text: str
+    kl: float | None
+    unsteered: float | None
+    steered: float | None
+
+
+class TextDetail(BaseModel):
+    """The scored tokens of a text."""
+
+    tokens: list[Token]
+
+
+class ConfigurationAnswer(BaseModel):
+    """What one configuration does."""
+
+    name: str
+    tokens: int = Field(description="Scored positions of all texts.")
+    kl: KL
+    reverse_kl: Mean
+    nll: NLL
+    top1_agreement: float | None
+    share: Share | None
+    edits: list[dict[str, Any]] = Field(description="As in a report, of all texts.")
+    features: list[FeatureChanges]
+    answers: list[str | None]
+    interactions: Interactions | None
+    detail: list[TextDetail] | None
+
+
+class Answer(BaseModel):
+    """The answer of an evaluation."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringEvaluation")
+
+    object: str = "steering.evaluation"
+    noise: dict[str, float | None] = Field(
+        description="kl of two unsteered runs against each other."
+    )
+    configurations: list[ConfigurationAnswer]
+
+
+@dataclass
+class Evaluated:
+    """What is found of one configuration, by text.
+
+    Attributes:
+        name: the client's.
+        alone: log-probabilities with each of several edits alone, by edit and text; None if there
+            are no interactions to tell.
+        figures: of its scored tokens.
+        ids: the scored tokens.
+        answers: the text of its own answer; none where the text has a completion.
+        changes: of each SAE asked for, over all texts.
+    """
+
+    name: str
+    alone: list[dict[int, FloatArray]] | None = None
+    figures: dict[int, Figures] = field(default_factory=dict)
+    ids: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    answers: dict[int, str] = field(default_factory=dict)
+    changes: dict[str, Changes] = field(default_factory=dict)
+
+    def put(self, text: int, edit: int | None, ids: tuple[int, ...], figures: Figures) -> None:
+        """Figures of one text: of all edits together, or of one alone."""
+        if edit is None:
+            self.figures[text], self.ids[text] = figures, ids
+            return
+        assert self.alone is not None
+        while len(self.alone) <= edit:
+            self.alone.append({})
+        self.alone[edit][text] = figures.steered
+
+    def add_changes(self, found: Iterable[Changes]) -> None:
+        """Of one more text, at each SAE."""
+        for one in found:
+            known = self.changes.get(one.sae)
+            self.changes[one.sae] = one if known is None else known + one
+
+    def to_json(
+        self,
+        num_texts: int,
+        features: Sequence[dict[str, Any]],
+        decode: Callable[[Sequence[int]], str] | None,
+    ) -> dict[str, Any]:
+        """An entry of ``configurations``.
+
+        Args:
+            num_texts: how many there are.
+            features: of each SAE asked for.
+            decode: the text of token ids, if details are wanted.
+        """
+        figures = [self.figures[i] for i in range(num_texts)]
+        kl = _all(figures, "kl")
+        same = _all(figures, "top_unsteered") == _all(figures, "top_steered")
+        reports = [one.report for one in figures if one.report is not None]
+        edits = edits_of(reports)
+        return {
+            "name": self.name,
+            "tokens": len(kl),
+            "kl": {"mean": _mean(kl), "max": finite(float(kl.max())), "sum": _sum(kl)},
+            "reverse_kl": {"mean": _mean(_all(figures, "reverse_kl"))},
+            "nll": {name: _mean(-_all(figures, name)) for name in ("unsteered", "steered")},
+            "top1_agreement": _mean(same),
+            "share": share_of(reports),
+            "edits": edits,
+            "features": list(features),
+            "answers": [self.answers.get(i) for i in range(num_texts)],
+            "interactions": None if self.alone is None else self._interactions(edits, figures),
+            "detail": None
+            if decode is None
+            else [self._detail(i, decode) for i in range(num_texts)],
+        }
+
+    def _interactions(
+        self, edits: Sequence[Mapping[str, Any]], figures: Sequence[Figures]
+    ) -> dict[str, Any]:
+        unsteered = _all(figures, "unsteered")
+        together = float((unsteered - _all(figures, "steered")).mean())
+        if len(edits) == 1:
+            rises = [together]
+        else:
+            places = range(len(figures))
+            rises = [
+                float((unsteered - np.concatenate([one[i] for i in places])).mean())
+                for one in self.alone or ()
+            ]
+        size = sum(map(abs, rises))
+        return {
+            "alone": [
+                {"sae": edit["sae"], "feature": edit["feature"], "nll": finite(rise)}
+                for edit, rise in zip(edits, rises, strict=True)
+            ],
+            "additivity": finite(abs(together - sum(rises)) / size) if size > 0 else None,
+        }
+
+    def _detail(self, text: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+        figures = self.figures[text]
+        columns = zip(
+            self.ids[text],
+            *(getattr(figures, name).tolist() for name in ("kl", "unsteered", "steered")),
+            strict=True,
+        )
+        return {
+            "tokens": [
+                {
+                    "id": token,
+                    "text": decode([token]),
+                    "kl": finite(kl),
+                    "unsteered": finite(unsteered),
+                    "steered": finite(steered),
+                }
+                for token, kl, unsteered, steered in columns
+            ]
+        }
+
+
+def share_of(reports: Sequence[Report]) -> dict[str, float | None] | None:
+    """Mean and largest share over all edited tokens and hook points; None if there are none."""
+    hooks = [hook for report in reports for hook in report.edited or ()]
+    tokens = sum(hook["tokens"] for hook in hooks)
+    if not tokens:
+        return None
+    means, largest = ([hook[name] for hook in hooks] for name in ("mean_share", "max_share"))
+    unknown = None in means or None in largest  # a stream that left its dtype
+    return {
+        "mean": None
+        if unknown
+        else finite(sum(hook["tokens"] * hook["mean_share"] for hook in hooks) / tokens),
+        "max": None if unknown else finite(max(largest)),
+    }
+
+
+def edits_of(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """The entries of ``interventions`` over all reports of one spec."""
+    return [
+        _joined(entries)
+        for entries in zip(*(report.interventions for report in reports), strict=True)
+    ]
+
+
+def _joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    joined = dict(entries[0])
+    for name in joined:
+        if name.startswith("tokens_"):
+            joined[name] = sum(entry[name] for entry in entries)
+    edited = [entry for entry in entries if entry["tokens_edited"]]
+    joined["mean_activation"] = joined["max_activation"] = None
+    # Of a stream that left its dtype they are not known.
+    if edited and all(entry["mean_activation"] is not None for entry in edited):
+        total = sum(entry["tokens_edited"] * entry["mean_activation"] for entry in edited)
+        joined["mean_activation"] = total / joined["tokens_edited"]
+    if edited and all(entry["max_activation"] is not None for entry in edited):
+        joined["max_activation"] = max(entry["max_activation"] for entry in edited)
+    return joined
+
+
+def _all(figures: Sequence[Figures], name: str) -> Any:
+    return np.concatenate([getattr(one, name) for one in figures])
+
+
+def _mean(values: Any) -> float | None:
+    return finite(float(values.mean()))
+
+
+def _sum(values: Any) -> float | None:
+    return finite(float(values.sum()))

@@ -1,0 +1,185 @@
+"""Figures of two distributions, against the definitions in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from steering.studies.scoring import Figures
+from steering.worker import scores
+from steering.worker.scores import Scores, SteeredSide, packed
+
+VOCABULARY, D = 50, 8
+CPU = torch.device("cpu")
+
+
+class Head:
+    """A linear head that keeps how many rows each call had."""
+
+    def __init__(self, W: Tensor) -> None:
+        self.W = W
+        self.calls: list[int] = []
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.calls.append(len(hidden))
+        return hidden.to(self.W.dtype) @ self.W
+
+
+def weights(seed: int = 0) -> Tensor:
+    return torch.randn(D, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+def hidden(seed: int, n: int) -> Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+
+
+def made(head: Head, block: int | None = None, reduced: int | None = None) -> Scores:
+    found = Scores(head, VOCABULARY, CPU)
+    if block is not None:
+        found._block = block
+    if reduced is not None:
+        found._reduced = reduced
+    return found
+
+
+def reference(
+    W: Tensor, u: Tensor, s: Tensor, targets: Sequence[int], ids: Sequence[int]
+) -> dict[str, Any]:
+    log_p, log_q = ((x.double() @ W.double()).log_softmax(-1).numpy() for x in (u, s))
+    rows = np.arange(len(targets))
+    return {
+        "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
+        "reverse_kl": (np.exp(log_q) * (log_q - log_p)).sum(-1),
+        "unsteered": log_p[rows, targets],
+        "steered": log_q[rows, targets],
+        "top_unsteered": log_p.argmax(-1),
+        "top_steered": log_q.argmax(-1),
+        "confidence_unsteered": log_p.max(-1),
+        "confidence_steered": log_q.max(-1),
+        "watched_unsteered": log_p[:, list(ids)],
+        "watched_steered": log_q[:, list(ids)],
+        "ranks_steered": (log_q[:, None, :] > log_q[:, list(ids), None]).sum(-1),
+    }
+
+
+@pytest.mark.parametrize(("block", "reduced"), [(1000, 1000), (1000, 3), (4, 3), (1, 1)])
+@pytest.mark.parametrize("n", [1, 7])
+def test_figures_are_their_definitions_whatever_the_blocks(
+    n: int, block: int, reduced: int
+) -> None:
+    W, u = weights(), hidden(1, n)
+    sides = [SteeredSide(u + 0.3 * hidden(2 + i, n), [4, 9, 30][: i % 4]) for i in range(6)]
+    targets = list(range(5, 5 + n))
+    found = made(Head(W), block, reduced).compare(u, sides, targets)
+    assert found is not None
+    for side, columns in zip(sides, found, strict=True):
+        for name, value in reference(W, u, side.hidden, targets, side.watched).items():
+            np.testing.assert_allclose(columns[name].numpy(), value, atol=2e-6, err_msg=name)
+
+
+def test_short_texts_go_through_the_head_together_and_long_ones_in_one_shape() -> None:
+    W, u = weights(), hidden(1, 2)
+    sides = [SteeredSide(hidden(2 + i, 2)) for i in range(40)]
+    short = Head(W)
+    made(short, block=64).compare(u, sides, [1, 2])
+    assert short.calls == [64, 20]  # the unsteered text in each
+    long = Head(W)
+    made(long, block=3).compare(hidden(1, 5), [SteeredSide(hidden(2, 5))] * 2, range(5))
+    assert long.calls == [3, 3, 3, 2, 2, 2]
+
+
+def test_equal_texts_do_not_diverge_at_all_even_in_bfloat16() -> None:
+    W, u = weights().bfloat16(), hidden(1, 5).bfloat16()
+    found = made(Head(W)).compare(u, [SteeredSide(u)], range(5))
+    assert found is not None
+    assert torch.equal(found[0]["kl"], torch.zeros(5))
+    assert torch.equal(found[0]["reverse_kl"], torch.zeros(5))
+
+
+def test_divergence_of_nearly_equal_texts_is_right_and_never_below_zero() -> None:
+    W, u = weights(), hidden(1, 200)
+    side = SteeredSide(u + 1e-3 * hidden(2, 200))
+    targets = [i % VOCABULARY for i in range(200)]
+    found = made(Head(W)).compare(u, [side], targets)
+    assert found is not None
+    right = reference(W, u, side.hidden, targets, ())["kl"]
+    assert right.max() < 1e-4
+    assert (found[0]["kl"] >= 0).all() and (found[0]["reverse_kl"] >= 0).all()
+    np.testing.assert_allclose(found[0]["kl"].numpy(), right, atol=3e-7)
+
+
+def test_tokens_that_the_model_rules_out_count_nothing() -> None:
+    mask = torch.zeros(VOCABULARY).masked_fill(torch.arange(VOCABULARY) >= 40, -torch.inf)
+    W, u, s = weights(), hidden(1, 3), hidden(2, 3)
+    masked = Scores(lambda x: x @ W + mask, VOCABULARY, CPU)
+    found = masked.compare(u, [SteeredSide(s)], [1, 2, 3])
+    assert found is not None
+    right = reference(W[:, :40], u, s, [1, 2, 3], ())
+    np.testing.assert_allclose(found[0]["kl"].numpy(), right["kl"], atol=2e-6)
+    np.testing.assert_allclose(found[0]["reverse_kl"].numpy(), right["reverse_kl"], atol=2e-6)
+
+
+def test_stream_that_left_its_dtype_gives_numbers() -> None:
+    W, u = weights(), hidden(1, 2)
+    s = hidden(2, 2)
+    s[0] = torch.nan
+    s[1] = torch.inf
+    found = made(Head(W)).compare(u, [SteeredSide(s, [3])], [1, 2])
+    assert found is not None
+    assert all(column.double().isfinite().all() for column in found[0].values())
+    # A row of nothing but NaN is an even distribution.
+    assert found[0]["steered"][0] == pytest.approx(-np.log(VOCABULARY))
+
+
+def test_log_probabilities_are_those_of_the_comparison() -> None:
+    W, u = weights(), hidden(1, 9)
+    targets = [3 * i for i in range(9)]
+    found = made(Head(W), block=4, reduced=3).log_probabilities(u, targets)
+    assert found is not None
+    right = reference(W, u, u, targets, ())["unsteered"]
+    np.testing.assert_allclose(found.numpy(), right, atol=2e-6)
+
+
+def test_rank_that_reports_nothing_calls_the_head_as_often() -> None:
+    W, u = weights(), hidden(1, 7)
+    sides = [SteeredSide(hidden(2 + i, 7)) for i in range(3)]
+    reports, silent = Head(W), Head(W)
+    for head, flag in ((reports, True), (silent, False)):
+        found = Scores(head, VOCABULARY, CPU, reports=flag)
+        found._block = 4
+        assert (found.compare(u, sides, range(7)) is None) is not flag
+        assert (found.log_probabilities(u, range(7)) is None) is not flag
+    assert silent.calls == reports.calls
+
+
+def test_rank_without_logits_has_no_figures() -> None:
+    silent = Scores(lambda _: None, VOCABULARY, CPU)
+    assert silent.compare(hidden(1, 3), [SteeredSide(hidden(2, 3))], range(3)) is None
+    assert silent.log_probabilities(hidden(1, 3), range(3)) is None
+
+
+def test_blocks_are_bounded_whatever_the_vocabulary() -> None:
+    assert Scores(Head(weights()), 2 * scores.MAX_BLOCK, CPU)._block == 1
+    assert Scores(Head(weights()), 128_000, CPU)._block * 128_000 <= scores.MAX_BLOCK
+
+
+def test_figures_survive_their_way_to_the_front_end_in_parts() -> None:
+    W, u = weights(), hidden(1, 5)
+    side = SteeredSide(hidden(2, 5), [7, 8])
+    whole = made(Head(W)).compare(u, [side], range(5))
+    assert whole is not None
+    parts = []
+    for rows in (slice(0, 2), slice(2, 5)):
+        found = made(Head(W)).compare(
+            u[rows], [SteeredSide(side.hidden[rows], [7, 8])], range(5)[rows]
+        )
+        assert found is not None
+        parts.append(packed(found[0]))
+    figures = Figures.of(parts, None)
+    for name, column in whole[0].items():
+        np.testing.assert_allclose(getattr(figures, name), column.numpy(), atol=2e-6)
