@@ -106,18 +106,18 @@ export function say(element, edit) {
   }
   if (max === null) parts.push("its maximum is not recorded, so raw values only");
   else if (max !== undefined) parts.push(`maximum ${figure(max)}`);
-  const share = shares.get(edit);
-  if (share) parts.push(share);
+  const { forecast, measured } = shares.get(edit) ?? {};
+  if (forecast) parts.push(`about ${percent(forecast)} of the stream`);
+  else if (measured) parts.push(`${percent(measured)} of the stream in the last run`);
   element.textContent = parts.join(" · ");
 }
 
-/** What is known of the sizes of edits, in words. @type {WeakMap<Edit, string>} */
+/** What is known of the sizes of edits, as shares of the stream's norm. @type {WeakMap<Edit, {forecast?: number | null, measured?: number | null}>} */
 const shares = new WeakMap();
 
 /** @param {Edit} edit @param {number | null} share of the stream's norm @param {"forecast" | "measured"} how */
 export function tellShare(edit, share, how) {
-  if (share === null) shares.delete(edit);
-  else shares.set(edit, how === "forecast" ? `about ${percent(share)} of the stream` : `${percent(share)} of the stream in the last run`);
+  shares.set(edit, { ...shares.get(edit), [how]: share });
 }
 
 /** @param {Element} parent @param {string} field */

@@ -30,7 +30,7 @@ export function evaluate() {
           texts: [{ ...textOfRequest(), ...(completion ? { completion } : {}) }],
           configurations: columns.map((column) => ({ name: column.name, steering: steeringOf(column) })),
           max_tokens: Math.min(setup.sampling.max_tokens, 256),
-          features: served.saes.map(({ id }) => ({ sae: id, top_k: 10 })),
+          features: served.saes.map(({ id }) => ({ sae: id, top_k: 6 })),
         },
       };
     },

@@ -101,7 +101,6 @@ function chooseColour() {
 
 /** The report has the stream's change at each hook point: that of an edit which is alone there. @param {string} name @param {any} report */
 function measured(name, report) {
-  if (served.routes.has("/v1/steering/forecast")) return;
   const hookOf = (/** @type {string} */ sae) => served.saes.find(({ id }) => id === sae)?.hook;
   const hooks = report.interventions.map((/** @type {any} */ entry) => hookOf(entry.sae));
   const shares = report.interventions.map((/** @type {any} */ _, /** @type {number} */ i) => {

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote, urlsplit
 
 import pytest
 
@@ -24,7 +25,7 @@ HOSTILE: Final = (
 )
 HOSTILE_FEATURE: Final = 7
 #: Milliseconds that anything on the page may take, answers included.
-PATIENCE: Final = 60_000
+PATIENCE: Final = 150_000
 BROWSERS: Final = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -38,7 +39,7 @@ def chromium() -> str:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(
     chromium: str, demo_model: Path, demo_sae: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
@@ -106,11 +107,13 @@ class Heard:
 
 
 @pytest.fixture
-def heard(context: BrowserContext) -> Iterator[Heard]:
-    """At the end of a test no page of its context may have said an error."""
+def heard(context: BrowserContext, server: LiveServer) -> Iterator[Heard]:
+    """At the end of a test no page of its context may have said an error or asked another host."""
     found = Heard(context)
     yield found
     assert found.errors == []
+    hosts = {urlsplit(request.url).netloc for request in found.requests}
+    assert hosts <= {urlsplit(server.base_url).netloc}
 
 
 OpenStudio = Callable[..., "Page"]
@@ -136,7 +139,5 @@ def open_studio(context: BrowserContext, heard: Heard, server: LiveServer) -> Op
 
 def address(server: LiveServer, setup: dict[str, Any] | None = None) -> str:
     """Of the page, with a set-up in its fragment as its own links have it."""
-    from urllib.parse import quote
-
     fragment = "" if setup is None else f"#setup={quote(json.dumps(setup))}"
     return f"{server.base_url}/studio{fragment}"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import pytest
 
@@ -32,7 +32,7 @@ MUSIC: Final = 2417
 MUSIC_MAX: Final = 47.3
 HOOK: Final = "blocks.14.hook_resid_post"
 PROMPT: Final = "What did you do yesterday?"
-TOKENS: Final = 24
+TOKENS: Final = 16
 SAMPLING: Final = {"max_tokens": TOKENS, "temperature": 0, "top_p": 1, "repetition_penalty": 1.15}
 EDIT: Final = {"sae": "l14", "feature": MUSIC, "op": "clamp", "value": 1, "unit": "max_act"}
 
@@ -373,21 +373,19 @@ def test_link_holds_the_whole_set_up_and_is_sent_to_nobody(
     assert not any("/completions" in request.url for request in heard.requests)
 
 
-@pytest.mark.parametrize(
-    "fragment",
-    [
-        *("#setup=%", "#setup=null", "#setup=[]", "#setup=%7B%22columns%22%3A7%7D"),
-        "#setup="
-        + "%7B%22columns%22%3A%5B%7B%22name%22%3A%22A%22%2C%22edits%22%3A%5B7%5D%7D%5D%7D",
-    ],
-)
-def test_broken_link_opens_the_page_all_the_same(
-    open_studio: OpenStudio, server: LiveServer, fragment: str
-) -> None:
-    page = open_studio()
-    page.goto(f"{server.base_url}/studio{fragment}")
-    page.locator("#results li").first.wait_for()
-    assert page.locator("[data-column='A']").count() <= 1
+def test_broken_link_leaves_the_page_as_it_was(open_studio: OpenStudio, server: LiveServer) -> None:
+    page = open_studio(setup([EDIT]))
+    columns = quote(json.dumps({"columns": [{"name": "A", "edits": [7, {"feature": -1}]}, 9]}))
+    for fragment in ("%", "null%", "%7B%22columns%22%3A"):
+        page.goto(f"{server.base_url}/studio#setup={fragment}")
+        page.wait_for_function("location.hash === ''")
+        assert page.locator("[data-column='A'] .edit").count() == 1
+    # What can be read of it is taken up.
+    for fragment, edits in (("[]", 0), (columns, 0), (quote('{"prompt": 5}'), 0)):
+        page.goto(f"{server.base_url}/studio#setup={fragment}")
+        page.wait_for_function("location.hash === ''")
+        assert page.locator("[data-column='A'] .edit").count() == edits
+        assert page.locator("#prompt").input_value() == PROMPT
 
 
 def test_history_is_kept_in_the_tab_and_restores_a_set_up(
@@ -514,15 +512,6 @@ def test_policy_stops_a_text_that_would_become_markup(
     heard.errors.clear()
 
 
-def test_everything_comes_from_this_server(
-    open_studio: OpenStudio, heard: Heard, server: LiveServer
-) -> None:
-    page = open_studio(setup([EDIT], sampling={**SAMPLING, "max_tokens": 3}))
-    ask(page)
-    hosts = {urlsplit(each.url).netloc for each in heard.requests}
-    assert hosts == {urlsplit(server.base_url).netloc}
-
-
 def test_all_of_it_is_reached_by_the_keyboard(open_studio: OpenStudio) -> None:
     page = open_studio(setup([], sampling={**SAMPLING, "max_tokens": 12}))
     page.locator("h1").click()
@@ -557,30 +546,33 @@ def test_all_of_it_is_reached_by_the_keyboard(open_studio: OpenStudio) -> None:
     assert page.evaluate("document.activeElement.id") in ("tab-studies", "tab-keep")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(open_studio: OpenStudio, server: LiveServer, theme: str) -> None:
+def test_axe_finds_nothing_serious_in_light_or_dark(open_studio: OpenStudio) -> None:
     page = open_studio(setup([EDIT], sampling={**SAMPLING, "max_tokens": 8}))
-    page.evaluate("(theme) => { document.documentElement.dataset.theme = theme; }", theme)
+
+    def nothing_serious() -> None:
+        for theme in ("light", "dark"):
+            page.evaluate("(theme) => { document.documentElement.dataset.theme = theme; }", theme)
+            assert violations(page) == []
+
     ask(page)
     for summary in page.locator("[data-column='A'] details:visible > summary").all():
         summary.click()
-    assert violations(page) == []
     tokens(page, "A").nth(3).hover()
     page.locator("#token-panel li").first.wait_for()
+    nothing_serious()
     page.fill("#query", "music")
     page.locator("#results .link").first.click()
     page.locator("#feature-detail", has_text="Makes likelier").wait_for()
-    assert violations(page) == []
+    nothing_serious()
     for tab in ("studies", "keep", "history"):
-        if page.locator(f"#tab-{tab}").is_visible():
-            page.click(f"#tab-{tab}")
-            assert violations(page) == []
+        page.click(f"#tab-{tab}")
+        nothing_serious()
     page.click("#forget-key")
-    assert violations(page) == []
+    nothing_serious()
 
 
 def test_small_screen_has_no_sideways_scrolling(open_studio: OpenStudio) -> None:
-    page = open_studio(setup([EDIT], [EDIT], [EDIT], sampling={**SAMPLING, "max_tokens": 8}))
+    page = open_studio(setup([EDIT], [EDIT], [EDIT], sampling={**SAMPLING, "max_tokens": 2}))
     ask(page)
     page.locator("[data-column='A'] .edit summary").click()
     for width in (1440, 1000, 700, 340):
@@ -608,13 +600,13 @@ def test_pictures_of_the_readme(open_studio: OpenStudio, tmp_path: Path) -> None
     assistant = {"sae": "l14", "feature": 3406, "op": "clamp", "value": 0, "unit": "raw"}
     colour = {"sae": "l14", "feature": MUSIC}
     page = open_studio(
-        setup([EDIT], [assistant], colour=colour, sampling={**SAMPLING, "max_tokens": 70})
+        setup([EDIT], [assistant], colour=colour, sampling={**SAMPLING, "max_tokens": 48})
     )
     page.set_viewport_size({"width": 1440, "height": 1010})
     ask(page)
     page.fill("#query", "music")
     page.locator("#results li", has_text="Music, at the word").wait_for()
-    page.locator("[data-column='A'] .result > .answer .token.active", has_text="note").hover()
+    page.locator("[data-column='A'] .result > .answer .token.active", has_text="guitar").hover()
     page.locator("#token-panel li").first.wait_for()
     picture = Path(os.environ.get("STUDIO_PICTURES", tmp_path)) / "studio.png"
     page.screenshot(path=picture)
