@@ -18,7 +18,7 @@ from server.middleware import ForeignSteering, MetricsRefresh, PresetNames
 from server.presets.models import PresetModels, taken_names
 from server.presets.store import open_store
 from server.rendering import ServedVocabulary
-from server.routes import features, generate, inspect, presets, saes, studies
+from server.routes import features, generate, inspect, presets, saes, studies, studio
 from server.start import engine_death
 from server.start.flags import ServerOptions
 from server.state import SteeringState
@@ -55,6 +55,9 @@ class SteeringEndpointPlugin:
             saes,
         ):  # the last has a path that takes all others
             app.include_router(resource.router)
+        # Only our own command has the flag; plain vLLM is left as it is.
+        if getattr(app.state.args, "steering_studio", False):
+            app.include_router(studio.router)
         app.add_middleware(ForeignSteering)
         app.add_middleware(PresetNames)
         app.add_middleware(BodyLimit)  # around the one before, which reads whole bodies

@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.style import Style
 from rich.text import Text
 
 import sae
@@ -74,8 +76,10 @@ def demo(flags: Sequence[str]) -> int:
         with phase(console, "preparing the model (the first time takes a minute)"):
             model = ensure_demo_model()
         with _serving(model, flags, console) as (base_url, process):
+            show_studio(base_url, flags, console)
             show(base_url, api_key(flags, os.environ), console)
             console.print("\nServing until Ctrl-C.")
+            show_studio(base_url, flags, console)
             raise DemoError(f"the server ended by itself, exit code {process.wait()}")
     except (DemoModelError, DemoError) as error:
         print(f"vllm-sae: error: {error}", file=sys.stderr)
@@ -99,6 +103,28 @@ def phase(console: Console, what: str) -> Iterator[None]:
         yield
     took = f"{what}: {time.monotonic() - begun:.0f} s"
     console.print(took, soft_wrap=True, highlight=False, markup=False)
+
+
+def show_studio(base_url: str, flags: Sequence[str], console: Console) -> None:
+    """Print where the studio is, if it is served; a terminal's link opens what the demo asks."""
+    if _without_studio(flags):
+        return
+    address = f"{base_url}/studio"
+    filled_in = f"{address}#setup={quote(json.dumps(studio_setup()))}"
+    console.print(Text("The studio: ").append(address, Style(link=filled_in)), soft_wrap=True)
+
+
+def studio_setup() -> dict[str, Any]:
+    """What the demo asks, as the studio's links hold it (server/studio/state.js)."""
+    columns = [edits for edits in WAYS.values() if edits]
+    return {
+        "prompt": PROMPT,
+        "sampling": {**SAMPLING, "repetition_penalty": REPETITION_PENALTY},
+        "columns": [
+            {"name": name, "edits": edits} for name, edits in zip("AB", columns, strict=True)
+        ],
+        "colour": {"sae": SAE_NAME, "feature": _MUSIC},
+    }
 
 
 def show(base_url: str, key: str | None, console: Console) -> None:
@@ -225,6 +251,13 @@ def _port(flags: Sequence[str]) -> int:
     if not text.isdecimal():
         raise DemoError(f"--port: expected a number, got {text!r}")
     return int(text)
+
+
+def _without_studio(flags: Sequence[str]) -> bool:
+    """Whether the last of these flags that says so leaves the studio out."""
+    said = [flag.replace("_", "-") for flag in flags]
+    choices = [flag for flag in said if flag in ("--steering-studio", "--no-steering-studio")]
+    return choices[-1:] == ["--no-steering-studio"]
 
 
 def _value(flags: Sequence[str], name: str) -> str | None:

@@ -149,6 +149,13 @@ class ServerOptions:
         help="The preset that steers requests to the model itself; a request's own "
         '`"steering": {"interventions": []}` opts out.',
     )
+    studio: bool = _flag(
+        "--steering-studio",
+        True,
+        routes_only=True,
+        action=BooleanOptionalAction,
+        help="Serve the studio, a web page on which to steer and look, at /studio.",
+    )
 
     @classmethod
     def of(cls, args: Namespace) -> ServerOptions:

@@ -1,0 +1,180 @@
+// @ts-check
+/** One answer: its tokens, coloured by a feature, and what was reported of it. */
+
+import { GoneError } from "./api.js";
+import { announce, fill, h } from "./dom.js";
+import { recall } from "./known.js";
+import { inWords } from "./report.js";
+import { setup } from "./state.js";
+import { explain } from "./tokens.js";
+
+/** @typedef {import("./tokens.js").Token} Token */
+
+export class AnswerView {
+  /** @param {string} name of the column @param {import("./tokens.js").Acts} acts */
+  constructor(name, acts) {
+    this.name = name;
+    this.acts = acts;
+    this.body = h("div", { class: "answer", tabindex: "0", role: "group", "aria-label": `Answer of ${name}. The arrow keys go through its tokens.` });
+    this.promptTokens = h("div", { class: "answer prompt-tokens", tabindex: "0", role: "group", "aria-label": `Prompt as ${name} read it. The arrow keys go through its tokens.` });
+    this.promptDetails = h("details", { class: "fine", hidden: true }, h("summary", {}, "The prompt’s tokens"), this.promptTokens);
+    this.status = h("p", { class: "status" });
+    this.error = h("p", { class: "error", role: "alert", hidden: true });
+    this.words = h("ul", { class: "report", "aria-label": `What was done in ${name}` });
+    this.root = h("div", { class: "result" }, this.promptDetails, this.body, this.error, this.status, this.words);
+    explain(this.body, () => this.tokens, acts);
+    explain(this.promptTokens, () => this.prompt, acts);
+    /** @type {Token[]} */
+    this.prompt = [];
+    /** @type {Token[]} */
+    this.tokens = [];
+    /** @type {Map<number, Token>} */
+    this.byPosition = new Map();
+    /** @type {any} */
+    this.report = null;
+    this.promptLength = 0;
+    this.generated = 0;
+    this.finished = "";
+    this.strongest = 0;
+    this.reset();
+  }
+
+  reset() {
+    this.prompt = [];
+    this.tokens = [];
+    this.byPosition = new Map();
+    this.report = null;
+    this.promptLength = 0;
+    this.generated = 0;
+    this.finished = "";
+    fill(this.body, h("span", { class: "hint" }, "No answer yet."));
+    fill(this.promptTokens);
+    fill(this.words);
+    this.promptDetails.hidden = true;
+    this.error.hidden = true;
+    this.status.textContent = "";
+  }
+
+  /** An answer is on its way. */
+  begin() {
+    this.reset();
+    fill(this.body);
+    this.root.setAttribute("aria-busy", "true");
+    this.status.textContent = "Waiting …";
+  }
+
+  get text() {
+    return this.tokens.map(({ text }) => text).join("");
+  }
+
+  /** Tokens that entered the model: all but the last that was sampled. */
+  get entered() {
+    return this.generated ? this.promptLength + this.generated - 1 : null;
+  }
+
+  /** @param {number[]} ids */
+  setPrompt(ids) {
+    this.promptLength = ids.length;
+  }
+
+  /** @param {string} text @param {number} count of its tokens */
+  addPiece(text, count) {
+    const position = this.promptLength + this.generated;
+    const { space, span } = spanOf(text);
+    /** @type {Token} */
+    const token = { span, text, position, features: null };
+    this.tokens.push(token);
+    for (let i = 0; i < Math.max(count, 1); i++) this.byPosition.set(position + i, token);
+    this.generated += count;
+    this.body.append(space, span);
+    this.status.textContent = counted(this.generated);
+  }
+
+  /** @param {{position: number, text: string, phase: string, features: [number, number][]}[]} read */
+  addRead(read) {
+    for (const { position, text, phase, features } of read) {
+      const token = phase === "prompt" ? this.addPromptToken(position, text) : this.byPosition.get(position);
+      if (!token) continue;
+      token.features = merged(token.features, features);
+      this.colourOne(token);
+    }
+  }
+
+  /** @param {number} position @param {string} text @returns {Token} */
+  addPromptToken(position, text) {
+    const before = this.prompt.at(-1)?.position ?? -1;
+    if (position > before + 1) this.promptTokens.append(h("span", { class: "gap", title: "special tokens are not read" }, "⋯"));
+    const { space, span } = spanOf(text);
+    const token = { span, text, position, features: null };
+    this.prompt.push(token);
+    this.promptTokens.append(space, span);
+    this.promptDetails.hidden = false;
+    return token;
+  }
+
+  /** @param {any} report */
+  setReport(report) {
+    this.report = report;
+    this.showReport();
+  }
+
+  showReport() {
+    if (this.report) fill(this.words, ...inWords(this.report, this.entered));
+  }
+
+  /** @param {string} reason @param {unknown} stopped */
+  finish(reason, stopped) {
+    const why = stopped === "steering" ? "stopped by a feature" : { length: "as many as allowed", stop: "ended by itself" }[reason] ?? reason;
+    this.finished = why;
+  }
+
+  /** Nothing more will come. */
+  end() {
+    this.root.removeAttribute("aria-busy");
+    this.status.textContent = `${counted(this.generated)}, ${this.finished || "stopped by you"}`;
+    this.showReport();
+    announce(`${this.name}: ${this.status.textContent}`);
+  }
+
+  /** @param {Error} error */
+  fail(error) {
+    this.root.removeAttribute("aria-busy");
+    this.status.textContent = this.generated ? `${counted(this.generated)}, then it broke off` : "";
+    this.error.textContent = error instanceof GoneError ? error.message : `Refused: ${error.message}`;
+    this.error.hidden = false;
+  }
+
+  /** Colour every token by the feature that is chosen now. @returns {number} its largest activation */
+  colour() {
+    this.strongest = 0;
+    for (const token of [...this.prompt, ...this.tokens]) this.colourOne(token);
+    return this.strongest;
+  }
+
+  /** @param {Token} token */
+  colourOne(token) {
+    const { sae, feature } = setup.colour;
+    const activation = token.features?.find(([each]) => each === feature)?.[1] ?? 0;
+    this.strongest = Math.max(this.strongest, activation);
+    const most = (sae !== null && feature !== null && recall(sae, feature)?.max_activation) || this.strongest || 1;
+    token.span.classList.toggle("active", activation > 0);
+    token.span.style.setProperty("--heat", activation > 0 ? String(Math.min(1, 0.12 + 0.88 * activation / most)) : "0");
+  }
+}
+
+/** @param {number} tokens */
+const counted = (tokens) => `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
+
+/** A token's own colour begins after its leading space. @param {string} text */
+function spanOf(text) {
+  const space = /^ +(?=\S)/.exec(text)?.[0] ?? "";
+  return { space, span: h("span", { class: "token" }, text.slice(space.length)) };
+}
+
+/** The features of a piece of several tokens. @param {[number, number][] | null} before @param {[number, number][]} more */
+function merged(before, more) {
+  if (!before) return more;
+  const largest = new Map(before);
+  for (const [feature, activation] of more) largest.set(feature, Math.max(activation, largest.get(feature) ?? 0));
+  return [...largest].sort((a, b) => b[1] - a[1]);
+}

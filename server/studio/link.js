@@ -1,0 +1,27 @@
+// @ts-check
+/** A link that holds the whole set-up in its fragment, which browsers send to no server. */
+
+import { replaceSetup, sane, setup } from "./state.js";
+
+const MARK = "#setup=";
+
+/** @returns {string} */
+export function linkToSetup() {
+  const page = location.href.split("#")[0];
+  return `${page}${MARK}${encodeURIComponent(JSON.stringify(setup))}`;
+}
+
+/** Take up the set-up of the address, and clear it from there: what is changed from now on is newer. @returns {boolean} whether there was one */
+export function takeUpLink() {
+  if (!location.hash.startsWith(MARK)) return false;
+  let found = null;
+  try {
+    found = JSON.parse(decodeURIComponent(location.hash.slice(MARK.length)));
+  } catch {
+    // A link that was cut short holds no set-up.
+  }
+  history.replaceState(null, "", location.href.split("#")[0]);
+  if (found === null) return false;
+  replaceSetup(sane(found));
+  return true;
+}

@@ -1,0 +1,147 @@
+"""The studio's studies, on the routes that they are made of."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from tests.engine.server import LiveServer
+from tests.studio.conftest import Heard, OpenStudio
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = pytest.mark.timeout(240)
+
+EDIT: Final = {"sae": "l14", "feature": 2417, "op": "clamp", "value": 1, "unit": "max_act"}
+WANTED: Final = "Your hobby? => I sing in a band.\nAnd then? => I went to a concert."
+UNWANTED: Final = "Your hobby? => I read books.\nAnd then? => I went to the shop."
+EVALUATE: Final = "/v1/steering/evaluate"
+CALIBRATE: Final = "/v1/steering/calibrate"
+CONTRAST: Final = "/v1/saes/{sae}/contrast"
+SUGGEST: Final = "/v1/steering/suggest"
+
+
+def studies(open_studio: OpenStudio, **column: Any) -> Page:
+    """The page with one column, its studies open."""
+    columns = [{"name": "A", "edits": [EDIT], **column}]
+    sampling = {"max_tokens": 6, "temperature": 0}
+    page = open_studio({"prompt": "Who are you?", "sampling": sampling, "columns": columns})
+    page.click("#tab-studies")
+    return page
+
+
+def study(page: Page, route: str) -> Any:
+    return page.locator(f"[data-study='{route}']")
+
+
+def run(page: Page, route: str, heard: Heard) -> Any:
+    """Run a study to its end: what the server answered, which came as events."""
+    panel = study(page, route)
+    panel.locator("button.primary").click()
+    panel.get_by_text("Done.", exact=True).wait_for()
+    path = route.replace("{sae}", "l14")
+    response = next(each for each in reversed(heard.responses) if each.url.endswith(path))
+    data = [line[6:] for line in response.text().splitlines() if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    assert json.loads(data[0])["object"] == "steering.progress"
+    return json.loads(data[-2])
+
+
+def figure(value: float) -> str:
+    """As the page writes it."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def test_evaluation_shows_its_figures_and_what_else_moved(
+    open_studio: OpenStudio, heard: Heard
+) -> None:
+    page = studies(open_studio)
+    (found,) = run(page, EVALUATE, heard)["configurations"]
+    shown = study(page, EVALUATE).inner_text()
+    assert f"{figure(found['kl']['mean'])} ({figure(found['kl']['max'])})" in shown
+    moved = study(page, EVALUATE).locator(".moved li")
+    features = found["features"][0]
+    assert moved.count() >= len(features["moved"]) + 1
+    first = features["moved"][0]
+    assert f"{figure(first['before'])} → {figure(first['after'])}" in moved.nth(1).inner_text()
+    # One of them is looked at, and its tokens coloured.
+    moved.nth(1).get_by_role("button").click()
+    assert page.locator("#colour-feature").input_value() == str(first["feature"])
+
+
+def test_calibrated_dose_is_drawn_and_taken_over(open_studio: OpenStudio, heard: Heard) -> None:
+    page = studies(open_studio)
+    found = run(page, CALIBRATE, heard)
+    panel = study(page, CALIBRATE)
+    assert f"{figure(found['multiplier'])} times as strong" in panel.inner_text()
+    assert panel.locator("svg .dot").count() == len(found["curve"])
+    panel.get_by_role("button", name="Use this strength in A").click()
+    value = page.locator("[data-column='A']").get_by_label("Value", exact=True).input_value()
+    assert float(value) == pytest.approx(found["steering"]["interventions"][0]["value"])
+
+
+def test_features_are_found_from_two_lists_of_examples(
+    open_studio: OpenStudio, heard: Heard
+) -> None:
+    page = studies(open_studio)
+    panel = study(page, CONTRAST)
+    panel.locator("button.primary").click()
+    panel.get_by_text("Both lists need examples.").wait_for()
+    panel.get_by_label("Wanted", exact=False).first.fill(WANTED)
+    panel.get_by_label("Unwanted").fill(UNWANTED)
+    found = run(page, CONTRAST, heard)
+    rows = panel.locator(".result-row")
+    assert rows.count() == len(found["positive"]) + len(found["negative"]) > 2
+    assert str(found["positive"][0]["feature"]) in rows.first.inner_text()
+    rows.first.locator("button.small").click()
+    added = page.locator("[data-column='A'] .edit").last
+    assert str(found["positive"][0]["feature"]) in added.inner_text()
+
+
+def test_running_study_tells_how_far_it_is_and_can_be_cancelled(
+    open_studio: OpenStudio, server: LiveServer
+) -> None:
+    page = studies(open_studio)
+    study(page, CONTRAST).get_by_label("Wanted", exact=False).first.fill(WANTED)
+    study(page, CONTRAST).get_by_label("Unwanted").fill(UNWANTED)
+    panel = study(page, SUGGEST)
+    panel.locator("button.primary").click()
+    panel.locator("[role=status]", has_text=" of ").wait_for()
+    assert panel.locator("progress").is_visible()
+    panel.get_by_role("button", name="Cancel").click()
+    panel.get_by_text("Cancelled.").wait_for()
+    assert panel.locator("progress").is_hidden()
+    page.wait_for_function(
+        """async (url) => /num_requests_running{[^}]*} 0/.test(await (await fetch(url)).text())""",
+        arg=f"{server.base_url}/metrics",
+        polling=200,
+    )
+
+
+def test_refused_study_marks_the_field_in_its_column(open_studio: OpenStudio) -> None:
+    stop = {"sae": "l14", "feature": 5, "above": 1}
+    page = studies(open_studio, more={"stop_when": stop})
+    panel = study(page, EVALUATE)
+    panel.locator("button.primary").click()
+    panel.locator(".error", has_text="stop_when").wait_for()
+    marked = page.locator("[data-column='A'] [data-refused]")
+    assert "stop_when" in (marked.get_attribute("data-field") or "")
+    assert marked.is_visible()
+
+
+def test_studies_that_the_server_does_not_have_are_not_shown(open_studio: OpenStudio) -> None:
+    page = open_studio()
+    paths = {"/v1/steering/presets": {}, CALIBRATE: {}}
+    page.route("**/openapi.json", lambda route: route.fulfill(json={"paths": paths}))
+    page.reload()
+    page.locator("#tab-studies").click()
+    assert page.locator("[data-study]").count() == 1
+    page.unroute("**/openapi.json")
+    page.route("**/openapi.json", lambda route: route.fulfill(status=404, json={}))
+    page.reload()
+    page.locator("#tab-keep").click()
+    page.locator("#presets li").first.wait_for()
+    assert page.locator("#tab-studies").is_hidden()
