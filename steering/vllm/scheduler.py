@@ -148,8 +148,7 @@ class _Findings:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        # Tokens before the last were judged when they were new: where they are computed again after
-        # a preemption, a difference in rounding must not take back what was answered since.
+        # Of a chunk of what is computed again after a preemption the last token is no news.
         if self._fired.get(request.request_id) != request.num_tokens - 1:
             updated: tuple[list[int], bool] = super()._update_request_with_output(  # type: ignore[misc]
                 request, new_token_ids, is_stale=is_stale
