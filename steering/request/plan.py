@@ -228,6 +228,11 @@ class SteeringPlan:
         return self.report or self.read is not None or self.stops
 
     @property
+    def prompt_decides(self) -> bool:
+        """Whether a condition is one of the whole prompt."""
+        return any(gate.scope == SCOPE_PROMPT for gate in self.gates)
+
+    @property
     def stops(self) -> bool:
         """Whether a condition may end the request."""
         return any(gate.scope == SCOPE_STOP for gate in self.gates)
