@@ -78,7 +78,7 @@ def test_prompt_decides_about_its_completion_wherever_it_is_read(
     condition = {"sae": "b", "feature": fires, sense: 0, "scope": "prompt"}
     edit = {**EDIT, "positions": {"prompt": False}}
     field = {"interventions": [{**edit, "when": condition}], "report": True}
-    text = Text(tuple(PROMPT), tuple(tokens(6, 9)))
+    text = Text(tuple(PROMPT), tuple(tokens(6, 10)[1:]))
     made, unconditional, unsteered = (
         run_offline(
             engine.llm,

@@ -317,13 +317,15 @@ def test_anthropic_sdk_takes_a_message_that_is_read_as_it_streams(live_server: L
     field = {"steering": {"read": {"sae": SAE, "top_k": 1, "stream": True}, "report": True}}
     client = Anthropic(base_url=live_server.base_url, api_key="none", max_retries=0)
     asked: dict[str, Any] = {"model": MODEL, "messages": ASKED, "max_tokens": 6}
-    with client, client.messages.stream(**asked, extra_body=field) as stream:
+    with client.messages.stream(**asked, extra_body=field) as stream:
         events = list(stream)
         final = stream.get_final_text()
-    # The helper's own events, made of the API's, come on top.
+    # The helper's own events, made of the API's, come on top; its last is made anew.
     told = [event for event in events if "steering" in (event.model_extra or {})]
     assert told[0].type == "message_start"
     assert "content_block_delta" in {event.type for event in told}
     assert "".join(event.text for event in events if event.type == "text") == final
-    assert told[-1].type == "message_stop"
-    assert (told[-1].model_extra or {})["steering"]["interventions"] == []
+    with client:
+        [*_, last] = client.messages.create(**asked, stream=True, extra_body=field)
+    assert last.type == "message_stop"
+    assert (last.model_extra or {})["steering"]["interventions"] == []
