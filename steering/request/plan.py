@@ -253,6 +253,11 @@ class SteeringPlan:
         return self.keep is not None and not (self.edits or self.gates or self.wants_results)
 
     @property
+    def prompt_decides(self) -> bool:
+        """Whether a condition is one of the whole prompt."""
+        return any(gate.scope == SCOPE_PROMPT for gate in self.gates)
+
+    @property
     def stops(self) -> bool:
         """Whether a condition may end the request."""
         return any(gate.scope == SCOPE_STOP for gate in self.gates)

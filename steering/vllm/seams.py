@@ -246,7 +246,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "v1.core.sched.scheduler",
             "Scheduler",
             fields=("requests",),
-            mentions=("_free_request", "get_request_counts"),
+            mentions=("_free_request", "get_request_counts", "_reserve_prefill_lookahead"),
         ),
         Seam("v1.core.sched.scheduler", "Scheduler.__init__", first=("vllm_config",)),
         Seam("v1.core.sched.scheduler", "Scheduler.add_request", first=("request",)),
@@ -258,11 +258,16 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.core.sched.scheduler", "Scheduler.get_request_counts"),
         Seam("v1.core.sched.scheduler", "Scheduler._free_request", first=("request",)),
         Seam(
+            "v1.core.sched.scheduler",
+            "Scheduler._reserve_prefill_lookahead",
+            first=("request", "num_computed_tokens", "num_new_tokens"),
+        ),
+        Seam(
             "v1.request",
             "Request",
             fields=(
                 *("request_id", "sampling_params", "status", "stop_reason", "num_tokens"),
-                "num_output_placeholders",
+                *("num_output_placeholders", "num_prompt_tokens"),
             ),
         ),
         Seam(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from steering.vllm.support import (
 from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import registered
 from steering.worker.ops.buffers import Kernel
+from steering.worker.ops.layout import FLOAT16_LIMIT
 from steering.worker.scores import Scores, SteeredSide, packed
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
@@ -251,6 +253,9 @@ class SteeringWorker(PlatformWorker):
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
             resident=config.resident if runner.device.type == "cuda" else None,
+            limit=FLOAT16_LIMIT
+            if self.vllm_config.model_config.dtype == torch.float16
+            else math.inf,
         )
         stores = {
             point: hook_points.install(

@@ -82,6 +82,7 @@ def _edit(
         if full.decodes is not None:
             _reconstruct(delta, stream, difference, full, f_all, residency.whole(full.sae))
     touched = active.any(dim=1)
+    delta = batched.bounded(delta, hidden_states, stream, buffers.limit)
     delta = batched.limited(delta, stream, touched, edits, buffers.share)
     batched.add_delta(hidden_states, stream, delta, touched)
     buffers.counters[0] += touched.sum()

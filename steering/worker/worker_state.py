@@ -5,6 +5,7 @@ The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class SteeringState:
         kernel: for passes in which rows alone are enough; None where no kernel runs.
         graphs: CUDA graphs hold the op, so it is launched in idle passes too.
         resident: see `Residency`.
+        limit: see `layout.FLOAT16_LIMIT`; infinite for streams of other dtypes.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class SteeringState:
         kernel: Kernel | None,
         graphs: bool,
         resident: str | None = None,
+        limit: float = math.inf,
     ) -> None:
         self.step = step
         self.graphs = graphs
@@ -111,6 +114,7 @@ class SteeringState:
         self.captures = Captures()
         self.op_seconds = 0.0
         self.d_in = d_in
+        self._limit = limit
         self._record = record
         self._saes = saes
         self._facts = SlotFacts(num_slots, device)
@@ -168,6 +172,7 @@ class SteeringState:
             f=self._f,
             share=self._share[:, column],
             counters=self._touched,
+            limit=self._limit,
         )
         return Site(
             hook,

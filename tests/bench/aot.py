@@ -22,6 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from steering.worker.ops.layout import FLOAT16_LIMIT
 from steering.worker.ops.triton_gates import gate_kernel
 from steering.worker.ops.triton_kernel import steer_kernel
 from steering.worker.ops.triton_parts import layout_for
@@ -109,6 +110,8 @@ def compile_kernel(
         "BLOCK_D": layout.block_d,
         "BLOCK_E": layout.block_e,
     }
+    if name == "edit":
+        constants["LIMIT"] = FLOAT16_LIMIT if dtype == "fp16" else None
     types = _POINTERS | {
         "hidden_ptr": f"*{dtype}",
         "hidden_stride": "i32",

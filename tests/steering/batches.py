@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from steering.request.plan import COVERS_SINKS, SCOPE_STOP, PlannedEdit, Planned
 from steering.worker.gates import GateState, GateTable
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.layout import (
+    FLOAT16_LIMIT,
     MAX_ENTRIES,
     NEVER,
     NO_SLOT,
@@ -116,6 +118,7 @@ class Batch:
             # A column among others, as it is one of several hook points.
             share=torch.full((self.num_tokens, 2), UNWRITTEN, device=device)[:, 1],
             counters=torch.zeros(2, dtype=torch.int64, device=device),
+            limit=FLOAT16_LIMIT if self.hidden_states.dtype == torch.float16 else math.inf,
         )
 
     def on(self, device: str) -> Batch:

@@ -7,6 +7,7 @@ what the delta is. The full path shares all of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -237,6 +238,20 @@ def report(
     if coverage.skipped is not None:
         found = torch.where(coverage.skipped, SKIPPED_SINK, found)
     into.view(-1)[edits.reported.target] = found.view(-1)[edits.reported.source]
+
+
+def bounded(delta: Tensor, hidden_states: Tensor, stream: Stream, limit: float) -> Tensor:
+    """``delta`` ``[n, d_in]``, less where an element would grow past the limit.
+
+    Neither the stream nor the hidden states, to which it is added, get larger than ``limit`` or,
+    if that is more, than they were.
+    """
+    if limit == math.inf:
+        return delta
+    for before in (stream.x, hidden_states[stream.token].float()):
+        after, bound = before + delta, before.abs().clamp(min=limit)
+        delta = torch.where(after.abs() > bound, after.clamp(-bound, bound) - before, delta)
+    return delta
 
 
 def limited(

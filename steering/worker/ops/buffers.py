@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -37,6 +38,7 @@ class Buffers(NamedTuple):
             limited it, NOT_EDITED where there was none.
         counters: ``[2]`` int64; +1 for each token that some edit touched, and +1 for each that
             some edit would have touched but for a sink.
+        limit: see `layout.FLOAT16_LIMIT`; infinite where the dtype of the stream needs none.
     """
 
     token_slot: Tensor
@@ -51,6 +53,7 @@ class Buffers(NamedTuple):
     f: Tensor
     share: Tensor
     counters: Tensor
+    limit: float = math.inf
 
 
 class BoundKernel(NamedTuple):

@@ -86,5 +86,9 @@ NOT_COVERED, SKIPPED_SINK, HELD_BACK = float("nan"), float("-inf"), -(2 - 2**-23
 #: In the buffer of shares: no edit was made here. A share that `max_share` limited is negative.
 NOT_EDITED: Final = float("-inf")
 
+#: In float16, which ends at 65,504, an edit makes no element of the stream, nor of the hidden
+#: states that carry it, larger than this, or than it was: half the range is left to later layers.
+FLOAT16_LIMIT: Final = 32768.0
+
 #: With REREAD, a feature that is to be silent is set to at most so much of its threshold.
 SILENT: Final = 0.9

@@ -111,7 +111,9 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
     ``f'_i - f_i`` with ``f_i`` read from ``x``, or, where the row is solved for what is read again,
     ``p'_i - p_i`` (see `reread`); ``s_i`` is the decoder scale, ``g_i`` the SAE's output scale
     where its input is normalised, and m at most 1, such that the whole is no more than
-    ``max_share`` of the norm of ``x``.
+    ``max_share`` of the norm of ``x``. Before that an element of the sum is cut such that the one
+    of ``x`` becomes no larger than ``limit``, if it was not larger; nor does that of
+    ``hidden_states``.
 
     Args:
         hidden_states: ``[num_tokens, d_in]`` model dtype; rows that no edit touches stay as they
@@ -168,6 +170,8 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
                 delta += change * params[P_DECODER_SCALE] * read.g * rows.W_dec[row, : len(x)]
         share, limited = torch.tensor(NOT_EDITED), False
         if touched:
+            for before in (x, hidden_states[t].float()):
+                delta = _bounded(delta, before, buffers.limit)
             share = delta.norm() / x.norm() if bool(x.norm() > 0) else torch.tensor(0.0)
             max_share = buffers.slots.max_share[slot]
             limited = bool(share > max_share)
@@ -256,6 +260,12 @@ def reread(read: Read, op: int, value: Tensor, threshold: Tensor) -> Tensor:
     if bool(new > threshold):
         return new - read.p
     return torch.minimum(read.p, SILENT * threshold) - read.p
+
+
+def _bounded(delta: Tensor, before: Tensor, limit: float) -> Tensor:
+    """``delta``, less where an element would become larger than ``limit`` and than it was."""
+    after, bound = before + delta, before.abs().clamp(min=limit)
+    return torch.where(after.abs() > bound, after.clamp(-bound, bound) - before, delta)
 
 
 def _stream(hidden_states: Tensor, residual: Tensor | None, t: int) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import triton
@@ -95,6 +96,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
         ROW_STRIDE=rows.W_enc.stride(0),
         BLOCK_D=shape.block_d,
         BLOCK_E=shape.block_e,
+        LIMIT=None if buffers.limit == math.inf else buffers.limit,
         num_warps=shape.num_warps,
         enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
@@ -135,6 +137,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     ROW_STRIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    LIMIT: tl.constexpr,  # None: the stream's dtype needs none
 ):
     """One program a token t; E = the edits of its slot that cover it, meet no sink and whose
     conditions hold::
@@ -145,6 +148,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         f_i       = p_i if p_i > threshold_i and z_i + gate_bias_i > 0 else 0
         change_i  = op_i(f_i) - f_i, or p'_i - p_i of a solved row
         delta     = sum_{i in E} change_i * s_i * g_i * W_dec[i]
+        delta     = bounded(delta), with a LIMIT
         delta    *= min(1, max_share * |x| / |delta|)
         hidden[t] = dtype(float32(hidden[t]) + delta)
 
@@ -236,6 +240,14 @@ def steer_kernel(  # type: ignore[no-untyped-def]
             ints_ptr + slot * MAX_EDITS * EDIT_INTS, value_ptr + slot * MAX_EDITS,
             w_enc_ptr, w_dec_ptr, params_ptr, f_at, d, inside, ROW_STRIDE,
         )  # fmt: skip
+    # Without a residual, x is the hidden state; holding both would spill.
+    before = x if residual_ptr is None else hidden.to(tl.float32)
+    if LIMIT is not None:
+        if residual_ptr is not None:
+            # Asked for again, and not held all the while.
+            again = tl.load(residual_ptr + token * residual_stride + d, mask=inside, other=0.0)
+            delta = _bounded(delta, before + again.to(tl.float32), LIMIT)
+        delta = _bounded(delta, before, LIMIT)
     most = tl.load(max_share_ptr + slot)
     if reports | (most < _UNLIMITED):
         share = tl.where(norm > 0, tl.sqrt_rn(tl.sum(delta * delta)) / norm, 0.0)
@@ -243,9 +255,15 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         delta *= tl.where(over, most / share, 1.0)
         if reports:
             tl.store(share_at, tl.where(over, -most, share))
-    # Without a residual, x is the hidden state; holding both would spill.
-    before = x if residual_ptr is None else hidden.to(tl.float32)
     tl.store(hidden_at, (before + delta).to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bounded(delta, before, limit):  # type: ignore[no-untyped-def]
+    """``delta``, less where it would make an element larger than ``limit`` and than it was."""
+    after, bound = before + delta, tl.maximum(tl.abs(before), limit)
+    bounded = tl.minimum(tl.maximum(after, -bound), bound) - before
+    return tl.where(tl.abs(after) > bound, bounded, delta)
 
 
 @triton.jit
