@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -220,6 +220,8 @@ class Site:
         """
         if self.heads is not None:
             assert residual is None, self.hook
+            if not (self.graphs or _any_of(self.work.keys(), step)):
+                return  # the same on all ranks
             whole = self.heads.gathered(hidden_states)
             self._apply(whole, None, step)
             hidden_states.copy_(self.heads.own(whole))
@@ -260,10 +262,16 @@ class Site:
             sae: one of those here.
             hidden_states: ``[num_tokens, d_in]`` model dtype, of the largest pass.
         """
-        x = hidden_states[: self._parts.tokens_in_part([sae])].float()
+        whole = hidden_states if self.heads is None else self.heads.gathered(hidden_states)
+        x = whole[: self._parts.tokens_in_part([sae])].float()
         f = self.residency.whole(sae).encode(x)
         strongest(f, MAX_TOP_K)
-        self.residency.whole(sae).decode(f, x)
+        card = self.saes[sae].card
+        if _decodes_elsewhere(self.saes[sae]):
+            self.outputs.leave(sae, len(hidden_states), card.d_out, x.device)
+        if card.error_term:
+            self.residency.whole(sae).decode(f, x)
+        self.outputs.forget()
 
     def compile_kernel(self, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Run all of the kernel on a stream in which no token has a slot."""
@@ -275,7 +283,7 @@ class Site:
                 self.kernel.steer(hidden_states, residual)
 
 
-def _any_of(slots: set[int], step: Step) -> bool:
+def _any_of(slots: Collection[int], step: Step) -> bool:
     """Whether one of the slots has tokens in the pass."""
     return bool(slots) and any(int(slot) in slots for slot in step.slots_np)
 

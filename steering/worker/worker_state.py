@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.arrays import IntArray
-from sae.card import HookPoint
+from sae.card import HEADS, HookPoint
 from sae.sae import SAE
 from steering.request.limits import MAX_INTERVENTIONS
 from steering.request.plan import RowKey, SteeringPlan
@@ -174,7 +174,7 @@ class SteeringState:
         writing = {i: sae for i, sae in saes.items() if hook in sae.card.writes}
         width = self._width(reading, writing)
         split = any(not sae.card.one_place for sae in (*reading.values(), *writing.values()))
-        heads = self._heads if HookPoint.parse(hook).kind == "attn.hook_z" else None
+        heads = self._heads if HookPoint.parse(hook).kind == HEADS else None
         buffers = Buffers(
             token_slot=self.step.token_slot,
             positions=self.step.positions,

@@ -208,7 +208,8 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
             skipped |= covered and not held and sink
             if covered and not held and not sink:
                 touched = True
-                if read is not None:
+                if carried is None:
+                    assert read is not None
                     op, value = int(ints[E_OP]), table.value[slot, i]
                     change = (
                         reread(read, op, value, params[P_THRESHOLD])
