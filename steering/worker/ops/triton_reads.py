@@ -173,12 +173,12 @@ def _read_block(  # type: ignore[no-untyped-def]
     entry = ints_ptr + e * EDIT_INTS
     row = tl.load(entry + _ROW, mask=active, other=0).to(tl.int64)
     op = tl.load(entry + _OP, mask=active, other=0)
-    column = tl.load(entry + _COLUMN, mask=active, other=0)
     reads = active & ((op != _ADD) | (e < reported))
     tile = row[:, None] * ROW_STRIDE + d[None, :]
     w_enc = tl.load(w_enc_ptr + tile, mask=reads[:, None] & inside[None, :], other=0.0)
     params = params_ptr + row * NUM_PARAMS
     _, f, _, g = read_latents(tl.sum(w_enc * x[None, :], axis=1), params, mean, std, rms)
+    column = tl.load(entry + _COLUMN, mask=active, other=0)
     tl.store(f_at + column, f, mask=active & (e < reported))
     value = tl.load(value_ptr + e, mask=active, other=0.0)
     change = tl.where(op == _ADD, value, applied(f, op, value) - f)  # add never reads f
