@@ -12,7 +12,10 @@ from pathlib import Path
 from sae.errors import SAEError
 from sae.unserved import refuse_by_listing
 
-WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+# What directions alone come in; beside other weights it is something else.
+_DIRECTION_SUFFIXES = (".gguf", ".npy")
+_DICTIONARY_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+WEIGHT_SUFFIXES = (*_DICTIONARY_SUFFIXES, *_DIRECTION_SUFFIXES)
 # What SAELens' training keeps beside a checkpoint: the factor that it has not folded in yet.
 SCALER_NAME = "activation_scaler.json"
 CONFIG_NAMES = ("cfg.json", "config.json", "hyperparams.json", SCALER_NAME)
@@ -61,6 +64,8 @@ def choose_weights(source: str, names: Iterable[str]) -> str:
     names = sorted(names)
     refuse_by_listing(source, names)
     weights = [name for name in names if "/" not in name and is_weight_file(name)]
+    if any(name.endswith(_DICTIONARY_SUFFIXES) for name in weights):
+        weights = [name for name in weights if not name.endswith(_DIRECTION_SUFFIXES)]
     if not weights and CHECKPOINT in names:
         return CHECKPOINT
     if not weights:

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from sae import weights
 from sae.architectures import VECTORS, LatentVectors, topk
-from sae.card import UNIT_PLAIN, UNIT_TIMES_DECODER_NORM, SAECard
+from sae.card import (
+    KIND_DIRECTION,
+    KINDS_THAT_DECODE,
+    UNIT_PLAIN,
+    UNIT_TIMES_DECODER_NORM,
+    SAECard,
+)
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.formats import open_layout
@@ -66,6 +72,11 @@ class SAE:
     def b_dec(self) -> Tensor:
         """The decoder's bias [d_in] float32, in the scale of the SAE's output."""
         return self._weights.b_dec
+
+    def open_features(self) -> FeatureTable:
+        """Labels and statistics, from beside the weights; a direction's maximum is its length."""
+        maxima = self._lengths if self._card.kind == KIND_DIRECTION else None
+        return FeatureTable.open(self._tensors.path, self._card.d_sae, maxima)
 
     # Rows
 
@@ -197,6 +208,10 @@ class SAE:
 
     # Internals
 
+    def _lengths(self) -> list[float]:
+        norms: list[float] = self._weights.stored_norms("W_dec").tolist()
+        return norms
+
     def _vectors_of_all(self, device: torch.device) -> LatentVectors:
         """The vectors of all latents on a device, computed once."""
         with self._lock:
@@ -226,6 +241,7 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
     files, layout = open_layout(resolved)
     W_dec = files.tensors.headers[layout.tensors["W_dec"].name]
     features = FeatureTable.open(files.path, layout.d_sae)
+    is_direction = layout.kind == KIND_DIRECTION
     card = SAECard(
         id=resolved.name,
         hook=str(layout.hook),
@@ -238,9 +254,9 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
         format=layout.format,
         sha256=None,
         sink_norm=layout.sink_norm if resolved.sink_norm is None else resolved.sink_norm,
-        error_term=True,
+        error_term=layout.kind in KINDS_THAT_DECODE,
         has_labels=features.has_labels,
-        has_max_activations=features.has_max_activations,
+        has_max_activations=features.has_max_activations or is_direction,
         k=layout.k,
         normalize_activations=layout.normalize_activations,
         apply_b_dec_to_input=layout.apply_b_dec_to_input,
@@ -248,6 +264,7 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
         activation_unit=(
             UNIT_TIMES_DECODER_NORM if layout.rescale_acts_by_decoder_norm else UNIT_PLAIN
         ),
+        kind=layout.kind,
     )
     sae = SAE(card, layout, files.tensors)
     # One bad value here reaches every token that the SAE reads, whatever the latent.

@@ -132,6 +132,12 @@ class Weights:
             return torch.full(index.shape, constant, dtype=torch.float64)
         return self._stored(name).index_select(0, index).double()
 
+    def stored_norms(self, canonical: str) -> Tensor:
+        """Norms of a matrix's rows as they are stored: [d_sae] float64."""
+        stored = self._stored(canonical)
+        parts = [stored[start:stop].double().norm(dim=1) for start, stop in self.chunks()]
+        return torch.cat(parts)
+
     def scan_nonfinite(self) -> None:
         """Read every weight once; SAEError naming the tensor and the first latent that is bad.
 
@@ -141,6 +147,11 @@ class Weights:
             bad = self._first_nonfinite(canonical)
             if bad is not None:
                 place = "" if canonical == "b_dec" or stored.scalar else f" of feature {bad}"
+                if self._layout.unit_rows:
+                    raise SAEError(
+                        f"{self._tensors.path}: {stored.name}{place} is zero or has a value that "
+                        "is not finite: it has no direction"
+                    )
                 raise SAEError(
                     f"{self._tensors.path}: {stored.name}{place} has a value that is not finite"
                     f"{' or whose exponential is not' if canonical == 'r_mag' else ''} in float32"
@@ -157,6 +168,8 @@ class Weights:
             tensor = self._tensors.tensor(stored.name)
             if stored.scalar:
                 tensor = tensor.reshape(1).expand(self._card.d_sae)
+            elif stored.row:
+                tensor = tensor.unsqueeze(0)
             view = self._mapped[canonical] = tensor.T if stored.transposed else tensor
         return view
 
@@ -180,6 +193,9 @@ class Weights:
 
     def _in_use(self, canonical: str, stored: Tensor) -> Tensor:
         """Rows [n, d_in] of a matrix as they are computed with, in float32."""
+        if self._layout.unit_rows:
+            rows = stored.double()
+            return (rows / rows.norm(dim=1, keepdim=True)).float()
         part = self._scaled(canonical, stored.float())
         if canonical == "W_enc" and self._layout.centered:
             part = part - part.mean(dim=1, keepdim=True)
@@ -198,6 +214,10 @@ class Weights:
             if canonical == "r_mag":  # used as a gain
                 finite &= tensor.double().exp().float().isfinite()
             bad = (~finite).nonzero()
+            return int(bad[0]) if len(bad) else None
+        if self._layout.unit_rows:
+            norms = self.stored_norms(canonical)
+            bad = (~((norms > 0) & norms.isfinite())).nonzero()
             return int(bad[0]) if len(bad) else None
         # In the order of the file: a strided walk would read every page many times.
         by_latent = tensor.is_contiguous()

@@ -10,6 +10,7 @@ from sae.errors import SAEError
 from sae.files import CHECKPOINTS, CONFIG_NAMES, find_weights
 from sae.formats import (
     dictionary_learning,
+    direction,
     gemma_scope,
     gemma_scope_2,
     goodfire,
@@ -44,6 +45,7 @@ _FORMATS: tuple[Format, ...] = (
     dictionary_learning,
     qwen_scope,
     sae_lens,
+    direction,
 )
 
 
@@ -54,6 +56,11 @@ def open_layout(ref: ResolvedSAE) -> tuple[SAEFiles, SAELayout]:
     refuse_unserved(files)
     layout = replace(_detect(files, ref).read(files, ref), sink_norm=files.sink_norm())
     layout.check(files.tensors)
+    if ref.layer is not None and ref.layer != layout.hook.layer:
+        raise SAEError(
+            f"{files.path}: layer={ref.layer} is stated, and this {layout.kind} is of layer "
+            f"{layout.hook.layer}; layer= chooses one of a source that has several"
+        )
     return files, layout
 
 

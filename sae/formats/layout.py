@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sae.card import HookPoint
+from sae.card import KIND_SAE, HookPoint
 from sae.errors import SAEError
 from sae.hook_names import UnknownHookError, parse_hook
 from sae.numbers import finite, positive
@@ -26,6 +26,8 @@ MAX_COUNT = 2**31 - 1
 #: Folders around a weight file that a publisher names; above them lies somebody's disk.
 _PUBLISHED_FOLDERS = 4
 _SINK_NORM_SECTIONS = ("metadata", "trainer")
+#: Kinds that messages call otherwise than cards do.
+_KIND_WORDS = {"sae": "SAE", "clt": "CLT"}
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,12 @@ class SAEFiles:
 @dataclass(frozen=True)
 class Stored:
     """Where a canonical tensor lies. `transposed`: the file has [d_in, d_sae]. `scalar`: one
-    number for all latents, shape [] or [1]."""
+    number for all latents, shape [] or [1]. `row`: [d_in], the row of the one latent."""
 
     name: str
     transposed: bool = False
     scalar: bool = False
+    row: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,8 @@ class SAELayout:
     Attributes:
         centered: it was trained on streams without their mean over d_in: it reads x - mean(x).
         threshold_over_decoder_norm: the threshold is compared with h_i |W_dec_i|, W_dec as stored.
+        kind: one of `sae.card`'s.
+        unit_rows: rows in use have norm 1: directions.
         remarks: what the files leave open and how it was taken, for the user to know.
     """
 
@@ -194,6 +199,8 @@ class SAELayout:
     centered: bool = False
     threshold_over_decoder_norm: bool = False
     remarks: tuple[str, ...] = ()
+    kind: str = KIND_SAE
+    unit_rows: bool = False
 
     def check(self, tensors: TensorFile) -> None:
         """SAEError for a missing, misshaped, integer or unexpected tensor; reads headers only."""
@@ -221,13 +228,16 @@ class SAELayout:
         extra = sorted(set(tensors.headers) - known)
         if extra:
             raise SAEError(
-                f"{tensors.path}: unexpected tensor {extra[0]} in a {self.format} SAE of "
+                f"{tensors.path}: unexpected tensor {extra[0]} in a {self.format} "
+                f"{_KIND_WORDS.get(self.kind, self.kind)} of "
                 f"architecture {self.architecture}"
             )
         if self.k is not None and self.k > self.d_sae:
             raise SAEError(f"{tensors.path}: k is {self.k}, more than d_sae {self.d_sae}")
 
     def _expected_shapes(self, canonical: str, stored: Stored) -> list[tuple[int, ...]]:
+        if stored.row:
+            return [(self.d_in,)]
         if canonical in ("W_enc", "W_dec"):
             shape = (self.d_sae, self.d_in)
             return [shape[::-1] if stored.transposed else shape]

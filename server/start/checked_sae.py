@@ -10,7 +10,6 @@ from typing import Any
 
 from sae.card import SAECard
 from sae.errors import SAEError
-from sae.features import FeatureTable
 from sae.sae import check_fits, open_sae
 from sae.source import ResolvedSAE, SAEReference, resolve
 from steering.request.catalog import SCAN_LIMIT_BYTES
@@ -36,7 +35,7 @@ def check_reference(reference: SAEReference | ResolvedSAE, scan_limit: int | Non
     with unforeseen_refused(reference.source):
         resolved = resolve(reference)
         sae = open_sae(resolved)
-        FeatureTable.open(resolved.path, sae.card.d_sae).load()
+        sae.open_features().load()
         if scan_limit is None or sae.weight_bytes <= scan_limit:
             sae.scan_nonfinite()
     for remark in sae.remarks:
