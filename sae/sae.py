@@ -42,7 +42,7 @@ class LatentRows:
     """
 
     W_enc: Tensor  # [n, d_in]
-    W_dec: Tensor  # [n, d_in]
+    W_dec: Tensor  # [n, d_out], of one of the places where the dictionary writes
     bias: Tensor  # [n]
     gain: Tensor  # [n]
     threshold: Tensor  # [n]
@@ -80,11 +80,18 @@ class SAE:
 
     # Rows
 
-    def rows(self, latents: Sequence[int]) -> LatentRows:
-        """Read only these latents. IndexError for one that is not in [0, d_sae)."""
+    def rows(self, latents: Sequence[int], write: int = 0) -> LatentRows:
+        """Read only these latents, and what they write at `card.writes[write]`.
+
+        IndexError for a latent that is not in [0, d_sae).
+        """
+        assert 0 <= write < len(self._card.writes), write
         index = self._weights.index(latents)
         W_enc, W_dec = self._weights.rows("W_enc", index), self._weights.rows("W_dec", index)
-        return LatentRows(W_enc, W_dec, **vars(self._weights.vectors(index, W_enc, W_dec)))
+        vectors = self._weights.vectors(index, W_enc, W_dec)
+        if write:
+            W_dec = self._weights.rows("W_dec", index, write)
+        return LatentRows(W_enc, W_dec, **vars(vectors))
 
     def nonfinite_latents(self, latents: Sequence[int]) -> list[int]:
         """Those of the latents that have a weight or bias which is NaN or infinite."""

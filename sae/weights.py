@@ -58,9 +58,15 @@ class Weights:
                 raise IndexError(f"latent {latent} not in [0, {self._card.d_sae})")
         return torch.tensor(latents, dtype=torch.long)
 
-    def rows(self, canonical: str, index: Tensor) -> Tensor:
-        """Rows of W_enc or W_dec as they are computed with: [n, d_in] float32, contiguous."""
-        return self._in_use(canonical, self._stored(canonical).index_select(0, index))
+    def rows(self, canonical: str, index: Tensor, write: int = 0) -> Tensor:
+        """Rows of W_enc [n, d_in] or W_dec [n, d_out] as they are computed with, in float32.
+
+        `write` is which of the places where a dictionary writes, for the rows of W_dec.
+        """
+        stored = self._stored(canonical)
+        if stored.dim() == 3:  # [d_sae, places, d_out]
+            stored = stored[:, write]
+        return self._in_use(canonical, stored.index_select(0, index))
 
     def matrix(self, canonical: str, start: int, stop: int, device: torch.device) -> Tensor:
         """The same for a range of latents, on a device."""

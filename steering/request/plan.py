@@ -78,6 +78,7 @@ class PlannedEdit:
     Attributes:
         gates: bit i set if the plan's gate i must be open; no bits for an edit without conditions.
         any_gate: whether one open gate is enough; else all must be.
+        writes: at how many hook points it is added.
     """
 
     sae: int
@@ -89,6 +90,7 @@ class PlannedEdit:
     end: int
     gates: int = 0
     any_gate: bool = False
+    writes: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,14 @@ class RowKey(NamedTuple):
         latent: index of the latent.
         solved_with: with `reread`, the latents of the SAE's edits, this one among them, ascending.
         protected: the (SAE, latent) pairs that the decoder row must not move, ascending.
+        write: which of the hook points where the SAE writes its decoder row is of.
     """
 
     sae: int
     latent: int
     solved_with: tuple[int, ...] = ()
     protected: tuple[tuple[int, int], ...] = ()
+    write: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class SteeringPlan:
 
     @property
     def edit_rows(self) -> tuple[RowKey, ...]:
-        """The row of each edit."""
+        """The row of each edit at the first hook point where it is added, and read with."""
         with_sae: dict[int, list[int]] = {}
         if self.reread:
             for edit in self.edits:
@@ -179,7 +183,16 @@ class SteeringPlan:
     @property
     def rows(self) -> frozenset[RowKey]:
         """All rows that the device must hold for this request."""
-        return frozenset(self.edit_rows + self.gate_rows)
+        return frozenset(
+            [
+                *self.gate_rows,
+                *(
+                    row._replace(write=write)
+                    for row, edit in zip(self.edit_rows, self.edits, strict=True)
+                    for write in range(edit.writes)
+                ),
+            ]
+        )
 
     def encoded(self, exact_from_row: Callable[[int], bool]) -> frozenset[int]:
         """The SAEs that must encode this request's tokens in full.
