@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from sae import hub
 from sae.errors import SAEError
+from sae.files import find_weights, layers_of
 from sae.formats import direction
 from sae.source import ALL_LAYERS, ResolvedSAE, SAEReference, resolve
 from sae.tensors import open_tensors
@@ -28,6 +30,17 @@ def resolve_all(ref: SAEReference) -> list[ResolvedSAE]:
 
 
 def layers(ref: SAEReference) -> list[int]:
-    """The layers of a source, ascending; none where it holds one dictionary."""
-    path = Path(resolve(replace(ref, layer=None)).path)
-    return [*direction.layers(open_tensors(path).headers)] if path.is_file() else []
+    """The layers of a source, ascending; none where it holds one dictionary.
+
+    Raises:
+        SAEError: it cannot be had.
+    """
+    if ref.source.startswith(hub.SCHEME) and (found := hub.layers(ref.source)):
+        return found
+    path = Path(ref.source).expanduser()
+    if path.is_dir() and (
+        by_layer := layers_of(str(path.absolute()), (file.name for file in path.iterdir()))
+    ):
+        return [*by_layer]
+    resolved = resolve(replace(ref, layer=None))
+    return [*direction.layers(open_tensors(find_weights(Path(resolved.path))).headers)]

@@ -16,6 +16,7 @@ from sae import weights
 from sae.architectures import VECTORS, LatentVectors, topk
 from sae.card import (
     KIND_DIRECTION,
+    KIND_TRANSCODER,
     KINDS_THAT_DECODE,
     UNIT_PLAIN,
     UNIT_TIMES_DECODER_NORM,
@@ -70,7 +71,7 @@ class SAE:
 
     @property
     def b_dec(self) -> Tensor:
-        """The decoder's bias [d_in] float32, in the scale of the SAE's output."""
+        """The decoder's bias [d_out] float32, in the scale of the SAE's output."""
         return self._weights.b_dec
 
     def open_features(self) -> FeatureTable:
@@ -104,7 +105,11 @@ class SAE:
         return [latent for latent, good in zip(latents, finite.tolist(), strict=True) if not good]
 
     def decoder_rows(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-        """W_dec[start:stop] as [stop - start, d_in] float32 on the device."""
+        """W_dec[start:stop] as [stop - start, d_out] float32 on the device.
+
+        Of a dictionary that writes at several places it is their sum: what it adds to the stream in
+        all.
+        """
         return self._weights.matrix("W_dec", start, stop, _indexed(device))
 
     def decoder_row_norms(self) -> Tensor:
@@ -139,15 +144,22 @@ class SAE:
         return f
 
     def decode(self, f: Tensor, x: Tensor) -> Tensor:
-        """f [n, d_sae] and the x [n, d_in] it came from -> x_hat [n, d_in] float32, with b_dec.
+        """f [n, d_sae] and the x [n, d_in] it came from -> x_hat [n, d_out] float32, with b_dec.
 
-        An SAE that reads x without its mean says nothing of it: x_hat has the mean of x.
+        A transcoder's is the output y that it stands for, its skip connection included. An SAE that
+        reads x without its mean says nothing of it: x_hat has the mean of x.
         """
         scale = self._vectors_of_all(f.device).decoder_scale
+        assert self._card.kind in KINDS_THAT_DECODE, self._card.kind
         out = self.b_dec.to(f.device).repeat(f.shape[0], 1)
         for start, stop in self.chunks():
             W_dec = self.decoder_rows(start, stop, f.device)
             out += product(f[:, start:stop] * scale[start:stop], W_dec.T)
+        W_skip = self._weights.W_skip
+        if W_skip is not None:
+            out += product(x, W_skip.to(x.device))
+        if self._card.kind == KIND_TRANSCODER:
+            return out
         _, g = self.normalise(x)
         out = denormalise(self._card.normalize_activations, out, x, g)
         return out + x.mean(dim=-1, keepdim=True) if self._centered else out
@@ -252,7 +264,7 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
     card = SAECard(
         id=resolved.name,
         hook=str(layout.hook),
-        layer=layout.hook.layer,
+        layer=layout.read_point.layer,
         architecture=layout.architecture,
         d_in=layout.d_in,
         d_sae=layout.d_sae,
@@ -272,6 +284,9 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
             UNIT_TIMES_DECODER_NORM if layout.rescale_acts_by_decoder_norm else UNIT_PLAIN
         ),
         kind=layout.kind,
+        reads=str(layout.read_point),
+        writes=tuple(map(str, layout.write_points)),
+        d_out=layout.width_out,
     )
     sae = SAE(card, layout, files.tensors)
     # One bad value here reaches every token that the SAE reads, whatever the latent.

@@ -20,10 +20,14 @@ FORMATS = (
     "gemma_scope",
     "gemma_scope_2",
     "llama_scope",
+    "llamascopium",
     "qwen_scope",
     "goodfire",
+    "qresearch",
     "sparsify",
     "dictionary_learning",
+    "circuit_tracer",
+    "attention_saes",
     "direction",
 )
 
@@ -139,16 +143,16 @@ def resolve(ref: SAEReference | ResolvedSAE) -> ResolvedSAE:
     """
     if isinstance(ref, ResolvedSAE):
         return ref
-    if ref.layer == ALL_LAYERS:
+    if isinstance(ref.layer, str):
         raise SAEError(f"{ref.source}: layer=all stands for several; name one, as layer=3")
     if ref.source.startswith(registry.SCHEME):
         entry = registry.look_up(ref.source)
-        return ResolvedSAE.of(ref, hub.fetch(entry.source), entry.facts)
+        return ResolvedSAE.of(ref, hub.fetch(entry.source, ref.layer), entry.facts)
     if ref.source.startswith(hub.SCHEME):
         address = hub.HubAddress.parse(ref.source)
         refuse_by_name(ref.source, f"{address.repo}/{address.path}".rstrip("/"))
         found = registry.find(address.repo, address.path, address.parent)
-        return ResolvedSAE.of(ref, hub.fetch(ref.source), _facts(found))
+        return ResolvedSAE.of(ref, hub.fetch(ref.source, ref.layer), _facts(found))
     _refuse_web_page(ref.source, ref.source)
     if "://" in ref.source:
         raise SAEError(f"{ref.source}: unknown scheme, expected a path, hf:// or sae_lens://")

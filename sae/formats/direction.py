@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 from sae.card import KIND_DIRECTION
 from sae.errors import SAEError
-from sae.formats.layout import SAEFiles, SAELayout, Stored, choose_hook
+from sae.formats.layout import SAEFiles, SAELayout, Stored
+from sae.formats.places import choose_hook
 from sae.source import ResolvedSAE
 
 NAME = "direction"

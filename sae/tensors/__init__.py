@@ -7,12 +7,13 @@ from pathlib import Path
 
 from sae.errors import SAEError
 from sae.tensors import gguf_file, npy_file
+from sae.tensors.joined_file import JoinedFile
 from sae.tensors.npz_file import NpzFile
 from sae.tensors.safetensors_file import SafetensorsFile
 from sae.tensors.tensor_file import FLOAT_DTYPES, TensorFile, TensorHeader
 from sae.tensors.torch_file import TorchFile
 
-__all__ = ["FLOAT_DTYPES", "TensorFile", "TensorHeader", "open_tensors"]
+__all__ = ["FLOAT_DTYPES", "JoinedFile", "TensorFile", "TensorHeader", "open_tensors"]
 
 
 def open_tensors(path: Path) -> TensorFile:
