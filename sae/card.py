@@ -23,6 +23,8 @@ HOOK_KINDS = (
     "ln2.hook_normalized",
     "mlp.hook_in",
 )
+# The outputs of attention's heads, side by side: as wide as the heads, not as the stream.
+HEADS = "attn.hook_z"
 # Places where activations can be read and nothing can be added: the output of the norm before the
 # MLP without the norm's gain and bias, and what the MLP is given.
 READ_ONLY_KINDS = ("ln2.hook_normalized", "mlp.hook_in")

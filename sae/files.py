@@ -112,6 +112,7 @@ def choose_weights(
     """
     names = sorted(names)
     weights = [name for name in names if "/" not in name and is_weight_file(name)]
+    weights = [name for name in weights if not _CLT_DECODER.fullmatch(name)]
     if any(name.endswith(_DICTIONARY_SUFFIXES) for name in weights):
         weights = [name for name in weights if not name.endswith(_DIRECTION_SUFFIXES)]
     if not weights and CHECKPOINT in names:

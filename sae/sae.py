@@ -15,11 +15,13 @@ from torch import Tensor
 from sae import weights
 from sae.architectures import VECTORS, LatentVectors, topk
 from sae.card import (
+    HEADS,
     KIND_DIRECTION,
     KIND_TRANSCODER,
     KINDS_THAT_DECODE,
     UNIT_PLAIN,
     UNIT_TIMES_DECODER_NORM,
+    HookPoint,
     SAECard,
 )
 from sae.errors import SAEError
@@ -296,16 +298,22 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
 
 
 def check_fits(card: SAECard, d_model: int, num_layers: int) -> None:
-    """SAEError where the SAE cannot belong to a model of this width and depth."""
-    if card.d_in != d_model:
-        raise SAEError(
-            f"SAE {card.id!r}: d_in is {card.d_in}, the model's hidden size is {d_model}"
-        )
-    if card.layer >= num_layers:
-        raise SAEError(
-            f"SAE {card.id!r}: layer {card.layer} does not exist, the model has layers "
-            f"0 to {num_layers - 1}"
-        )
+    """SAEError where the SAE cannot belong to a model of this width and depth.
+
+    How wide attention's heads are is known when the model is loaded.
+    """
+    reads = ("d_in", card.d_in, card.reads)
+    for name, width, hook in (reads, *(("d_out", card.d_out, hook) for hook in card.writes)):
+        point = HookPoint.parse(hook)
+        if point.kind != HEADS and width != d_model:
+            raise SAEError(
+                f"SAE {card.id!r}: {name} is {width}, the model's hidden size is {d_model}"
+            )
+        if point.layer >= num_layers:
+            raise SAEError(
+                f"SAE {card.id!r}: layer {point.layer} does not exist, the model has layers "
+                f"0 to {num_layers - 1}"
+            )
 
 
 def _indexed(device: torch.device | str) -> torch.device:

@@ -234,7 +234,8 @@ class Weights:
         """Rows of a matrix as they are computed with, in float32."""
         if self._layout.unit_rows:
             rows = stored.double()
-            return (rows / rows.norm(dim=1, keepdim=True)).float()
+            unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+            return unit.float()
         part = self._scaled(canonical, stored.float())
         if canonical == "W_enc" and self._layout.centered:
             part = part - part.mean(dim=1, keepdim=True)

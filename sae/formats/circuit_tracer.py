@@ -1,7 +1,8 @@
 """circuit-tracer's sets of transcoders, described by a `config.yaml`, with one row a latent.
 
 * `layer_L.safetensors`, transcoders of a layer each: W_enc, W_dec [d_sae, d], b_enc, b_dec, perhaps
-  W_skip [d, d] and activation_function.threshold; ReLU without one, or TopK if `activation` says so.
+  W_skip [d, d] and activation_function.threshold; ReLU without one, or TopK if `activation` says
+  so.
 * `W_enc_L.safetensors` and `W_dec_L.safetensors`, a cross-layer transcoder: W_enc_L, b_enc_L,
   b_dec_L, perhaps threshold_L, and W_dec_L [d_sae, layers - L, d]: what is written at layers L and
   above.

@@ -9,8 +9,8 @@ writes what the MLP adds. Two more are sets of layers, a file each:
 * `clt/width_W_l0_S/params_layer_L.safetensors`, cross-layer transcoders: layer L reads what its MLP
   is given and writes at the MLPs of layers m >= L, w_dec [d_sae, layers, d] with all layers stored.
 * `crosscoder/layer_A_B_C_D_width_W_l0_S/params_layer_I.safetensors`, weakly causal crosscoders:
-  slot I reads the output of the I-th of the layers that the folder names. Edited is that slot alone,
-  as an SAE with w_dec[:, I]: the stream at the later ones carries the edit already.
+  slot I reads the output of the I-th of the layers that the folder names. That slot alone is
+  edited, as an SAE with w_dec[:, I]: the stream at the later ones carries the edit already.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def _transcoder(
         reads, hook = choose_places(config.path, ref, *stated)
     else:
         layer = files.search(ref, _LAYER)
-        guessed = [None if layer is None else f"blocks.{layer}.{p}" for p in _TRANSCODER_PLACES]
+        named = layer is not None and files.search(ref, _FOLDER) == "transcoder"
+        guessed = [f"blocks.{layer}.{place}" if named else None for place in _TRANSCODER_PLACES]
         reads, hook = choose_places(files.path, ref, *guessed, guessed=True)
     width = files.shape(names.get("w_dec", "w_dec"), rank=2)[1]
     return replace(plain, hook=hook, reads=reads, d_out=width, tensors={**plain.tensors, **skip})

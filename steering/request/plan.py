@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from steering.request.conditions import ABOVE, PROMPT, SO_FAR, STOP, TOKEN, Condition
@@ -300,8 +301,11 @@ def make_plan(
     inspection: Inspection | None = None,
     *,
     awaited: bool = False,
+    writes: Mapping[str, int] = MappingProxyType({}),
 ) -> SteeringPlan:
     """Compile a validated spec: names become indices, values float32, positions bits.
+
+    ``writes`` says at how many hook points an SAE of this name writes; left out, at one.
 
     Raises:
         SteeringError: ``duplicate_intervention``, see `SteeringSpec.at`.
@@ -329,7 +333,10 @@ def make_plan(
         key,
         children,
         prompt_len,
-        tuple(_planned_edit(edit, sae_index[edit.sae], bits) for edit in spec.edits),
+        tuple(
+            _planned_edit(edit, sae_index[edit.sae], bits, writes.get(edit.sae, 1))
+            for edit in spec.edits
+        ),
         spec.error_term,
         spec.report,
         read,
@@ -342,7 +349,7 @@ def make_plan(
     )
 
 
-def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int]) -> PlannedEdit:
+def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int], writes: int) -> PlannedEdit:
     conditions = () if edit.when is None else edit.when.conditions
     return PlannedEdit(
         sae=sae,
@@ -354,6 +361,7 @@ def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int]) -> Planne
         end=edit.positions.end,
         gates=sum(bits[condition] for condition in conditions),
         any_gate=edit.when is not None and edit.when.any,
+        writes=writes,
     )
 
 

@@ -136,6 +136,7 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
         prompt_len=prompt_len,
         inspection=accepted.inspection,
         awaited=accepted.awaited,
+        writes=catalog.writes,
     )
     params.extra_args = {**rest, PLAN: plan.to_wire()}
     if traced:

@@ -52,7 +52,8 @@ class Buffers(NamedTuple):
             limited it, NOT_EDITED where there was none.
         carried: ``[>= num_tokens, MAX_INTERVENTIONS]`` float32, by the request's edits, of those
             that are read at one hook point and added at another: what is added, in units of their
-            rows of W_dec, or SKIPPED_SINK. Written where an edit covers the token.
+            rows of W_dec, or SKIPPED_SINK. Written where an edit covers the token. None where every
+            SAE that is here reads and writes here.
         input_norm: what the stream goes through before it is read here; nothing is added behind
             one.
         counters: ``[2]`` int64; +1 for each token that some edit touched, and +1 for each that
@@ -71,7 +72,7 @@ class Buffers(NamedTuple):
     rows: Rows
     f: Tensor
     share: Tensor
-    carried: Tensor
+    carried: Tensor | None
     counters: Tensor
     input_norm: InputNorm = InputNorm()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,8 @@ from steering.worker.ops.layout import (
     SKIPPED_SINK,
 )
 
+_PLAIN: Final = InputNorm()
+
 
 def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Read every token's conditions at one hook point, before the edits there.
@@ -118,7 +120,8 @@ def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
         residual: the same shape, or None where the layer returns the sum; only read.
         buffers: of this hook point.
     """
-    table, rows = buffers.reads, buffers.rows
+    table, rows, carried = buffers.reads, buffers.rows, buffers.carried
+    assert carried is not None
     for t in range(hidden_states.shape[0]):
         slot = int(buffers.token_slot[t])
         if slot == NO_SLOT or not int(table.count[slot]):
@@ -131,13 +134,13 @@ def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
             row, column = int(ints[E_ROW]), int(ints[E_COLUMN])
             params = rows.params[row]
             if bool(x.norm() > params[P_SINK]) and not int(ints[E_COVERAGE]) & COVERS_SINKS:
-                buffers.carried[t, column] = SKIPPED_SINK
+                carried[t, column] = SKIPPED_SINK
                 continue
             read = activation(x, rows.W_enc[row, : len(x)], params)
             if bool(buffers.slots.reports[slot]):
                 buffers.f[t, column] = float(read.f)
             change = edited(read.f, int(ints[E_OP]), table.value[slot, i])
-            buffers.carried[t, column] = change * params[P_DECODER_SCALE] * read.g
+            carried[t, column] = change * params[P_DECODER_SCALE] * read.g
 
 
 def covers(buffers: Buffers, t: int, slot: int, ints: Tensor) -> bool:
@@ -188,7 +191,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
             covered = covers(buffers, t, slot, ints)
             row, column = int(ints[E_ROW]), int(ints[E_COLUMN])
             params = rows.params[row]
-            carried = buffers.carried[t, column] if int(ints[E_FLAGS]) & CARRIED else None
+            carried = _carried(buffers, t, ints)
             read = None if carried is not None else activation(x, rows.W_enc[row, : len(x)], params)
             sink = (
                 bool(x.norm() > params[P_SINK]) and not int(ints[E_COVERAGE]) & COVERS_SINKS
@@ -205,7 +208,8 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
             skipped |= covered and not held and sink
             if covered and not held and not sink:
                 touched = True
-                if read is not None:
+                if carried is None:
+                    assert read is not None
                     op, value = int(ints[E_OP]), table.value[slot, i]
                     change = (
                         reread(read, op, value, params[P_THRESHOLD])
@@ -226,6 +230,14 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
         if reports:
             buffers.share[t] = -share if limited else share
         buffers.counters.add_(torch.tensor([touched, skipped], device=buffers.counters.device))
+
+
+def _carried(buffers: Buffers, t: int, ints: Tensor) -> Tensor | None:
+    """What was left where an edit of token t was read; None of one that is read here."""
+    if not int(ints[E_FLAGS]) & CARRIED:
+        return None
+    assert buffers.carried is not None
+    return buffers.carried[t, int(ints[E_COLUMN])]
 
 
 def open_gates(buffers: Buffers, t: int, slot: int, position: int, prompt_len: int) -> int:
@@ -307,7 +319,7 @@ def reread(read: Read, op: int, value: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _stream(
-    hidden_states: Tensor, residual: Tensor | None, t: int, norm: InputNorm = InputNorm()
+    hidden_states: Tensor, residual: Tensor | None, t: int, norm: InputNorm = _PLAIN
 ) -> Tensor:
     x = hidden_states[t].float()
     if residual is not None:
