@@ -39,6 +39,7 @@ _LINEAR = {
     "b_enc": Stored("encoder.bias"),
     "b_dec": Stored("decoder.bias"),
 }
+_SIDES = ("in", "out")
 _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk"}
 
 
@@ -130,13 +131,23 @@ def _scales(
             f"{config.path}: unknown norm_activation {mode!r:.60}, expected dataset-wise or "
             "inference"
         )
-    if (factor := ref.facts.norm_scaling_factor) is not None:
-        return factor, factor
-    s_in, s_out = (_scale(files, config, h, side, d) for h, side in zip(hooks, _SIDES, strict=True))
-    return s_in, s_out
+    found = []
+    # An SAE's two sides are one.
+    for hook, side in zip(hooks, _SIDES if hooks[0] != hooks[1] else ("in", "in"), strict=True):
+        scale = _norm_scale(files, config, hook, side, d) or ref.facts.norm_scaling_factor
+        if scale is None:
+            raise SAEError(
+                f"{config.path}: norm_activation is dataset-wise, and the average norm at {hook} "
+                f'is stated nowhere; add "{_NORM}": {{"{side}": NORM}} to this file'
+            )
+        found.append(scale)
+    return found[0], found[1]
 
 
-def _scale(files: SAEFiles, config: Config, hook: str | None, side: str, d: int) -> float:
+def _norm_scale(
+    files: SAEFiles, config: Config, hook: str | None, side: str, d: int
+) -> float | None:
+    """s by the norm that the files state of a hook point; None if they state none."""
     name = f"{_NORM}.{hook}"
     if name in files.names:
         if files.tensors.headers[name].shape not in ((), (1,)):
@@ -146,10 +157,4 @@ def _scale(files: SAEFiles, config: Config, hook: str | None, side: str, d: int)
     for key in (hook, side):
         if key is not None and key in norms:
             return scale_of_norm(config.path, norms.number(key), d)
-    raise SAEError(
-        f"{config.path}: norm_activation is dataset-wise, and the average norm at {hook} is stated "
-        f'nowhere; add "{_NORM}": {{"{side}": NORM}} to this file'
-    )
-
-
-_SIDES = ("in", "out")
+    return None

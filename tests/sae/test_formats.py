@@ -183,7 +183,13 @@ def test_llama_scope_folds_its_scale_into_weights_and_threshold(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hook_point_out": "blocks.3.hook_mlp_out"}, "out must be a finite number, got None"),
+        (
+            {
+                "hook_point_out": "blocks.3.hook_mlp_out",
+                "dataset_average_activation_norm": {"in": 1.0},
+            },
+            "out must be a finite number, got None",
+        ),
         ({"act_fn": "relu"}, "unknown act_fn 'relu', expected jumprelu"),
         ({"norm_activation": "token-wise"}, "unknown norm_activation 'token-wise'"),
         ({"dataset_average_activation_norm": {"in": 0}}, r"average norm must be from .*, got 0"),
@@ -277,7 +283,6 @@ def test_sparsify_width_may_be_an_expansion_factor(tmp_path: Path, load: Load) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"transcode": True}, "where this transcoder reads and writes is stated"),
         ({"activation": "groupmax"}, "unknown architecture, expected the top-k of relu"),
         ({"signed": True}, "unknown architecture, expected the top-k of relu"),
         ({"k": D_SAE + 1}, "k is 41, more than d_sae 40"),
