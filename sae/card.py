@@ -35,6 +35,8 @@ KIND_TRANSCODER = "transcoder"
 KIND_CLT = "clt"
 KIND_CROSSCODER = "crosscoder"
 KIND_DIRECTION = "direction"
+#: Of which `error_term: false` is defined: a decoder's whole output has a place of its own.
+KINDS_THAT_DECODE = (KIND_SAE, KIND_TRANSCODER)
 
 # The unit an activation is in. Libraries that fold the norm of the decoder row into the encoder
 # report f_i * |W_dec_i|; the others report f_i as it multiplies the decoder row.

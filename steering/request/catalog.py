@@ -160,7 +160,7 @@ class Catalog:
         loaded = {}
         for ref in config.saes:
             sae = open_sae(ref)
-            features = FeatureTable.open(ref.path, sae.card.d_sae)
+            features = sae.open_features()
             facts = ref.facts
             stated = (
                 facts.norm_scaling_factor,

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from sae.errors import SAEError
+from sae.layers import resolve_all
 from sae.sae import check_fits, open_sae
-from sae.source import ResolvedSAE, SAEReference, resolve
+from sae.source import ResolvedSAE, SAEReference
 from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, SteeringConfig
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
@@ -50,7 +51,7 @@ def offline_config(
     """The configuration of an engine that steers a model through SAEs, checked against it.
 
     Args:
-        saes: each as ``--sae`` takes it, ``NAME=SOURCE[,hook=HOOK]...``.
+        saes: each as ``--sae`` takes it, ``NAME=SOURCE[,hook=HOOK][,layer=L]...``.
         model_config: vLLM's, which says what size the model has.
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: see `SteeringConfig`.
@@ -61,8 +62,7 @@ def offline_config(
     d_model = int(model_config.get_hidden_size())
     num_layers = int(model_config.get_total_num_hidden_layers())
     references: dict[str, ResolvedSAE] = {}
-    for flag in saes:
-        reference = resolve(SAEReference.parse(flag))
+    for reference in (each for flag in saes for each in resolve_all(SAEReference.parse(flag))):
         if reference.name in references:
             raise SAEError(f"two SAEs are named {reference.name!r}")
         sae = open_sae(reference)
