@@ -17,6 +17,7 @@ from steering.worker.ops.triton_parts import (
     NORM,
     NUM_PARAMS,
     SINK,
+    Launch,
     applied,
     input_normed,
     layout_for,
@@ -33,6 +34,14 @@ _START, _END = tl.constexpr(layout.E_START), tl.constexpr(layout.E_END)
 _SKIPPED_SINK = tl.constexpr(layout.SKIPPED_SINK)
 
 
+def reads_layout_for(d_in: int, itemsize: int) -> Launch:
+    """`layout_for`, but for where ptxas would spill to fit two programs on a multiprocessor."""
+    shape = layout_for(d_in, itemsize)
+    if shape.block_d == 8192 and itemsize == 2:
+        return Launch(shape.block_d, block_e=4, num_warps=32)
+    return shape
+
+
 def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Same as :func:`steering.worker.ops.reference.read_edits`, as one kernel launch."""
     num_tokens, d_in = hidden_states.shape
@@ -42,7 +51,7 @@ def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
     assert buffers.f.is_contiguous() and buffers.carried.is_contiguous()
     if not num_tokens:
         return
-    shape = layout_for(d_in, hidden_states.element_size())
+    shape = reads_layout_for(d_in, hidden_states.element_size())
     slots, table, rows = buffers.slots, buffers.reads, buffers.rows
     read_kernel[(num_tokens,)](
         hidden_states,
