@@ -75,6 +75,7 @@ class CapturedTokens:
         in_batch: ``[r]`` int64.
         in_part: ``[r]`` int64, or a slice.
         columns: ``[k]`` int64, the entries of the part that are edits of the same SAE.
+        elsewhere: they are among those that are added elsewhere.
     """
 
     record: RequestRecord
@@ -83,12 +84,13 @@ class CapturedTokens:
     in_batch: Tensor
     in_part: slice | Tensor
     columns: Tensor
+    elsewhere: bool
 
     def keep(
         self,
         hidden_states: Tensor,
         residual: Tensor | None,
-        asked: Tensor | None,
+        asked: tuple[Tensor | None, Tensor | None],
         buffers: Buffers,
         reports: PassReports,
     ) -> None:
@@ -97,7 +99,8 @@ class CapturedTokens:
         Args:
             hidden_states: ``[num_tokens, d_in]`` model dtype.
             residual: the same shape, or None.
-            asked: ``[n, e]`` float32, the change that the part's edits ask for; None without edits.
+            asked: ``[n, e]`` float32 each, the change that the part's edits ask for: of those that
+                are added here, and of those that are only read here; None without such edits.
             buffers: of the hook point.
             reports: where copies go.
         """
@@ -106,8 +109,9 @@ class CapturedTokens:
             self.planned.windows, stream.position, stream.special, self.record.plan.prompt_len
         )
         square = stream.x.new_zeros(len(stream.x))
-        if asked is not None and len(self.columns):
-            square = asked[self.in_part][:, self.columns].square().sum(dim=1)
+        change = asked[self.elsewhere]
+        if change is not None and len(self.columns):
+            square = change[self.in_part][:, self.columns].square().sum(dim=1)
         reports.copy(
             RequestRecord.put_stream,
             np.full(len(square), self.record.number),
@@ -136,12 +140,16 @@ def captured_tokens(
     probe: int,
     planned: PlannedCapture,
     edits: Sequence[tuple[int, PlannedEdit]],
+    elsewhere: Sequence[tuple[int, PlannedEdit]],
     in_batch: IntArray,
     in_part: IntArray,
     device: torch.device,
 ) -> CapturedTokens:
-    """Lay out one request's tokens: ``[r]`` each; ``edits`` are its own here, by column."""
-    columns = [column for column, (_, edit) in enumerate(edits) if edit.sae == planned.sae]
+    """Lay out one request's tokens: ``[r]`` each; its own edits, here and elsewhere, by column."""
+    columns, is_elsewhere = _columns(edits, planned.sae), False
+    if not columns:
+        columns = _columns(elsewhere, planned.sae)
+        is_elsewhere = bool(columns)
     return CapturedTokens(
         record,
         probe,
@@ -149,7 +157,12 @@ def captured_tokens(
         torch.from_numpy(in_batch.astype(np.int64)).to(device),
         _index(in_part, device),
         torch.tensor(columns, dtype=torch.int64, device=device),
+        is_elsewhere,
     )
+
+
+def _columns(edits: Sequence[tuple[int, PlannedEdit]], sae: int) -> list[int]:
+    return [column for column, (_, edit) in enumerate(edits) if edit.sae == sae]
 
 
 def _covered(

@@ -36,8 +36,9 @@ MAX_SHARE: Final = "8 edits, max_share"
 
 def features() -> list[int]:
     """Features that `reread` takes, in an order that is the same in every run."""
-    gains = gain_matrix(open_sae(SAEReference(SAE_NAME, str(SAE))), range(D_SAE)).diagonal()
-    found = [i for i, gain in enumerate(gains.tolist()) if gain >= LEAST_SELF_GAIN]
+    gains = gain_matrix(open_sae(SAEReference(SAE_NAME, str(SAE))), range(D_SAE))
+    assert gains is not None
+    found = [i for i, gain in enumerate(gains.diagonal().tolist()) if gain >= LEAST_SELF_GAIN]
     random.Random(0).shuffle(found)
     return found
 

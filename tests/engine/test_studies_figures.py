@@ -27,8 +27,8 @@ from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader
 from steering.vllm.vocabulary import OfflineVocabulary
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, start
+from tests.engine.outputs import tokens
 from tests.engine.reference import ReferenceModel, ReferenceSAE
-from tests.engine.test_traps import tokens
 from tests.models import D_MODEL, NUM_LAYERS, VOCAB_SIZE, make_tiny_model, make_tiny_sae
 
 #: In nats; transformers and vLLM round differently.

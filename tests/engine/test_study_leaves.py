@@ -25,7 +25,7 @@ from steering.vllm.plugin import register
 from steering.vllm.reader import Reader, Text
 from steering.vllm.results import worker_stats
 from tests.engine.engine import SPECIAL_TOKEN_IDS
-from tests.engine.test_traps import tokens
+from tests.engine.outputs import tokens
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
 FIELD: Final = {"interventions": [{"feature": 3, "op": "clamp", "value": 6}], "report": True}

@@ -13,7 +13,7 @@ from steering.request.parse import parse_spec
 from steering.studies.calibrate import multipliers, scaled
 from steering.studies.neutral import neutral_passages
 from steering.studies.rank import output_score
-from tests.steering.test_spec import ONE
+from tests.steering.specs import ONE
 
 
 def accepted(*interventions: dict[str, Any]) -> Accepted:

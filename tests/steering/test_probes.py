@@ -133,7 +133,7 @@ def test_fit_measures_the_covered_tokens() -> None:
     f = torch.tensor([[1.0, 0.0]] * 3 + [[1.0, 2.0]] * 3)
     covered = torch.tensor([True, True, False, True, True, True])
     fit, observed = Fit(), Observed()
-    fit.observe(torch.arange(6), covered, x, x_hat, f)
+    fit.observe(torch.arange(6), covered, x, x_hat, (f != 0).sum(dim=1))
     kept = covered.numpy()
     observed.put(
         np.arange(6)[kept], x.numpy()[kept], x_hat.numpy()[kept], np.array([1, 1, 2, 2, 2])
