@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from sae.arrays import FloatArray, IntArray
+from sae.arrays import DoubleArray, IntArray
 from steering.report import Report
 from steering.request.accepted import Accepted
 from steering.studies.kept_runs import Held, KeptRun, in_groups
@@ -67,16 +67,16 @@ class Figures:
         report: of the steered side's edits; None if it has none, or did not ask.
     """
 
-    kl: FloatArray
-    reverse_kl: FloatArray
-    unsteered: FloatArray
-    steered: FloatArray
+    kl: DoubleArray
+    reverse_kl: DoubleArray
+    unsteered: DoubleArray
+    steered: DoubleArray
     top_unsteered: IntArray
     top_steered: IntArray
-    confidence_unsteered: FloatArray
-    confidence_steered: FloatArray
-    watched_unsteered: FloatArray
-    watched_steered: FloatArray
+    confidence_unsteered: DoubleArray
+    confidence_steered: DoubleArray
+    watched_unsteered: DoubleArray
+    watched_steered: DoubleArray
     ranks_steered: IntArray
     report: Report | None = None
 
@@ -172,7 +172,7 @@ class Scorer:
 
     async def log_probabilities(
         self, sides: Iterable[Side], done: Callable[[], None] | None = None
-    ) -> list[FloatArray]:
+    ) -> list[DoubleArray]:
         """Log p of each side's scored tokens, unrelated to any other.
 
         Args:
@@ -188,7 +188,7 @@ class Scorer:
         of_each = list(sides)
         runs = [_kept(side, self._next_engine()) for side in of_each]
         place = {run.key: i for i, run in enumerate(runs)}
-        found: dict[int, FloatArray] = {}
+        found: dict[int, DoubleArray] = {}
         async with Held(self._reader) as held:
             for group in in_groups(runs):
                 async with aclosing(held.each(group)) as finished:
@@ -233,7 +233,7 @@ class Scorer:
 
     async def _scored(
         self, texts: Sequence[tuple[KeptRun, tuple[int, ...]]], held: Held
-    ) -> list[tuple[KeptRun, FloatArray]]:
+    ) -> list[tuple[KeptRun, DoubleArray]]:
         """Log p of texts that have run on one engine, which are then forgotten."""
         engine = texts[0][0].engine
         longest = max(run.rows for run, _ in texts)

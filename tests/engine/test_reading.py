@@ -125,12 +125,12 @@ def _check(found: Pooled, f: Tensor, where: Sequence[int], kind: str) -> None:
     assert found.tokens == len(where)
     np.testing.assert_array_equal(found.dense(found.count), (f64 > 0).sum(axis=0))
     wanted = {"mean": f64.mean(axis=0), "max": f64.max(axis=0), "last": f64[-1]}[kind]
-    np.testing.assert_allclose(found.dense(found.pooled), wanted, 1e-4, 1e-5)
+    np.testing.assert_allclose(found.dense(found.pooled), wanted, 1e-5, 1e-5)
     means = found.dense(found.total) / len(where)
-    np.testing.assert_allclose(means, f64.mean(axis=0), 1e-4, 1e-5)
+    np.testing.assert_allclose(means, f64.mean(axis=0), 1e-5, 1e-5)
     assert found.peaks is not None
     assert found.peaks[0].tolist() == list(where)
-    np.testing.assert_allclose(found.peaks[1], f64.max(axis=1), 1e-4, 1e-5)
+    np.testing.assert_allclose(found.peaks[1], f64.max(axis=1), 1e-5, 1e-5)
 
 
 def test_changes_are_those_that_hooks_on_transformers_see(
@@ -191,8 +191,8 @@ def _check_changes(
     for x in (before, after):
         assert float(sae.distance_to_jump(x, None).min()) > 2e-5
     f, f_new = sae.encode(before).double(), sae.encode(after).double()
-    np.testing.assert_allclose(found.before / n, f.mean(dim=0).numpy(), 1e-4, 1e-5)
-    np.testing.assert_allclose(found.after / n, f_new.mean(dim=0).numpy(), 1e-4, 1e-5)
+    np.testing.assert_allclose(found.before / n, f.mean(dim=0).numpy(), 1e-5, 1e-5)
+    np.testing.assert_allclose(found.after / n, f_new.mean(dim=0).numpy(), 1e-5, 1e-5)
     others = [i for i in range(f.shape[1]) if i not in found.edited]
     fires, fires_new = f[:, others] > 0, f_new[:, others] > 0
     assert found.newly_active == int((fires_new & ~fires).sum())
