@@ -17,6 +17,7 @@ from steering.worker.ops.triton_parts import (
     NORM,
     NUM_PARAMS,
     SINK,
+    Launch,
     applied,
     input_normed,
     layout_for,
@@ -33,6 +34,14 @@ _START, _END = tl.constexpr(layout.E_START), tl.constexpr(layout.E_END)
 _SKIPPED_SINK = tl.constexpr(layout.SKIPPED_SINK)
 
 
+def reads_layout_for(d_in: int, itemsize: int) -> Launch:
+    """`layout_for`, but for where ptxas would spill to fit two programs on a multiprocessor."""
+    shape = layout_for(d_in, itemsize)
+    if shape.block_d == 8192 and itemsize == 2:
+        return Launch(shape.block_d, block_e=4, num_warps=32)
+    return shape
+
+
 def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Same as :func:`steering.worker.ops.reference.read_edits`, as one kernel launch."""
     num_tokens, d_in = hidden_states.shape
@@ -42,7 +51,7 @@ def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
     assert buffers.f.is_contiguous() and buffers.carried.is_contiguous()
     if not num_tokens:
         return
-    shape = layout_for(d_in, hidden_states.element_size())
+    shape = reads_layout_for(d_in, hidden_states.element_size())
     slots, table, rows = buffers.slots, buffers.reads, buffers.rows
     read_kernel[(num_tokens,)](
         hidden_states,
@@ -173,12 +182,12 @@ def _read_block(  # type: ignore[no-untyped-def]
     entry = ints_ptr + e * EDIT_INTS
     row = tl.load(entry + _ROW, mask=active, other=0).to(tl.int64)
     op = tl.load(entry + _OP, mask=active, other=0)
-    column = tl.load(entry + _COLUMN, mask=active, other=0)
     reads = active & ((op != _ADD) | (e < reported))
     tile = row[:, None] * ROW_STRIDE + d[None, :]
     w_enc = tl.load(w_enc_ptr + tile, mask=reads[:, None] & inside[None, :], other=0.0)
     params = params_ptr + row * NUM_PARAMS
     _, f, _, g = read_latents(tl.sum(w_enc * x[None, :], axis=1), params, mean, std, rms)
+    column = tl.load(entry + _COLUMN, mask=active, other=0)
     tl.store(f_at + column, f, mask=active & (e < reported))
     value = tl.load(value_ptr + e, mask=active, other=0.0)
     change = tl.where(op == _ADD, value, applied(f, op, value) - f)  # add never reads f
