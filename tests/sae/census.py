@@ -12,6 +12,7 @@ mean (the inputs have none).
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -249,10 +250,15 @@ def table(findings: Iterable[Finding]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if anything is another SAE than SAELens says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=int, default=1, help="one of so many of a release")
+    parser.add_argument("--alone", action="store_true", help="without SAELens beside it")
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as root:
-        findings = list(census(entries(), Path(root), compare="--no-compare" not in sys.argv))
+        chosen = sample(entries(), arguments.every)
+        findings = list(census(chosen, Path(root), compare=not arguments.alone))
     print(table(findings))
     return any(finding.difference for finding in findings)
 
