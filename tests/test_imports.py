@@ -68,6 +68,7 @@ SERVER_FILES_ON_VLLM = {
     "commands/inspect_sae.py",
     "commands/run_batch.py",
     "commands/serve.py",
+    "commands/study.py",
     "presets/models.py",
     "protocol.py",
     "rendering.py",
