@@ -395,7 +395,11 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.compilation", "CUDAGraphMode", fields=("NONE",)),
         Seam("config.compilation", "CompilationMode", fields=("NONE",)),
         Seam("distributed.parallel_state", "get_tp_group"),
-        Seam("distributed.parallel_state", "GroupCoordinator", fields=("is_first_rank",)),
+        Seam(
+            "distributed.parallel_state",
+            "GroupCoordinator",
+            fields=("is_first_rank", "world_size", "rank_in_group"),
+        ),
         Seam("platforms", "current_platform"),
         Seam("platforms.interface", "Platform", fields=("is_cpu", "is_cuda", "device_name")),
         Seam("triton_utils", "HAS_TRITON"),
@@ -451,7 +455,29 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
     ),
     "steering/vllm/hook_points.py": (
-        Seam("model_executor.layers.linear", "RowParallelLinear", fields=("reduce_results",)),
+        Seam(
+            "model_executor.layers.linear",
+            "RowParallelLinear",
+            fields=("reduce_results", "input_size"),
+        ),
+        Seam("model_executor.layers.layernorm", "RMSNorm", fields=("variance_epsilon",)),
+        Seam("model_executor.layers.layernorm", "RMSNorm", fields=("variance_size_override",)),
+        Seam("model_executor.layers.layernorm", "GemmaRMSNorm", fields=("variance_epsilon",)),
+    ),
+    "steering/vllm/head_outputs.py": (
+        Seam(
+            "model_executor.layers.attention.attention",
+            "Attention",
+            fields=("num_heads", "head_size"),
+        ),
+        Seam("model_executor.layers.linear", "RowParallelLinear", fields=("input_size",)),
+    ),
+    "steering/vllm/shared_heads.py": (
+        Seam(
+            "distributed.communication_op",
+            "tensor_model_parallel_all_gather",
+            first=("input_", "dim"),
+        ),
     ),
     "steering/vllm/decoder_layers.py": (
         Seam("model_executor.models.utils", "PPMissingLayer"),

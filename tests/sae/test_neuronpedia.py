@@ -195,6 +195,20 @@ def test_export_of_this_sae_is_taken(tmp_path: Path, changes: dict[str, Any]) ->
     assert import_row(tmp_path, **changes).features == 1
 
 
+def test_transcoder_s_export_is_of_a_transcoder(tmp_path: Path) -> None:
+    card = replace(
+        CARD,
+        kind="transcoder",
+        hook="blocks.15.hook_mlp_out",
+        reads="blocks.15.mlp.hook_in",
+        writes=("blocks.15.hook_mlp_out",),
+    )
+    for layer in ("15-gemmascope-transcoder-16k", "15-clt-hp"):
+        assert import_row(tmp_path, card, layer=layer).features == 1
+    with pytest.raises(SAEError, match="of '15-gemmascope-mlp-16k', the SAE is at"):
+        import_row(tmp_path, card, layer="15-gemmascope-mlp-16k")
+
+
 @pytest.mark.parametrize(
     ("exported", "model", "equal"),
     [

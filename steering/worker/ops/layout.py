@@ -54,6 +54,8 @@ ANY_GATE: Final = 1 << MAX_GATES
 GATE_BITS: Final = ANY_GATE - 1
 #: In FLAGS: the row is solved so that the pre-activation, read again, is the wanted one.
 REREAD: Final = 1
+#: In FLAGS: read at another hook point, which left the change in `Buffers.carried`.
+CARRIED: Final = 2
 
 # Columns of `GateTable.ints`. INDEX: which of the request's gates.
 G_ROW, G_INDEX, G_SCOPE = range(3)
@@ -74,6 +76,10 @@ NUM_PARAMS: Final = 8
 
 # Values of the column P_NORM: how the SAE normalises its input.
 NORM_NONE, NORM_LAYER, NORM_CONSTANT = range(3)
+
+# What stands before the reading of an activation: the stream, or what a norm without its gain
+# makes of it.
+INPUT_PLAIN, INPUT_RMS, INPUT_LAYER = range(3)
 
 #: Columns of the pass's buffer of activations: a request's edits, and its gates after them.
 MAX_ENTRIES: Final = MAX_INTERVENTIONS + MAX_GATES

@@ -24,15 +24,16 @@ from steering.worker.ops.triton_parts import (
     NORM,
     NUM_PARAMS,
     SINK,
+    applied,
     layout_for,
     moments,
     read_latents,
 )
+from steering.worker.ops.triton_reads import read_edits
 
 _PROMPT, _GENERATION = tl.constexpr(layout.COVERS_PROMPT), tl.constexpr(layout.COVERS_GENERATION)
 _SPECIAL, _SINKS = tl.constexpr(layout.COVERS_SPECIAL), tl.constexpr(layout.COVERS_SINKS)
-_CLAMP, _SCALE = tl.constexpr(layout.OP_CLAMP), tl.constexpr(layout.OP_SCALE)
-_ADD, _FLOOR = tl.constexpr(layout.OP_ADD), tl.constexpr(layout.OP_FLOOR)
+_ADD = tl.constexpr(layout.OP_ADD)
 _ROW, _OP, _COVERAGE = (
     tl.constexpr(layout.E_ROW),
     tl.constexpr(layout.E_OP),
@@ -41,6 +42,7 @@ _ROW, _OP, _COVERAGE = (
 _START, _END = tl.constexpr(layout.E_START), tl.constexpr(layout.E_END)
 _COLUMN, _GATES = tl.constexpr(layout.E_COLUMN), tl.constexpr(layout.E_GATES)
 _FLAGS, _REREAD = tl.constexpr(layout.E_FLAGS), tl.constexpr(layout.REREAD)
+_CARRIED = tl.constexpr(layout.CARRIED)
 _ANY_GATE, _GATE_BITS = tl.constexpr(layout.ANY_GATE), tl.constexpr(layout.GATE_BITS)
 _QUIET, _KIND_SENSE = tl.constexpr(layout.QUIET), tl.constexpr(layout.KIND_SENSE)
 _KIND_SCOPE, _BELOW = tl.constexpr(layout.KIND_SCOPE), tl.constexpr(layout.GATE_BELOW)
@@ -87,6 +89,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
         rows.params,
         buffers.f,
         buffers.share,
+        buffers.carried,
         buffers.counters,
         hidden_states.stride(0),
         0 if residual is None else residual.stride(0),
@@ -101,8 +104,12 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
 
 
 def bound(buffers: Buffers) -> BoundKernel:
-    """Both halves for buffers that stay where they are."""
-    return BoundKernel(partial(read_gates, buffers=buffers), partial(steer_tokens, buffers=buffers))
+    """All of it for buffers that stay where they are."""
+    return BoundKernel(
+        partial(read_gates, buffers=buffers),
+        partial(read_edits, buffers=buffers),
+        partial(steer_tokens, buffers=buffers),
+    )
 
 
 @triton.jit
@@ -127,6 +134,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     params_ptr,  # [capacity, NUM_PARAMS] float32
     f_ptr,  # [num_tokens, MAX_ENTRIES] float32, written
     share_ptr,  # [num_tokens] float32, written
+    carried_ptr,  # [num_tokens, MAX_EDITS] float32; None where all edits are read here
     counters_ptr,  # [2] int64, added to
     hidden_stride,
     residual_stride,
@@ -147,6 +155,9 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         delta     = sum_{i in E} change_i * s_i * g_i * W_dec[i]
         delta    *= min(1, max_share * |x| / |delta|)
         hidden[t] = dtype(float32(hidden[t]) + delta)
+
+    Of an edit that was read elsewhere, ``change_i * s_i * g_i`` and whether t is a sink are what
+    was left there.
 
     ``g = 1``, but layer norm: ``z_i = (W_enc[i] @ x - mean(x) * sum(W_enc[i])) / (std(x) + eps)``,
     ``g = std(x)``; constant norm: ``z_i = W_enc[i] @ x / g``, ``g = |x| / sqrt(D_IN)``.
@@ -212,6 +223,13 @@ def steer_kernel(  # type: ignore[no-untyped-def]
 
     params = params_ptr + tl.load(ints + _ROW, mask=covered, other=0).to(tl.int64) * NUM_PARAMS
     sink = (norm > tl.load(params + SINK, mask=covered, other=0.0)) & (coverage & _SINKS == 0)
+    carried_at = None
+    if carried_ptr is not None:
+        carried_at = carried_ptr + token * MAX_EDITS
+        elsewhere = covered & (tl.load(ints + _FLAGS, mask=covered, other=0) & _CARRIED != 0)
+        left_at = carried_at + tl.load(ints + _COLUMN, mask=elsewhere, other=0)
+        left = tl.load(left_at, mask=elsewhere, other=0.0)
+        sink = tl.where(elsewhere, left == _SKIPPED_SINK, sink)
     active = is_open & ~sink
     why = tl.where(sink, _SKIPPED_SINK, _HELD_BACK)
     tl.store(report_at, why, mask=covered & ~active & (every < reported))
@@ -234,7 +252,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         delta += _block_delta(
             x, mean, std, rms, first + tl.arange(0, BLOCK_E), active_bits, reported,
             ints_ptr + slot * MAX_EDITS * EDIT_INTS, value_ptr + slot * MAX_EDITS,
-            w_enc_ptr, w_dec_ptr, params_ptr, f_at, d, inside, ROW_STRIDE,
+            w_enc_ptr, w_dec_ptr, params_ptr, f_at, carried_at, d, inside, ROW_STRIDE,
         )  # fmt: skip
     most = tl.load(max_share_ptr + slot)
     if reports | (most < _UNLIMITED):
@@ -265,7 +283,7 @@ def _open_gates(kind_ptr, first_held_ptr, events, position, prompt_len):  # type
 @triton.jit
 def _block_delta(  # type: ignore[no-untyped-def]
     x, mean, std, rms, e, active_bits, reported,
-    ints_ptr, value_ptr, w_enc_ptr, w_dec_ptr, params_ptr, f_at, d, inside,
+    ints_ptr, value_ptr, w_enc_ptr, w_dec_ptr, params_ptr, f_at, carried_at, d, inside,
     ROW_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """What the edits ``e`` of a slot add to the stream; they share one wait for their rows."""
@@ -273,32 +291,32 @@ def _block_delta(  # type: ignore[no-untyped-def]
     entry = ints_ptr + e * EDIT_INTS
     row = tl.load(entry + _ROW, mask=active, other=0).to(tl.int64)
     op = tl.load(entry + _OP, mask=active, other=0)
-    solved = tl.load(entry + _FLAGS, mask=active, other=0) & _REREAD != 0
+    flags = tl.load(entry + _FLAGS, mask=active, other=0)
+    solved = flags & _REREAD != 0
+    here = active
+    if carried_at is not None:
+        here &= flags & _CARRIED == 0
 
     # Both rows are asked for before either is used. A masked row costs no traffic.
     tile = row[:, None] * ROW_STRIDE + d[None, :]
-    reads = active & ((op != _ADD) | (e < reported) | solved)
+    reads = here & ((op != _ADD) | (e < reported) | solved)
     w_enc = tl.load(w_enc_ptr + tile, mask=reads[:, None] & inside[None, :], other=0.0)
     w_dec = tl.load(w_dec_ptr + tile, mask=active[:, None] & inside[None, :], other=0.0)
 
     params = params_ptr + row * NUM_PARAMS
     z = tl.sum(w_enc * x[None, :], axis=1)
     p, f, threshold, g = read_latents(z, params, mean, std, rms)
-    in_report = active & (e < reported)
+    in_report = here & (e < reported)
     tl.store(f_at + tl.load(entry + _COLUMN, mask=in_report, other=0), f, mask=in_report)
     value = tl.load(value_ptr + e, mask=active, other=0.0)
-    new = _applied(f, op, value)
+    new = applied(f, op, value)
     wanted = tl.where(new > threshold, new, tl.minimum(p, _SILENT * threshold))
     change = tl.where(op == _ADD, value, new - f)  # add never reads f
     change = tl.where(solved, tl.where(new == f, 0.0, wanted - p), change)
     change *= tl.load(params + DECODER_SCALE) * g
+    if carried_at is not None:
+        elsewhere = active & (flags & _CARRIED != 0)
+        left_at = carried_at + tl.load(entry + _COLUMN, mask=elsewhere, other=0)
+        change = tl.where(elsewhere, tl.load(left_at, mask=elsewhere, other=0.0), change)
     # Of an edit that is not active this may be anything, and the zeros of its row do not undo inf.
     return tl.sum(tl.where(active, change, 0.0)[:, None] * w_dec, axis=0)
-
-
-@triton.jit
-def _applied(f, op, value):  # type: ignore[no-untyped-def]
-    """``f'`` for each operation."""
-    rest = tl.where(op == _FLOOR, tl.maximum(f, value), tl.minimum(f, value))
-    rest = tl.where(op == _SCALE, value * f, rest)
-    return tl.where(op == _CLAMP, value, tl.where(op == _ADD, f + value, rest))
