@@ -98,6 +98,8 @@ def refuse_unserved(files: SAEFiles) -> None:
     for config in files.configs.values():
         if config.get("architecture") == "temporal":
             raise SAEError(f"{config.path}: a temporal SAE attends over the sequence")
+        if "input_hookpoint" in config and "input_normalize" in config:
+            raise SAEError(f"{config.path}: this is an SAE of OpenSAE, a format without a reader")
 
 
 def _kind_in(kind: str) -> str | None:

@@ -53,11 +53,11 @@ class SlotWork:
         read: what is read at this hook point.
         prompt_len: tokens of the request's original prompt.
         record: where what is read goes; None if nothing is recorded.
-        probes: ``(index in the request, probe)`` of those at this hook point.
         elsewhere: ``(index in the request, edit)`` that are read here and added elsewhere.
         leaves_output: SAEs that are read here and whose reconstruction is needed elsewhere.
         replaced: the SAE, read elsewhere, whose reconstruction replaces the stream.
         fit: the SAE, read elsewhere, whose reconstruction is held against the stream.
+        probes: ``(index in the request, probe)`` of those at this hook point.
     """
 
     edits: list[tuple[int, PlannedEdit]]
@@ -67,11 +67,16 @@ class SlotWork:
     read: PlannedRead | None
     prompt_len: int
     record: RequestRecord | None
-    probes: Sequence[tuple[int, PlannedProbe]] = ()
     elsewhere: Sequence[tuple[int, PlannedEdit]] = ()
     leaves_output: frozenset[int] = frozenset()
     replaced: int | None = None
     fit: int | None = None
+    probes: Sequence[tuple[int, PlannedProbe]] = ()
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether a pass over this slot's tokens runs in torch here."""
+        return bool(self.full or self.probes) or self.replaced is not None or self.fit is not None
 
 
 @dataclass(frozen=True)
@@ -160,10 +165,10 @@ class BatchPart:
         edits: None if no slot among them has any.
         reads: of edits that are added elsewhere; None if no slot among them has any.
         gates: None if no slot among them has any here.
-        captures: tokens whose stream is kept behind the edits.
         replaced: ``(SAE, [m] int64 index in the part)`` of tokens whose stream becomes what an SAE
             that was read elsewhere makes of them.
         fits: tokens that are compared with that.
+        captures: tokens whose stream is kept behind the edits.
     """
 
     token: slice | Tensor
@@ -171,9 +176,9 @@ class BatchPart:
     reads: CompiledReads | None
     gates: CompiledGates | None
     full: list[FullPart]
-    captures: list[CapturedTokens]
     replaced: list[tuple[int, Tensor]]
     fits: list[FitTokens]
+    captures: list[CapturedTokens]
 
 
 @dataclass
@@ -251,6 +256,13 @@ class BatchParts:
                 self._full_part(sae, slots, (num_edits, num_reads, num_gates), device)
                 for sae in sorted({sae for slot in slots for sae in self.work[slot].full})
             ],
+            replaced=self._replaced(slots, device),
+            fits=[
+                FitTokens(fit, torch.from_numpy(in_part).to(device), record)
+                for slot, in_part in slots.items()
+                if (fit := self.work[slot].fit) is not None
+                and (record := self.work[slot].record) is not None
+            ],
             captures=[
                 captured_tokens(
                     *(record, probe, planned, work.edits, work.elsewhere),
@@ -260,13 +272,6 @@ class BatchParts:
                 if (record := (work := self.work[slot]).record) is not None
                 for probe, planned in work.probes
                 if isinstance(planned, PlannedCapture)
-            ],
-            replaced=self._replaced(slots, device),
-            fits=[
-                FitTokens(fit, torch.from_numpy(in_part).to(device), record)
-                for slot, in_part in slots.items()
-                if (fit := self.work[slot].fit) is not None
-                and (record := self.work[slot].record) is not None
             ],
         )
 

@@ -129,7 +129,7 @@ class _Sums:
 
 
 def _writes_where_it_reads(sae: SAE) -> bool:
-    return sae.card.writes == (sae.card.reads,)
+    return sae.card.one_place
 
 
 def _finite(f: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from steering.worker.ops.batched import Stream
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.compiled import CompiledReads
 from steering.worker.pass_reports import PassReports
+from steering.worker.probed_tokens import Asked
 from steering.worker.probes import Totals, strongest
 from steering.worker.record import RequestRecord
 from steering.worker.residency import Residency
@@ -42,11 +43,11 @@ def apply(
         for full, f_all in encoded:
             _put_exact(f, full, full.gates, f_all)
         batched.note_events(stream, f, part.gates, buffers)
-    asked, asked_elsewhere = None, None
+    asked = Asked()
     if part.reads is not None:
-        asked_elsewhere = _read_for_elsewhere(stream, part.reads, encoded, buffers)
+        asked.elsewhere = _read_for_elsewhere(stream, part, part.reads, encoded, buffers)
     if part.edits is not None:
-        asked = _edit(hidden_states, stream, part, encoded, residency, buffers, outputs)
+        asked.here = _edit(hidden_states, stream, part, encoded, residency, buffers, outputs)
     for full, f_all in encoded:
         sae = residency.whole(full.sae)
         if full.leaves_output:
@@ -56,25 +57,27 @@ def apply(
         for pooled in full.pools:
             pooled.observe(stream, f_all, sae)
     for captured in part.captures:
-        captured.keep(hidden_states, residual, (asked, asked_elsewhere), buffers, reports)
+        captured.keep(hidden_states, residual, asked, buffers, reports)
 
 
 def _read_for_elsewhere(
     stream: Stream,
+    part: BatchPart,
     reads: CompiledReads,
     encoded: list[tuple[FullPart, Tensor]],
     buffers: Buffers,
-) -> Tensor:
-    """Leave what the edits change where they are added.
+) -> Tensor | None:
+    """Leave what edits ask for where they are added; returns it as `_edit` does.
 
-    Returns:
-        ``[n, e]`` f' - f as each edit asks for it, zero where it is not active.
+    Whether their conditions hold is known there alone.
     """
     coverage = batched.cover(stream, reads.edits.covers)
     read = batched.read(stream, reads.edits.latents, buffers.rows)
     for full, f_all in encoded:
         _put_exact(read.f, full, full.elsewhere, f_all)
     batched.carry(read, coverage, reads, buffers)
+    if not part.captures:
+        return None
     return torch.where(coverage.covered, batched.asked(read.f, reads.edits), 0.0)
 
 

@@ -65,6 +65,19 @@ class PooledTokens:
         pooled.observe(stream.position[here], covered, f, scale)
 
 
+@dataclass
+class Asked:
+    """The changes ``f' - f`` that the edits of a part ask for; ``[n, e]`` float32 each.
+
+    Attributes:
+        here: of edits that are added here; None if there are none.
+        elsewhere: of edits that are read here and added elsewhere; None if there are none.
+    """
+
+    here: Tensor | None = None
+    elsewhere: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class CapturedTokens:
     """One request's tokens, whose stream is kept.
@@ -75,7 +88,7 @@ class CapturedTokens:
         in_batch: ``[r]`` int64.
         in_part: ``[r]`` int64, or a slice.
         columns: ``[k]`` int64, the entries of the part that are edits of the same SAE.
-        elsewhere: they are among those that are added elsewhere.
+        elsewhere: whether they are among those that are added elsewhere.
     """
 
     record: RequestRecord
@@ -90,7 +103,7 @@ class CapturedTokens:
         self,
         hidden_states: Tensor,
         residual: Tensor | None,
-        asked: tuple[Tensor | None, Tensor | None],
+        asked: Asked,
         buffers: Buffers,
         reports: PassReports,
     ) -> None:
@@ -99,8 +112,7 @@ class CapturedTokens:
         Args:
             hidden_states: ``[num_tokens, d_in]`` model dtype.
             residual: the same shape, or None.
-            asked: ``[n, e]`` float32 each, the change that the part's edits ask for: of those that
-                are added here, and of those that are only read here; None without such edits.
+            asked: what the part's edits ask for.
             buffers: of the hook point.
             reports: where copies go.
         """
@@ -109,7 +121,7 @@ class CapturedTokens:
             self.planned.windows, stream.position, stream.special, self.record.plan.prompt_len
         )
         square = stream.x.new_zeros(len(stream.x))
-        change = asked[self.elsewhere]
+        change = asked.elsewhere if self.elsewhere else asked.here
         if change is not None and len(self.columns):
             square = change[self.in_part][:, self.columns].square().sum(dim=1)
         reports.copy(
@@ -145,24 +157,24 @@ def captured_tokens(
     in_part: IntArray,
     device: torch.device,
 ) -> CapturedTokens:
-    """Lay out one request's tokens: ``[r]`` each; its own edits, here and elsewhere, by column."""
-    columns, is_elsewhere = _columns(edits, planned.sae), False
-    if not columns:
-        columns = _columns(elsewhere, planned.sae)
-        is_elsewhere = bool(columns)
+    """Lay out one request's tokens: ``[r]`` each.
+
+    Its own edits are by column: ``edits`` that are added here, and those that are added
+    ``elsewhere``.
+    """
+    here, there = (
+        [column for column, (_, edit) in enumerate(of_place) if edit.sae == planned.sae]
+        for of_place in (edits, elsewhere)
+    )
     return CapturedTokens(
         record,
         probe,
         planned,
         torch.from_numpy(in_batch.astype(np.int64)).to(device),
         _index(in_part, device),
-        torch.tensor(columns, dtype=torch.int64, device=device),
-        is_elsewhere,
+        torch.tensor(there or here, dtype=torch.int64, device=device),
+        bool(there),
     )
-
-
-def _columns(edits: Sequence[tuple[int, PlannedEdit]], sae: int) -> list[int]:
-    return [column for column, (_, edit) in enumerate(edits) if edit.sae == sae]
 
 
 def _covered(

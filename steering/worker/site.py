@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sae.card import KINDS_THAT_DECODE
 from sae.sae import SAE
 from steering.request.limits import MAX_TOP_K
 from steering.request.plan import PlannedEdit, PlannedGate, RowKey, SteeringPlan
@@ -118,17 +119,9 @@ class Site:
         buffers.reads.write(slot, elsewhere, [row_of[edit_rows[i]] for i, _ in elsewhere])
         buffers.gates.write(slot, gates, [row_of[gate_rows[i]] for i, _ in gates])
         work = self._work(plan, edits, elsewhere, gates, full, record)
-        probed = bool(work.probes)
-        if (
-            work.edits
-            or work.elsewhere
-            or work.gates
-            or work.full
-            or work.fit is not None
-            or probed
-        ):
+        if work.edits or work.elsewhere or work.gates or work.in_torch:
             self.work[slot] = work
-        if work.full or work.replaced is not None or work.fit is not None or probed:
+        if work.in_torch:
             self._full_slots.add(slot)
         if gates:
             self._gated_slots.add(slot)
@@ -172,11 +165,11 @@ class Site:
             read,
             plan.prompt_len,
             record,
-            [(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes],
             elsewhere,
             frozenset(leaves),
             replaced,
             fit,
+            [(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes],
         )
 
     def clear_slot(self, slot: int, *, rewritten: bool = False) -> None:
@@ -206,10 +199,10 @@ class Site:
                 full=frozenset(),
                 decode=None,
                 read=None,
-                probes=(),
                 leaves_output=frozenset(),
                 replaced=None,
                 fit=None,
+                probes=(),
             )
 
     def runs_in_torch(self, slots: Iterable[int]) -> bool:
@@ -299,5 +292,5 @@ def _any_of(slots: Collection[int], step: Step) -> bool:
 
 
 def _decodes_elsewhere(sae: SAE) -> bool:
-    """Whether it writes elsewhere, and all that it writes is known where it reads."""
-    return not sae.card.one_place and len(sae.card.writes) == 1
+    """Whether it writes elsewhere, and all that stands there is known where it reads."""
+    return not sae.card.one_place and sae.card.kind in KINDS_THAT_DECODE

@@ -169,6 +169,14 @@ def test_files_of_a_kind_that_is_not_served_are_refused_as_what_they_are(
         assert str(tmp_path) in str(caught.value)
 
 
+def test_open_sae_s_configuration_is_told_by_its_own_words(tmp_path: Path, load: Load) -> None:
+    save_file({"encoder.weight": torch.zeros(3, 4)}, tmp_path / "model.safetensors")
+    said = {"input_hookpoint": "layers.3", "input_normalize": True, "k": 128}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(SAEError, match=r"config\.json: this is an SAE of OpenSAE"):
+        load(tmp_path)
+
+
 def test_batch_top_k_checkpoint_says_how_to_save_it_for_inference(
     tmp_path: Path, load: Load
 ) -> None:

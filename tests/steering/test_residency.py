@@ -44,8 +44,9 @@ def on_device(saes: dict[int, SAE], device: torch.device = HOST) -> set[int]:
     return {i for i, sae in saes.items() if device in sae._weights._resident}
 
 
-def matrices(sae: SAE) -> dict[str, Tensor]:
-    return sae._weights._resident[HOST]
+def matrices(sae: SAE) -> tuple[Tensor, Tensor]:
+    resident = sae._weights._resident[HOST]
+    return resident["W_enc"], resident["W_dec"]
 
 
 def test_topk_saes_are_put_on_the_device_at_once_and_stay(saes: dict[int, SAE]) -> None:
@@ -63,7 +64,7 @@ def test_the_others_take_turns_in_one_place(saes: dict[int, SAE]) -> None:
     for index in (RELU, SMALL, RELU):
         kept.bring(index)
         assert on_device(saes) == {TOPK, index}
-        W_enc, W_dec = (matrices(saes[index])[name] for name in ("W_enc", "W_dec"))
+        W_enc, W_dec = matrices(saes[index])
         places.append(W_enc.untyped_storage().data_ptr())
         assert W_dec.untyped_storage().data_ptr() == places[-1]
         assert torch.equal(W_enc, saes[index]._weights._stored("W_enc"))
@@ -120,7 +121,7 @@ def test_a_place_holds_matrices_of_two_dtypes(tmp_path: Path) -> None:
     sae = open_sae(ResolvedSAE("a", str(folder), path=str(folder)))
     kept = Residency({0: sae}, HOST, RESIDENT_TURNS)
     kept.bring(0)
-    W_enc, W_dec = (matrices(sae)[name] for name in ("W_enc", "W_dec"))
+    W_enc, W_dec = matrices(sae)
     assert (W_enc.dtype, W_dec.dtype) == (torch.float16, torch.float32)
     assert torch.equal(W_dec, sae._weights._stored("W_dec"))
 
@@ -146,7 +147,7 @@ def test_weights_go_to_the_device_in_their_stored_dtype(saes: dict[int, SAE]) ->
     meta = torch.device("meta")
     sae = saes[TOPK]
     sae.resident(meta)
-    for name, made in sae._weights._resident[meta].items():
+    for name, made in zip(("W_enc", "W_dec"), sae._weights._resident[meta].values(), strict=True):
         assert made.device == meta and made.dtype == sae._weights._stored(name).dtype
         assert made.is_contiguous()
 

@@ -192,15 +192,6 @@ def open_edits(stream: Stream, conditions: Conditions, state: GateState) -> Tens
     return torch.where(conditions.one_is_enough, named != 0, named == conditions.named)
 
 
-def asked(f: Tensor, edits: CompiledEdits) -> Tensor:
-    """``f' - f`` ``[n, e]`` float32 of activations, wherever the edit is active."""
-    change = edits.change
-    d = torch.addcmul(change.offset, change.factor, f)
-    if change.least is not None and change.most is not None:
-        d = torch.clamp(d, change.least, change.most)
-    return d
-
-
 def carry(read: Read, coverage: Coverage, reads: CompiledReads, buffers: Buffers) -> None:
     """`reference.read_edits`, given the activations and what they cover."""
     edits = reads.edits
@@ -235,6 +226,15 @@ def without_sinks_elsewhere(coverage: Coverage, left: Tensor, carried: Carried) 
     sink = coverage.covered & carried.elsewhere & (left == SKIPPED_SINK)
     skipped = sink if coverage.skipped is None else coverage.skipped | sink
     return Coverage(covered=coverage.covered & ~sink, skipped=skipped)
+
+
+def asked(f: Tensor, edits: CompiledEdits) -> Tensor:
+    """``f' - f`` ``[n, e]`` float32 of activations, wherever the edit is active."""
+    change = edits.change
+    d = torch.addcmul(change.offset, change.factor, f)
+    if change.least is not None and change.most is not None:
+        d = torch.clamp(d, change.least, change.most)
+    return d
 
 
 def difference(read: Read, edits: CompiledEdits, active: Tensor) -> Tensor:
