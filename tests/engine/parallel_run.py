@@ -13,13 +13,13 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
 
-#: Of the tiny Llama: four of 32.
-WIDTH_OF_HEADS: Final = 128
-
 from steering.request.accepted import accept
 from steering.studies.scoring import Figures, Scorer, Side
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader
+
+#: Of the tiny Llama: four of 32.
+WIDTH_OF_HEADS: Final = 128
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Of SAELens' registry every entry opens as what SAELens says it is, but for those that cannot be."""
+"""Each entry of SAELens' registry opens as what SAELens says it is, or is refused with a reason."""
 
 from __future__ import annotations
 

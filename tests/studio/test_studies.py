@@ -134,7 +134,7 @@ def test_refused_study_marks_the_field_in_its_column(open_studio: OpenStudio) ->
 
 def test_studies_that_the_server_does_not_have_are_not_shown(open_studio: OpenStudio) -> None:
     page = open_studio()
-    paths = {"/v1/steering/presets": {}, CALIBRATE: {}}
+    paths: dict[str, Any] = {"/v1/steering/presets": {}, CALIBRATE: {}}
     page.route("**/openapi.json", lambda route: route.fulfill(json={"paths": paths}))
     page.reload()
     page.locator("#tab-studies").click()
