@@ -255,11 +255,11 @@ class EditedPass:
             return total
         share = total.norm(dim=-1) / y.norm(dim=-1)
         most: float = self.steering.get("max_share", torch.inf)
-        total = total * (most / share).clamp(max=1.0).nan_to_num(1.0)[:, None]
+        limited: Tensor = total * (most / share).clamp(max=1.0).nan_to_num(1.0)[:, None]
         self.shares[f"blocks.{layer}.{kind}"] = share.clamp(max=most).masked_fill(
             ~touched, torch.nan
         )
-        return total
+        return limited
 
     def _edited_activations(self, name: str) -> tuple[Tensor, Tensor]:
         f = self.f[name]

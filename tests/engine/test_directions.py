@@ -101,7 +101,9 @@ def test_adding_its_maximum_is_adding_the_vector_to_the_block_s_output(
         {"sae": f"calm.{layer}", "feature": 0, "op": "add", "value": times, "unit": "max_act"}
         for layer in layers
     ]
-    added = {layer: (lambda x, v=vectors[layer]: x + times * v) for layer in layers}
+    added: dict[int, Callable[[Tensor], Tensor]] = {
+        layer: (lambda x, v=vectors[layer]: x + times * v) for layer in layers
+    }
     assert_same(generated(llm, ids, edits), answered(reference, ids, added))
     assert generated(llm, ids, edits) != generated(llm, ids, [])
 

@@ -90,7 +90,9 @@ class Layouts:
         return place
 
     def _npz(self, place: Path, entry: RegistryEntry) -> Path:
-        arrays = {name: tensor.numpy() for name, tensor in _gemma("W_enc", "W_dec").items()}
+        arrays: dict[str, Any] = {
+            name: tensor.numpy() for name, tensor in _gemma("W_enc", "W_dec").items()
+        }
         self._link("npz", lambda to: np.savez(to, **arrays), place / "params.npz")
         return place
 
