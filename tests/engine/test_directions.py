@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_adding_its_maximum_is_adding_the_vector_to_the_block_s_output(
         for layer in layers
     ]
     added: dict[int, Callable[[Tensor], Tensor]] = {
-        layer: (lambda x, v=vectors[layer]: x + times * v) for layer in layers
+        layer: partial(torch.add, times * vectors[layer]) for layer in layers
     }
     assert_same(generated(llm, ids, edits), answered(reference, ids, added))
     assert generated(llm, ids, edits) != generated(llm, ids, [])
