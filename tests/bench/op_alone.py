@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import thread_time
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -129,10 +130,11 @@ class Case:
         )
         nowhere = Residency({}, rows.W_enc.device, None)
         kernel = cpu_kernel.bound(buffers)
+        # All that is asked of it: that it reads and writes here.
+        sae: Any = SimpleNamespace(card=SimpleNamespace(one_place=True))
         self.site = Site(
-            "blocks.0.hook_resid_post", {}, {}, buffers, nowhere, PassReports(), WholeOutputs(),
-            kernel,
-            graphs=kind.gates > 0,
+            "blocks.0.hook_resid_post", {0: sae}, {0: sae}, buffers, nowhere, PassReports(),
+            WholeOutputs(), kernel, graphs=kind.gates > 0,
         )  # fmt: skip
         everywhere = COVERS_PROMPT | COVERS_GENERATION
         for slot in range(requests):
