@@ -175,12 +175,16 @@ def difference_from_sae_lens(entry: Entry, mine: SAE) -> str:
         return f"reads {card.reads} and writes {card.writes[0]}, SAELens {reads} and {writes}"
     x = torch.randn(7, D_IN, generator=torch.Generator().manual_seed(3)) * 3
     x -= x.mean(dim=1, keepdim=True)
-    f, their_f = mine.encode(x), theirs.encode(x)
+    # It reads heads apart, of which there may be any number.
+    their_x = x.view(len(x), 2, -1) if theirs.cfg.reshape_activations == "hook_z" else x
+    f, their_f = mine.encode(x), theirs.encode(their_x)
     if not bool((f != 0).any()) or not _close(f, their_f):
         return f"activations differ by {float((f - their_f).abs().max()):.2g}"
     # Of a cross-layer transcoder SAELens makes one that writes the sum at one place.
-    if card.kind != "clt" and not _close(mine.decode(f, x), _output(theirs, their_f, x)):
-        return "the output differs"
+    if card.kind != "clt":
+        out = mine.decode(f, x)
+        if not _close(out, _output(theirs, their_f, their_x).reshape(out.shape)):
+            return "the output differs"
     return ""
 
 
