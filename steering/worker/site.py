@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sae.card import KINDS_THAT_DECODE
 from sae.sae import SAE
 from steering.request.limits import MAX_TOP_K
 from steering.request.plan import PlannedEdit, PlannedGate, RowKey, SteeringPlan
@@ -289,5 +290,5 @@ def _any_of(slots: Collection[int], step: Step) -> bool:
 
 
 def _decodes_elsewhere(sae: SAE) -> bool:
-    """Whether it writes elsewhere, and all that it writes is known where it reads."""
-    return not sae.card.one_place and len(sae.card.writes) == 1
+    """Whether it writes elsewhere, and all that stands there is known where it reads."""
+    return not sae.card.one_place and sae.card.kind in KINDS_THAT_DECODE

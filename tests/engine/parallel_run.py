@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+#: Of the tiny Llama: four of 32.
+WIDTH_OF_HEADS: Final = 128
 
 
 def main() -> None:
@@ -18,7 +21,13 @@ def main() -> None:
     from tests.engine.test_traps import GENERATION_ONLY, OTHER, STRONG, reporting, tokens
 
     model, folder, arguments = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    saes = ({"layer": 0}, {"layer": 3, "architecture": "standard", "seed": 1})
+    heads = {"layer": 3, "hook_kind": "attn.hook_z", "d_in": WIDTH_OF_HEADS, "seed": 2}
+    saes = (
+        {"layer": 0},
+        {"layer": 3, "architecture": "standard", "seed": 1},
+        {**heads, "threshold": 0.1},
+        {**heads, "architecture": "topk", "layer": 2, "k": 8},
+    )
     engine = tiny_engine(model, folder, saes, **arguments)
     both: dict[str, Any] = {
         "interventions": [
@@ -32,8 +41,24 @@ def main() -> None:
     named = [
         {**field, "interventions": [{**field["interventions"][0], "sae": "a"}]} for field in steered
     ]
-    fields = [None, both, *map(reporting, named)]
-    made = engine.generate([tokens(700 + i, 12 + 9 * i) for i in range(5)], fields)
+    of_heads: dict[str, Any] = {
+        "interventions": [
+            {"sae": "c", "feature": 3, "op": "clamp", "value": 6},
+            {"sae": "d", "feature": 9, "op": "scale", "value": 4},
+            {"sae": "c", "feature": 7, "op": "add", "value": 3,
+             "when": {"sae": "d", "feature": 2, "below": 0.0}},
+        ],
+        "max_share": 2.0,
+        "report": True,
+        "read": {"sae": "c", "top_k": 2},
+    }  # fmt: skip
+    reconstructed = {
+        "interventions": of_heads["interventions"][:2],
+        "error_term": False,
+        "report": True,
+    }
+    fields = [None, both, *map(reporting, named), of_heads, reconstructed]
+    made = engine.generate([tokens(700 + i, 12 + 9 * i) for i in range(len(fields))], fields)
     result = [
         {
             "tokens": m.tokens,

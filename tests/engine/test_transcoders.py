@@ -91,7 +91,7 @@ def dictionaries_for(scale: dict[str, float]) -> dict[str, Dictionary]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
 def served(
     request: pytest.FixtureRequest,
     tiny_model: Callable[[str], Path],
