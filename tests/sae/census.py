@@ -34,7 +34,7 @@ from sae.errors import SAEError
 from sae.hook_names import parse_hook
 from sae.sae import SAE, open_sae
 from sae.source import ResolvedSAE
-from tests.sae.registry_layouts import D_IN, Layouts
+from tests.sae.registry_layouts import D_IN, D_SAE, Layouts
 
 #: By how a repository's name begins, or by the release's.
 SUITES: Final = (
@@ -195,9 +195,10 @@ def _theirs(entry: Entry) -> tuple[Any, dict[str, Any]]:
     said: dict[str, Any] = {}
 
     def converter(**arguments: Any) -> Any:
-        cfg, state, sparsity = loaders.NAMED_PRETRAINED_SAE_LOADERS[entry.loader](**arguments)
         # The widths that it knows are those of the published files.
-        cfg["d_in"], cfg["d_sae"] = state["W_enc"].shape
+        widths = {"d_in": D_IN, "d_sae": D_SAE}
+        arguments["cfg_overrides"] = {**(arguments.get("cfg_overrides") or {}), **widths}
+        cfg, state, sparsity = loaders.NAMED_PRETRAINED_SAE_LOADERS[entry.loader](**arguments)
         if "d_out" in cfg:
             cfg["d_out"] = state["W_dec"].shape[1]
         said.update(cfg)
