@@ -1,4 +1,4 @@
-"""Each entry of SAELens' registry opens as what SAELens says it is, or is refused with a reason."""
+"""Every entry of SAELens' registry opens as what SAELens makes of it, but those that cannot."""
 
 from __future__ import annotations
 
