@@ -104,7 +104,7 @@ def gain_matrix(
 
 
 def written_rows(sae: SAE, latents: Sequence[int], protected: Sequence[LatentOf] = ()) -> Tensor:
-    """What one unit of each latent adds to the stream: ``[n, d_out]`` float64.
+    """What one unit of each latent adds at the first place of writing: ``[n, d_out]`` float64.
 
     The decoder's scale is folded in, and the rows are made orthogonal to what is ``protected``.
     """

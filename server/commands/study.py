@@ -290,7 +290,7 @@ def _engine_args(
     if max_tokens is not None:
         options = ServerOptions(max_study_tokens=max_tokens)
         options.check()
-    checked = [check(flag) for flag in saes]
+    checked = [one for flag in saes for one in check(flag)]
     refuse_equal_names(checked)
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-sae study FILE"))
     parser.set_defaults(disable_log_stats=True)

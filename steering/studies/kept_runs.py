@@ -85,6 +85,8 @@ def in_groups(runs: Iterable[KeptRun]) -> Iterator[list[KeptRun]]:
 class Held:
     """What the workers keep for one study; left in any way, they forget it.
 
+    Within one a study enters no other: it could wait for itself.
+
     Args:
         reader: what runs the texts, and asks the workers.
     """
@@ -111,6 +113,7 @@ class Held:
         self._keys[engine].difference_update(keys)
 
     async def __aenter__(self) -> Self:
+        await self._reader.keeping.__aenter__()
         return self
 
     async def __aexit__(
@@ -119,6 +122,7 @@ class Held:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        await self._reader.keeping.__aexit__(kind, error, trace)
         # Runs in flight have been told to leave the engine before, on the way that this goes.
         for engine, keys in self._keys.items():
             if keys:

@@ -31,7 +31,7 @@ from tests.bench.record import Record, arguments, spread
 from tests.engine.engine import Engine
 
 CONFIGURATIONS: Final = 4
-TEXTS: Final = 12
+TEXTS: Final = 4
 CONTROL: Final = "plain prefills (control)"
 FEATURE: Final = 1234
 
@@ -99,6 +99,7 @@ def main() -> None:
     """Start the engine, run every shape and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, help="default: 3, with --full 8")
+    parser.add_argument("--only", help="the shape of this name alone")
     args = parser.parse_args()
     rounds = args.rounds or (8 if args.full else 3)
     record = Record(
@@ -110,6 +111,8 @@ def main() -> None:
     engine = demo_engine({SAE_NAME: SAE}, eager=True)
     try:
         for shape in SHAPES:
+            if args.only not in (None, shape.name):
+                continue
             asked = body(shape)
             plain = partial(prefilled, engine, asked["texts"])
             cases = {CONTROL: plain, "evaluate": partial(timed, engine, asked)}

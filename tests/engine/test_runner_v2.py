@@ -33,6 +33,7 @@ SELECTION: Final = (
     "test_traps.py::test_sinks_are_neither_edited_nor_read_and_are_counted",
     "test_traps.py::test_every_child_of_n_choices_is_steered_and_reported",
     "test_traps.py::test_an_aborted_request_frees_its_slot_and_rows_and_leaves_neighbours_alone",
+    "test_scoring.py::test_preempted_text_is_scored_as_one_that_was_not",
     "test_equivalence.py::test_steered_log_probabilities_agree_with_transformers_and_hooks"
     "[llama-jumprelu-and-standard]",
 )

@@ -34,7 +34,7 @@ from tests.models import D_MODEL, NUM_LAYERS, VOCAB_SIZE, make_tiny_model, make_
 #: In nats; transformers and vLLM round differently.
 TOLERANCE = 3e-5
 LABELLED = (3, 5, 9, 17, 40)
-FEATURES = [
+FEATURES: list[dict[str, Any]] = [
     *({"index": i, "label": f"feature {i}", "max_activation": 4.0 + i / 10} for i in LABELLED),
     {"index": 20, "label": "no maximum"},
     {"index": 30, "max_activation": 2.0},
@@ -184,7 +184,7 @@ def test_rank_by_default_clamps_every_labelled_feature_after_the_default_prompt(
 
 @pytest.mark.parametrize("at", ["last", "all"])
 def test_rank_adds_times_the_largest_activation_at_each_token(studied: Studied, at: str) -> None:
-    edit = {"op": "add", "value": 10 if at == "last" else 0.5, "unit": "token_max"}
+    edit: dict[str, Any] = {"op": "add", "value": 10 if at == "last" else 0.5, "unit": "token_max"}
     answer = studied.rank(
         {"features": [7, 50], "prompt": PROMPT, "edit": edit, "at": at, "by": "output_score"}
     )
@@ -289,9 +289,11 @@ def test_attribution_is_what_each_of_the_strongest_writers_is_worth(
     f = studied.activations([*PROMPT, *COMPLETION[: span[1] - 1]])
     written = f.sum(0) * studied.saes["a"].weights["W_dec"].norm(dim=1)
     found = {entry["feature"]: entry for entry in answer["features"]}
-    if mode == "ablate":
-        assert sorted(found) == sorted(written.topk(6).indices.tolist())
-    assert len(found) == 6
+    if mode == "reread":  # of which few can be solved in an SAE of random weights
+        weights = studied.saes["a"].weights
+        written *= (weights["W_enc"].T * weights["W_dec"]).sum(1) >= 0.2
+    firing = int((written > 0).sum())
+    assert sorted(found) == sorted(written.topk(min(firing, 6)).indices.tolist())
     match = "reread" if mode == "reread" else "delta"
     for feature, entry in found.items():
         effect = ablated(studied, feature, span, match)

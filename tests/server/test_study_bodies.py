@@ -178,7 +178,7 @@ def test_more_candidates_or_features_than_the_tokens_allow_are_refused(start: St
         (TEXT, None),
     ):
         assert refused(server.client.post(ATTRIBUTE, json=body)) == ("study_too_large", param)
-    body = {"prompt": [5] * 26, "features": [5, 7, 5]}
-    assert refused(server.client.post(RANK, json=body)) == ("study_too_large", "features")
+    answer = server.client.post(RANK, json={"prompt": [5] * 26, "features": [5, 7, 5]})
+    assert refused(answer) == ("study_too_large", "features")
     answer = server.client.post(CALIBRATE, json={"steering": STEERING})
     assert refused(answer) == ("study_too_large", None)
