@@ -114,7 +114,7 @@ def write(folder: Path, dictionary: Dictionary) -> str:
     """Write it as circuit-tracer does; the source that opens it."""
     folder.mkdir(parents=True)
     one, layer = dictionary, dictionary.layer
-    config = {
+    config: dict[str, Any] = {
         "model_name": "tiny",
         "model_kind": "transcoder_set",
         "feature_input_hook": one.reads,
@@ -254,7 +254,7 @@ class EditedPass:
         if not touched.any():
             return total
         share = total.norm(dim=-1) / y.norm(dim=-1)
-        most = self.steering.get("max_share", torch.inf)
+        most: float = self.steering.get("max_share", torch.inf)
         total = total * (most / share).clamp(max=1.0).nan_to_num(1.0)[:, None]
         self.shares[f"blocks.{layer}.{kind}"] = share.clamp(max=most).masked_fill(
             ~touched, torch.nan
