@@ -142,7 +142,7 @@ class SAE:
             f[:, start:stop] = self._activate(product(x_in, rows), vectors.part(start, stop))
         if not self._card.exact_from_row:
             assert self._card.k is not None
-            topk.select(f, self._card.k, signed=self._card.architecture == "abstopk")
+            topk.select(f, self._card.k, signed=self._card.signed)
         return f
 
     def decode(self, f: Tensor, x: Tensor) -> Tensor:

@@ -63,6 +63,10 @@ def test_directions_are_summed_up_with_their_signs_and_explain_what_they_add(
     wanted = {"mean": f.mean(dim=0), "max": f.amax(dim=0), "last": f[-1]}[kind]
     np.testing.assert_allclose(found.dense(found.pooled), wanted.numpy(), 1e-5, 1e-5)
     np.testing.assert_array_equal(found.dense(found.count), (f > 0).sum(dim=0).numpy())
+    assert bool((f < 0).any())
+    np.testing.assert_allclose(
+        found.dense(found.firing), f.clamp(min=0).sum(dim=0).numpy(), 1e-5, 1e-5
+    )
 
     worker.state.remove_request("a")
     edit = PlannedEdit(0, 1, OP_ADD, 2.0, EVERYWHERE, 0, 99)
