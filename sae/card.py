@@ -19,9 +19,24 @@ HOOK_KINDS = (
     "hook_attn_out",
     "mlp.hook_out",
     "attn.hook_out",
+    "attn.hook_z",
+    "ln2.hook_normalized",
+    "mlp.hook_in",
 )
+# The outputs of attention's heads, side by side: as wide as the heads, not as the stream.
+HEADS = "attn.hook_z"
+# Places where activations can be read and nothing can be added: the output of the norm before the
+# MLP without the norm's gain and bias, and what the MLP is given.
+READ_ONLY_KINDS = ("ln2.hook_normalized", "mlp.hook_in")
 
+# What a dictionary is, by where it reads and where it writes. A crosscoder is one of its slots.
 KIND_SAE = "sae"
+KIND_TRANSCODER = "transcoder"
+KIND_CLT = "clt"
+KIND_CROSSCODER = "crosscoder"
+KIND_DIRECTION = "direction"
+#: Of which `error_term: false` is defined: a decoder's whole output has a place of its own.
+KINDS_THAT_DECODE = (KIND_SAE, KIND_TRANSCODER)
 
 # The unit an activation is in. Libraries that fold the norm of the decoder row into the encoder
 # report f_i * |W_dec_i|; the others report f_i as it multiplies the decoder row.
@@ -62,7 +77,8 @@ class SAECard:
 
     `exact_from_row` says whether one latent's encoder row is enough for its activation.
     `reads` and `writes` are the hook points at which activations are read and edits added; left
-    out, both are `hook`, as for every SAE. `hook` is the first of `writes`.
+    out, both are `hook`, as for every SAE. `hook` is the first of `writes`. `d_in` is the width
+    where it reads, `d_out` that where it writes; left out, it is `d_in`.
     """
 
     id: str
@@ -87,6 +103,7 @@ class SAECard:
     kind: str = KIND_SAE
     reads: str = ""
     writes: tuple[str, ...] = ()
+    d_out: int = 0
 
     def __post_init__(self) -> None:
         # The fields of a frozen dataclass are set this way while it is made.
@@ -94,6 +111,13 @@ class SAECard:
             object.__setattr__(self, "reads", self.hook)
         if not self.writes:
             object.__setattr__(self, "writes", (self.hook,))
+        if not self.d_out:
+            object.__setattr__(self, "d_out", self.d_in)
+
+    @property
+    def one_place(self) -> bool:
+        """Whether edits are added where activations are read, and nowhere else."""
+        return self.writes == (self.reads,)
 
     @property
     def exact_from_row(self) -> bool:

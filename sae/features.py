@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,21 +69,32 @@ class FeatureTable:
     """The features of one SAE. Opening costs two searches in the file; it is read on first use.
 
     Safe to use from several threads. SAEError on first use where the file is damaged.
+
+    Args:
+        path: of the file; None where there is none.
+        d_sae: how many features there are.
+        maxima: gives the maximum activation of every feature, where the weights state it; what the
+            file says of it then does not count.
     """
 
-    def __init__(self, path: Path | None, d_sae: int) -> None:
+    def __init__(
+        self, path: Path | None, d_sae: int, maxima: Callable[[], list[float]] | None = None
+    ) -> None:
         self.d_sae = d_sae
         self.path = path
+        self._maxima = maxima
         self.has_labels = _contains(path, _HAS_LABEL)
-        self.has_max_activations = _contains(path, _HAS_MAX_ACTIVATION)
+        self.has_max_activations = maxima is not None or _contains(path, _HAS_MAX_ACTIVATION)
         self._lock = threading.Lock()
         self._table: _Table | None = None
         self._rankings: dict[str, list[int]] = {}
 
     @classmethod
-    def open(cls, weights: Path | str, d_sae: int) -> FeatureTable:
+    def open(
+        cls, weights: Path | str, d_sae: int, maxima: Callable[[], list[float]] | None = None
+    ) -> FeatureTable:
         """The table beside a weight file or in a folder; an empty one where there is none."""
-        return cls(_find(Path(weights)), d_sae)
+        return cls(_find(Path(weights)), d_sae, maxima)
 
     def load(self) -> None:
         """Read the file now; SAEError naming the line where it is damaged."""
@@ -167,7 +178,8 @@ class FeatureTable:
     def _loaded(self) -> _Table:
         with self._lock:
             if self._table is None:
-                self._table = _read(self.path, self.d_sae)
+                table = _read(self.path, self.d_sae)
+                self._table = table if self._maxima is None else _with_maxima(table, self._maxima())
             return self._table
 
 
@@ -211,6 +223,14 @@ def _read(path: Path | None, d_sae: int) -> _Table:
         )
     labels = ((index, f.label) for index, f in features.items() if f.label is not None)
     return _Table(features, offsets, LabelIndex(labels))
+
+
+def _with_maxima(table: _Table, maxima: list[float]) -> _Table:
+    features = {
+        index: replace(table.features.get(index) or Feature(index), max_activation=maximum)
+        for index, maximum in enumerate(maxima)
+    }
+    return replace(table, features=features)
 
 
 def _lines(path: Path | None) -> Iterator[tuple[str, int, bytes]]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from sae.errors import SAEError
-from sae.unserved import refuse_by_listing
 
-WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+# What directions alone come in; beside other weights it is something else.
+_DIRECTION_SUFFIXES = (".gguf", ".npy")
+_DICTIONARY_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+WEIGHT_SUFFIXES = (*_DICTIONARY_SUFFIXES, *_DIRECTION_SUFFIXES)
 # What SAELens' training keeps beside a checkpoint: the factor that it has not folded in yet.
 SCALER_NAME = "activation_scaler.json"
 CONFIG_NAMES = ("cfg.json", "config.json", "hyperparams.json", SCALER_NAME)
 FEATURES_NAME = "features.jsonl"
+# Behind the name of a weight file without its suffix: a configuration of that file alone.
+OWN_CONFIG = "_cfg.json"
 
 # Llama Scope keeps its weights one folder down.
 CHECKPOINTS = "checkpoints"
@@ -25,6 +30,19 @@ CHECKPOINT = f"{CHECKPOINTS}/final.safetensors"
 # sparsify keeps the configuration of a run, which older ones of its folders need, one folder up.
 SPARSIFY_WEIGHTS = "sae.safetensors"
 RUN_CONFIG = "config.json"
+
+# Sets of a file a layer. A cross-layer transcoder of circuit-tracer has two files for each.
+CLT_ENCODER = re.compile(r"W_enc_(\d{1,5})\.safetensors", re.ASCII)
+_NUMBERED = (
+    CLT_ENCODER,
+    re.compile(r"params_layer_(\d{1,5})\.safetensors", re.ASCII),
+    re.compile(r"layer_?(\d{1,5})(?:\.sae)?\.(?:safetensors|pt)", re.ASCII),
+)
+_CLT_DECODER = re.compile(r"W_dec_\d{1,5}\.safetensors", re.ASCII)
+# A crosscoder's slots are numbered, and its folder or its configuration names their layers.
+_SLOTS = re.compile(r"(?:^|/)layer_(\d+(?:_\d+)+)_width_|layers\.\{(\d+(?:, ?\d+)+)\}")
+# circuit-tracer's description of a set.
+SET_CONFIG = "config.yaml"
 
 # One tensor file in parts, as large models are published.
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.\w+")
@@ -52,15 +70,51 @@ def is_weight_file(name: str) -> bool:
     return name.endswith(WEIGHT_SUFFIXES) and name not in _NO_WEIGHTS
 
 
-def choose_weights(source: str, names: Iterable[str]) -> str:
+def numbered_layer(name: str) -> int | None:
+    """The number that a file of a set has in its name; None if it is none."""
+    match = next((match for pattern in _NUMBERED if (match := pattern.fullmatch(name))), None)
+    return None if match is None else int(match[1])
+
+
+def crosscoder_layers(text: str) -> list[int]:
+    """The model's layers of a crosscoder's slots, in a folder's name or a hook point's."""
+    match = _SLOTS.search(text)
+    return [] if match is None else [int(layer) for layer in re.findall(r"\d+", match[0])]
+
+
+def layers_of(folder: str, names: Iterable[str]) -> dict[int, str]:
+    """The weight files of a folder that is a set of layers, by the model's layer, ascending.
+
+    Args:
+        folder: its path, whose last part may name the layers of a crosscoder's slots.
+        names: of the files in it.
+    """
+    found = {layer: name for name in names if (layer := numbered_layer(name)) is not None}
+    slots = crosscoder_layers(folder.rstrip("/").rpartition("/")[2])
+    if slots:
+        found = {slots[slot]: name for slot, name in found.items() if slot < len(slots)}
+    return dict(sorted(found.items()))
+
+
+def choose_weights(
+    source: str, names: Iterable[str], layer: int | None = None, folder: str | None = None
+) -> str:
     """The one weight file among the names of a folder and of its checkpoints folder.
 
+    Args:
+        source: what the messages name.
+        names: of the files.
+        layer: which of a set of layers.
+        folder: the path of the folder; left out, it is the source.
+
     Raises:
-        SAEError: there is none, several would do, or they are of a kind that is not served.
+        SAEError: there is none, or several would do.
     """
     names = sorted(names)
-    refuse_by_listing(source, names)
     weights = [name for name in names if "/" not in name and is_weight_file(name)]
+    weights = [name for name in weights if not _CLT_DECODER.fullmatch(name)]
+    if any(name.endswith(_DICTIONARY_SUFFIXES) for name in weights):
+        weights = [name for name in weights if not name.endswith(_DIRECTION_SUFFIXES)]
     if not weights and CHECKPOINT in names:
         return CHECKPOINT
     if not weights:
@@ -73,32 +127,43 @@ def choose_weights(source: str, names: Iterable[str]) -> str:
     if len(named) == 1:
         return named[0]
     _refuse_shards(source, names)
+    by_layer = layers_of(source if folder is None else folder, weights)
+    if layer in by_layer:
+        return by_layer[layer]
     if len(weights) > 1:
+        _refuse_several(source, weights, layer, by_layer)
+    return weights[0]
+
+
+def _refuse_several(
+    source: str, weights: list[str], layer: int | None, by_layer: dict[int, str]
+) -> NoReturn:
+    if not by_layer:
         raise SAEError(
             f"{source}: {len(weights)} weight files ({', '.join(weights[:4])}, ...); "
             f"name one of them, as {source.rstrip('/')}/{weights[0]}"
         )
-    return weights[0]
+    has = ", ".join(map(str, by_layer))
+    if layer is None:
+        raise SAEError(
+            f"{source}: a set of {len(by_layer)} layers ({has:.80}); state which, as "
+            f"{source},layer={next(iter(by_layer))}, or layer=all for each of them"
+        )
+    raise SAEError(f"{source}: has no layer {layer}, but {has:.80}")
 
 
-def _names_beside(path: Path) -> list[str]:
-    try:
-        return [file.name for file in path.parent.iterdir()]
-    except OSError:  # a folder that may be entered and not listed
-        return []
-
-
-def refuse_unreadable(source: str, name: str, names: Iterable[str]) -> None:
-    """Refuse one file of a folder if its name, or what lies beside it, says that it is no SAE's.
-
-    Args:
-        names: everything in the folder; other weights there play no part.
+def refuse_unreadable(source: str, name: str) -> None:
+    """Refuse one file of a folder if its name says that it is a part of something else.
 
     Raises:
-        SAEError: it is one of a kind that is not served, or a part of a larger file.
+        SAEError: it is a part of a larger file, or the lesser half of two.
     """
-    refuse_by_listing(source, [name, *(other for other in names if not is_weight_file(other))])
     _refuse_shards(source, [name])
+    if _CLT_DECODER.fullmatch(name):
+        raise SAEError(
+            f"{source}: {name} is the decoder of a cross-layer transcoder; name its folder with "
+            f"layer=, or {name.replace('W_dec', 'W_enc')}, which is read with it"
+        )
 
 
 def _refuse_shards(source: str, names: list[str]) -> None:
@@ -114,17 +179,20 @@ def _refuse_shards(source: str, names: list[str]) -> None:
         )
 
 
-def find_weights(path: Path) -> Path:
+def find_weights(path: Path, layer: int | None = None) -> Path:
     """The one weight file that a path on disk names; SAEError where it is none or several."""
     if not path.is_dir():
-        refuse_unreadable(str(path), path.name, _names_beside(path))
+        refuse_unreadable(str(path), path.name)
         return path
     names = {file.name for file in path.iterdir() if file.is_file()}
     if (path / CHECKPOINT).is_file():
         names.add(CHECKPOINT)
-    return path / choose_weights(str(path), names)
+    return path / choose_weights(str(path), names, layer)
 
 
 def companions(weights: str) -> tuple[str, ...]:
     """Names of files that may lie beside a weight file and belong to it."""
-    return (*CONFIG_NAMES, FEATURES_NAME, f"{weights}.{FEATURES_NAME}")
+    own = (f"{weights.partition('.pt')[0]}{OWN_CONFIG}",) if weights.endswith(".pt") else ()
+    decoder = (weights.replace("W_enc", "W_dec"),) if CLT_ENCODER.fullmatch(weights) else ()
+    described = (*CONFIG_NAMES, SET_CONFIG, *own)
+    return (*described, *decoder, FEATURES_NAME, f"{weights}.{FEATURES_NAME}")

@@ -32,22 +32,21 @@ _BRIDGE: Final = {
     "hook_out": "hook_resid_post",
     "ln1_post.hook_out": "hook_attn_out",
     "ln2_post.hook_out": "hook_mlp_out",
+    "ln2.hook_out": "mlp.hook_in",
+    "hook_z": "attn.hook_z",
+    # A copy of the stream that TransformerLens gives to the norm before the MLP.
+    "hook_mlp_in": "hook_resid_mid",
 }
 #: Real places at which nothing is served: an SAE of one of them belongs nowhere else.
 _UNSERVED: Final = {
-    "attn.hook_z": "attention's per-head outputs (hook_z) are",
-    "hook_z": "attention's per-head outputs (hook_z) are",
     "attn.hook_q": "attention's queries are",
     "attn.hook_k": "attention's keys are",
     "attn.hook_v": "attention's values are",
     "hook_attn_in": "the input of attention is",
     "attn.hook_in": "the input of attention is",
-    "hook_mlp_in": "the input of the MLP is",
-    "mlp.hook_in": "the input of the MLP is",
     "mlp.hook_pre": "the neurons of the MLP are",
     "mlp.hook_post": "the neurons of the MLP are",
-    "ln1.hook_normalized": "the normalised stream is",
-    "ln2.hook_normalized": "the normalised stream is",
+    "ln1.hook_normalized": "the normalised input of attention is",
 }
 
 _MLP: Final = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -61,8 +60,15 @@ _SUBMODULES: Final = {
     **{f"{name}{end}": "attn.hook_out" for name in _ATTENTION for end in ("", ".output")},
     **{f"{name}.input": "mlp.hook_in" for name in _MLP},
     **{f"{name}.input": "attn.hook_in" for name in _ATTENTION},
-    **{f"{name}.o_proj.input": "attn.hook_z" for name in _ATTENTION},
-    # Gemma 2 and 3. Their post_attention_layernorm is elsewhere the norm before the MLP.
+    **{
+        f"{name}.{projection}.input": "attn.hook_z"
+        for name in _ATTENTION
+        for projection in ("o_proj", "c_proj", "out_proj", "dense")
+    },
+    # GPT-2's norm before the MLP. Elsewhere post_attention_layernorm is, but for Gemma 2 and 3.
+    "ln_2": "mlp.hook_in",
+    "ln_2.output": "mlp.hook_in",
+    # Gemma 2 and 3.
     "pre_feedforward_layernorm.input": "hook_resid_mid",
     "pre_feedforward_layernorm.output": "mlp.hook_in",
     "pre_feedforward_layernorm": "mlp.hook_in",

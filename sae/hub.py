@@ -22,6 +22,7 @@ from sae.files import (
     choose_weights,
     companions,
     is_weight_file,
+    layers_of,
     refuse_unreadable,
 )
 
@@ -80,20 +81,28 @@ class _Folder:
     names: frozenset[str]
     asked_for: str | None = None
 
-    def choose(self, source: str) -> str:
+    def choose(self, source: str, layer: int | None) -> str:
         """The name of the weight file. Raises SAEError where it is none or several."""
         if self.asked_for is None:
-            return choose_weights(source, self.names)
+            return choose_weights(source, self.names, layer, self.path)
         if self.asked_for not in self.names:
             raise SAEError(
                 f"{source}: no file {_join(self.path, self.asked_for)!r} in the repository"
             )
-        refuse_unreadable(source, self.asked_for, self.names)
+        refuse_unreadable(source, self.asked_for)
         return self.asked_for
 
 
-def fetch(source: str) -> Path:
-    """Fetch one SAE's files and return the path of its weight file in the hub's cache."""
+def fetch(source: str, layer: int | None = None) -> Path:
+    """Fetch one SAE's files and return the path of its weight file in the hub's cache.
+
+    Args:
+        source: with `hf://`.
+        layer: which of a set of layers.
+
+    Raises:
+        SAEError: they cannot be had, or which file it is cannot be told.
+    """
     address = HubAddress.parse(source)
     try:
         commit, folder = _look(address)
@@ -101,8 +110,9 @@ def fetch(source: str) -> Path:
         raise
     # What a hub that cannot be reached raises depends on the version of its client.
     except Exception as error:
-        return _cached(source, address, error)
-    weights = folder.choose(source)
+        snapshot, folder = _cached(source, address, error)
+        return Path(snapshot, folder.path, folder.choose(source, layer))
+    weights = folder.choose(source, layer)
     wanted = {weights, *folder.names.intersection(companions(weights))}
     paths = {name: _download(source, address, _join(folder.path, name)) for name in sorted(wanted)}
     if weights == SPARSIFY_WEIGHTS and address.path and folder.path:
@@ -110,6 +120,18 @@ def fetch(source: str) -> Path:
     if any(commit not in path.parts for path in paths.values()):
         raise SAEError(f"{source}: the repository changed while it was fetched; try again")
     return paths[weights]
+
+
+def layers(source: str) -> list[int]:
+    """The layers of a folder that is a set of them, ascending; none where it is no such set."""
+    address = HubAddress.parse(source)
+    try:
+        _, folder = _look(address)
+    except SAEError:
+        raise
+    except Exception as error:  # as above
+        _, folder = _cached(source, address, error)
+    return [] if folder.asked_for is not None else [*layers_of(folder.path, folder.names)]
 
 
 def _look(address: HubAddress) -> tuple[str, _Folder]:
@@ -190,8 +212,8 @@ def _download_if_there(address: HubAddress, file: str) -> None:
         raise SAEError(f"{SCHEME}{address.repo}: fetching {file} failed: {error}") from error
 
 
-def _cached(source: str, address: HubAddress, reason: Exception) -> Path:
-    """The weight file from an earlier fetch of the same revision."""
+def _cached(source: str, address: HubAddress, reason: Exception) -> tuple[Path, _Folder]:
+    """Where an earlier fetch of the same revision lies, and the folder in it."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
@@ -209,8 +231,7 @@ def _cached(source: str, address: HubAddress, reason: Exception) -> Path:
                 file.file_path.relative_to(revision.snapshot_path).as_posix()
                 for file in revision.files
             }
-            folder = _look_among(address, files)
-            return Path(revision.snapshot_path, folder.path, folder.choose(source))
+            return Path(revision.snapshot_path), _look_among(address, files)
     raise SAEError(
         f"{source}: the hub cannot be reached and the files are not in the cache: {reason}"
     ) from reason

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sae import json_lines
-from sae.card import UNIT_TIMES_DECODER_NORM, SAECard
+from sae.card import KIND_CLT, KIND_TRANSCODER, UNIT_TIMES_DECODER_NORM, SAECard
 from sae.errors import SAEError
 from sae.json_lines import number_of
 from sae.numbers import finite
@@ -229,7 +229,7 @@ class _Reader:
         sites = {
             _SITES[word] for word in re.split(r"[^a-z]+", str(source).lower()) if word in _SITES
         }
-        if sites and _site(self._card.hook) not in sites:
+        if sites and _site(self._card) not in sites:
             raise SAEError(
                 f"{where}: the export is of {source!r:.60}, the SAE is at {self._card.hook}; "
                 f"{_GO_ON}"
@@ -249,8 +249,10 @@ def _plain_name(model: str) -> str:
     return "gpt2" if name == "gpt2small" else name
 
 
-def _site(hook: str) -> str:
-    kind = hook.split(".", 2)[2]
+def _site(card: SAECard) -> str:
+    if card.kind in (KIND_TRANSCODER, KIND_CLT):
+        return "transcoder"
+    kind = card.hook.split(".", 2)[2]
     return next(site for site in ("resid", "mlp", "attn") if site in kind)
 
 

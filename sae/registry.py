@@ -33,15 +33,19 @@ _LOADERS = (
     "qwen_scope",
     "sparsify",
     "goodfire",
+    "gemma_2_transcoder",
+    "mwhanna_transcoder",
+    "mntss_clt_layer_transcoder",
+    "connor_rob_hook_z",
+    "llama_scope_r1_distill",
+    "deepseek_r1",
 )
 # What the loaders that have no counterpart here read.
 _UNSERVED_LOADERS = {
-    "mntss_clt_layer_transcoder": "a layer of a cross-layer transcoder",
-    "connor_rob_hook_z": "an SAE of attention's per-head outputs (hook_z)",
     "temporal": "a temporal SAE, which attends over the sequence",
-    "llama_scope_r1_distill": "an SAE of Llama Scope R1-Distill",
-    "deepseek_r1": "an SAE of qresearch",
 }
+# The registry names a layer of a cross-layer transcoder by its number.
+_BY_NUMBER = "mntss_clt_layer_transcoder"
 
 # Of a folder in the hub's cache: models--OWNER--REPO/snapshots/COMMIT/PATH.
 _CACHED = re.compile(r"(?:.*/)?models--([^/]+?)--([^/]+)/snapshots/[^/]+/(.+)")
@@ -170,8 +174,6 @@ def _refuse_loader(source: str, loader: str | None) -> None:
             f"{source}: this is {_UNSERVED_LOADERS[loader]}; SAELens reads it with {loader}, which "
             "has no counterpart here"
         )
-    if loader is not None and "transcoder" in loader:
-        raise SAEError(f"{source}: this is a transcoder ({loader}); only SAEs can be served")
     raise SAEError(f"{source}: SAELens reads it with {loader}, which has no counterpart here")
 
 
@@ -186,9 +188,10 @@ def _entry(release_name: str, release: dict[str, Any], sae: dict[str, Any]) -> R
         l0=finite(sae.get("l0")),
         variance_explained=finite(sae.get("variance_explained")),
     )
-    return RegistryEntry(
-        release_name, str(sae["id"]), release["repo_id"], str(sae["path"]).strip("/"), facts
-    )
+    path = str(sae["path"]).strip("/")
+    if release.get("conversion_func") == _BY_NUMBER:
+        path = f"W_enc_{path}.safetensors"
+    return RegistryEntry(release_name, str(sae["id"]), release["repo_id"], path, facts)
 
 
 @functools.cache

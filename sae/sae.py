@@ -14,7 +14,16 @@ from torch import Tensor
 
 from sae import weights
 from sae.architectures import VECTORS, LatentVectors, topk
-from sae.card import UNIT_PLAIN, UNIT_TIMES_DECODER_NORM, SAECard
+from sae.card import (
+    HEADS,
+    KIND_DIRECTION,
+    KIND_TRANSCODER,
+    KINDS_THAT_DECODE,
+    UNIT_PLAIN,
+    UNIT_TIMES_DECODER_NORM,
+    HookPoint,
+    SAECard,
+)
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.formats import open_layout
@@ -36,7 +45,7 @@ class LatentRows:
     """
 
     W_enc: Tensor  # [n, d_in]
-    W_dec: Tensor  # [n, d_in]
+    W_dec: Tensor  # [n, d_out], of one of the places where the dictionary writes
     bias: Tensor  # [n]
     gain: Tensor  # [n]
     threshold: Tensor  # [n]
@@ -64,16 +73,28 @@ class SAE:
 
     @property
     def b_dec(self) -> Tensor:
-        """The decoder's bias [d_in] float32, in the scale of the SAE's output."""
+        """The decoder's bias [d_out] float32, in the scale of the SAE's output."""
         return self._weights.b_dec
+
+    def open_features(self) -> FeatureTable:
+        """Labels and statistics, from beside the weights; a direction's maximum is its length."""
+        maxima = self._lengths if self._card.kind == KIND_DIRECTION else None
+        return FeatureTable.open(self._tensors.path, self._card.d_sae, maxima)
 
     # Rows
 
-    def rows(self, latents: Sequence[int]) -> LatentRows:
-        """Read only these latents. IndexError for one that is not in [0, d_sae)."""
+    def rows(self, latents: Sequence[int], write: int = 0) -> LatentRows:
+        """Read only these latents, and what they write at `card.writes[write]`.
+
+        IndexError for a latent that is not in [0, d_sae).
+        """
+        assert 0 <= write < len(self._card.writes), write
         index = self._weights.index(latents)
         W_enc, W_dec = self._weights.rows("W_enc", index), self._weights.rows("W_dec", index)
-        return LatentRows(W_enc, W_dec, **vars(self._weights.vectors(index, W_enc, W_dec)))
+        vectors = self._weights.vectors(index, W_enc, W_dec)
+        if write:
+            W_dec = self._weights.rows("W_dec", index, write)
+        return LatentRows(W_enc, W_dec, **vars(vectors))
 
     def nonfinite_latents(self, latents: Sequence[int]) -> list[int]:
         """Those of the latents that have a weight or bias which is NaN or infinite."""
@@ -86,7 +107,11 @@ class SAE:
         return [latent for latent, good in zip(latents, finite.tolist(), strict=True) if not good]
 
     def decoder_rows(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
-        """W_dec[start:stop] as [stop - start, d_in] float32 on the device."""
+        """W_dec[start:stop] as [stop - start, d_out] float32 on the device.
+
+        Of a dictionary that writes at several places it is their sum: what it adds to the stream in
+        all.
+        """
         return self._weights.matrix("W_dec", start, stop, _indexed(device))
 
     def decoder_row_norms(self) -> Tensor:
@@ -121,18 +146,36 @@ class SAE:
         return f
 
     def decode(self, f: Tensor, x: Tensor) -> Tensor:
-        """f [n, d_sae] and the x [n, d_in] it came from -> x_hat [n, d_in] float32, with b_dec.
+        """f [n, d_sae] and the x [n, d_in] it came from -> x_hat [n, d_out] float32, with b_dec.
 
-        An SAE that reads x without its mean says nothing of it: x_hat has the mean of x.
+        A transcoder's is the output y that it stands for, its skip connection included. An SAE that
+        reads x without its mean says nothing of it: x_hat has the mean of x.
         """
-        scale = self._vectors_of_all(f.device).decoder_scale
-        out = self.b_dec.to(f.device).repeat(f.shape[0], 1)
-        for start, stop in self.chunks():
-            W_dec = self.decoder_rows(start, stop, f.device)
-            out += product(f[:, start:stop] * scale[start:stop], W_dec.T)
+        assert self._card.kind in KINDS_THAT_DECODE, self._card.kind
+        out = self._add_written(self.b_dec.to(f.device).repeat(f.shape[0], 1), f)
+        W_skip = self._weights.W_skip
+        if W_skip is not None:
+            out += product(x, W_skip.to(x.device))
+        if self._card.kind == KIND_TRANSCODER:
+            return out
         _, g = self.normalise(x)
         out = denormalise(self._card.normalize_activations, out, x, g)
         return out + x.mean(dim=-1, keepdim=True) if self._centered else out
+
+    def written(self, f: Tensor) -> Tensor:
+        """f [n, d_sae] -> what the features alone write, [n, d_out] float32.
+
+        No bias, no skip connection, and of an SAE that normalises its input not times g. Every kind
+        of dictionary has it; of one that writes at several places it is the sum.
+        """
+        return self._add_written(f.new_zeros(f.shape[0], self._card.d_out), f)
+
+    def _add_written(self, out: Tensor, f: Tensor) -> Tensor:
+        scale = self._vectors_of_all(f.device).decoder_scale
+        for start, stop in self.chunks():
+            W_dec = self.decoder_rows(start, stop, f.device)
+            out += product(f[:, start:stop] * scale[start:stop], W_dec.T)
+        return out
 
     def activations(self, x: Tensor, latents: Sequence[int]) -> Tensor:
         """f of these latents: x [n, d_in] float32 -> [n, len(latents)] float32."""
@@ -197,6 +240,10 @@ class SAE:
 
     # Internals
 
+    def _lengths(self) -> list[float]:
+        norms: list[float] = self._weights.stored_norms("W_dec").tolist()
+        return norms
+
     def _vectors_of_all(self, device: torch.device) -> LatentVectors:
         """The vectors of all latents on a device, computed once."""
         with self._lock:
@@ -226,10 +273,11 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
     files, layout = open_layout(resolved)
     W_dec = files.tensors.headers[layout.tensors["W_dec"].name]
     features = FeatureTable.open(files.path, layout.d_sae)
+    is_direction = layout.kind == KIND_DIRECTION
     card = SAECard(
         id=resolved.name,
         hook=str(layout.hook),
-        layer=layout.hook.layer,
+        layer=layout.read_point.layer,
         architecture=layout.architecture,
         d_in=layout.d_in,
         d_sae=layout.d_sae,
@@ -238,9 +286,9 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
         format=layout.format,
         sha256=None,
         sink_norm=layout.sink_norm if resolved.sink_norm is None else resolved.sink_norm,
-        error_term=True,
+        error_term=layout.kind in KINDS_THAT_DECODE,
         has_labels=features.has_labels,
-        has_max_activations=features.has_max_activations,
+        has_max_activations=features.has_max_activations or is_direction,
         k=layout.k,
         normalize_activations=layout.normalize_activations,
         apply_b_dec_to_input=layout.apply_b_dec_to_input,
@@ -248,6 +296,10 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
         activation_unit=(
             UNIT_TIMES_DECODER_NORM if layout.rescale_acts_by_decoder_norm else UNIT_PLAIN
         ),
+        kind=layout.kind,
+        reads=str(layout.read_point),
+        writes=tuple(map(str, layout.write_points)),
+        d_out=layout.width_out,
     )
     sae = SAE(card, layout, files.tensors)
     # One bad value here reaches every token that the SAE reads, whatever the latent.
@@ -257,16 +309,22 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
 
 
 def check_fits(card: SAECard, d_model: int, num_layers: int) -> None:
-    """SAEError where the SAE cannot belong to a model of this width and depth."""
-    if card.d_in != d_model:
-        raise SAEError(
-            f"SAE {card.id!r}: d_in is {card.d_in}, the model's hidden size is {d_model}"
-        )
-    if card.layer >= num_layers:
-        raise SAEError(
-            f"SAE {card.id!r}: layer {card.layer} does not exist, the model has layers "
-            f"0 to {num_layers - 1}"
-        )
+    """SAEError where the SAE cannot belong to a model of this width and depth.
+
+    How wide attention's heads are is known when the model is loaded.
+    """
+    reads = ("d_in", card.d_in, card.reads)
+    for name, width, hook in (reads, *(("d_out", card.d_out, hook) for hook in card.writes)):
+        point = HookPoint.parse(hook)
+        if point.kind != HEADS and width != d_model:
+            raise SAEError(
+                f"SAE {card.id!r}: {name} is {width}, the model's hidden size is {d_model}"
+            )
+        if point.layer >= num_layers:
+            raise SAEError(
+                f"SAE {card.id!r}: layer {point.layer} does not exist, the model has layers "
+                f"0 to {num_layers - 1}"
+            )
 
 
 def _indexed(device: torch.device | str) -> torch.device:

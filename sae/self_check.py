@@ -44,7 +44,7 @@ from typing import Any, Final
 import numpy as np
 
 from sae.arrays import FloatArray, IntArray
-from sae.card import SAECard
+from sae.card import KINDS_THAT_DECODE, SAECard
 from sae.formats import open_layout
 from sae.numbers import finite
 from sae.source import ResolvedSAE
@@ -263,6 +263,11 @@ class Outcome:
         if self.measured.variance_explained >= 0:
             return place
         return f"{place}, or the wrong architecture or input scale"
+
+
+def reconstructs(card: SAECard) -> bool:
+    """Whether there is something to check: an output of its own to hold against the model's."""
+    return card.kind in KINDS_THAT_DECODE
 
 
 def stated_by(ref: ResolvedSAE, *, exactly_k: bool) -> Stated:

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae import hub, registry
-from sae.card import HookPoint
 from sae.errors import SAEError
 from sae.hook_names import parse_hook
 from sae.numbers import positive
@@ -21,13 +20,23 @@ FORMATS = (
     "gemma_scope",
     "gemma_scope_2",
     "llama_scope",
+    "llamascopium",
     "qwen_scope",
     "goodfire",
+    "qresearch",
     "sparsify",
     "dictionary_learning",
+    "circuit_tracer",
+    "attention_saes",
+    "direction",
 )
 
-_OPTIONS = ("hook", "format", "sink_norm")
+#: `layer=all`: every layer of a source that has several, each as `NAME.L`.
+ALL_LAYERS = "all"
+
+_OPTIONS = ("hook", "format", "sink_norm", "layer", "reads", "writes")
+_HOOKS = ("hook", "reads", "writes")
+_LAYER = re.compile(r"\d{1,5}", re.ASCII)
 # A client takes the steps . and .. out of a path before it sends it.
 _NAME = re.compile(r"(?!\.{1,2}\Z)[^\s/\\,=?#%]{1,128}")
 # Python's own reading of numbers is wider: 1_000, spaces around, the digits of every script.
@@ -44,17 +53,27 @@ _REPOSITORY = re.compile(r"(?![.~])[\w.-]+/(?![.])[\w.-]+(?:/[^@]+)?(?:@[^@]+)?"
 
 @dataclass(frozen=True)
 class SAEReference:
-    """What the user wrote in one `--sae` flag: a name, a source, and what the source leaves out."""
+    """What the user wrote in one `--sae` flag: a name, a source, and what the source leaves out.
+
+    Attributes:
+        hook: where it reads and writes.
+        layer: which layer of a source that has several; "all" for each of them.
+        reads: where a transcoder reads.
+        writes: where it writes.
+    """
 
     name: str
     source: str
     hook: str | None = None
     format: str | None = None
     sink_norm: float | None = None
+    layer: int | str | None = None
+    reads: str | None = None
+    writes: str | None = None
 
     @classmethod
     def parse(cls, flag: str) -> SAEReference:
-        """Read `NAME=SOURCE[,hook=..][,format=..][,sink_norm=N]`."""
+        """Read `NAME=SOURCE[,hook=..][,layer=..][,format=..][,sink_norm=N]...`."""
         name, separator, source = flag.partition("=")
         if not separator:
             raise SAEError(f"--sae {flag!r}: expected NAME=SOURCE")
@@ -77,11 +96,26 @@ class ResolvedSAE:
     format: str | None = None
     sink_norm: float | None = None
     facts: RegistryFacts = field(default_factory=RegistryFacts)
+    layer: int | None = None
+    reads: str | None = None
+    writes: str | None = None
 
     @classmethod
     def of(cls, ref: SAEReference, path: Path, facts: RegistryFacts) -> ResolvedSAE:
-        """A reference, resolved."""
-        return cls(ref.name, ref.source, str(path), ref.hook, ref.format, ref.sink_norm, facts)
+        """A reference to one dictionary, resolved."""
+        assert not isinstance(ref.layer, str), ref
+        return cls(
+            name=ref.name,
+            source=ref.source,
+            path=str(path),
+            hook=ref.hook,
+            format=ref.format,
+            sink_norm=ref.sink_norm,
+            facts=facts,
+            layer=ref.layer,
+            reads=ref.reads,
+            writes=ref.writes,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the engine's configuration."""
@@ -93,7 +127,7 @@ class ResolvedSAE:
 
 
 def parse_source(text: str) -> SAEReference:
-    """Read `SOURCE[,hook=..][,format=..][,sink_norm=N]`; the name comes from the source."""
+    """Read `SOURCE[,hook=..][,layer=..]...`; the name comes from the source."""
     ref = _with_options("", text)
     stem = PurePosixPath(ref.source.partition("@")[0].rstrip("/")).name
     name = re.sub(r"[\s/\\,=?#%:]+", "-", stem).strip("-")[:128]
@@ -104,18 +138,21 @@ def resolve(ref: SAEReference | ResolvedSAE) -> ResolvedSAE:
     """Find the path on disk, fetching what lies elsewhere, and what the registry says of it.
 
     Raises:
-        SAEError: it cannot be had, or its names say that it is of a kind that is not served.
+        SAEError: it cannot be had, its names say that it is of a kind that is not served, or it
+            stands for several (`sae.layers.resolve_all`).
     """
     if isinstance(ref, ResolvedSAE):
         return ref
+    if isinstance(ref.layer, str):
+        raise SAEError(f"{ref.source}: layer=all stands for several; name one, as layer=3")
     if ref.source.startswith(registry.SCHEME):
         entry = registry.look_up(ref.source)
-        return ResolvedSAE.of(ref, hub.fetch(entry.source), entry.facts)
+        return ResolvedSAE.of(ref, hub.fetch(entry.source, ref.layer), entry.facts)
     if ref.source.startswith(hub.SCHEME):
         address = hub.HubAddress.parse(ref.source)
         refuse_by_name(ref.source, f"{address.repo}/{address.path}".rstrip("/"))
         found = registry.find(address.repo, address.path, address.parent)
-        return ResolvedSAE.of(ref, hub.fetch(ref.source), _facts(found))
+        return ResolvedSAE.of(ref, hub.fetch(ref.source, ref.layer), _facts(found))
     _refuse_web_page(ref.source, ref.source)
     if "://" in ref.source:
         raise SAEError(f"{ref.source}: unknown scheme, expected a path, hf:// or sae_lens://")
@@ -167,25 +204,38 @@ def _with_options(name: str, text: str) -> SAEReference:
         if key in values:
             raise SAEError(f"{text!r}: option {key!r} is given twice")
         values[key] = value
-    hook, format_name, sink_norm = (values.get(key) for key in _OPTIONS)
-    if hook is not None:
-        hook = str(_hook(text, hook))
+    format_name, sink_norm = values.get("format"), values.get("sink_norm")
     if format_name is not None and format_name not in FORMATS:
         raise SAEError(f"{text!r}: unknown format {format_name!r}, expected {', '.join(FORMATS)}")
+    hooks = {key: _hook(text, key, values[key]) for key in _HOOKS if key in values}
+    if "hook" in hooks and len(hooks) > 1:
+        raise SAEError(
+            f"{text!r}: hook= says where an SAE reads and writes, reads= and writes= the two of a "
+            "transcoder; state one or the other"
+        )
     return SAEReference(
         name=name,
         source=source,
-        hook=hook,
         format=format_name,
         sink_norm=None if sink_norm is None else _sink_norm(text, sink_norm),
+        layer=None if "layer" not in values else _layer(text, values["layer"]),
+        **hooks,
     )
 
 
-def _hook(text: str, name: str) -> HookPoint:
+def _hook(text: str, key: str, name: str) -> str:
     try:
-        return parse_hook(name)
+        return str(parse_hook(name))
     except SAEError as error:
-        raise SAEError(f"{text!r}: hook={name}: {error}") from error
+        raise SAEError(f"{text!r}: {key}={name}: {error}") from error
+
+
+def _layer(text: str, value: str) -> int | str:
+    if value == ALL_LAYERS:
+        return value
+    if not _LAYER.fullmatch(value):
+        raise SAEError(f"{text!r}: layer must be a number from 0, or all, got {value!r:.40}")
+    return int(value)
 
 
 def _split(text: str) -> tuple[str, list[str]]:

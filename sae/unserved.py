@@ -1,56 +1,37 @@
-"""Dictionaries of kinds that are not served, told before their weights are fetched or read.
+"""Dictionaries of kinds that are not served, told by names before their weights are fetched.
 
-Names rule a source out where the publisher's repository, folder or file says what it is; what only
-the tensors show is refused by `sae.formats.unserved`. Torch-free.
+What only configurations or tensors show is refused by `sae.formats.unserved`. Torch-free.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Final, NoReturn
+from typing import Final
 
 from sae.errors import SAEError
 
-#: Why these are refused, whatever shows that a source is one.
-TRANSCODER: Final = (
-    "which reads at one hook point and writes at another; only SAEs can be served so far"
-)
-CROSS_LAYER: Final = "which reads at one layer and writes at many; only SAEs can be served so far"
-CROSSCODER: Final = "which reads several layers at once; only SAEs can be served so far"
-
 _NOT_IN_WORD: Final = r"(?<![a-z]){}(?![a-z])"
-_WORDS: Final = {
-    "a cross-layer transcoder": ("clts?", CROSS_LAYER),
-    "a transcoder": ("transcoders?", TRANSCODER),
-    "a crosscoder": ("crosscoders?", CROSSCODER),
-    "a Lorsa (low-rank sparse attention)": ("lorsas?", "which attends over the sequence"),
-}
-_PATTERNS: Final = {
-    what: (re.compile(_NOT_IN_WORD.format(word), re.IGNORECASE), why)
-    for what, (word, why) in _WORDS.items()
-}
-_SAE_WORD: Final = re.compile(_NOT_IN_WORD.format("saes?"), re.IGNORECASE)
 
-# Gemma Scope's attention SAEs read the concatenated heads, whatever their folders are called.
-_GEMMA_SCOPE_HEADS: Final = re.compile(
-    r"(?:^|/)gemma-scope-(?:2-.*/attn_out(?:_all)?(?:/|$)|(?!2-)[^/]*-att(?:/|$))"
-)
 
-_LISTINGS: Final = (
-    (
-        re.compile(r"W_(?:enc|dec)_\d+\.safetensors"),
-        "a cross-layer transcoder of circuit-tracer",
-        CROSS_LAYER,
-    ),
-    (
-        re.compile(r"params_layer_\d+\.safetensors"),
-        "a layer of a crosscoder or of a cross-layer transcoder of Gemma Scope 2",
-        CROSSCODER,
-    ),
-)
-_PER_LAYER: Final = re.compile(r"layer_\d+\.safetensors")
-_CIRCUIT_TRACER_CONFIG: Final = "config.yaml"
+def _word(pattern: str) -> re.Pattern[str]:
+    return re.compile(_NOT_IN_WORD.format(pattern), re.IGNORECASE)
+
+
+#: What cannot be served at all, by a word in its names, and why.
+_UNSERVED: Final = {
+    "a Lorsa (low-rank sparse attention)": (_word("lorsas?"), "which attends over the sequence"),
+    "an SAE of mlsae": (_word("mlsaes?"), "which reads every layer at once"),
+}
+#: An organisation's CLTs choose their top k over all layers together.
+_JOINT_TOP_K: Final = re.compile(r"(?i)(?:^|/)bytedance-seed/[^/]*(?<![a-z])clt(?![a-z])")
+
+#: What is no SAE, by a word in its names.
+_OTHER_KINDS: Final = {
+    "a cross-layer transcoder": _word("clts?"),
+    "a transcoder": _word("transcoders?"),
+    "a crosscoder": _word("crosscoders?"),
+}
+_SAE_WORD: Final = _word("saes?")
 
 
 def refuse_by_name(source: str, path: str, *more: str) -> None:
@@ -64,34 +45,36 @@ def refuse_by_name(source: str, path: str, *more: str) -> None:
     Raises:
         SAEError: it is one.
     """
-    if _GEMMA_SCOPE_HEADS.search(path) or any("hook_z" in name for name in (path, *more)):
+    if _JOINT_TOP_K.search(path):
         raise SAEError(
-            f"{source}: attention's per-head outputs (hook_z) are not supported; by its name this "
-            "is an SAE of them"
+            f"{source}: by its name this is a cross-layer transcoder of ByteDance, which chooses "
+            "its top k over all layers together: no layer knows its features before the last one"
         )
     for part in (*more, *reversed(path.split("/"))):
-        says_sae = _SAE_WORD.search(part) is not None
-        for what, (pattern, why) in _PATTERNS.items():
-            if pattern.search(part) and not says_sae:
+        for what, (pattern, why) in _UNSERVED.items():
+            if pattern.search(part):
                 raise SAEError(f"{source}: by its name ({part!r:.80}) this is {what}, {why}")
+
+
+def refuse_word_of_another_kind(where: str, path: str, source: str) -> None:
+    """Refuse an SAE of an unstated hook point whose names say that it is no SAE.
+
+    Args:
+        where: what the message names.
+        path: folders around it, the nearest last.
+        source: what the user wrote, for the message.
+
+    Raises:
+        SAEError: saying how to state where a transcoder reads and writes.
+    """
+    for part in reversed(path.split("/")):
         # A folder of SAEs in a collection of both.
-        if says_sae:
+        if _SAE_WORD.search(part) is not None:
             return
-
-
-def refuse_by_listing(source: str, names: Iterable[str]) -> None:
-    """Refuse a folder whose file names say so. Raises SAEError."""
-    names = list(names)
-    for pattern, what, why in _LISTINGS:
-        if found := next((name for name in names if pattern.fullmatch(name)), None):
-            raise SAEError(f"{source}: {found} is {what}, {why}")
-    if _CIRCUIT_TRACER_CONFIG in names and any(_PER_LAYER.fullmatch(name) for name in names):
-        raise SAEError(
-            f"{source}: its {_CIRCUIT_TRACER_CONFIG} and layer_N.safetensors are a set of "
-            f"circuit-tracer's transcoders, each {TRANSCODER}"
-        )
-
-
-def refuse_transcoder(where: object, what: str) -> NoReturn:
-    """Raises SAEError: this is a transcoder, told by `what`."""
-    raise SAEError(f"{where}: this is a transcoder ({what}), {TRANSCODER}")
+        for what, pattern in _OTHER_KINDS.items():
+            if pattern.search(part):
+                raise SAEError(
+                    f"{where}: by its name ({part!r:.80}) this is {what}, which reads at one place "
+                    f"and writes at another, and its files do not say where; state it as {source},"
+                    "reads=blocks.LAYER.mlp.hook_in,writes=blocks.LAYER.hook_mlp_out"
+                )

@@ -1,6 +1,7 @@
 """An SAE's tensors in the form that it is computed with, read out of its memory-mapped file.
 
-In use are W_enc*s, W_dec/s and b_dec/s, s being the layout's scale, in float32. Where the SAE was
+In use are W_enc*s, W_dec/s and b_dec/s, s being the layout's scale, in float32; a transcoder may
+have another s for its output. A direction's rows in use have norm 1. Where the SAE was
 trained on a stream without its mean, each row of W_enc has lost its own mean as well:
 (e - mean(e)) . x = e . (x - mean(x)). The subtraction of b_dec from the input is folded into the
 latents' biases in float64.
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures import LATENT_VECTORS, VECTORS, LatentVectors
-from sae.card import SAECard
+from sae.card import KINDS_THAT_DECODE, SAECard
 from sae.errors import SAEError
 from sae.formats.layout import SAELayout
 from sae.tensors import TensorFile
@@ -33,17 +34,34 @@ class Weights:
         self._layout = layout
         self._tensors = tensors
         self._mapped: dict[str, Tensor] = {}
-        self._resident: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._resident: dict[torch.device, dict[str, Tensor]] = {}
 
     @property
     def b_dec(self) -> Tensor:
-        """[d_in] float32, in the scale of the SAE's output."""
+        """[d_out] float32, in the scale of the SAE's output."""
         return self._b_dec().float()
 
     @property
+    def W_skip(self) -> Tensor | None:
+        """[d_out, d_in] float32 as it is computed with; None where there is no skip connection."""
+        if "W_skip" not in self._layout.tensors:
+            return None
+        return self._stored("W_skip").float() * (self._layout.scale / self._scale_out)
+
+    @property
     def matrix_bytes(self) -> int:
-        """Size of W_enc and W_dec as they are stored."""
-        return sum(self._stored(name).nbytes for name in ("W_enc", "W_dec"))
+        """Size of what full passes read, as it is stored."""
+        return sum(self._stored(name).nbytes for name in self._matrices)
+
+    @property
+    def _matrices(self) -> tuple[str, ...]:
+        """What full passes read: a dictionary that does not decode is only encoded with."""
+        return ("W_enc", "W_dec") if self._card.kind in KINDS_THAT_DECODE else ("W_enc",)
+
+    @property
+    def _scale_out(self) -> float:
+        layout = self._layout
+        return layout.scale if layout.scale_out is None else layout.scale_out
 
     def chunks(self, bytes_per_latent: int | None = None) -> Iterator[tuple[int, int]]:
         """Ranges of latents whose float32 rows fit the workspace together."""
@@ -58,15 +76,24 @@ class Weights:
                 raise IndexError(f"latent {latent} not in [0, {self._card.d_sae})")
         return torch.tensor(latents, dtype=torch.long)
 
-    def rows(self, canonical: str, index: Tensor) -> Tensor:
-        """Rows of W_enc or W_dec as they are computed with: [n, d_in] float32, contiguous."""
-        return self._in_use(canonical, self._stored(canonical).index_select(0, index))
+    def rows(self, canonical: str, index: Tensor, write: int = 0) -> Tensor:
+        """Rows of W_enc [n, d_in] or W_dec [n, d_out] as they are computed with, in float32.
+
+        `write` is which of the places where a dictionary writes, for the rows of W_dec.
+        """
+        stored = self._stored(canonical)
+        if stored.dim() == 3:  # [d_sae, places, d_out]
+            stored = stored[:, write]
+        return self._in_use(canonical, stored.index_select(0, index))
 
     def matrix(self, canonical: str, start: int, stop: int, device: torch.device) -> Tensor:
-        """The same for a range of latents, on a device."""
-        resident = self._resident.get(device)
-        whole = self._stored(canonical) if resident is None else resident[canonical == "W_dec"]
+        """The same for a range of latents, on a device; of several places their sum."""
+        whole = self._resident.get(device, {}).get(canonical)
+        if whole is None:
+            whole = self._stored(canonical)
         part = whole[start:stop].to(device)
+        if part.dim() == 3:
+            part = part.sum(dim=1, dtype=torch.float32)
         if device.type != "cpu":
             # Contiguous wherever they come from, so that one kernel multiplies and rounds alike.
             part = part.contiguous()
@@ -74,43 +101,47 @@ class Weights:
 
     @property
     def place_bytes(self) -> int:
-        """Size of a place for W_enc and W_dec as they are stored, one after the other."""
-        return _aligned(self._stored("W_enc").nbytes) + self._stored("W_dec").nbytes
+        """Size of a place for what full passes read, as it is stored, one after the other."""
+        *first, last = (self._stored(name).nbytes for name in self._matrices)
+        return sum(map(_aligned, first)) + last
 
     def make_resident(self, device: torch.device, place: Tensor | None = None) -> None:
-        """Put W_enc and W_dec on a device in their stored dtype.
+        """Put what full passes read on a device in its stored dtype.
 
         Args:
             device: where to.
-            place: uint8 [at least place_bytes] on that device, to be overwritten with them; None
-                for memory of their own.
+            place: uint8 [at least place_bytes] on that device, to be overwritten with it; None
+                for memory of its own.
         """
         if device in self._resident:
             return
-        stored = [self._stored(name) for name in ("W_enc", "W_dec")]
-        if place is None:
-            W_enc, W_dec = (torch.empty(m.shape, dtype=m.dtype, device=device) for m in stored)
-        else:
-            starts = (0, _aligned(stored[0].nbytes))
-            W_enc, W_dec = (
-                place[start : start + m.nbytes].view(m.dtype).view(m.shape)
-                for start, m in zip(starts, stored, strict=True)
-            )
-        for made, m in zip((W_enc, W_dec), stored, strict=True):
-            made.copy_(m)
-        self._resident[device] = (W_enc, W_dec)
+        made: dict[str, Tensor] = {}
+        start = 0
+        for name in self._matrices:
+            stored = self._stored(name)
+            if place is None:
+                made[name] = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+            else:
+                part = place[start : start + stored.nbytes]
+                made[name] = part.view(stored.dtype).view(stored.shape)
+                start = _aligned(start + stored.nbytes)
+            made[name].copy_(stored)
+        self._resident[device] = made
 
     def evict(self, device: torch.device) -> None:
         """Let go of what `make_resident` put on a device."""
         self._resident.pop(device, None)
 
     def vectors(self, index: Tensor, W_enc: Tensor, W_dec: Tensor) -> LatentVectors:
-        """The vectors of these latents in float32, given their rows in use [n, d_in]."""
+        """The vectors of these latents in float32, given their rows in use [n, d_in], [n, d_out].
+
+        What is written at the first place counts where decoder rows do.
+        """
         architecture = self._card.architecture
         stored = {name: self.vector(name, index) for name in VECTORS[architecture]}
         if self._layout.threshold_over_decoder_norm:
             # W_dec in use is what is stored, divided by the scale.
-            stored["threshold"] /= W_dec.double().norm(dim=1) * self._layout.scale
+            stored["threshold"] /= W_dec.double().norm(dim=1) * self._scale_out
         vectors = LATENT_VECTORS[architecture](stored, self._shift(index, W_enc))
         if self._card.rescale_acts_by_decoder_norm:
             vectors = vectors.times(W_dec.double().norm(dim=1))
@@ -130,7 +161,14 @@ class Weights:
         constant = self._layout.constants.get(name)
         if constant is not None:
             return torch.full(index.shape, constant, dtype=torch.float64)
-        return self._stored(name).index_select(0, index).double()
+        values: Tensor = self._stored(name).index_select(0, index).double()
+        return values.exp() if name == "threshold" and self._layout.log_threshold else values
+
+    def stored_norms(self, canonical: str) -> Tensor:
+        """Norms of a matrix's rows as they are stored: [d_sae] float64."""
+        stored = self._stored(canonical)
+        parts = [stored[start:stop].double().norm(dim=1) for start, stop in self.chunks()]
+        return torch.cat(parts)
 
     def scan_nonfinite(self) -> None:
         """Read every weight once; SAEError naming the tensor and the first latent that is bad.
@@ -140,16 +178,24 @@ class Weights:
         for canonical, stored in self._layout.tensors.items():
             bad = self._first_nonfinite(canonical)
             if bad is not None:
-                place = "" if canonical == "b_dec" or stored.scalar else f" of feature {bad}"
+                whole = stored.scalar or canonical in ("b_dec", "W_skip")
+                place = "" if whole else f" of feature {bad}"
+                if self._layout.unit_rows:
+                    raise SAEError(
+                        f"{self._tensors.path}: {stored.name}{place} is zero or has a value that "
+                        "is not finite: it has no direction"
+                    )
                 raise SAEError(
                     f"{self._tensors.path}: {stored.name}{place} has a value that is not finite"
-                    f"{' or whose exponential is not' if canonical == 'r_mag' else ''} in float32"
+                    f"{' or whose exponential is not' if self._is_exponent(canonical) else ''} "
+                    "in float32"
                 )
 
     # Internals
 
     def _stored(self, canonical: str) -> Tensor:
-        """A canonical tensor as a view of the file: stored dtype, [d_sae, d_in] for matrices."""
+        """A canonical tensor as a view of the file, in its stored dtype: matrices [d_sae, d_in] and
+        [d_sae, d_out], or [d_sae, places, d_out] where there are several."""
         self._tensors.refuse_changed()
         view = self._mapped.get(canonical)
         if view is None:
@@ -157,15 +203,21 @@ class Weights:
             tensor = self._tensors.tensor(stored.name)
             if stored.scalar:
                 tensor = tensor.reshape(1).expand(self._card.d_sae)
+            elif stored.row:
+                tensor = tensor.unsqueeze(0)
+            elif canonical == "W_dec" and self._layout.stored_places is not None:
+                first, count = self._layout.first_place, len(self._layout.write_points)
+                places = slice(first, first + count)
+                tensor = tensor[:, first] if count == 1 else tensor[:, places]
             view = self._mapped[canonical] = tensor.T if stored.transposed else tensor
         return view
 
     def _b_dec(self) -> Tensor:
-        """[d_in] float64, in the scale of the SAE's output."""
+        """[d_out] float64, in the scale of the SAE's output."""
         constant = self._layout.constants.get("b_dec")
         if constant is not None:
-            return torch.full((self._card.d_in,), constant, dtype=torch.float64)
-        return self._stored("b_dec").double() / self._layout.scale
+            return torch.full((self._card.d_out,), constant, dtype=torch.float64)
+        return self._stored("b_dec").double() / self._scale_out
 
     def _shift(self, index: Tensor, W_enc: Tensor) -> Tensor:
         """W_enc @ b_dec [n] float64, zero where b_dec is not subtracted from the input."""
@@ -179,28 +231,46 @@ class Weights:
         return rows @ self._b_dec()
 
     def _in_use(self, canonical: str, stored: Tensor) -> Tensor:
-        """Rows [n, d_in] of a matrix as they are computed with, in float32."""
+        """Rows of a matrix as they are computed with, in float32."""
+        if self._layout.unit_rows:
+            rows = stored.double()
+            unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+            return unit.float()
         part = self._scaled(canonical, stored.float())
         if canonical == "W_enc" and self._layout.centered:
             part = part - part.mean(dim=1, keepdim=True)
         return part
 
     def _scaled(self, canonical: str, part: Tensor) -> Tensor:
-        scale = self._layout.scale
+        scale = self._layout.scale if canonical == "W_enc" else self._scale_out
         if scale == 1.0:
             return part
         return part * scale if canonical == "W_enc" else part / scale
 
+    def _is_exponent(self, canonical: str) -> bool:
+        """Whether what is computed with is the exponential of what is stored."""
+        return canonical == "r_mag" or (canonical == "threshold" and self._layout.log_threshold)
+
     def _first_nonfinite(self, canonical: str) -> int | None:
         tensor = self._stored(canonical)
-        if tensor.dim() == 1:
+        if tensor.dim() == 1 or canonical == "W_skip":
             finite = tensor.float().isfinite()
-            if canonical == "r_mag":  # used as a gain
+            if self._is_exponent(canonical):
                 finite &= tensor.double().exp().float().isfinite()
             bad = (~finite).nonzero()
+            return int(bad[0, 0]) if len(bad) else None
+        if tensor.dim() == 3:
+            places = (self._first_in_matrix(canonical, part) for part in tensor.unbind(dim=1))
+            return min((bad for bad in places if bad is not None), default=None)
+        return self._first_in_matrix(canonical, tensor)
+
+    def _first_in_matrix(self, canonical: str, tensor: Tensor) -> int | None:
+        if self._layout.unit_rows:
+            norms = self.stored_norms(canonical)
+            bad = (~((norms > 0) & norms.isfinite())).nonzero()
             return int(bad[0]) if len(bad) else None
         # In the order of the file: a strided walk would read every page many times.
-        by_latent = tensor.is_contiguous()
+        by_latent = tensor.stride(1) == 1
         stored = tensor if by_latent else tensor.T
         first: int | None = None
         for start in range(0, len(stored), size := _rows_per_chunk(stored)):

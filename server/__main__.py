@@ -8,9 +8,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
+from typing import Any, Final
 
-COMMANDS: Final = ("serve", "run-batch", "inspect-sae", "import-labels", "demo")
+COMMANDS: Final = ("serve", "run-batch", "study", "inspect-sae", "import-labels", "demo")
 REFUSED: Final = 2
 FAILED: Final = 1
 
@@ -20,7 +20,8 @@ examples:
   vllm-sae inspect-sae hf://OWNER/REPO/SUBFOLDER
   vllm-sae serve MODEL --sae NAME=hf://OWNER/REPO/SUBFOLDER --port 8000
   vllm-sae serve --help
-  vllm-sae run-batch -i IN.jsonl -o OUT.jsonl --model MODEL --sae NAME=SOURCE"""
+  vllm-sae run-batch -i IN.jsonl -o OUT.jsonl --model MODEL --sae NAME=SOURCE
+  vllm-sae study FILE.json --url http://localhost:8000"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = parser.parse_known_args(words)
     if flags and getattr(args, "model", None) is None:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    if args.command == "study":
+        return _study(args, flags)
     if args.command == "import-labels":
         from server.commands.import_labels import import_labels
 
@@ -55,6 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from server.commands.inspect_sae import inspect_sae
 
     return inspect_sae(args.source, args.model, flags)
+
+
+def _study(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    from server.commands.study import study
+
+    return study(
+        args.file,
+        url=args.url,
+        api_key=args.api_key,
+        model=args.model,
+        saes=args.sae,
+        output=args.output,
+        max_tokens=args.steering_max_study_tokens,
+        flags=flags,
+    )
 
 
 def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
@@ -106,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sae NAME=SOURCE",
         add_help=False,
     )
+    _add_study(commands)
     inspect = commands.add_parser(
         "inspect-sae",
         help="print the card of an SAE and check its files",
@@ -148,6 +167,36 @@ def _parser() -> argparse.ArgumentParser:
         usage="vllm-sae demo [any vllm serve flag, e.g. --port 8001]",
     )
     return parser
+
+
+def _add_study(commands: Any) -> None:
+    study = commands.add_parser(
+        "study",
+        help="run the studies of a file on a server, or on an engine of their own",
+        usage="vllm-sae study FILE.json [-o OUT.json] (--url URL [--api-key KEY] | "
+        "--model MODEL --sae NAME=SOURCE [any vllm engine flag])",
+        description='A file of studies: {"study": NAME, "sae": NAME, "body": {...}}, a list of '
+        "them, or an object of them. What they answer is printed in the same form.",
+    )
+    study.add_argument("file", metavar="FILE.json", help="the studies; - for standard input")
+    study.add_argument("-o", "--output", metavar="OUT.json", help="where the answers go")
+    study.add_argument("--url", help="a running server, such as http://localhost:8000")
+    study.add_argument("--api-key", metavar="KEY", help="the server's")
+    study.add_argument("--model", help="without --url: the model to run")
+    study.add_argument(
+        "--sae",
+        metavar="NAME=SOURCE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="its SAEs, as serve takes them",
+    )
+    study.add_argument(
+        "--steering-max-study-tokens",
+        metavar="N",
+        type=int,
+        help="how many tokens one study may send through that model",
+    )
 
 
 def _version() -> str:

@@ -7,11 +7,7 @@ from typing import Final
 
 from server.metrics import count_accepted
 from server.presets.models import Meant
-from server.protocol import (
-    Steerable,
-    SteerableChatCompletionRequest,
-    SteerableCompletionRequest,
-)
+from server.protocol import Steerable
 from steering.errors import SteeringError
 from steering.report import wants_report
 from steering.request.accepted import Accepted
@@ -87,21 +83,14 @@ def _refuse_combinations(request: Steerable, spec: SteeringSpec) -> None:
         raise _combination("beam search, which leaves and re-enters the engine at each token")
     if getattr(request, "prompt_embeds", None) is not None or _has_embeds(request):
         raise _combination("prompt_embeds, which have no tokens")
-    if spec.read is not None and spec.read.stream:
-        _refuse_unstreamed(request)
+    if spec.read is not None and spec.read.stream and not getattr(request, "stream", False):
+        raise SteeringError(
+            UNSUPPORTED,
+            "read.stream needs an answer that is streamed; leave it out, or set stream to true",
+            "steering.read.stream",
+        )
     if getattr(request, "background", False) and wants_report(spec):
         raise _combination("a report, a read or a stop_when of a background response")
-
-
-def _refuse_unstreamed(request: Steerable) -> None:
-    """Refuse a read that is to come with an answer's chunks where they cannot carry it."""
-    if not isinstance(request, SteerableChatCompletionRequest | SteerableCompletionRequest):
-        why = "works with /v1/chat/completions and /v1/completions only"
-    elif not request.stream:
-        why = "needs an answer that is streamed; leave it out, or set stream to true"
-    else:
-        return
-    raise SteeringError(UNSUPPORTED, f"read.stream {why}", "steering.read.stream")
 
 
 def _has_embeds(request: Steerable) -> bool:

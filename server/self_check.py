@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Final
 
-from sae.self_check import TEXT, Measured, Outcome, stated_by
+from sae.self_check import TEXT, Measured, Outcome, reconstructs, stated_by
 from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.request.accepted import Accepted, accept
@@ -92,10 +92,12 @@ def check_offline(llm: Any, reference: ResolvedSAE) -> Outcome:
 def _with_size(
     engine: Any, config: SteeringConfig | None, max_bytes: int | None
 ) -> Iterator[tuple[ResolvedSAE, bool]]:
-    """Every SAE, and whether it still fits `max_bytes` beside those before it that did."""
+    """Every SAE to check, and whether it still fits `max_bytes` beside those before it that did."""
     catalog = catalog_for(engine.vllm_config)
     total = 0
     for reference in config.saes if config is not None else ():
+        if not reconstructs(catalog.card(reference.name)):
+            continue
         size = catalog.sae(reference.name).weight_bytes
         small = max_bytes is None or total + size <= max_bytes
         total += size if small else 0

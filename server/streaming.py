@@ -16,6 +16,9 @@ FIELD: Final = "steering"
 _DATA: Final = "data: "
 _DONE: Final = "data: [DONE]"
 _ERROR: Final = 'data: {"error"'
+_NAMED_DATA: Final = "\ndata: "
+_COMPLETED: Final = "response.completed"
+_STOP: Final = "message_stop"
 
 Splice = Callable[[AsyncIterable[str], Ticket], AsyncGenerator[str, None]]
 
@@ -86,23 +89,43 @@ def _of_prompt(read: dict[str, Any]) -> bool:
 
 
 async def response_events(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:
-    """The Responses API: a field of the response inside the event `response.completed`."""
+    """The Responses API: a field of the response inside the event `response.completed`.
+
+    What is read as it happens is a field of the next event, whichever that is: an event of a kind
+    of our own would end clients that know the API's alone.
+    """
     async for event in events:
-        name, _, data = event.partition("\ndata: ")
-        if name == "event: response.completed":
-            content = json.loads(data)
-            content["response"][FIELD] = ticket.to_json()
-            event = f"{name}\ndata: {_dumps(content)}\n\n"
+        read = None if _is_named(event, "error") else ticket.take_streamed()
+        if read is not None:
+            event = _with(event, {FIELD: read})
+        if _is_named(event, _COMPLETED):
+            response = json.loads(event.partition(_NAMED_DATA)[2])["response"]
+            event = _with(event, {"response": {**response, FIELD: ticket.to_json()}})
         yield event
 
 
 async def message_events(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:
-    """The Messages API: a field of the last event, `message_stop`."""
+    """The Messages API: a field of the last event, `message_stop`.
+
+    What is read as it happens is a field of the next event before it, as in `response_events`;
+    `message_delta` comes when all of it is known.
+    """
     async for event in events:
-        name, _, data = event.partition("\ndata: ")
-        if name == "event: message_stop":
-            event = f"{name}\ndata: {_dumps({**json.loads(data), FIELD: ticket.to_json()})}\n\n"
+        if _is_named(event, _STOP):
+            event = _with(event, {FIELD: ticket.to_json()})
+        elif not _is_named(event, "error") and (read := ticket.take_streamed()) is not None:
+            event = _with(event, {FIELD: read})
         yield event
+
+
+def _is_named(event: str, name: str) -> bool:
+    return event.startswith(f"event: {name}\n")
+
+
+def _with(event: str, fields: dict[str, Any]) -> str:
+    """A named event with more fields."""
+    name, _, data = event.partition(_NAMED_DATA)
+    return f"{name}{_NAMED_DATA}{_dumps({**json.loads(data), **fields})}\n\n"
 
 
 def _dumps(content: object) -> str:

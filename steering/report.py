@@ -233,8 +233,8 @@ class Ticket:
         self._reports[place] = reports
 
     def put_streamed(self, place: int, child: int, read: dict[str, Any]) -> None:
-        """Lay down what is known by now of a choice's read."""
-        index = sum(self._choices[:place]) + child
+        """Lay down what is known by now of a choice's read; a turn's begins with its prompt."""
+        index = child if self._turns else sum(self._choices[:place]) + child
         self._streamed.setdefault(index, []).append(read)
 
     def take_streamed(self) -> dict[str, Any] | None:
@@ -246,7 +246,7 @@ class Ticket:
             index: {**parts[0], "tokens": [token for part in parts for token in part["tokens"]]}
             for index, parts in sorted(streamed.items())
         }
-        if sum(self._choices) == 1:
+        if self._turns or sum(self._choices) == 1:
             return {"read": reads[0]}
         return {"choices": [{"index": index, "read": read} for index, read in reads.items()]}
 

@@ -122,7 +122,8 @@ class Unembedding:
     def _scaled(self, direction: Tensor) -> Tensor:
         if self._centred:
             direction = direction - direction.mean(dim=-1, keepdim=True)
-        return self._gamma * direction
+        scaled: Tensor = self._gamma * direction
+        return scaled
 
     def _rows(self, most: int) -> Iterator[tuple[int, Tensor]]:
         """The unembedding's first rows, a part at a time: index of the first, [rows, d_model]."""

@@ -28,7 +28,8 @@ class WorkerStats:
     rows_in_use: int = _gauge("Features whose rows running requests hold on the device.")
     rows_capacity: int = _gauge("Rows that fit on the device.")
     results_held: int = _gauge(
-        "Reports and reads that the workers hold, of running requests or until they are fetched."
+        "Reports and reads that the workers hold, of running requests or until they are fetched, "
+        "and texts of studies until they are compared."
     )
     edited_tokens: int = _counter("Tokens edited, each time that one passes a hook point.")
     skipped_tokens: int = _counter(

@@ -68,6 +68,7 @@ SERVER_FILES_ON_VLLM = {
     "commands/inspect_sae.py",
     "commands/run_batch.py",
     "commands/serve.py",
+    "commands/study.py",
     "presets/models.py",
     "protocol.py",
     "rendering.py",
@@ -86,3 +87,10 @@ def test_only_the_named_files_of_the_server_import_vllm() -> None:
         if "vllm" in {name.split(".")[0] for name in imported(file)}
     }
     assert found == SERVER_FILES_ON_VLLM
+
+
+def test_no_test_module_imports_another() -> None:
+    for file in files("tests"):
+        for name in imported(file):
+            module = name.rsplit(".", 1)[-1]
+            assert not (name.startswith("tests.") and module.startswith("test_")), (file, name)

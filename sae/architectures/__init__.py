@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from sae.architectures import gated, jumprelu, standard, topk
+from sae.architectures import direction, gated, jumprelu, standard, topk
 from sae.architectures.latent import LatentVectors
 
 __all__ = ["LATENT_VECTORS", "VECTORS", "LatentVectors", "topk"]
@@ -18,6 +18,7 @@ VECTORS: dict[str, tuple[str, ...]] = {
     "gated": gated.VECTORS,
     "topk": topk.VECTORS,
     "abstopk": topk.VECTORS,
+    "direction": direction.VECTORS,
 }
 
 LATENT_VECTORS: dict[str, Callable[[Mapping[str, Tensor], Tensor], LatentVectors]] = {
@@ -26,4 +27,5 @@ LATENT_VECTORS: dict[str, Callable[[Mapping[str, Tensor], Tensor], LatentVectors
     "gated": gated.latent_vectors,
     "topk": topk.latent_vectors,
     "abstopk": topk.latent_vectors,
+    "direction": direction.latent_vectors,
 }

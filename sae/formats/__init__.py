@@ -7,21 +7,34 @@ from pathlib import Path
 from typing import Protocol
 
 from sae.errors import SAEError
-from sae.files import CHECKPOINTS, CONFIG_NAMES, find_weights
+from sae.files import (
+    CHECKPOINTS,
+    CLT_ENCODER,
+    CONFIG_NAMES,
+    OWN_CONFIG,
+    SET_CONFIG,
+    find_weights,
+)
 from sae.formats import (
+    attention_saes,
+    circuit_tracer,
     dictionary_learning,
+    direction,
     gemma_scope,
     gemma_scope_2,
     goodfire,
     llama_scope,
+    llamascopium,
+    qresearch,
     qwen_scope,
     sae_lens,
     sparsify,
 )
 from sae.formats.layout import Config, SAEFiles, SAELayout, read_config
-from sae.formats.unserved import refuse_unserved
+from sae.formats.set_config import read_yaml
+from sae.formats.unserved import refuse_contradiction, refuse_unserved
 from sae.source import ResolvedSAE
-from sae.tensors import open_tensors
+from sae.tensors import JoinedFile, TensorFile, open_tensors
 
 
 class Format(Protocol):
@@ -39,34 +52,62 @@ _FORMATS: tuple[Format, ...] = (
     gemma_scope,
     gemma_scope_2,
     sparsify,
+    llamascopium,
     llama_scope,
+    circuit_tracer,
     goodfire,
+    qresearch,
+    attention_saes,
     dictionary_learning,
     qwen_scope,
     sae_lens,
+    direction,
 )
 
 
 def open_layout(ref: ResolvedSAE) -> tuple[SAEFiles, SAELayout]:
     """Open a resolved source at the cost of its headers, and say what it holds."""
-    weights = find_weights(Path(ref.path))
-    files = SAEFiles(open_tensors(weights), _configs(weights))
+    weights = find_weights(Path(ref.path), ref.layer)
+    files = SAEFiles(_tensors(weights), _configs(weights))
     refuse_unserved(files)
     layout = replace(_detect(files, ref).read(files, ref), sink_norm=files.sink_norm())
+    refuse_contradiction(files, layout.format, layout.kind)
     layout.check(files.tensors)
+    if ref.layer is not None and ref.layer != layout.read_point.layer:
+        raise SAEError(
+            f"{files.path}: layer={ref.layer} is stated, and this {layout.kind} is of layer "
+            f"{layout.read_point.layer}; layer= chooses one of a source that has several"
+        )
     return files, layout
+
+
+def _tensors(weights: Path) -> TensorFile:
+    """The weight file, or the two of a layer of a cross-layer transcoder."""
+    if not CLT_ENCODER.fullmatch(weights.name):
+        return open_tensors(weights)
+    decoder = weights.with_name(weights.name.replace("W_enc", "W_dec"))
+    if not decoder.is_file():
+        raise SAEError(f"{weights}: no {decoder.name} beside it, which holds the decoder")
+    return JoinedFile([open_tensors(weights), open_tensors(decoder)])
 
 
 def _configs(weights: Path) -> dict[str, Config]:
     folders = [weights.parent]
     if weights.parent.name == CHECKPOINTS:
         folders.append(weights.parent.parent)
-    return {
+    found = {
         name: read_config(folder / name)
         for folder in reversed(folders)
         for name in CONFIG_NAMES
         if (folder / name).is_file()
     }
+    own = weights.with_name(f"{weights.name.partition('.pt')[0]}{OWN_CONFIG}")
+    if own.is_file():
+        found[OWN_CONFIG] = read_config(own)
+    described = weights.with_name(SET_CONFIG)
+    if described.is_file():
+        found[SET_CONFIG] = read_yaml(described)
+    return found
 
 
 def _detect(files: SAEFiles, ref: ResolvedSAE) -> Format:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from sae.card import HOOK_KINDS
 from sae.errors import SAEError
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored
+from sae.formats.places import choose_hook
 from sae.hook_names import UnknownHookError, parse_hook
 from sae.source import ResolvedSAE
-from sae.unserved import refuse_transcoder
 
 NAME = "dictionary_learning"
 
@@ -155,7 +155,10 @@ def _stated_hook(config: Config, trainer: Config) -> str | None:
     layer, submodule = trainer.get("layer"), trainer.get("submodule_name", "")
     side = config.section("buffer").get("io", "out")
     if side == "in_and_out":
-        refuse_transcoder(config.path, "its buffer recorded in_and_out")
+        raise SAEError(
+            f"{config.path}: this is a transcoder (its buffer recorded in_and_out), for which "
+            "dictionary_learning has no format of its own"
+        )
     if not submodule and layer is None:
         return None
     number = _layer_number(layer)

@@ -1,7 +1,11 @@
 """Gemma Scope: `layer_L/width_W/average_l0_N/params.npz`, JumpReLU, b_dec not subtracted.
 
 Neither layer nor site are in the file: the layer is the folder's name, the site the repository's
-(`gemma-scope-2b-pt-res`, `-mlp`, `-att`). The case of the keys varies.
+(`gemma-scope-2b-pt-res`, `-mlp`, `-att`, whose input is the concatenated heads). The case of the
+keys varies.
+
+The transcoders (`-transcoders`) read what stands before the gain of the norm before the MLP: their
+model card says that the gain was folded into the MLP.
 
 The SAEs in `embedding/width_W/average_l0_N` were trained on the token embeddings before Gemma
 multiplies them by sqrt(d_in), so on x / sqrt(d_in) with x the stream before layer 0.
@@ -12,22 +16,20 @@ from __future__ import annotations
 import math
 import re
 
+from sae.card import KIND_SAE, KIND_TRANSCODER
 from sae.errors import SAEError
-from sae.formats.layout import (
-    SAEFiles,
-    SAELayout,
-    Stored,
-    check_scaling_factor,
-    choose_hook,
-)
+from sae.formats.layout import SAEFiles, SAELayout, Stored, check_scaling_factor
+from sae.formats.places import choose_hook, choose_places
 from sae.source import ResolvedSAE
-from sae.unserved import refuse_transcoder
 
 NAME = "gemma_scope"
 
 _SITE = re.compile(r"gemma-scope-.*-(res|mlp|att|transcoders)\b")
 _EMBEDDING = re.compile(r"embeddings?")
 _EMBEDDING_HOOK = "blocks.0.hook_resid_pre"
+_LAYER = re.compile(r"layer_(\d+)")
+_TRANSCODERS = "transcoders"
+_PLACES = ("ln2.hook_normalized", "hook_mlp_out")
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 
 
@@ -39,15 +41,25 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     names = by_lower_case(files)
     embedding = files.folder(ref, _EMBEDDING) is not None
     d_in, d_sae = files.shape(names.get("w_enc", "w_enc"), rank=2)
-    return SAELayout(
-        format=NAME,
-        architecture="jumprelu",
-        hook=choose_hook(
+    site, layer = files.search(ref, _SITE), files.search(ref, _LAYER)
+    is_transcoder = site == _TRANSCODERS or ref.reads is not None or ref.writes is not None
+    if is_transcoder:
+        guessed = [None if layer is None else f"blocks.{layer}.{kind}" for kind in _PLACES]
+        reads, hook = choose_places(files.path, ref, *guessed, guessed=True)
+    else:
+        known = site is not None and layer is not None
+        hook = reads = choose_hook(
             files.path,
             ref,
             stated=_EMBEDDING_HOOK if embedding else None,
-            guessed=_guess_hook(files, ref),
-        ),
+            guessed=f"blocks.{layer}.{_HOOKS[site]}" if known and site is not None else None,
+        )
+    return SAELayout(
+        format=NAME,
+        architecture="jumprelu",
+        kind=KIND_TRANSCODER if is_transcoder else KIND_SAE,
+        hook=hook,
+        reads=reads,
         d_in=d_in,
         d_sae=d_sae,
         tensors=jumprelu_tensors(names),
@@ -75,13 +87,3 @@ def jumprelu_tensors(names: dict[str, str]) -> dict[str, Stored]:
         name: Stored(names.get(stored, stored), transposed=name == "W_enc")
         for name, stored in canonical.items()
     }
-
-
-def _guess_hook(files: SAEFiles, ref: ResolvedSAE) -> str | None:
-    site = files.search(ref, _SITE)
-    layer = files.search(ref, re.compile(r"layer_(\d+)"))
-    if site == "transcoders":
-        refuse_transcoder(files.path, "by its repository's name")
-    if site is None or layer is None:
-        return None
-    return f"blocks.{layer}.{_HOOKS[site]}"

@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from sae.card import HookPoint
+from sae.card import KIND_SAE, HookPoint
 from sae.errors import SAEError
-from sae.hook_names import UnknownHookError, parse_hook
 from sae.numbers import finite, positive
 from sae.source import ResolvedSAE
 from sae.tensors import FLOAT_DTYPES, TensorFile
-from sae.unserved import refuse_by_name
 
 MAX_CONFIG_BYTES = 16 * 2**20
 #: Of rows or columns; what is larger is no shape of a tensor.
 MAX_COUNT = 2**31 - 1
 #: Objects of a configuration that may hold a sink_norm; "trainer" is dictionary_learning's.
 #: Folders around a weight file that a publisher names; above them lies somebody's disk.
-_PUBLISHED_FOLDERS = 4
+PUBLISHED_FOLDERS = 4
 _SINK_NORM_SECTIONS = ("metadata", "trainer")
+#: Kinds that messages call otherwise than cards do.
+_KIND_WORDS = {"sae": "SAE", "clt": "CLT"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class SAEFiles:
 
     def folder(self, ref: ResolvedSAE, pattern: re.Pattern[str]) -> str | None:
         """The nearest folder that a publisher named so, whole, on disk or in the source."""
-        folders = self.path.parent.parts[-_PUBLISHED_FOLDERS:]
+        folders = self.path.parent.parts[-PUBLISHED_FOLDERS:]
         for part in (*reversed(folders), *reversed(ref.source.split("/"))):
             if pattern.fullmatch(part):
                 return part
@@ -155,25 +155,36 @@ class SAEFiles:
 @dataclass(frozen=True)
 class Stored:
     """Where a canonical tensor lies. `transposed`: the file has [d_in, d_sae]. `scalar`: one
-    number for all latents, shape [] or [1]."""
+    number for all latents, shape [] or [1]. `row`: [d_in], the row of the one latent."""
 
     name: str
     transposed: bool = False
     scalar: bool = False
+    row: bool = False
 
 
 @dataclass(frozen=True)
 class SAELayout:
     """One SAE as its files describe it, before any weight is read.
 
-    `tensors` maps canonical names (W_enc, W_dec [d_sae, d_in]; b_dec [d_in]; b_enc, threshold,
-    b_gate, b_mag, r_mag [d_sae]) to what the file stores; `constants` gives vectors that are one
-    stated number. `scale` is s of SAE-wide input scaling: W_enc*s, W_dec/s, b_dec/s in use.
-    `ignored` names tensors that play no part at inference.
+    `tensors` maps canonical names (W_enc [d_sae, d_in], W_dec [d_sae, d_out]; b_dec [d_out]; b_enc,
+    threshold, b_gate, b_mag, r_mag [d_sae]; W_skip [d_out, d_in]) to what the file stores;
+    `constants` gives vectors that are one stated number. `scale` is s of SAE-wide input scaling:
+    W_enc*s, W_dec/s, b_dec/s in use. `ignored` names tensors that play no part at inference.
 
     Attributes:
+        hook: where it is edited: the first of `writes`.
+        reads: where activations are read; None for `hook`.
+        writes: where edits are added; empty for `hook` alone.
+        d_out: width of what it writes; None for d_in.
+        scale_out: s of the output, in place of `scale`: W_dec/s_out, b_dec/s_out.
+        stored_places: W_dec is stored as [d_sae, stored_places, d_out]; None for [d_sae, d_out].
+        first_place: which of them is that of the first of `writes`; the next ones follow.
+        log_threshold: the threshold is stored as its logarithm.
         centered: it was trained on streams without their mean over d_in: it reads x - mean(x).
         threshold_over_decoder_norm: the threshold is compared with h_i |W_dec_i|, W_dec as stored.
+        kind: one of `sae.card`'s.
+        unit_rows: rows in use have norm 1: directions.
         remarks: what the files leave open and how it was taken, for the user to know.
     """
 
@@ -194,6 +205,30 @@ class SAELayout:
     centered: bool = False
     threshold_over_decoder_norm: bool = False
     remarks: tuple[str, ...] = ()
+    kind: str = KIND_SAE
+    unit_rows: bool = False
+    reads: HookPoint | None = None
+    writes: tuple[HookPoint, ...] = ()
+    d_out: int | None = None
+    scale_out: float | None = None
+    stored_places: int | None = None
+    first_place: int = 0
+    log_threshold: bool = False
+
+    @property
+    def read_point(self) -> HookPoint:
+        """Where activations are read."""
+        return self.reads or self.hook
+
+    @property
+    def write_points(self) -> tuple[HookPoint, ...]:
+        """Where edits are added."""
+        return self.writes or (self.hook,)
+
+    @property
+    def width_out(self) -> int:
+        """d_out, whether or not it is that of the input."""
+        return self.d_in if self.d_out is None else self.d_out
 
     def check(self, tensors: TensorFile) -> None:
         """SAEError for a missing, misshaped, integer or unexpected tensor; reads headers only."""
@@ -221,73 +256,28 @@ class SAELayout:
         extra = sorted(set(tensors.headers) - known)
         if extra:
             raise SAEError(
-                f"{tensors.path}: unexpected tensor {extra[0]} in a {self.format} SAE of "
+                f"{tensors.path}: unexpected tensor {extra[0]} in a {self.format} "
+                f"{_KIND_WORDS.get(self.kind, self.kind)} of "
                 f"architecture {self.architecture}"
             )
         if self.k is not None and self.k > self.d_sae:
             raise SAEError(f"{tensors.path}: k is {self.k}, more than d_sae {self.d_sae}")
 
     def _expected_shapes(self, canonical: str, stored: Stored) -> list[tuple[int, ...]]:
-        if canonical in ("W_enc", "W_dec"):
-            shape = (self.d_sae, self.d_in)
+        if stored.row:
+            return [(self.d_in,)]
+        matrices: dict[str, tuple[int, ...]] = {
+            "W_enc": (self.d_sae, self.d_in),
+            "W_dec": (self.d_sae, self.width_out),
+            "W_skip": (self.width_out, self.d_in),
+        }
+        if canonical == "W_dec" and self.stored_places is not None:
+            return [(self.d_sae, self.stored_places, self.width_out)]
+        if shape := matrices.get(canonical):
             return [shape[::-1] if stored.transposed else shape]
         if canonical == "b_dec":
-            return [(self.d_in,)]
+            return [(self.width_out,)]
         return [(), (1,)] if stored.scalar else [(self.d_sae,)]
-
-
-def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str | None) -> HookPoint:
-    """The hook point: stated by the configuration, by `hook=`, or by the publisher's file name.
-
-    Args:
-        stated: what the configuration says, in any spelling; `hook=` must agree with it if it is
-            understood, and decides if it is not.
-        guessed: what the file or folder name says; `hook=` goes before it.
-
-    Raises:
-        SAEError: naming the file, and what to write.
-    """
-    asked = None if ref.hook is None else parse_hook(ref.hook)
-    if stated is None:
-        # What the names rule out is not to be had by stating another hook point.
-        guess = _named(path, ref, guessed)
-        refuse_by_name(str(path), "/".join(path.parent.parts[-_PUBLISHED_FOLDERS:]))
-        hook = asked or guess
-    else:
-        hook = _agreed(path, ref, stated, asked)
-    if hook is None:
-        raise SAEError(
-            f"{path}: its hook point is stated nowhere; state it as "
-            f"{ref.source},hook=blocks.LAYER.hook_resid_post"
-        )
-    return hook
-
-
-def _agreed(path: Path, ref: ResolvedSAE, stated: str, asked: HookPoint | None) -> HookPoint | None:
-    try:
-        found = _named(path, ref, stated)
-    except UnknownHookError:
-        if asked is None:
-            raise
-        return asked
-    if asked is not None and found != asked:
-        raise SAEError(f"{path}: hook={ref.hook} contradicts the configuration's {stated}")
-    return found
-
-
-def _named(path: Path, ref: ResolvedSAE, name: str | None) -> HookPoint | None:
-    """The hook point that a file names; the error says which file, and what to do about it."""
-    if name is None:
-        return None
-    try:
-        return parse_hook(name)
-    except UnknownHookError as error:
-        raise UnknownHookError(
-            f"{path}: {error}; if you know the place, state it as "
-            f"{ref.source},hook=blocks.LAYER.hook_resid_post"
-        ) from error
-    except SAEError as error:
-        raise SAEError(f"{path}: {error}") from error
 
 
 def check_scaling_factor(files: SAEFiles, name: str, d_sae: int) -> tuple[str, ...]:

@@ -9,14 +9,20 @@ With `sparsity_include_decoder_norm` theta was chosen on activations times |D_i|
 decoder's row as it is stored: lm-saes folds that norm into the encoder before it compares
 (`transform_to_unit_decoder_norm`), so latent i fires if (s E_i x + b_i) |D_i| > theta s. SAELens
 leaves the norm out, which is another set of active latents wherever |D_i| is not 1.
+
+The transcoders (LXTC) read `ln2.hook_normalized`, before the norm's gain, and write `hook_mlp_out`;
+each side has a norm and a scale of its own: W_enc*s_in, W_dec/s_out, b_dec/s_out.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+from sae.card import KIND_SAE, KIND_TRANSCODER
 from sae.errors import SAEError
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored
+from sae.formats.places import choose_hook, choose_places
 from sae.source import ResolvedSAE
 
 NAME = "llama_scope"
@@ -43,18 +49,20 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("hyperparams.json")
     _check_activation(config)
     d_in = config.count("d_model")
-    average_norm = config.section("dataset_average_activation_norm").number("in")
-    if not MIN_NORM <= average_norm <= MAX_NORM:
-        raise SAEError(
-            f"{config.path}: the average norm must be from {MIN_NORM} to {MAX_NORM}, "
-            f"got {average_norm}"
-        )
-    scale = math.sqrt(d_in) / average_norm
+    reads, writes = config.words("hook_point_in"), config.words("hook_point_out")
+    is_transcoder = writes is not None and writes != reads
+    scale = dataset_scale(config, d_in, "in")
+    if is_transcoder:
+        read_point, hook = choose_places(config.path, ref, reads, writes)
+    else:
+        hook = read_point = choose_hook(config.path, ref, reads, guessed=None)
     has_b_dec = config.flag("use_decoder_bias", True)
     return SAELayout(
         format=NAME,
         architecture="jumprelu",
-        hook=choose_hook(config.path, ref, config.words("hook_point_in"), guessed=None),
+        kind=KIND_TRANSCODER if is_transcoder else KIND_SAE,
+        hook=hook,
+        reads=read_point,
         d_in=d_in,
         d_sae=config.count("d_sae"),
         tensors={
@@ -68,7 +76,27 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
         threshold_over_decoder_norm=config.flag("sparsity_include_decoder_norm", False),
         apply_b_dec_to_input=config.flag("apply_decoder_bias_to_pre_encoder", False),
         scale=scale,
+        scale_out=dataset_scale(config, d_in, "out") if is_transcoder else None,
     )
+
+
+def dataset_scale(config: Config, d: int, side: str) -> float:
+    """s = sqrt(d) / average norm, of the norm that a configuration states of a side.
+
+    Raises:
+        SAEError: it states none, or one with which s would leave float32.
+    """
+    norm = config.section("dataset_average_activation_norm").number(side)
+    return scale_of_norm(config.path, norm, d)
+
+
+def scale_of_norm(path: Path, norm: float, d: int) -> float:
+    """s = sqrt(d) / norm. Raises SAEError if s would leave float32."""
+    if not MIN_NORM <= norm <= MAX_NORM:
+        raise SAEError(
+            f"{path}: the average norm must be from {MIN_NORM} to {MAX_NORM}, got {norm}"
+        )
+    return math.sqrt(d) / norm
 
 
 def _check_activation(config: Config) -> None:

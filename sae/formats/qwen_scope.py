@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 
 from sae.errors import SAEError
-from sae.formats.layout import SAEFiles, SAELayout, Stored, choose_hook
+from sae.formats.layout import SAEFiles, SAELayout, Stored
+from sae.formats.places import choose_hook
 from sae.source import ResolvedSAE
 
 NAME = "qwen_scope"

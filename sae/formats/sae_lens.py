@@ -6,6 +6,13 @@ Configurations of SAELens 6 keep the hook in `metadata.hook_name`; older ones at
 `covariance_whitening`: published weights have them folded in, or the registry states the factor to
 fold, or, for a checkpoint of a training run, `activation_scaler.json` beside it does.
 
+Its transcoders are named by their architecture (`jumprelu_skip_transcoder`), read at
+`metadata.hook_name` and write at `metadata.hook_name_out`; `hf_hook_name` beside it, the module of
+Hugging Face's, goes before where it is stated: `blocks.L.hook_mlp_in` of SAELens' Gemma Scope 2 is
+no hook point of TransformerLens' of that name. SAELens loads models without folding the norms'
+gains unless `fold_ln` asks for it, and of a LayerNorm that is not folded TransformerLens'
+`ln2.hook_normalized` is what stands behind gain and bias.
+
 With `center_writing_weights` an SAE was trained on a model whose weights TransformerLens had
 centered, and whose stream has no mean over d_in. It reads x - mean(x) here. TransformerLens centers
 only models with LayerNorm, whatever is asked of it.
@@ -17,21 +24,16 @@ import re
 
 from sae import registry
 from sae.architectures import VECTORS
-from sae.card import HookPoint
+from sae.card import KIND_SAE, KIND_TRANSCODER, HookPoint
 from sae.errors import SAEError
 from sae.files import SCALER_NAME
-from sae.formats.layout import (
-    Config,
-    SAEFiles,
-    SAELayout,
-    Stored,
-    check_scaling_factor,
-    choose_hook,
-)
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, check_scaling_factor
+from sae.formats.places import choose_hook, choose_places
 from sae.source import ResolvedSAE
 
 NAME = "sae_lens"
 
+_ARCHITECTURES = ("standard", "jumprelu", "gated", "topk", "abstopk")
 _NORMALIZE = {
     "none": "none",
     "expected_average_only_in": "none",
@@ -45,6 +47,13 @@ _RMS_NORM = re.compile(
     r"phi-4|olmo-2|gpt-oss|granite)",
     re.IGNORECASE,
 )
+# Models with LayerNorm.
+_LAYER_NORM = re.compile(r"(?:gpt2|gpt-2|distilgpt2|gpt-neo|pythia|opt-|bloom|gelu-|solu-)", re.I)
+# A transcoder's architecture is that of its encoder and decoder, perhaps with a skip connection.
+_TRANSCODER = re.compile(r"(?P<encoder>|jumprelu_)(?P<skip>|skip_)transcoder")
+# Where a stream stands, or what is added to it: these lose their mean with centered weights.
+_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+_ADDED = ("hook_attn_out", "hook_mlp_out", "attn.hook_out", "mlp.hook_out")
 # Trained over whole batches; their inference form is a JumpReLU SAE.
 _TRAINED_OVER_BATCHES = ("batchtopk", "matryoshka_batchtopk", "batch_topk")
 _HOOK_KEYS = ("hook_name", "hook_point")
@@ -65,46 +74,90 @@ def matches(files: SAEFiles) -> bool:
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("cfg.json")
     metadata = config.section("metadata")
-    architecture, k = _architecture(config)
+    transcoder = _TRANSCODER.fullmatch(config.text("architecture", "standard"))
+    architecture, k = _architecture(config, transcoder)
     facts, remarks = _registry_facts(config, metadata, ref)
     normalize, scale = _normalization(files, config, facts)
     if scale == 1.0 and normalize == "none":
         remarks += _unknown_folding(config)
-    stated = _hook_name(config, metadata)
-    hook = choose_hook(config.path, ref, stated, guessed=None)
-    _check_layer(config, metadata, hook)
-    vectors = {name: Stored(name) for name in VECTORS[architecture]}
+    if transcoder is None:
+        hook = reads = choose_hook(config.path, ref, _hook_name(config, metadata), guessed=None)
+    else:
+        reads, hook = _transcoder_places(config, metadata, ref)
+        _check_transcoder(config, normalize)
+    _check_layer(config, metadata, reads)
     d_sae = config.count("d_sae")
+    tensors = {
+        "W_enc": Stored("W_enc", transposed=True),
+        "W_dec": Stored("W_dec"),
+        "b_dec": Stored("b_dec"),
+        **{name: Stored(name) for name in VECTORS[architecture]},
+    }
+    if transcoder is not None and transcoder["skip"]:
+        tensors["W_skip"] = Stored("W_skip")
     return SAELayout(
         format=NAME,
         architecture=architecture,
+        kind=KIND_SAE if transcoder is None else KIND_TRANSCODER,
         hook=hook,
+        reads=reads,
         d_in=config.count("d_in"),
+        d_out=None if transcoder is None else config.count("d_out"),
         d_sae=d_sae,
-        tensors={
-            "W_enc": Stored("W_enc", transposed=True),
-            "W_dec": Stored("W_dec"),
-            "b_dec": Stored("b_dec"),
-            **vectors,
-        },
+        tensors=tensors,
         k=k,
         normalize_activations=normalize,
-        apply_b_dec_to_input=config.flag("apply_b_dec_to_input", True),
+        apply_b_dec_to_input=config.flag("apply_b_dec_to_input", transcoder is None),
         # SAELens knows this only of its top-k classes; the others are saved with it folded in.
         rescale_acts_by_decoder_norm=k is not None
         and config.flag("rescale_acts_by_decoder_norm", False),
         scale=scale,
+        # A transcoder's input alone is scaled.
+        scale_out=None if transcoder is None else 1.0,
         ignored=check_scaling_factor(files, "scaling_factor", d_sae),
-        centered=_is_centered(config, metadata, facts, normalize),
+        centered=_is_centered(config, metadata, facts, normalize, reads),
         remarks=remarks,
     )
+
+
+def _transcoder_places(
+    config: Config, metadata: Config, ref: ResolvedSAE
+) -> tuple[HookPoint, HookPoint]:
+    reads = _word(metadata, config, ("hf_hook_name", *_HOOK_KEYS))
+    writes = _word(metadata, config, ("hf_hook_name_out", "hook_name_out"))
+    read_point, write_point = choose_places(config.path, ref, reads, writes)
+    kwargs = metadata.section("model_from_pretrained_kwargs")
+    model = metadata.get("model_name", config.get("model_name"))
+    if (
+        read_point.kind == "ln2.hook_normalized"
+        and isinstance(model, str)
+        and _LAYER_NORM.match(model.rpartition("/")[2])
+        and not kwargs.flag("fold_ln", False)
+    ):
+        read_point = HookPoint(read_point.layer, "mlp.hook_in")
+    return read_point, write_point
+
+
+def _check_transcoder(config: Config, normalize: str) -> None:
+    """What SAELens does not know of its transcoders, and what has no inverse at another place."""
+    if config.flag("apply_b_dec_to_input", False):
+        raise SAEError(
+            f"{config.path}: apply_b_dec_to_input is set, which SAELens has no transcoder for"
+        )
+    if normalize != "none":
+        raise SAEError(
+            f"{config.path}: a transcoder with normalize_activations {normalize} cannot be served: "
+            "its output is not scaled back"
+        )
 
 
 def _is_described(config: Config) -> bool:
     return any(key in config for key in ("architecture", "metadata", *_HOOK_KEYS))
 
 
-def _architecture(config: Config) -> tuple[str, int | None]:
+def _architecture(config: Config, transcoder: re.Match[str] | None) -> tuple[str, int | None]:
+    if transcoder is not None:
+        return "jumprelu" if transcoder["encoder"] else "standard", None
     architecture = config.text("architecture", "standard")
     if architecture in _TRAINED_OVER_BATCHES:
         raise SAEError(
@@ -123,10 +176,10 @@ def _architecture(config: Config) -> tuple[str, int | None]:
     arguments = config.section("activation_fn_kwargs")
     if "topk" in (spelled, architecture):
         return "topk", _k(config, arguments)
-    if architecture not in VECTORS:
+    if architecture not in _ARCHITECTURES:
         raise SAEError(
             f"{config.path}: unknown architecture {architecture!r:.60}, expected one of "
-            f"{', '.join(VECTORS)}"
+            f"{', '.join(_ARCHITECTURES)}"
         )
     return architecture, _k(config, arguments) if architecture == "abstopk" else None
 
@@ -232,8 +285,14 @@ def _unknown_folding(config: Config) -> tuple[str, ...]:
 
 
 def _is_centered(
-    config: Config, metadata: Config, facts: registry.RegistryFacts, normalize: str
+    config: Config,
+    metadata: Config,
+    facts: registry.RegistryFacts,
+    normalize: str,
+    reads: HookPoint,
 ) -> bool:
+    if reads.kind not in (*_STREAM, *_ADDED):  # heads, and what norms make of the stream
+        return False
     stated = [
         section.section("model_from_pretrained_kwargs").flag("center_writing_weights", False)
         for section in (metadata, config)
@@ -251,8 +310,13 @@ def _is_centered(
 
 
 def _hook_name(config: Config, metadata: Config) -> str | None:
-    for section in (metadata, config):
-        for key in _HOOK_KEYS:
+    return _word(metadata, config, _HOOK_KEYS)
+
+
+def _word(metadata: Config, config: Config, keys: tuple[str, ...]) -> str | None:
+    """What the first of the keys says, in words; in the metadata or, in older files, at the top."""
+    for key in keys:
+        for section in (metadata, config):
             if key in section:
                 return section.words(key)
     return None

@@ -1,21 +1,29 @@
 """EleutherAI's sparsify: `cfg.json` and `sae.safetensors`, encoder.weight and W_dec [d_sae, d_in];
 top-k of relu, b_dec subtracted. The folder's name is the module (`layers.23.mlp`, `layer_18`),
-whose own output is read. Before February 2025 only the run's `config.json`, one folder up, said
-whether a dictionary is a transcoder."""
+whose own output is read.
+
+A transcoder (`transcode`) reads what the module is given and writes its output; with
+`skip_connection` it adds W_skip x. Before February 2025 only the run's `config.json`, one folder
+up, said whether a dictionary is one, and b_dec was subtracted from its input as from an SAE's.
+"""
 
 from __future__ import annotations
 
 import re
 
+from sae.card import KIND_SAE, KIND_TRANSCODER, HookPoint
 from sae.errors import SAEError
 from sae.files import RUN_CONFIG
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, choose_hook, read_config
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, read_config
+from sae.formats.places import choose_hook, choose_places
 from sae.hook_names import UnknownHookError, parse_hook
 from sae.source import ResolvedSAE
-from sae.unserved import refuse_transcoder
 
 NAME = "sparsify"
 
+_SKIP = "W_skip"
+# What stands before a module, by what stands behind it.
+_INPUTS = {"mlp.hook_out": "mlp.hook_in", "hook_resid_post": "hook_resid_pre"}
 _LAYER = re.compile(r"layers?_(\d+)")
 
 
@@ -38,14 +46,26 @@ def matches(files: SAEFiles) -> bool:
 
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("cfg.json")
-    _refuse_transcoder(files, config)
     activation = config.text("activation", "topk")
     if activation != "topk" or config.flag("signed", False):
         raise SAEError(f"{config.path}: unknown architecture, expected the top-k of relu")
+    has_skip = config.flag("skip_connection", False) or _SKIP in files.names
+    transcodes = config.flag("transcode", False) or has_skip
+    run_transcodes = "transcode" not in config and _run_transcodes(files)
+    asked = ref.reads is not None or ref.writes is not None
+    is_transcoder = transcodes or run_transcodes or asked
+    output = _guess_hook(files)
+    if is_transcoder:
+        reads, hook = choose_places(files.path, ref, *_ends(output), guessed=True)
+    else:
+        name = None if output is None else str(output)
+        hook = reads = choose_hook(files.path, ref, stated=None, guessed=name)
     return SAELayout(
         format=NAME,
         architecture="topk",
-        hook=choose_hook(files.path, ref, stated=None, guessed=_guess_hook(files)),
+        kind=KIND_TRANSCODER if is_transcoder else KIND_SAE,
+        hook=hook,
+        reads=reads,
         d_in=config.count("d_in"),
         d_sae=_d_sae(config),
         tensors={
@@ -53,8 +73,10 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
             "W_dec": Stored("W_dec"),
             "b_enc": Stored("encoder.bias"),
             "b_dec": Stored("b_dec"),
-        },
+        }
+        | ({_SKIP: Stored(_SKIP)} if has_skip else {}),
         k=config.count("k"),
+        apply_b_dec_to_input=not transcodes,
     )
 
 
@@ -65,24 +87,29 @@ def _d_sae(config: Config) -> int:
     return config.count("d_in") * config.count("expansion_factor")
 
 
-def _guess_hook(files: SAEFiles) -> str | None:
-    """The module that the folder is named after; None if the name is understood as none."""
+def _guess_hook(files: SAEFiles) -> HookPoint | None:
+    """The output of the module that the folder is named after; None if it is understood as none."""
     name = _LAYER.sub(r"layers.\1", files.path.parent.name)
     try:
-        return str(parse_hook(name))
+        return parse_hook(name)
     except UnknownHookError:
         return None
 
 
-def _refuse_transcoder(files: SAEFiles, config: Config) -> None:
-    if config.flag("transcode", False) or config.flag("skip_connection", False):
-        refuse_transcoder(config.path, "transcode or skip_connection is set")
-    run = files.path.parent.parent / RUN_CONFIG
+def _ends(output: HookPoint | None) -> tuple[str | None, str | None]:
+    """Where a transcoder of the module with this output reads and writes."""
+    if output is None:
+        return None, None
+    kind = _INPUTS.get(output.kind)
+    return None if kind is None else f"blocks.{output.layer}.{kind}", str(output)
+
+
+def _run_transcodes(files: SAEFiles) -> bool:
+    """Whether the run that a folder is of trained transcoders."""
     try:
-        values = read_config(run).values
+        values = read_config(files.path.parent.parent / RUN_CONFIG).values
     except SAEError:  # there is none, or it is something else's
-        return
+        return False
     training = values.get("sae")
-    for section in (values, training if isinstance(training, dict) else {}):
-        if section.get("transcode"):
-            refuse_transcoder(run, "transcode is set for its run")
+    sections = (values, training if isinstance(training, dict) else {})
+    return any(bool(section.get("transcode")) for section in sections)

@@ -1,14 +1,15 @@
-"""Dictionaries of kinds that are not served, told by their configurations and their tensors."""
+"""What configurations and tensors say of a dictionary's kind, and the kinds that are not served."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
+from sae.card import KIND_CLT, KIND_CROSSCODER, KIND_SAE, KIND_TRANSCODER
 from sae.errors import SAEError
 from sae.formats.layout import Config, SAEFiles
-from sae.unserved import CROSS_LAYER, CROSSCODER, TRANSCODER, refuse_transcoder
 
 #: Where a configuration says what is written, and where beside it what is read.
 _WRITES: Final = {
@@ -24,53 +25,90 @@ _WRITES: Final = {
 _FLAGS: Final = ("is_transcoder", "transcode")
 _KINDS: Final = ("architecture", "type", "sae_type", "model_kind", "kind")
 _SECTIONS: Final = ("metadata", "trainer", "sae", "cfg")
+_CLT: Final = re.compile(r"clt|cross_?layer_?transcoder(?:_set)?")
 
-_CROSS_LAYER_TENSOR: Final = re.compile(r"W_(?:enc|dec)_\d+|W_decs\.\d+")
-_PER_LAYER_FILE: Final = re.compile(r"layer_\d+\.safetensors")
-_SKIPS: Final = ("W_skip", "affine_skip_connection")
+_CROSS_LAYER_TENSOR: Final = re.compile(r"W_decs\.\d+")
 #: What else is told by one of its tensors.
 _BY_TENSOR: Final = {
-    "log_jumprelu_threshold": "an SAE of Llama Scope R1-Distill (encoder, decoder and "
-    "log_jumprelu_threshold), a format that cannot be served so far",
-    "W_E": "a dictionary of llamascopium (W_E and W_D), a format that cannot be served so far",
     "pre_encoder_bias": "an SAE of mlsae, which reads every layer; it cannot be served",
     "W_Q": "a Lorsa (low-rank sparse attention), which attends over the sequence; it cannot be "
     "served",
 }
 
 
+@dataclass(frozen=True)
+class Said:
+    """A kind that a configuration states, and in which words."""
+
+    kind: str
+    how: str
+
+
+def said_kind(files: SAEFiles) -> Said | None:
+    """What the configurations say of the kind; None if they say nothing of any but SAEs."""
+    for section in _sections(files):
+        for key in _FLAGS:
+            if section.get(key):
+                return Said(KIND_TRANSCODER, f"{section.path}: {key} is set")
+        for key in _KINDS:
+            if isinstance(kind := section.get(key), str) and (found := _kind_in(kind)) is not None:
+                return Said(found, f"{section.path}: {key} is {kind!r:.60}")
+        for writes, reads in _WRITES.items():
+            read = next((section.get(key) for key in reads if key in section), None)
+            if writes in section and section.get(writes) != read:
+                how = f"it reads at {read!s:.60} and writes at {section.get(writes)!s:.60}"
+                return Said(KIND_TRANSCODER, f"{section.path}: {how}")
+    return None
+
+
+def refuse_contradiction(files: SAEFiles, format_name: str, kind: str) -> None:
+    """SAEError if the configurations say a kind that the format's reader did not find."""
+    said = said_kind(files)
+    # A layer of one of the others is described as a transcoder, too.
+    described = (KIND_TRANSCODER, KIND_CLT, KIND_CROSSCODER)
+    if said is None or said.kind == kind or (said.kind == KIND_TRANSCODER and kind in described):
+        return
+    raise SAEError(
+        f"{said.how}, so this is a {said.kind}; as a file of the format {format_name} it can only "
+        f"be read as {'an SAE' if kind == KIND_SAE else f'a {kind}'}"
+    )
+
+
 def refuse_unserved(files: SAEFiles) -> None:
     """Raises SAEError, saying what it is, if the files are of a kind that is not served."""
-    for section in _sections(files):
-        _refuse_kind(section)
-    names = {name.lower(): name for name in files.names}
-    for skip in _SKIPS:
-        if skip.lower() in names:
-            refuse_transcoder(files.path, f"tensor {names[skip.lower()]}")
     for name in sorted(files.names):
         if _CROSS_LAYER_TENSOR.fullmatch(name):
             raise SAEError(
-                f"{files.path}: this is a cross-layer transcoder (tensor {name}), {CROSS_LAYER}"
+                f"{files.path}: this is a cross-layer transcoder of EleutherAI's training code "
+                f"(tensor {name}), a format without a reader here"
             )
         if name in _BY_TENSOR:
             raise SAEError(f"{files.path}: this is {_BY_TENSOR[name]}")
-    for matrix in ("w_enc", "w_dec"):
-        shape = files.tensors.headers[names[matrix]].shape if matrix in names else ()
-        if len(shape) > 2:
-            raise SAEError(
-                f"{files.path}: this is a crosscoder or a cross-layer transcoder "
-                f"({names[matrix]} is {list(shape)}), {CROSSCODER}"
-            )
     if files.names == {"W", "b_enc", "b_dec"}:
         raise SAEError(
             f"{files.path}: this is an SAE with tied weights (W, b_enc, b_dec), as Goodfire's of "
             "DeepSeek-R1, whose threshold is not published; it cannot be served"
         )
-    if _is_circuit_tracer(files):
+    if any(name.lower().startswith("w_dec_norm") for name in files.names):
         raise SAEError(
-            f"{files.path}: this is a transcoder of circuit-tracer (W_enc and W_dec of one shape, "
-            f"without a cfg.json), {TRANSCODER}"
+            f"{files.path}: this is a cross-layer transcoder that chooses its top k over all "
+            "layers together (W_dec_norm), as ByteDance's; no layer knows its features before the "
+            "last one"
         )
+    for config in files.configs.values():
+        if config.get("architecture") == "temporal":
+            raise SAEError(f"{config.path}: a temporal SAE attends over the sequence")
+        if "input_hookpoint" in config and "input_normalize" in config:
+            raise SAEError(f"{config.path}: this is an SAE of OpenSAE, a format without a reader")
+
+
+def _kind_in(kind: str) -> str | None:
+    spelled = kind.lower()
+    if "crosscoder" in spelled:
+        return KIND_CROSSCODER
+    if _CLT.fullmatch(spelled):
+        return KIND_CLT
+    return KIND_TRANSCODER if "transcoder" in spelled else None
 
 
 def _sections(files: SAEFiles) -> Iterator[Config]:
@@ -79,38 +117,3 @@ def _sections(files: SAEFiles) -> Iterator[Config]:
         for key in _SECTIONS:
             if isinstance(values := config.get(key), dict):
                 yield Config(config.path, values)
-
-
-def _refuse_kind(section: Config) -> None:
-    for key in _FLAGS:
-        if section.get(key):
-            refuse_transcoder(section.path, f"{key} is set")
-    for key in _KINDS:
-        kind: Any = section.get(key)
-        if not isinstance(kind, str):
-            continue
-        if "crosscoder" in kind.lower():
-            raise SAEError(f"{section.path}: this is a crosscoder ({key} {kind!r}), {CROSSCODER}")
-        if re.fullmatch(r"clt|cross_?layer_?transcoder", kind.lower()):
-            raise SAEError(
-                f"{section.path}: this is a cross-layer transcoder ({key} {kind!r}), {CROSS_LAYER}"
-            )
-        if "transcoder" in kind.lower():
-            refuse_transcoder(section.path, f"{key} {kind!r:.60}")
-    for writes, reads in _WRITES.items():
-        read = next((section.get(key) for key in reads if key in section), None)
-        if writes in section and section.get(writes) != read:
-            refuse_transcoder(
-                section.path, f"it reads at {read!s:.60} and writes at {section.get(writes)!s:.60}"
-            )
-
-
-def _is_circuit_tracer(files: SAEFiles) -> bool:
-    """Its sets keep one row per latent in W_enc too; what describes them lies in a config.yaml."""
-    if files.configs or not {"W_enc", "W_dec"} <= files.names:
-        return False
-    if files.tensors.container != "safetensors":
-        return False
-    shapes = {files.tensors.headers[name].shape for name in ("W_enc", "W_dec")}
-    named = _PER_LAYER_FILE.fullmatch(files.path.name) is not None
-    return len(shapes) == 1 or named or "activation_function.threshold" in files.names

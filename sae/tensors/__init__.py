@@ -6,12 +6,14 @@ import zipfile
 from pathlib import Path
 
 from sae.errors import SAEError
+from sae.tensors import gguf_file, npy_file
+from sae.tensors.joined_file import JoinedFile
 from sae.tensors.npz_file import NpzFile
 from sae.tensors.safetensors_file import SafetensorsFile
 from sae.tensors.tensor_file import FLOAT_DTYPES, TensorFile, TensorHeader
 from sae.tensors.torch_file import TorchFile
 
-__all__ = ["FLOAT_DTYPES", "TensorFile", "TensorHeader", "open_tensors"]
+__all__ = ["FLOAT_DTYPES", "JoinedFile", "TensorFile", "TensorHeader", "open_tensors"]
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -21,6 +23,10 @@ def open_tensors(path: Path) -> TensorFile:
             magic = file.read(16)
     except OSError as error:
         raise SAEError(f"{path}: cannot be read: {error.strerror}") from error
+    if magic.startswith(gguf_file.MAGIC):
+        return gguf_file.GGUFFile(path)
+    if magic.startswith(npy_file.MAGIC):
+        return npy_file.NpyFile(path)
     if magic[:4] == b"PK\x03\x04":
         return _open_archive(path)
     if magic[8:9] == b"{":
@@ -30,7 +36,7 @@ def open_tensors(path: Path) -> TensorFile:
             f"{path}: a bare pickle, which cannot be memory-mapped; save it again with a current "
             "torch.save, or as safetensors"
         )
-    raise SAEError(f"{path}: no weight file that is known here (safetensors, torch, npz)")
+    raise SAEError(f"{path}: no weight file that is known here (safetensors, torch, NumPy, GGUF)")
 
 
 def _open_archive(path: Path) -> TensorFile:

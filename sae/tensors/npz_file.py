@@ -60,7 +60,7 @@ class NpzFile(TensorFile):
         super().__init__(
             path,
             {
-                name: TensorHeader(name, _dtype_name(member.dtype), member.shape)
+                name: TensorHeader(name, dtype_name(member.dtype), member.shape)
                 for name, member in self._members.items()
             },
         )
@@ -110,7 +110,7 @@ def _read_member(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -
             f"bytes, more than {MAX_RATIO} times"
         )
     with archive.open(entry) as file:
-        shape, fortran_order, dtype = _read_npy_header(file)
+        shape, fortran_order, dtype = read_npy_header(file)
         header_bytes = file.tell()
     declared = header_bytes + math.prod(shape) * dtype.itemsize
     # Objects are pickled: they have no declared size, and are refused by their dtype.
@@ -121,7 +121,11 @@ def _read_member(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -
     return _Member(entry, dtype, shape, fortran_order, header_bytes)
 
 
-def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Shape, whether in Fortran's order, and dtype; the file then stands at the numbers.
+
+    Raises ValueError if the header is none.
+    """
     version = _npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"npy version {version}, expected 1.0 or 2.0")
@@ -132,5 +136,6 @@ def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[n
     return shape, fortran_order, dtype
 
 
-def _dtype_name(dtype: np.dtype[np.generic]) -> str:
+def dtype_name(dtype: np.dtype[np.generic]) -> str:
+    """The dtype as `TensorHeader` has it."""
     return dtype.name if dtype.isnative and not dtype.hasobject else str(dtype)

@@ -31,7 +31,7 @@ class TensorHeader:
 class TensorFile(ABC):
     """A weight file, opened: its headers are read, its tensors are not.
 
-    `container` is what the first bytes say: safetensors, torch or npz.
+    `container` is what the first bytes say: safetensors, torch, npz, npy or gguf.
     """
 
     container: ClassVar[str]

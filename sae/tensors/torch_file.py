@@ -14,10 +14,12 @@ from sae.errors import SAEError
 from sae.tensors.tensor_file import TensorFile, TensorHeader
 
 MAX_PICKLE_BYTES = 16 * 2**20
+#: What messages call a tensor that was saved alone.
+NAME = "tensor"
 
 
 class TorchFile(TensorFile):
-    """A file of `torch.save`. Only dictionaries of dense tensors; other values are ignored."""
+    """A file of `torch.save`: named dense tensors, or one alone; other values are ignored."""
 
     container = "torch"
 
@@ -39,6 +41,8 @@ class TorchFile(TensorFile):
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SAEError(f"{path}: not readable as tensors alone: {reason:.200}") from error
+        if isinstance(content, Tensor):
+            content = {NAME: content}
         if not isinstance(content, Mapping):
             raise SAEError(f"{path}: holds {type(content).__name__}, expected named tensors")
         self._tensors = {

@@ -30,7 +30,7 @@ def import_labels(source: str, exports: Sequence[str], force: bool = False) -> i
             # Units are converted by the weights: one that is not finite would damage what is
             # written.
             sae.scan_nonfinite()
-        out = features_path(Path(resolved.path))
+        out = features_path(Path(resolved.path), resolved.layer)
         parts = [Path(export) for export in exports]
         summary = import_neuronpedia(
             parts,
@@ -51,12 +51,13 @@ def import_labels(source: str, exports: Sequence[str], force: bool = False) -> i
     return 0
 
 
-def features_path(source: Path) -> Path:
+def features_path(source: Path, layer: int | None = None) -> Path:
     """The file beside the weights that a server reads, whether it is there yet or not.
 
-    Where the folder holds other weights too, it is one of these weights' own.
+    Where the folder holds other weights too, it is one of these weights' own. `layer` is which of a
+    set of layers.
     """
-    weights = find_weights(source)
+    weights = find_weights(source, layer)
     files = [path for path in weights.parent.iterdir() if path.is_file()]
     if sum(is_weight_file(path.name) for path in files) > 1:
         return weights.with_name(f"{weights.name}.{FEATURES_NAME}")

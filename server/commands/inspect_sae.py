@@ -13,12 +13,12 @@ from rich.text import Text
 
 from sae.card import SAECard
 from sae.errors import SAEError
-from sae.self_check import Outcome
+from sae.self_check import Outcome, reconstructs
 from sae.source import parse_source
 from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
 from server.self_check import check_offline
 from server.start.arguments import merge_into, refuse_flags
-from server.start.checked_sae import CheckedSAE, check_reference
+from server.start.checked_sae import CheckedSAE, check_all
 from server.start.engine import naming_the_cause, steering_arguments
 from server.start.errors import EngineStartError, RefusedStartError
 from server.start.flags import ServerOptions
@@ -39,24 +39,34 @@ def inspect_sae(
 ) -> int:
     """Print the card of `SOURCE[,hook=..]` after scanning all of it; the exit code, 0 or 1.
 
+    With `layer=all` it is a card for each layer.
+
     Args:
         model: a model on which to check the SAE as well; what is found is printed under the card.
         flags: how to run it, flags of `vllm serve`.
     """
     console = console or Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     try:
-        checked = check_reference(parse_source(text), scan_limit=None)
-        console.print(card_table(checked.card))
-        if model is not None:
-            outcome = check_on_model(checked, model, flags)
-            console.print(outcome_table(outcome))
-            if remarks := outcome.remarks:
-                line = f"warning: {'; '.join(remarks)}"
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for checked in check_all(parse_source(text), scan_limit=None):
+            console.print(card_table(checked.card))
+            if model is not None:
+                _print_check(console, checked, model, flags)
     except (SAEError, RefusedStartError, NotInstalledError) as error:
         print(f"vllm-sae: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _print_check(console: Console, checked: CheckedSAE, model: str, flags: Sequence[str]) -> None:
+    card = checked.card
+    if not reconstructs(card):
+        console.print(f"a {card.kind} reconstructs nothing: there is nothing to measure")
+        return
+    outcome = check_on_model(checked, model, flags)
+    console.print(outcome_table(outcome))
+    if remarks := outcome.remarks:
+        line = f"warning: {'; '.join(remarks)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def card_table(card: SAECard) -> Table:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from server.admission import accept
-from server.errors import INVALID_REQUEST
+from server.errors import error_object
 from server.protocol import SteerableChatCompletionRequest
 from server.start.arguments import start_arguments
 from server.start.engine import naming_the_cause
@@ -100,13 +100,7 @@ class SteeredLine:
     def complete(self, entry: Any) -> Any:
         """The entry with the report, or with the refusal in the shape that the routes give it."""
         if self._refused is not None:
-            details = {
-                "message": self._refused.message,
-                "type": INVALID_REQUEST,
-                "param": self._refused.param,
-                "code": self._refused.code,
-            }
-            entry.error = {"error": details}
+            entry.error = {"error": error_object(self._refused)}
         elif self._ticket is not None and entry.response.body is not None:
             entry.response.body.steering = self._ticket.to_json()
         return entry

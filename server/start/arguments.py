@@ -46,11 +46,11 @@ def start_arguments(argv: Sequence[str], command: Any) -> Namespace:
         flags, rest = split_flag(SAE_FLAG, "NAME=SOURCE", argv)
         presets, rest = split_flag(PRESET_FLAG, "NAME=FILE", rest)
         # The SAEs first: importing vLLM takes seconds, and a wrong path is seen at once.
-        checked = [check(flag) for flag in flags]
+        checked = [sae for flag in flags for sae in check(flag)]
         refuse_equal_names(checked)
         args = parse(rest, command())
         add_presets(args, presets)
-        checked += [check(flag) for flag in ServerOptions.of(args).saes]
+        checked += [sae for flag in ServerOptions.of(args).saes for sae in check(flag)]
         refuse_equal_names(checked)
         if not checked and (flag := ServerOptions.of(args).preset_flag):
             raise RefusedStartError(f"{flag}: a preset steers through an SAE, give {SAE_FLAG}")

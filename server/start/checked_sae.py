@@ -10,7 +10,7 @@ from typing import Any
 
 from sae.card import SAECard
 from sae.errors import SAEError
-from sae.features import FeatureTable
+from sae.layers import resolve_all
 from sae.sae import check_fits, open_sae
 from sae.source import ResolvedSAE, SAEReference, resolve
 from steering.request.catalog import SCAN_LIMIT_BYTES
@@ -26,9 +26,20 @@ class CheckedSAE:
     card: SAECard
 
 
-def check(flag: str) -> CheckedSAE:
-    """Open what one `--sae` flag names. SAEError for every misfit that the files alone show."""
-    return check_reference(SAEReference.parse(flag), scan_limit=SCAN_LIMIT_BYTES)
+def check(flag: str) -> list[CheckedSAE]:
+    """Open what one `--sae` flag names: one, or with `layer=all` one a layer.
+
+    Raises:
+        SAEError: for every misfit that the files alone show.
+    """
+    return check_all(SAEReference.parse(flag), scan_limit=SCAN_LIMIT_BYTES)
+
+
+def check_all(reference: SAEReference, scan_limit: int | None) -> list[CheckedSAE]:
+    """As `check_reference`, of every dictionary that the reference stands for."""
+    with unforeseen_refused(reference.source):
+        resolved = resolve_all(reference)
+    return [check_reference(each, scan_limit) for each in resolved]
 
 
 def check_reference(reference: SAEReference | ResolvedSAE, scan_limit: int | None) -> CheckedSAE:
@@ -36,7 +47,7 @@ def check_reference(reference: SAEReference | ResolvedSAE, scan_limit: int | Non
     with unforeseen_refused(reference.source):
         resolved = resolve(reference)
         sae = open_sae(resolved)
-        FeatureTable.open(resolved.path, sae.card.d_sae).load()
+        sae.open_features().load()
         if scan_limit is None or sae.weight_bytes <= scan_limit:
             sae.scan_nonfinite()
     for remark in sae.remarks:

@@ -88,7 +88,7 @@ class LoadedSAE:
     def affine(self) -> bool:
         """Whether pre-activations are affine in the stream that is edited."""
         card = self.sae.card
-        return is_affine(card) and card.writes == (card.reads,)
+        return is_affine(card) and card.one_place
 
     def fingerprint(self, special_token_ids: Sequence[int] | None) -> str:
         """SHA-256 of all that this SAE's part in an edit depends on: weights, place, sinks, flags.
@@ -161,7 +161,7 @@ class Catalog:
         loaded = {}
         for ref in config.saes:
             sae = open_sae(ref)
-            features = FeatureTable.open(ref.path, sae.card.d_sae)
+            features = sae.open_features()
             facts = ref.facts
             stated = (
                 facts.norm_scaling_factor,
@@ -181,6 +181,11 @@ class Catalog:
     def index(self) -> dict[str, int]:
         """Name to index, as plans name SAEs."""
         return {name: i for i, name in enumerate(self._loaded)}
+
+    @cached_property
+    def writes(self) -> dict[str, int]:
+        """Name to the number of hook points at which its edits are added."""
+        return {name: len(item.writes) for name, item in self._loaded.items()}
 
     def card(self, name: str) -> SAECard:
         """The card of one SAE. Raises SteeringError ``unknown_sae``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from steering.request.conditions import ABOVE, PROMPT, SO_FAR, STOP, TOKEN, Condition
@@ -87,6 +88,7 @@ class PlannedEdit:
     Attributes:
         gates: bit i set if the plan's gate i must be open; no bits for an edit without conditions.
         any_gate: whether one open gate is enough; else all must be.
+        writes: at how many hook points it is added.
     """
 
     sae: int
@@ -98,6 +100,7 @@ class PlannedEdit:
     end: int
     gates: int = 0
     any_gate: bool = False
+    writes: int = 1
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,14 @@ class RowKey(NamedTuple):
         latent: index of the latent.
         solved_with: with `reread`, the latents of the SAE's edits, this one among them, ascending.
         protected: the (SAE, latent) pairs that the decoder row must not move, ascending.
+        write: which of the hook points where the SAE writes its decoder row is of.
     """
 
     sae: int
     latent: int
     solved_with: tuple[int, ...] = ()
     protected: tuple[tuple[int, int], ...] = ()
+    write: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ class SteeringPlan:
 
     @property
     def edit_rows(self) -> tuple[RowKey, ...]:
-        """The row of each edit."""
+        """The row of each edit at the first hook point where it is added, and read with."""
         with_sae: dict[int, list[int]] = {}
         if self.reread:
             for edit in self.edits:
@@ -192,7 +197,16 @@ class SteeringPlan:
     @property
     def rows(self) -> frozenset[RowKey]:
         """All rows that the device must hold for this request."""
-        return frozenset(self.edit_rows + self.gate_rows)
+        return frozenset(
+            [
+                *self.gate_rows,
+                *(
+                    row._replace(write=write)
+                    for row, edit in zip(self.edit_rows, self.edits, strict=True)
+                    for write in range(edit.writes)
+                ),
+            ]
+        )
 
     def encoded(self, exact_from_row: Callable[[int], bool]) -> frozenset[int]:
         """The SAEs that must encode this request's tokens in full.
@@ -251,6 +265,11 @@ class SteeringPlan:
     def only_keeps(self) -> bool:
         """Whether passes over this request are those of an unsteered one."""
         return self.keep is not None and not (self.edits or self.gates or self.wants_results)
+
+    @property
+    def prompt_decides(self) -> bool:
+        """Whether a condition is one of the whole prompt."""
+        return any(gate.scope == SCOPE_PROMPT for gate in self.gates)
 
     @property
     def stops(self) -> bool:
@@ -319,6 +338,7 @@ def make_plan(
     keep: Keep | None = None,
     probes: Sequence[Probe] = (),
     length: int = POSITION_LIMIT,
+    writes: Mapping[str, int] = MappingProxyType({}),
 ) -> SteeringPlan:
     """Compile a validated spec: names become indices, values float32, positions bits.
 
@@ -332,6 +352,7 @@ def make_plan(
         awaited: see `SteeringPlan`.
         probes: what a study asks for beside the field.
         length: of the text, behind which no probe looks.
+        writes: at how many hook points an SAE of this name writes; left out, at one.
 
     Raises:
         SteeringError: ``duplicate_intervention``, see `SteeringSpec.at`.
@@ -359,7 +380,10 @@ def make_plan(
         key,
         children,
         prompt_len,
-        tuple(_planned_edit(edit, sae_index[edit.sae], bits) for edit in spec.edits),
+        tuple(
+            _planned_edit(edit, sae_index[edit.sae], bits, writes.get(edit.sae, 1))
+            for edit in spec.edits
+        ),
         spec.error_term,
         spec.report,
         read,
@@ -390,7 +414,7 @@ def _windows(tokens: Tokens, prompt_len: int, length: int) -> tuple[Window, ...]
     )
 
 
-def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int]) -> PlannedEdit:
+def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int], writes: int) -> PlannedEdit:
     conditions = () if edit.when is None else edit.when.conditions
     return PlannedEdit(
         sae=sae,
@@ -402,6 +426,7 @@ def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int]) -> Planne
         end=edit.positions.end,
         gates=sum(bits[condition] for condition in conditions),
         any_gate=edit.when is not None and edit.when.any,
+        writes=writes,
     )
 
 

@@ -22,7 +22,7 @@ from steering.studies.study import Context
 from steering.vllm.reader import Text
 
 #: Features whose ablation is tried: those that write most over the texts.
-NUM_ATTRIBUTED: Final = 24
+NUM_ATTRIBUTED: Final = 16
 
 Float64Array = npt.NDArray[np.float64]
 #: One intervention of a `steering` object.

@@ -53,7 +53,13 @@ async def evaluate(context: Context, body: object) -> dict[str, Any]:
         "object": "steering.evaluation",
         "noise": {"kl": noise},
         "configurations": [
-            one.to_json(len(asked.texts), _features(context, one, saes), decode) for one in found
+            one.to_json(
+                len(asked.texts),
+                _features(context, one, saes),
+                lambda name: context.catalog.card(name).writes,
+                decode,
+            )
+            for one in found
         ],
     }
 

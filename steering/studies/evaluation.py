@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from sae.arrays import FloatArray
+from sae.arrays import DoubleArray
 from sae.numbers import finite
 from steering.report import Report
 from steering.studies.changes import Changes
@@ -38,7 +38,7 @@ class NLL(BaseModel):
 
 
 class Share(BaseModel):
-    """The change's share of the stream's norm, over edited tokens and hook points."""
+    """The change's share of the stream's norm, over covered tokens and hook points."""
 
     mean: float | None
     max: float | None
@@ -145,7 +145,7 @@ class Evaluated:
     """
 
     name: str
-    alone: list[dict[int, FloatArray]] | None = None
+    alone: list[dict[int, DoubleArray]] | None = None
     figures: dict[int, Figures] = field(default_factory=dict)
     ids: dict[int, tuple[int, ...]] = field(default_factory=dict)
     answers: dict[int, str] = field(default_factory=dict)
@@ -171,6 +171,7 @@ class Evaluated:
         self,
         num_texts: int,
         features: Sequence[dict[str, Any]],
+        writes: Callable[[str], Sequence[str]],
         decode: Callable[[Sequence[int]], str] | None,
     ) -> dict[str, Any]:
         """An entry of ``configurations``.
@@ -178,6 +179,7 @@ class Evaluated:
         Args:
             num_texts: how many there are.
             features: of each SAE asked for.
+            writes: see `share_of`.
             decode: the text of token ids, if details are wanted.
         """
         figures = [self.figures[i] for i in range(num_texts)]
@@ -192,7 +194,7 @@ class Evaluated:
             "reverse_kl": {"mean": _mean(_all(figures, "reverse_kl"))},
             "nll": {name: _mean(-_all(figures, name)) for name in ("unsteered", "steered")},
             "top1_agreement": _mean(same),
-            "share": share_of(reports),
+            "share": share_of(reports, writes),
             "edits": edits,
             "features": list(features),
             "answers": [self.answers.get(i) for i in range(num_texts)],
@@ -245,20 +247,41 @@ class Evaluated:
         }
 
 
-def share_of(reports: Sequence[Report]) -> dict[str, float | None] | None:
-    """Mean and largest share over all edited tokens and hook points; None if there are none."""
-    hooks = [hook for report in reports for hook in report.edited or ()]
-    tokens = sum(hook["tokens"] for hook in hooks)
-    if not tokens:
+def share_of(
+    reports: Sequence[Report], writes: Callable[[str], Sequence[str]]
+) -> dict[str, float | None] | None:
+    """Mean and largest share over all covered tokens and hook points; None if there are none.
+
+    A token that a condition held back is covered, and its share is 0.
+
+    Args:
+        reports: of one spec on each text.
+        writes: the hook points where an SAE's edits are made.
+    """
+    covered = sum(_covered(report, writes) for report in reports)
+    if not covered:
         return None
-    means, largest = ([hook[name] for hook in hooks] for name in ("mean_share", "max_share"))
-    unknown = None in means or None in largest  # a stream that left its dtype
-    return {
-        "mean": None
-        if unknown
-        else finite(sum(hook["tokens"] * hook["mean_share"] for hook in hooks) / tokens),
-        "max": None if unknown else finite(max(largest)),
-    }
+    hooks = [hook for report in reports for hook in report.edited or ()]
+    if any(hook["mean_share"] is None or hook["max_share"] is None for hook in hooks):
+        return {"mean": None, "max": None}  # a stream that left its dtype
+    total = sum(hook["tokens"] * hook["mean_share"] for hook in hooks)
+    largest = max((hook["max_share"] for hook in hooks), default=0.0)
+    return {"mean": finite(total / covered), "max": finite(largest)}
+
+
+def _covered(report: Report, writes: Callable[[str], Sequence[str]]) -> int:
+    """Tokens that edits cover, at all hook points together.
+
+    A report counts the tokens that some edit of a hook point changes, and of each edit those that a
+    condition held back. Where windows of several edits overlap in part, tokens that all of them
+    held back may be missed.
+    """
+    at_hook = {hook["hook"]: hook["tokens"] for hook in report.edited or ()}
+    for entry in report.interventions:
+        of_edit = entry["tokens_edited"] + entry.get("tokens_held_back", 0)
+        for hook in writes(entry["sae"]):
+            at_hook[hook] = max(at_hook.get(hook, 0), of_edit)
+    return sum(at_hook.values())
 
 
 def edits_of(reports: Sequence[Report]) -> list[dict[str, Any]]:

@@ -6,27 +6,20 @@ import asyncio
 import math
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StrictInt, StrictStr
 
 from sae.numbers import finite
 from steering.errors import SteeringError
-from steering.report import Report
-from steering.request.accepted import Accepted, accept
-from steering.request.limits import MAX_INTERVENTIONS, VALUE_LIMIT, Op
-from steering.request.positions import Positions
-from steering.request.probe import Pool
-from steering.request.shape import Number, Shape
 from steering.request.shape_errors import shown
 from steering.studies.body import StudyBody, parse_body
-from steering.studies.reading import pooled
+from steering.studies.rank_edits import EditBody, RankEdit, accept_each, covering
 from steering.studies.scoring import Figures, Scorer, Side
 from steering.studies.study import Context
 from steering.studies.texts import MAX_TEXTS, StringOrIds, TextBody
 from steering.unembedding import Unembedding
-from steering.vllm.reader import Run, Text
+from steering.vllm.reader import Text
 
 #: The text if the body has none: Arad et al., "SAEs Are Good for Steering -- If You Select the
 #: Right Features" (2505.20063).
@@ -36,24 +29,7 @@ NUM_PROMOTED: Final = 20
 #: Decoder rows that are taken through the unembedding at a time.
 _ROWS_AT_A_TIME: Final = 256
 
-TOKEN_MAX: Final = "token_max"
 By = Literal["kl", "output_score", "delta_confidence", "change"]
-
-
-class EditBody(Shape):
-    """What is done to each feature."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringRankEdit")
-
-    op: Op | None = Field(default=None, description="As in an intervention (default clamp).")
-    value: Annotated[Number, Field(ge=-VALUE_LIMIT, le=VALUE_LIMIT)] | None = Field(
-        default=None, description="Required except for ablate, which takes none."
-    )
-    unit: Literal["raw", "max_act", "token_max"] | None = Field(
-        default=None,
-        description="As in an intervention, but max_act by default (raw for scale); or token_max, "
-        "with add: times the largest activation of any feature at the edited token.",
-    )
 
 
 class Body(StudyBody):
@@ -102,39 +78,6 @@ class Answer(BaseModel):
     features: list[RankedFeature]
 
 
-@dataclass(frozen=True)
-class _Edit:
-    """The edit with its defaults, and where it is made."""
-
-    op: str
-    value: float | None
-    unit: str | None
-    last: bool
-
-    @classmethod
-    def of(cls, body: Body) -> _Edit:
-        last = body.at == "last"
-        if body.edit is None:
-            return cls("clamp", 1.5, "max_act", last)
-        op, value, unit = body.edit.op or "clamp", body.edit.value, body.edit.unit
-        if body.edit.op is None and value is None:
-            value = 1.5
-        if unit is None and op not in ("ablate", "scale"):
-            unit = "max_act"
-        if unit == TOKEN_MAX and op != "add":
-            raise SteeringError(
-                "invalid_value", f"unit {TOKEN_MAX} goes with add, not with {op}", "edit.unit"
-            )
-        return cls(op, value, unit, last)
-
-    def field(self, sae: str, feature: int) -> dict[str, Any]:
-        """The `steering` that makes it to one feature; token_max is told by `_TokenMaxima`."""
-        edit = {"sae": sae, "feature": feature, "op": self.op, "value": self.value}
-        unit = "raw" if self.unit == TOKEN_MAX else self.unit
-        positions = {"start": -1} if self.last else None
-        return {"interventions": [{**edit, "unit": unit}], "positions": positions}
-
-
 async def rank(context: Context, sae: str, body: object) -> dict[str, Any]:
     """POST /v1/saes/{sae}/rank.
 
@@ -147,14 +90,15 @@ async def rank(context: Context, sae: str, body: object) -> dict[str, Any]:
         SteeringError: with the code and the path of what is wrong.
     """
     asked = parse_body(Body, body)
-    edit, by = _Edit.of(asked), asked.by or "kl"
+    edit, by = RankEdit.of(asked.edit, last=asked.at == "last"), asked.by or "kl"
     targets = await _targets(context, asked, by)
-    features, paths = _features(context, sae, asked, edit)
+    paths = _features(context, sae, asked, edit)
+    features = list(paths)
     text = await _text(context, asked)
     where = "messages" if asked.messages is not None else "prompt"
     context.charge((len(features) + 2) * len(text.prompt), "features" if asked.features else None)
-    edits = await asyncio.to_thread(_accept, context, sae, edit, features, paths)
-    edits = await _where_covered(context, sae, text, edit, edits, where)
+    edits = await asyncio.to_thread(accept_each, context.catalog, sae, edit, paths)
+    edits = await covering(context, sae, text, edit, edits, where)
     promoted = await _promoted(context, sae, features, required=by == "output_score")
     watched = [[*ids, *targets.values()] for ids in promoted]
     sides = ((Side(text.prompt, (), one), ids) for one, ids in zip(edits, watched, strict=True))
@@ -204,9 +148,7 @@ async def _targets(context: Context, body: Body, by: str) -> dict[str, int]:
     return found
 
 
-def _features(
-    context: Context, sae: str, body: Body, edit: _Edit
-) -> tuple[list[int], dict[int, str]]:
+def _features(context: Context, sae: str, body: Body, edit: RankEdit) -> dict[int, str]:
     """Distinct features, and where in the body each stands."""
     table = context.catalog.features(sae)
     if body.features is None:
@@ -223,7 +165,7 @@ def _features(
                 + ": list features",
                 "features",
             )
-        return labelled, dict.fromkeys(labelled, "features")
+        return dict.fromkeys(labelled, "features")
     d_sae = context.catalog.card(sae).d_sae
     paths: dict[int, str] = {}
     for i, feature in enumerate(body.features):
@@ -234,98 +176,7 @@ def _features(
                 f"features[{i}]",
             )
         paths.setdefault(feature, f"features[{i}]")
-    return list(paths), paths
-
-
-def _accept(
-    context: Context, sae: str, edit: _Edit, features: Sequence[int], paths: dict[int, str]
-) -> list[Accepted]:
-    """The edit of each feature, validated; this may read whole files."""
-    found = []
-    for feature in features:
-        try:
-            found.append(accept(edit.field(sae, feature), context.catalog))
-        except SteeringError as error:
-            name = (error.param or "").rpartition(".")[2]
-            of_edit = name in ("op", "value", "unit") and error.code != "max_act_unknown"
-            param = f"edit.{name}" if of_edit else paths[feature]
-            raise SteeringError(error.code, error.message, param) from None
-    return found
-
-
-async def _where_covered(
-    context: Context, sae: str, text: Text, edit: _Edit, edits: list[Accepted], where: str
-) -> list[Accepted]:
-    """The edits, once it is known that they cover some token of the text; with token_max, of values
-    that are known.
-
-    Which tokens are special or sinks only the worker knows: one run tells.
-
-    Raises:
-        SteeringError: ``invalid_value`` if nothing is covered; if a value is wanted for each of
-            more tokens than one request may have edits.
-    """
-    if edit.unit == TOKEN_MAX:
-        maxima = await _token_maxima(context, sae, text, last=edit.last)
-        covered = len(maxima)
-    else:
-        maxima = {}
-        report = await _run(context, text, edits[0], report=True)
-        covered = report.interventions[0]["tokens_edited"]
-    if not covered and edit.last:
-        raise SteeringError(
-            "invalid_value",
-            "the text's last token is special, its first or a sink, and no edit covers it",
-            "at",
-        )
-    if not covered:
-        raise SteeringError(
-            "invalid_value", "the text has special tokens, a first token and sinks only", where
-        )
-    if covered > MAX_INTERVENTIONS and edit.unit == TOKEN_MAX:
-        raise SteeringError(
-            "invalid_value",
-            f"{TOKEN_MAX} at {covered} tokens is a value for each, and one request may have "
-            f"{MAX_INTERVENTIONS}: shorten the text, or edit at its last token",
-            "edit.unit",
-        )
-    return [_at_each_token(one, maxima) for one in edits] if maxima else edits
-
-
-async def _token_maxima(context: Context, sae: str, text: Text, *, last: bool) -> dict[int, float]:
-    """The largest activation of any feature at each covered token, by position.
-
-    They are what an edited run would read as well: edits of one SAE change the stream nowhere
-    before the place where that SAE reads it.
-    """
-    tokens = (Positions(start=-1) if last else Positions(),)
-    pool = Pool(sae, tokens, peaks=True)
-    (read,) = await pooled(context.reader, context.catalog, [text], pool)
-    if read.peaks is None:
-        return {}
-    positions, largest = read.peaks
-    return dict(zip(positions.tolist(), largest.tolist(), strict=True))
-
-
-def _at_each_token(accepted: Accepted, maxima: dict[int, float]) -> Accepted:
-    """One edit a token, whose value is so many times the token's largest activation."""
-    (edit,) = accepted.spec.edits
-    edits = tuple(
-        replace(
-            edit,
-            effective_value=edit.effective_value * largest,
-            positions=replace(edit.positions, start=position, end=position + 1),
-        )
-        for position, largest in maxima.items()
-    )
-    return replace(accepted, spec=replace(accepted.spec, edits=edits))
-
-
-async def _run(context: Context, text: Text, accepted: Accepted, *, report: bool = False) -> Report:
-    asking = replace(accepted, spec=replace(accepted.spec, report=report))
-    finished = await context.reader.run(Run.of(text, asking))
-    assert finished.report is not None
-    return finished.report
+    return paths
 
 
 async def _promoted(

@@ -12,7 +12,6 @@ A study is a module of this folder by its name, with
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -93,5 +92,4 @@ STUDIES: Final = {
         Study("suggest", "/v1/steering/suggest", "An edit that makes wanted completions likelier."),
         Study("forecast", "/v1/steering/forecast", "What an edit does, from weights alone."),
     )
-    if importlib.util.find_spec(f"steering.studies.{study.name}")
 }

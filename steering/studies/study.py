@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -25,6 +25,9 @@ _FIELD: Final = "steering"
 
 class Reader(Protocol):
     """Runs texts through the model; see `steering.vllm.reader`."""
+
+    @property
+    def keeping(self) -> AbstractAsyncContextManager[Any]: ...
 
     @property
     def engines(self) -> int: ...

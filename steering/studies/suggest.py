@@ -34,11 +34,11 @@ from steering.vllm.reader import Text
 DEFAULT_MAX_EDITS: Final = 4
 MAX_EDITS: Final = 16
 #: Edits that are tried alone, and beside those that have been chosen, at most and at least.
-NUM_FIRST: Final = 16
-NUM_NEXT: Final = 6
+NUM_FIRST: Final = 12
+NUM_NEXT: Final = 4
 FEWEST: Final = 2
 #: Tokens of the neutral texts that are enough to compare edits by; the best is measured on all.
-ENOUGH_NEUTRAL: Final = 768
+ENOUGH_NEUTRAL: Final = 384
 
 _KL: Final = TypeAdapter(Annotated[Number, Field(gt=0)])
 

@@ -139,6 +139,7 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
         keep=accepted.keep,
         probes=accepted.probes,
         length=length,
+        writes=catalog.writes,
     )
     params.extra_args = {**rest, PLAN: plan.to_wire()}
     if traced:

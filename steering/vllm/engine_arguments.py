@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sae.errors import SAEError
+from sae.layers import resolve_all
 from sae.sae import check_fits, open_sae
-from sae.source import ResolvedSAE, SAEReference, resolve
+from sae.source import ResolvedSAE, SAEReference
 from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, SteeringConfig
 from steering.request.catalog import SCAN_LIMIT_BYTES
+from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
 from steering.vllm.seams import refuse_missing_seams
 
 
@@ -24,7 +27,13 @@ def engine_arguments(config: SteeringConfig) -> dict[str, Any]:
         SAEError: if an SAE's file does not hold what it should.
     """
     refuse_missing_seams()
-    hook_points = sorted({open_sae(ref).card.hook for ref in config.saes})
+    cards = [open_sae(ref).card for ref in config.saes]
+    hook_points = sorted({hook for card in cards for hook in (card.reads, *card.writes)})
+    most_writes = max((len(card.writes) for card in cards), default=1)
+    if most_writes > 1:
+        # A request's edits always fit, and each has a row for each place where it is added.
+        least = MAX_INTERVENTIONS * most_writes + MAX_GATES
+        config = replace(config, max_rows=max(config.max_rows, least))
     return {
         "worker_cls": "steering.vllm.worker.SteeringWorker",
         "scheduler_cls": "steering.vllm.scheduler.SteeringScheduler",
@@ -42,7 +51,7 @@ def offline_config(
     """The configuration of an engine that steers a model through SAEs, checked against it.
 
     Args:
-        saes: each as ``--sae`` takes it, ``NAME=SOURCE[,hook=HOOK]...``.
+        saes: each as ``--sae`` takes it, ``NAME=SOURCE[,hook=HOOK][,layer=L]...``.
         model_config: vLLM's, which says what size the model has.
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: see `SteeringConfig`.
@@ -53,8 +62,7 @@ def offline_config(
     d_model = int(model_config.get_hidden_size())
     num_layers = int(model_config.get_total_num_hidden_layers())
     references: dict[str, ResolvedSAE] = {}
-    for flag in saes:
-        reference = resolve(SAEReference.parse(flag))
+    for reference in (each for flag in saes for each in resolve_all(SAEReference.parse(flag))):
         if reference.name in references:
             raise SAEError(f"two SAEs are named {reference.name!r}")
         sae = open_sae(reference)

@@ -10,13 +10,16 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from sae.card import HookPoint
+from sae.card import HEADS, HookPoint
+from steering.request.hook_order import place_in_pass
 from steering.vllm import installation
 from steering.vllm.decoder_layers import decoder_layers, is_placeholder
 from steering.vllm.forward_trace import NotUnderstood
 from steering.vllm.layer_form import Layer, Place
 from steering.vllm.layer_source import LayerSource, original_class
 from steering.vllm.unsupported import UnsupportedModelError
+from steering.worker.ops.buffers import InputNorm
+from steering.worker.ops.layout import INPUT_LAYER, INPUT_RMS
 
 
 class Store(Enum):
@@ -34,6 +37,12 @@ class Store(Enum):
 
 
 _LAYER_POINTS: Final = ("hook_resid_pre", "hook_resid_post")
+#: Where the op stands before a module, not behind it.
+_INPUTS: Final = (
+    *("hook_resid_pre", HEADS, "hook_resid_mid", "ln2.hook_normalized", "mlp.hook_in"),
+)
+#: What a matrix product is given, which is stored in any case.
+_PRODUCT_INPUTS: Final = (HEADS, "mlp.hook_in")
 #: Of Gemma-2 and 3, and of GLM-4.
 _NORMS_AFTER_BRANCHES: Final = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
@@ -47,6 +56,53 @@ def owned_hook_points(
     """
     layers = decoder_layers(model, num_layers)
     return [point for point in points if not is_placeholder(layers[point.layer])]
+
+
+def install_order(points: Iterable[HookPoint]) -> list[HookPoint]:
+    """Hook points in the order of their installation.
+
+    Of two at one place, the one that the pass comes by first must be called first. What is put
+    before a module is called before all that was put there earlier; what is put behind it, after.
+    """
+    ordered = sorted(points, key=lambda point: place_in_pass(str(point)))
+    before = [point for point in ordered if point.kind in _INPUTS]
+    return [*reversed(before), *(point for point in ordered if point.kind not in _INPUTS)]
+
+
+def width_of_heads(
+    model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel: int
+) -> int:
+    """Heads times head size, of all tensor-parallel ranks, where the heads are hooked.
+
+    Raises:
+        UnsupportedModelError: where the structure is not understood.
+    """
+    module = decoder_layers(model, num_layers)[point.layer]
+    place = _layer(module, point.layer, torch.float32, tensor_parallel).place(point)
+    return int(module.get_submodule(place.path).input_size)  # type: ignore[arg-type]
+
+
+def input_norm(model: nn.Module, point: HookPoint, num_layers: int) -> InputNorm:
+    """What a hook point is behind, in float32, of the place at which it is hooked.
+
+    Raises:
+        UnsupportedModelError: where the norm is none that is known.
+    """
+    if point.kind != "ln2.hook_normalized":
+        return InputNorm()
+    module = decoder_layers(model, num_layers)[point.layer]
+    place = _layer(module, point.layer, torch.float32, 1).place(point)
+    norm = module.get_submodule(place.path)
+    name = original_class(norm).__name__
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    kind = INPUT_RMS if name.endswith("RMSNorm") else INPUT_LAYER if name == "LayerNorm" else None
+    partial = getattr(norm, "variance_size_override", None) is not None
+    if kind is None or not isinstance(eps, float) or partial:
+        raise UnsupportedModelError(
+            f"{point}: {name} is no norm that is known; a dictionary that reads before its gain "
+            "cannot be served"
+        )
+    return InputNorm(kind, eps)
 
 
 def install(
@@ -78,9 +134,10 @@ def install(
     if tensor_parallel > 1:
         _refuse_deferred_sums(module, str(point))
     place = layer.place(point)
-    if tensor_parallel > 1 and point.kind not in _LAYER_POINTS:
+    # Of heads each rank has its own, whole.
+    if tensor_parallel > 1 and point.kind not in (*_LAYER_POINTS, HEADS):
         _refuse_partial_sums(module, place, str(point))
-    store = _store(module, place)
+    store = Store.AS_PLAIN if point.kind in _PRODUCT_INPUTS else _store(module, place)
     wide = store is Store.WIDE
     installation.install(module, place, str(point), layer.parameters(), wide=wide)
     return store
@@ -150,4 +207,13 @@ def _refuse_deferred_sums(layer: nn.Module, hook: str) -> None:
         )
 
 
-__all__ = ["Place", "Store", "UnsupportedModelError", "install", "owned_hook_points"]
+__all__ = [
+    "Place",
+    "Store",
+    "UnsupportedModelError",
+    "input_norm",
+    "install",
+    "install_order",
+    "owned_hook_points",
+    "width_of_heads",
+]

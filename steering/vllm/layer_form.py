@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sae.card import HookPoint
-from steering.vllm.flows import EDIT, HIDDEN, RESIDUAL, Call, Factors, Flow, Known
+from sae.card import HEADS, HookPoint
+from steering.vllm.flows import EDIT, HIDDEN, RESIDUAL, Attribute, Call, Factors, Flow, Known
 from steering.vllm.forward_trace import (
     EditAt,
     NotUnderstood,
@@ -24,6 +24,7 @@ from steering.vllm.forward_trace import (
     summary,
     traces,
 )
+from steering.vllm.head_outputs import heads_projection
 from steering.vllm.unsupported import UnsupportedModelError
 
 ATTENTION_NAMES: Final = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
@@ -153,6 +154,37 @@ def _resid_mid(layer: Layer) -> Place:
     return place
 
 
+def _normalized(layer: Layer) -> Place:
+    place = _resid_mid(layer)
+    if any(call.norm is None for trace in layer._traces() for call in trace.called(place.path)):
+        raise NotUnderstood("its MLP reads the stream as it is; there is no norm before it")
+    return place
+
+
+def _mlp_in(layer: Layer) -> Place:
+    layer.parameters()
+    layer.fused()
+    places = set()
+    for trace in layer._traces():
+        call = _one_call(trace, MLP_NAMES, "MLP")
+        if len(trace.called(call.path)) > 1 or not call.forward or not call.inputs:
+            raise NotUnderstood(f"{call.path} is not called once, by its forward, with a tensor")
+        places.add(Place(call.path, False, call.inputs[0][0]))
+    return _only(places, "what its MLP is given is not the same")
+
+
+def _heads(layer: Layer) -> Place:
+    layer.parameters()
+    layer.fused()
+    paths = {_one_call(trace, ATTENTION_NAMES, "attention").path for trace in layer._traces()}
+    path = _only(paths, "its attention is not the same module")
+    attention = layer.subject.attribute(path)
+    if not isinstance(attention, Attribute) or attention.module is None:
+        raise NotUnderstood("its attention is known only where the model is loaded")
+    projection = heads_projection(attention.module, layer.dtype, layer.tensor_parallel)
+    return Place(f"{path}.{projection}", False, 0)
+
+
 def _branch(names: tuple[str, ...], what: str) -> Callable[[Layer], Place]:
     def find(layer: Layer) -> Place:
         layer.parameters()
@@ -183,6 +215,9 @@ def _own_output(names: tuple[str, ...], what: str) -> Callable[[Layer], Place]:
 _FINDERS: Final[Mapping[str, Callable[[Layer], Place]]] = {
     "hook_resid_pre": _resid_pre,
     "hook_resid_mid": _resid_mid,
+    "ln2.hook_normalized": _normalized,
+    "mlp.hook_in": _mlp_in,
+    HEADS: _heads,
     "hook_resid_post": _resid_post,
     "hook_attn_out": _branch(ATTENTION_NAMES, "attention"),
     "hook_mlp_out": _branch(MLP_NAMES, "MLP"),

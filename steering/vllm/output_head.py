@@ -34,7 +34,7 @@ class OutputHead:
 
     @cached_property
     def _lora_wrappers(self) -> list[Any]:
-        from vllm.lora.layers import LogitsProcessorWithLoRA
+        from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 
         return [
             module.punica_wrapper

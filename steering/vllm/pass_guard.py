@@ -68,10 +68,11 @@ class PassGuard:
         """A stream is ``[num_tokens, d]``, or that with a leading axis of one."""
         shape = tuple(hidden_states.shape)
         plain = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
-        if not plain or shape[-1] != self._state.d_in or shape[-2] > self._state.max_num_tokens:
+        width = self._state.width_here(hook)
+        if not plain or shape[-1] != width or shape[-2] > self._state.max_num_tokens:
             return (
                 f"{hook}: the stream there is of shape {list(shape)}, not [tokens, "
-                f"{self._state.d_in}] with at most {self._state.max_num_tokens} tokens"
+                f"{width}] with at most {self._state.max_num_tokens} tokens"
             )
         if residual is not None and tuple(residual.shape) != shape:
             return f"{hook}: a residual of shape {list(residual.shape)} beside {list(shape)}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
@@ -24,6 +25,8 @@ from steering.vllm.results import ask_workers, results_of
 
 #: Engine requests of one study at a time.
 IN_FLIGHT: Final = 8
+#: Studies that have something kept in the workers at a time.
+MAX_KEEPING: Final = 8
 #: Of vLLM's priorities the lowest number comes first.
 LAST: Final = 2**31 - 1
 
@@ -140,11 +143,15 @@ class Reader:
     Args:
         engine: the engine client.
         in_flight: most runs of one call that are in the engine at a time.
+
+    Attributes:
+        keeping: what a study enters as long as the workers keep something for it; others wait.
     """
 
     def __init__(self, engine: Any, in_flight: int = IN_FLIGHT) -> None:
         self._engine = engine
         self._in_flight = in_flight
+        self.keeping = asyncio.Semaphore(MAX_KEEPING)
 
     @property
     def engines(self) -> int:
@@ -242,11 +249,15 @@ class OfflineReader:
     Args:
         llm: the engine.
         in_flight: most runs that are handed to it at a time.
+
+    Attributes:
+        keeping: see `Reader`; offline nothing runs beside a study.
     """
 
     def __init__(self, llm: Any, in_flight: int = IN_FLIGHT) -> None:
         self._llm = llm
         self._in_flight = in_flight
+        self.keeping = nullcontext()
 
     @property
     def engines(self) -> int:

@@ -111,6 +111,48 @@ class _RowLimits:
         return next(iter(held))
 
 
+class _PromptFirst:
+    """Scheduler mixin: a text's prompt and its completion are computed in passes of their own.
+
+    Of a text that is read, vLLM's prompt holds both. What its prompt decides (scope ``prompt``)
+    may be read behind the place of an edit of its completion, and must be known before.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prompt_ends: dict[str, int] = {}
+
+    def add_request(self, request: Request) -> None:
+        plan = plan_of(request.sampling_params)
+        if plan is not None and plan.prompt_decides and plan.prompt_len < request.num_prompt_tokens:
+            self._prompt_ends[request.request_id] = plan.prompt_len
+        super().add_request(request)  # type: ignore[misc]
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        ended: list[Request] = super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
+        for request in ended:
+            self._prompt_ends.pop(request.request_id, None)
+        return ended
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._prompt_ends.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """What vLLM asks last of all how many tokens a request is given in a pass."""
+        end = self._prompt_ends.get(request.request_id)
+        if end is not None and num_computed_tokens < end < num_computed_tokens + num_new_tokens:
+            num_new_tokens = end - num_computed_tokens
+        given: int = super()._reserve_prefill_lookahead(  # type: ignore[misc]
+            request, num_computed_tokens, num_new_tokens
+        )
+        return given
+
+
 class _Findings:
     """Scheduler mixin: a request ends with the token at which its ``stop_when`` fired.
 
@@ -148,8 +190,7 @@ class _Findings:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        # Tokens before the last were judged when they were new: where they are computed again after
-        # a preemption, a difference in rounding must not take back what was answered since.
+        # Of a chunk of what is computed again after a preemption the last token is no news.
         if self._fired.get(request.request_id) != request.num_tokens - 1:
             updated: tuple[list[int], bool] = super()._update_request_with_output(  # type: ignore[misc]
                 request, new_token_ids, is_stale=is_stale
@@ -162,11 +203,11 @@ class _Findings:
         return [], True
 
 
-class _SteeringScheduler(_Findings, _RowLimits, Scheduler):
+class _SteeringScheduler(_Findings, _PromptFirst, _RowLimits, Scheduler):
     pass
 
 
-class _SteeringAsyncScheduler(_Findings, _RowLimits, AsyncScheduler):
+class _SteeringAsyncScheduler(_Findings, _PromptFirst, _RowLimits, AsyncScheduler):
     pass
 
 

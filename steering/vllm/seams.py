@@ -128,7 +128,21 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("entrypoints.llm", "LLM.get_default_sampling_params"),
     ),
     "steering/vllm/reader.py": (
-        Seam("v1.engine.async_llm", "AsyncLLM.generate", parameters=("lora_request", "priority")),
+        Seam(
+            "v1.engine.async_llm",
+            "AsyncLLM.generate",
+            parameters=("lora_request", "priority", "data_parallel_rank"),
+        ),
+        Seam(
+            "v1.engine.core_client",
+            "DPLBAsyncMPClient.get_core_engine_for_request",
+            mentions=("data_parallel_rank", "core_engines"),
+        ),
+        Seam("v1.engine.async_llm", "AsyncLLM", fields=("engine_core", "vllm_config")),
+        Seam("v1.engine.core_client", "AsyncMPClient", fields=("core_engines",)),
+        Seam("config.vllm", "VllmConfig", fields=("kv_transfer_config",)),
+        Seam("entrypoints.llm", "LLM", fields=("llm_engine",)),
+        Seam("entrypoints.llm", "LLM.collective_rpc", first=("method",), parameters=("args",)),
         Seam("", "LLM"),
         Seam("", "SamplingParams"),
         Seam(
@@ -232,7 +246,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "v1.core.sched.scheduler",
             "Scheduler",
             fields=("requests",),
-            mentions=("_free_request", "get_request_counts"),
+            mentions=("_free_request", "get_request_counts", "_reserve_prefill_lookahead"),
         ),
         Seam("v1.core.sched.scheduler", "Scheduler.__init__", first=("vllm_config",)),
         Seam("v1.core.sched.scheduler", "Scheduler.add_request", first=("request",)),
@@ -244,11 +258,16 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.core.sched.scheduler", "Scheduler.get_request_counts"),
         Seam("v1.core.sched.scheduler", "Scheduler._free_request", first=("request",)),
         Seam(
+            "v1.core.sched.scheduler",
+            "Scheduler._reserve_prefill_lookahead",
+            first=("request", "num_computed_tokens", "num_new_tokens"),
+        ),
+        Seam(
             "v1.request",
             "Request",
             fields=(
                 *("request_id", "sampling_params", "status", "stop_reason", "num_tokens"),
-                "num_output_placeholders",
+                *("num_output_placeholders", "num_prompt_tokens"),
             ),
         ),
         Seam(
@@ -350,6 +369,25 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.worker.gpu.model_runner", "GPUModelRunner", mentions=("compute_logits",)),
         Seam("v1.worker.gpu.model_runner", "", mentions=("compute_logits_local",)),
     ),
+    "steering/vllm/output_head.py": (
+        Seam("model_executor.models.interfaces_base", "VllmModelForTextGeneration.compute_logits"),
+        Seam(
+            "lora.layers.logits_processor",
+            "LogitsProcessorWithLoRA",
+            mentions=("punica_wrapper", "add_lora_logits"),
+        ),
+    ),
+    "steering/vllm/pass_positions.py": (
+        Seam(
+            "v1.core.sched.output",
+            "SchedulerOutput",
+            fields=("scheduled_cached_reqs", "scheduled_new_reqs"),
+        ),
+        Seam(
+            "v1.core.sched.output", "CachedRequestData", fields=("req_ids", "num_computed_tokens")
+        ),
+        Seam("v1.core.sched.output", "NewRequestData", fields=("req_id", "num_computed_tokens")),
+    ),
     "steering/vllm/rehearsal.py": (
         Seam("v1.worker.gpu_model_runner", "GPUModelRunner.profile_run"),
         Seam("v1.worker.gpu.model_runner", "GPUModelRunner.profile_run"),
@@ -362,7 +400,11 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.compilation", "CUDAGraphMode", fields=("NONE",)),
         Seam("config.compilation", "CompilationMode", fields=("NONE",)),
         Seam("distributed.parallel_state", "get_tp_group"),
-        Seam("distributed.parallel_state", "GroupCoordinator", fields=("is_first_rank",)),
+        Seam(
+            "distributed.parallel_state",
+            "GroupCoordinator",
+            fields=("is_first_rank", "world_size", "rank_in_group"),
+        ),
         Seam("platforms", "current_platform"),
         Seam("platforms.interface", "Platform", fields=("is_cpu", "is_cuda", "device_name")),
         Seam("triton_utils", "HAS_TRITON"),
@@ -418,7 +460,29 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
     ),
     "steering/vllm/hook_points.py": (
-        Seam("model_executor.layers.linear", "RowParallelLinear", fields=("reduce_results",)),
+        Seam(
+            "model_executor.layers.linear",
+            "RowParallelLinear",
+            fields=("reduce_results", "input_size"),
+        ),
+        Seam("model_executor.layers.layernorm", "RMSNorm", fields=("variance_epsilon",)),
+        Seam("model_executor.layers.layernorm", "RMSNorm", fields=("variance_size_override",)),
+        Seam("model_executor.layers.layernorm", "GemmaRMSNorm", fields=("variance_epsilon",)),
+    ),
+    "steering/vllm/head_outputs.py": (
+        Seam(
+            "model_executor.layers.attention.attention",
+            "Attention",
+            fields=("num_heads", "head_size"),
+        ),
+        Seam("model_executor.layers.linear", "RowParallelLinear", fields=("input_size",)),
+    ),
+    "steering/vllm/shared_heads.py": (
+        Seam(
+            "distributed.communication_op",
+            "tensor_model_parallel_all_gather",
+            first=("input_", "dim"),
+        ),
     ),
     "steering/vllm/decoder_layers.py": (
         Seam("model_executor.models.utils", "PPMissingLayer"),
@@ -501,7 +565,10 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam(
             "v1.worker.gpu.model_runner",
             "GPUModelRunner",
-            fields=("input_buffers", "model_state", "get_model", "device"),
+            fields=(
+                *("input_buffers", "model_state", "get_model", "device"),
+                "execute_model_state",
+            ),
             mentions=("add_request", "preprocess_state"),
         ),
         Seam(
@@ -531,6 +598,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "ModelState.preprocess_state",
             first=("input_batch",),
         ),
+        Seam("v1.worker.gpu.model_runner", "ExecuteModelState", fields=("hidden_states",)),
         Seam("v1.worker.gpu.input_batch", "InputBuffers", fields=("positions", "input_ids")),
         Seam(
             "v1.worker.gpu.input_batch",
@@ -783,7 +851,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             fields=("get_hidden_size", "get_total_num_hidden_layers"),
         ),
     ),
-    "server/unembedding.py": (
+    "steering/unembedding.py": (
         Seam("config.model", "ModelConfig", fields=("model", "revision", "hf_text_config")),
     ),
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.triton_utils import HAS_TRITON
 
-from sae.card import HookPoint
+from sae.card import HEADS, HookPoint
 from sae.errors import SAEError
-from sae.sae import open_sae
+from sae.sae import SAE, open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
+from steering.request.hook_order import place_in_pass
 from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
 from steering.vllm.finite_logits import keep_logits_finite
@@ -30,6 +32,7 @@ from steering.vllm.output_head import OutputHead
 from steering.vllm.pass_guard import PassGuard
 from steering.vllm.piecewise import split_at_steer
 from steering.vllm.rehearsal import rehearse_full_passes
+from steering.vllm.shared_heads import RankHeads
 from steering.vllm.support import (
     UnsupportedEngineError,
     refuse_unknown_runner,
@@ -38,6 +41,7 @@ from steering.vllm.support import (
 from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import registered
 from steering.worker.ops.buffers import Kernel
+from steering.worker.ops.layout import FLOAT16_LIMIT
 from steering.worker.scores import Scores, SteeredSide, packed
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
@@ -227,12 +231,39 @@ class SteeringWorker(PlatformWorker):
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         return Scores(OutputHead(model), vocab_size, device, reports=self._keeps_records)
 
+    @property
+    def _heads(self) -> RankHeads | None:
+        group = get_tp_group()
+        if group.world_size == 1:
+            return None
+        return RankHeads(group.world_size, group.rank_in_group)
+
+    def _refuse_other_heads(
+        self, saes: Sequence[SAE], owned: Sequence[HookPoint], num_layers: int
+    ) -> None:
+        """The heads' width is known when the model is loaded."""
+        model, ranks = self.model_runner.get_model(), self.parallel_config.tensor_parallel_size
+        for point in owned:
+            if point.kind != HEADS:
+                continue
+            width = hook_points.width_of_heads(model, point, num_layers, ranks)
+            for sae in saes:
+                card = sae.card
+                if str(point) in (card.reads, *card.writes) and card.d_in != width:
+                    raise SAEError(
+                        f"SAE {card.id!r}: d_in is {card.d_in}, but the heads at {point} have "
+                        f"{width} elements together"
+                    )
+
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner
         model = runner.get_model()
         saes = [open_sae(ref) for ref in config.saes]
-        points = sorted({HookPoint.parse(sae.card.hook) for sae in saes}, key=str)
+        places = {hook for sae in saes for hook in (sae.card.reads, *sae.card.writes)}
+        points = [HookPoint.parse(hook) for hook in sorted(places, key=place_in_pass)]
         owned = hook_points.owned_hook_points(model, points, config.num_layers)
+        _refuse_across_stages(saes, owned)
+        self._refuse_other_heads(saes, owned, config.num_layers)
         adapter = runner_v2 if self.use_v2_model_runner else runner_v1
         refuse_unknown_runner(runner, adapter.RUNNER)
         positions, input_ids = adapter.token_buffers(runner)
@@ -251,6 +282,14 @@ class SteeringWorker(PlatformWorker):
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
             resident=config.resident if runner.device.type == "cuda" else None,
+            limit=FLOAT16_LIMIT
+            if self.vllm_config.model_config.dtype == torch.float16
+            else math.inf,
+            input_norms={
+                str(point): hook_points.input_norm(model, point, config.num_layers)
+                for point in owned
+            },
+            heads=self._heads,
         )
         stores = {
             point: hook_points.install(
@@ -260,7 +299,7 @@ class SteeringWorker(PlatformWorker):
                 self.parallel_config.tensor_parallel_size,
                 self.vllm_config.model_config.dtype,
             )
-            for point in owned
+            for point in hook_points.install_order(owned)
         }
         dtype = self.vllm_config.model_config.dtype
         hidden_dtypes = {dtype}
@@ -268,7 +307,7 @@ class SteeringWorker(PlatformWorker):
             _tell_of_rounding(stores, dtype)
             if Store.WIDE in stores.values():
                 hidden_dtypes.add(torch.float32)
-        state.compile_kernel(dtype, config.d_model, hidden_dtypes)
+        state.compile_kernel(dtype, hidden_dtypes)
         registered.make_current(state)
         adapter.attach(runner, state)
         keep_logits_finite(model, state)
@@ -277,6 +316,19 @@ class SteeringWorker(PlatformWorker):
             rehearse_full_passes(runner, state)
         self._guard = PassGuard(state, model, replayed=state.graphs)
         return state
+
+
+def _refuse_across_stages(saes: Sequence[SAE], owned: Sequence[HookPoint]) -> None:
+    """What is read on one pipeline stage is not known on another."""
+    here = {str(point) for point in owned}
+    for sae in saes:
+        places = {sae.card.reads, *sae.card.writes}
+        if places & here and not places <= here:
+            raise SAEError(
+                f"SAE {sae.card.id!r} reads at {sae.card.reads} and writes at "
+                f"{', '.join(sae.card.writes)}, which are on different pipeline stages; serve it "
+                "without --pipeline-parallel-size"
+            )
 
 
 def _tell_of_rounding(stores: Mapping[HookPoint, Store], dtype: torch.dtype) -> None:

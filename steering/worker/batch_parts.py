@@ -25,7 +25,7 @@ from steering.request.plan import (
 from steering.request.probe_plan import PlannedCapture, PlannedPool, PlannedProbe
 from steering.worker.ops import compiled
 from steering.worker.ops.buffers import Buffers
-from steering.worker.ops.compiled import CompiledEdits, CompiledGates, Covers
+from steering.worker.ops.compiled import CompiledEdits, CompiledGates, CompiledReads, Covers
 from steering.worker.probed_tokens import (
     CapturedTokens,
     PooledTokens,
@@ -46,13 +46,17 @@ class SlotWork:
     """What one slot does at one hook point, beyond its entries in the tables.
 
     Attributes:
-        edits: ``(index in the request, edit)`` at this hook point.
+        edits: ``(index in the request, edit)`` that are added at this hook point.
         gates: ``(index in the request, gate)`` that are read at this hook point.
         full: SAEs that must be encoded in full for this slot's tokens.
         decode: the SAE whose reconstruction replaces the stream (``error_term: false``).
         read: what is read at this hook point.
         prompt_len: tokens of the request's original prompt.
         record: where what is read goes; None if nothing is recorded.
+        elsewhere: ``(index in the request, edit)`` that are read here and added elsewhere.
+        leaves_output: SAEs that are read here and whose reconstruction is needed elsewhere.
+        replaced: the SAE, read elsewhere, whose reconstruction replaces the stream.
+        fit: the SAE, read elsewhere, whose reconstruction is held against the stream.
         probes: ``(index in the request, probe)`` of those at this hook point.
     """
 
@@ -63,7 +67,16 @@ class SlotWork:
     read: PlannedRead | None
     prompt_len: int
     record: RequestRecord | None
+    elsewhere: Sequence[tuple[int, PlannedEdit]] = ()
+    leaves_output: frozenset[int] = frozenset()
+    replaced: int | None = None
+    fit: int | None = None
     probes: Sequence[tuple[int, PlannedProbe]] = ()
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether a pass over this slot's tokens runs in torch here."""
+        return bool(self.full or self.probes) or self.replaced is not None or self.fit is not None
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class ReadTokens:
         covers: ``[r, 1]`` what the reads cover.
         top_k: the most that one of them asks for; 0 if all ask for something else.
         others: probes of whole encodes, each with its tokens among these.
+        covers_output: whether what is covered is to be known where the SAE writes.
     """
 
     in_encode: Tensor
@@ -98,6 +112,22 @@ class ReadTokens:
     covers: Covers
     top_k: int
     others: list[tuple[RequestRecord, PlannedRead, slice]]
+    covers_output: bool
+
+
+@dataclass(frozen=True)
+class FitTokens:
+    """Tokens of a part where a request compares an SAE's reconstruction with the stream.
+
+    Attributes:
+        sae: the SAE, which was read elsewhere.
+        index: ``[m]`` int64, where they are in the part.
+        record: of the request.
+    """
+
+    sae: int
+    index: Tensor
+    record: RequestRecord
 
 
 @dataclass(frozen=True)
@@ -106,8 +136,10 @@ class FullPart:
 
     Attributes:
         index: ``[m]`` int64, where they are in the part.
-        edits: None if none has any at this SAE.
+        edits: None if none is added here at this SAE.
+        elsewhere: None if none is added elsewhere at this SAE.
         gates: None if none has any at this SAE.
+        leaves_output: the reconstruction is needed where the SAE writes.
         decodes: ``[m]`` bool, the reconstruction replaces the stream; None if of none.
         reads: None if none is read.
         pools: tokens whose activations are summed up.
@@ -116,7 +148,9 @@ class FullPart:
     sae: int
     index: Tensor
     edits: Exact | None
+    elsewhere: Exact | None
     gates: Exact | None
+    leaves_output: bool
     decodes: Tensor | None
     reads: ReadTokens | None
     pools: list[PooledTokens]
@@ -129,14 +163,21 @@ class BatchPart:
     Attributes:
         token: their index in the batch, a slice if they are neighbours.
         edits: None if no slot among them has any.
+        reads: of edits that are added elsewhere; None if no slot among them has any.
         gates: None if no slot among them has any here.
+        replaced: ``(SAE, [m] int64 index in the part)`` of tokens whose stream becomes what an SAE
+            that was read elsewhere makes of them.
+        fits: tokens that are compared with that.
         captures: tokens whose stream is kept behind the edits.
     """
 
     token: slice | Tensor
     edits: CompiledEdits | None
+    reads: CompiledReads | None
     gates: CompiledGates | None
     full: list[FullPart]
+    replaced: list[tuple[int, Tensor]]
+    fits: list[FitTokens]
     captures: list[CapturedTokens]
 
 
@@ -198,21 +239,35 @@ class BatchParts:
         dense = last - first + 1 == len(token_np)
         slots = {int(slot): np.flatnonzero(slot_np == slot) for slot in np.unique(slot_np)}
         num_edits = int(buffers.table.count_np[slot_np].max())
+        num_reads = int(buffers.reads.count_np[slot_np].max())
         num_gates = int(buffers.gates.count_np[slot_np].max())
         return BatchPart(
             token=slice(first, last + 1) if dense else torch.from_numpy(token_np).to(device),
             edits=compiled.compile_edits(slot_np, token_np, num_edits, buffers)
             if num_edits
             else None,
+            reads=compiled.compile_reads(slot_np, token_np, num_reads, buffers)
+            if num_reads
+            else None,
             gates=compiled.compile_gates(slot_np, token_np, num_gates, buffers)
             if num_gates
             else None,
             full=[
-                self._full_part(sae, slots, num_edits, num_gates, device)
+                self._full_part(sae, slots, (num_edits, num_reads, num_gates), device)
                 for sae in sorted({sae for slot in slots for sae in self.work[slot].full})
             ],
+            replaced=self._replaced(slots, device),
+            fits=[
+                FitTokens(fit, torch.from_numpy(in_part).to(device), record)
+                for slot, in_part in slots.items()
+                if (fit := self.work[slot].fit) is not None
+                and (record := self.work[slot].record) is not None
+            ],
             captures=[
-                captured_tokens(*(record, probe, planned, work.edits, token_np[here], here, device))
+                captured_tokens(
+                    *(record, probe, planned, work.edits, work.elsewhere),
+                    *(token_np[here], here, device),
+                )
                 for slot, here in slots.items()
                 if (record := (work := self.work[slot]).record) is not None
                 for probe, planned in work.probes
@@ -220,12 +275,24 @@ class BatchParts:
             ],
         )
 
+    def _replaced(
+        self, slots: Mapping[int, IntArray], device: torch.device
+    ) -> list[tuple[int, Tensor]]:
+        by_sae: dict[int, list[IntArray]] = {}
+        for slot, in_part in slots.items():
+            sae = self.work[slot].replaced
+            if sae is not None:
+                by_sae.setdefault(sae, []).append(in_part)
+        return [
+            (sae, torch.from_numpy(np.concatenate(parts)).to(device))
+            for sae, parts in by_sae.items()
+        ]
+
     def _full_part(
         self,
         sae: int,
         slots: Mapping[int, IntArray],
-        num_edits: int,
-        num_gates: int,
+        widths: tuple[int, int, int],
         device: torch.device,
     ) -> FullPart:
         in_part = {slot: here for slot, here in slots.items() if sae in self.work[slot].full}
@@ -236,12 +303,16 @@ class BatchParts:
         for slot, where in in_encode.items():
             decodes_np[where] = work[slot].decode == sae
         edits = {slot: [edit for _, edit in work[slot].edits] for slot in work}
+        elsewhere = {slot: [edit for _, edit in work[slot].elsewhere] for slot in work}
         gates = {slot: [gate for _, gate in work[slot].gates] for slot in work}
+        num_edits, num_reads, num_gates = widths
         return FullPart(
             sae,
             torch.from_numpy(index_np).to(device),
             edits=_exact(sae, edits, in_encode, (len(index_np), num_edits), device),
+            elsewhere=_exact(sae, elsewhere, in_encode, (len(index_np), num_reads), device),
             gates=_exact(sae, gates, in_encode, (len(index_np), num_gates), device),
+            leaves_output=any(sae in of_slot.leaves_output for of_slot in work.values()),
             decodes=torch.from_numpy(decodes_np).to(device) if decodes_np.any() else None,
             reads=self._reads(sae, work, in_part, in_encode, device),
             pools=[
@@ -300,6 +371,9 @@ class BatchParts:
                 for (_, read, record), length, stop in zip(found, lengths, stops, strict=True)
                 if read.fit or read.aggregate is not None
             ],
+            covers_output=any(
+                read.fit and sae in work[slot].leaves_output for slot, read, _ in found
+            ),
         )
 
 

@@ -1,8 +1,8 @@
 """Final hidden states that are kept of a study's texts until they are compared.
 
 They lie on the host, so that no study takes memory from the KV cache: pinned beside an accelerator,
-to which copies go on the compute stream. A copy back on that stream finds what the pass wrote, and
-nobody waits.
+from which they are copied on the compute stream. Nobody waits for that: a pass's rows are copied
+before its next token is sampled, and whoever asks for them has seen that token.
 """
 
 from __future__ import annotations

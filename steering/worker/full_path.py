@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 from sae.sae import SAE
-from steering.worker.batch_parts import BatchPart, Exact, FullPart
+from steering.worker.batch_parts import BatchPart, Exact, FitTokens, FullPart
 from steering.worker.ops import batched
 from steering.worker.ops.batched import Stream
 from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.compiled import CompiledReads
 from steering.worker.pass_reports import PassReports
+from steering.worker.probed_tokens import Asked
 from steering.worker.probes import Totals, strongest
 from steering.worker.record import RequestRecord
 from steering.worker.residency import Residency
+from steering.worker.whole_outputs import WholeOutputs
 
 
 @torch.inference_mode()
@@ -24,29 +27,93 @@ def apply(
     residency: Residency,
     buffers: Buffers,
     reports: PassReports,
+    outputs: WholeOutputs,
 ) -> None:
-    """Read conditions, edit, and read features on the tokens of one part, in this order.
+    """Read conditions and edits, edit, and read features on the tokens of one part.
 
     All of it is of the stream as it came, but for what is kept of it behind the edits. Parts follow
     each other in the order of their tokens, so that a condition on earlier tokens knows them.
     """
     stream = batched.gather_stream(hidden_states, residual, part.token, buffers)
+    for fit in part.fits:
+        _fit_where_written(stream, fit, outputs)
     encoded = [(full, residency.whole(full.sae).encode(stream.x[full.index])) for full in part.full]
     if part.gates is not None:
         f = batched.read(stream, part.gates.latents, buffers.rows).f
         for full, f_all in encoded:
             _put_exact(f, full, full.gates, f_all)
         batched.note_events(stream, f, part.gates, buffers)
-    asked = None
+    asked = Asked()
+    if part.reads is not None:
+        asked.elsewhere = _read_for_elsewhere(stream, part, part.reads, encoded, buffers)
     if part.edits is not None:
-        asked = _edit(hidden_states, stream, part, encoded, residency, buffers)
+        asked.here = _edit(hidden_states, stream, part, encoded, residency, buffers, outputs)
     for full, f_all in encoded:
+        sae = residency.whole(full.sae)
+        if full.leaves_output:
+            _leave_output(stream, full, f_all, sae, len(hidden_states), outputs)
         if full.reads is not None:
-            _read(stream, full, f_all, residency.whole(full.sae), reports)
+            _read(stream, full, f_all, sae, reports, outputs)
         for pooled in full.pools:
-            pooled.observe(stream, f_all, residency.whole(full.sae))
+            pooled.observe(stream, f_all, sae)
     for captured in part.captures:
         captured.keep(hidden_states, residual, asked, buffers, reports)
+
+
+def _read_for_elsewhere(
+    stream: Stream,
+    part: BatchPart,
+    reads: CompiledReads,
+    encoded: list[tuple[FullPart, Tensor]],
+    buffers: Buffers,
+) -> Tensor | None:
+    """Leave what edits ask for where they are added; returns it as `_edit` does.
+
+    Whether their conditions hold is known there alone.
+    """
+    coverage = batched.cover(stream, reads.edits.covers)
+    read = batched.read(stream, reads.edits.latents, buffers.rows)
+    for full, f_all in encoded:
+        _put_exact(read.f, full, full.elsewhere, f_all)
+    batched.carry(read, coverage, reads, buffers)
+    if not part.captures:
+        return None
+    return torch.where(coverage.covered, batched.asked(read.f, reads.edits), 0.0)
+
+
+def _leave_output(
+    stream: Stream,
+    full: FullPart,
+    f_all: Tensor,
+    sae: SAE,
+    num_tokens: int,
+    outputs: WholeOutputs,
+) -> None:
+    output = outputs.leave(full.sae, num_tokens, sae.card.d_out, f_all.device)
+    token = _tokens(stream.token, f_all.device)[full.index]
+    output.decoded[token] = sae.decode(f_all, stream.x[full.index])
+    output.l0[token] = (f_all != 0).sum(dim=1)
+
+
+def _fit_where_written(stream: Stream, fit: FitTokens, outputs: WholeOutputs) -> None:
+    """Compare what a dictionary said of its output with what stands there."""
+    output = outputs.take(fit.sae)
+    token = _tokens(stream.token, stream.x.device)[fit.index]
+    assert fit.record.fit is not None
+    fit.record.fit.observe(
+        stream.position[fit.index],
+        output.covered[token],
+        stream.x[fit.index],
+        output.decoded[token],
+        output.l0[token],
+    )
+
+
+def _tokens(token: slice | Tensor, device: torch.device) -> Tensor:
+    """Indices in the batch."""
+    if isinstance(token, slice):
+        return torch.arange(token.start, token.stop, device=device)
+    return token
 
 
 def _edit(
@@ -56,6 +123,7 @@ def _edit(
     encoded: list[tuple[FullPart, Tensor]],
     residency: Residency,
     buffers: Buffers,
+    outputs: WholeOutputs,
 ) -> Tensor | None:
     """Edit the part's tokens.
 
@@ -66,6 +134,9 @@ def _edit(
     edits = part.edits
     assert edits is not None
     coverage = batched.cover(stream, edits.covers)
+    carried = batched.carried_change(edits, buffers)
+    if carried is not None and edits.carried is not None:
+        coverage = batched.without_sinks_elsewhere(coverage, carried, edits.carried)
     active, skipped, held = coverage.covered, coverage.skipped, None
     if edits.conditions is not None:
         is_open = batched.open_edits(stream, edits.conditions, buffers.gate_state)
@@ -77,11 +148,18 @@ def _edit(
     batched.report(read.f, coverage, held, edits, buffers.f)
     difference = batched.difference(read, edits, active)
     scaled = difference if read.g is None else difference * read.g
+    if carried is not None and edits.carried is not None:
+        carried = torch.where(active, carried, 0.0)
+        scaled = torch.where(edits.carried.elsewhere, carried, scaled)
     delta = batched.decoded(scaled, edits, buffers.rows)
     for full, f_all in encoded:
         if full.decodes is not None:
             _reconstruct(delta, stream, difference, full, f_all, residency.whole(full.sae))
+    for sae, index in part.replaced:
+        token = _tokens(stream.token, delta.device)[index]
+        delta[index] += outputs.take(sae).decoded[token] - stream.x[index]
     touched = active.any(dim=1)
+    delta = batched.bounded(delta, hidden_states, stream, buffers.limit)
     delta = batched.limited(delta, stream, touched, edits, buffers.share)
     batched.add_delta(hidden_states, stream, delta, touched)
     buffers.counters[0] += touched.sum()
@@ -117,7 +195,14 @@ def _reconstruct(
     delta[full.index] = torch.where(full.decodes[:, None], change, delta[full.index])
 
 
-def _read(stream: Stream, full: FullPart, f_all: Tensor, sae: SAE, reports: PassReports) -> None:
+def _read(
+    stream: Stream,
+    full: FullPart,
+    f_all: Tensor,
+    sae: SAE,
+    reports: PassReports,
+    outputs: WholeOutputs,
+) -> None:
     reads = full.reads
     assert reads is not None
     seen = Stream(
@@ -128,6 +213,8 @@ def _read(stream: Stream, full: FullPart, f_all: Tensor, sae: SAE, reports: Pass
     )
     covered = batched.cover(seen, reads.covers).covered[:, 0]
     f = f_all[reads.in_encode]
+    if reads.covers_output:
+        outputs.take(full.sae).covered[_tokens(stream.token, f.device)[reads.in_part]] = covered
     if reads.top_k:
         latents, values = strongest(f, reads.top_k)
         reports.copy(
@@ -135,9 +222,10 @@ def _read(stream: Stream, full: FullPart, f_all: Tensor, sae: SAE, reports: Pass
         )
     for record, read, tokens in reads.others:
         position, is_covered, its_f = seen.position[tokens], covered[tokens], f[tokens]
-        if record.fit is not None:
+        if record.fit is not None and sae.card.one_place:
             x = seen.x[tokens]
-            record.fit.observe(position, is_covered, x, sae.decode(its_f, x), its_f)
+            l0 = (its_f != 0).sum(dim=1)
+            record.fit.observe(position, is_covered, x, sae.decode(its_f, x), l0)
         elif read.aggregate is not None:
             if record.totals is None:
                 record.totals = Totals(read.aggregate, read.top_k, f.shape[1], f.device)

@@ -65,6 +65,19 @@ class PooledTokens:
         pooled.observe(stream.position[here], covered, f, scale)
 
 
+@dataclass
+class Asked:
+    """The changes ``f' - f`` that the edits of a part ask for; ``[n, e]`` float32 each.
+
+    Attributes:
+        here: of edits that are added here; None if there are none.
+        elsewhere: of edits that are read here and added elsewhere; None if there are none.
+    """
+
+    here: Tensor | None = None
+    elsewhere: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class CapturedTokens:
     """One request's tokens, whose stream is kept.
@@ -75,6 +88,7 @@ class CapturedTokens:
         in_batch: ``[r]`` int64.
         in_part: ``[r]`` int64, or a slice.
         columns: ``[k]`` int64, the entries of the part that are edits of the same SAE.
+        elsewhere: whether they are among those that are added elsewhere.
     """
 
     record: RequestRecord
@@ -83,12 +97,13 @@ class CapturedTokens:
     in_batch: Tensor
     in_part: slice | Tensor
     columns: Tensor
+    elsewhere: bool
 
     def keep(
         self,
         hidden_states: Tensor,
         residual: Tensor | None,
-        asked: Tensor | None,
+        asked: Asked,
         buffers: Buffers,
         reports: PassReports,
     ) -> None:
@@ -97,7 +112,7 @@ class CapturedTokens:
         Args:
             hidden_states: ``[num_tokens, d_in]`` model dtype.
             residual: the same shape, or None.
-            asked: ``[n, e]`` float32, the change that the part's edits ask for; None without edits.
+            asked: what the part's edits ask for.
             buffers: of the hook point.
             reports: where copies go.
         """
@@ -106,8 +121,9 @@ class CapturedTokens:
             self.planned.windows, stream.position, stream.special, self.record.plan.prompt_len
         )
         square = stream.x.new_zeros(len(stream.x))
-        if asked is not None and len(self.columns):
-            square = asked[self.in_part][:, self.columns].square().sum(dim=1)
+        change = asked.elsewhere if self.elsewhere else asked.here
+        if change is not None and len(self.columns):
+            square = change[self.in_part][:, self.columns].square().sum(dim=1)
         reports.copy(
             RequestRecord.put_stream,
             np.full(len(square), self.record.number),
@@ -136,19 +152,28 @@ def captured_tokens(
     probe: int,
     planned: PlannedCapture,
     edits: Sequence[tuple[int, PlannedEdit]],
+    elsewhere: Sequence[tuple[int, PlannedEdit]],
     in_batch: IntArray,
     in_part: IntArray,
     device: torch.device,
 ) -> CapturedTokens:
-    """Lay out one request's tokens: ``[r]`` each; ``edits`` are its own here, by column."""
-    columns = [column for column, (_, edit) in enumerate(edits) if edit.sae == planned.sae]
+    """Lay out one request's tokens: ``[r]`` each.
+
+    Its own edits are by column: ``edits`` that are added here, and those that are added
+    ``elsewhere``.
+    """
+    here, there = (
+        [column for column, (_, edit) in enumerate(of_place) if edit.sae == planned.sae]
+        for of_place in (edits, elsewhere)
+    )
     return CapturedTokens(
         record,
         probe,
         planned,
         torch.from_numpy(in_batch.astype(np.int64)).to(device),
         _index(in_part, device),
-        torch.tensor(columns, dtype=torch.int64, device=device),
+        torch.tensor(there or here, dtype=torch.int64, device=device),
+        bool(there),
     )
 
 

@@ -167,18 +167,17 @@ class Fit:
         return self._observed.nbytes
 
     def observe(
-        self, positions: Tensor, covered: Tensor, x: Tensor, x_hat: Tensor, f: Tensor
+        self, positions: Tensor, covered: Tensor, x: Tensor, x_hat: Tensor, l0: Tensor
     ) -> None:
         """Add tokens of a pass.
 
         Args:
             positions: ``[n]``.
             covered: ``[n]`` bool.
-            x: ``[n, d_in]`` the stream.
-            x_hat: ``[n, d_in]`` its reconstruction.
-            f: ``[n, d_sae]`` activations.
+            x: ``[n, d_out]`` the stream where the SAE writes.
+            x_hat: ``[n, d_out]`` its reconstruction.
+            l0: ``[n]`` how many features fire.
         """
-        l0 = (f != 0).sum(dim=1)
         columns = (column[covered].cpu().numpy() for column in (positions, x, x_hat, l0))
         self._observed.put(*columns)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,22 +28,49 @@ _NORM_CODES: Final = {
 }
 
 
+class Rows(Protocol):
+    """Rows on the device as a hook point sees them.
+
+    Attributes:
+        W_enc: ``[capacity, d]`` float32, encoder rows; their elements are neighbours.
+        W_dec: ``[capacity, d]`` float32, decoder rows, with the same strides.
+        params: ``[capacity, NUM_PARAMS]`` float32, what else an activation needs.
+    """
+
+    @property
+    def W_enc(self) -> Tensor: ...
+
+    @property
+    def W_dec(self) -> Tensor: ...
+
+    @property
+    def params(self) -> Tensor: ...
+
+
+class RowColumns(NamedTuple):
+    """Some of the pool's columns: those that a hook point's stream has."""
+
+    W_enc: Tensor
+    W_dec: Tensor
+    params: Tensor
+
+
 class RowPool:
     """A fixed number of device rows, reference-counted by the requests that use them.
 
     Attributes:
-        W_enc: ``[capacity, d_in]`` float32, encoder rows.
-        W_dec: ``[capacity, d_in]`` float32, decoder rows.
+        W_enc: ``[capacity, width]`` float32, encoder rows; zeros behind those that are shorter.
+        W_dec: ``[capacity, width]`` float32, decoder rows, likewise.
         params: ``[capacity, NUM_PARAMS]`` float32, what else an activation needs.
     """
 
     def __init__(
-        self, saes: Sequence[SAE], capacity: int, d_in: int, device: torch.device | str
+        self, saes: Sequence[SAE], capacity: int, width: int, device: torch.device | str
     ) -> None:
         self._saes = saes
         self.capacity = capacity
-        self.W_enc = torch.zeros(capacity, d_in, dtype=torch.float32, device=device)
-        self.W_dec = torch.zeros(capacity, d_in, dtype=torch.float32, device=device)
+        self.W_enc = torch.zeros(capacity, width, dtype=torch.float32, device=device)
+        self.W_dec = torch.zeros(capacity, width, dtype=torch.float32, device=device)
         self.params = torch.zeros(capacity, NUM_PARAMS, dtype=torch.float32, device=device)
         self._row: dict[RowKey, int] = {}
         self._users: dict[RowKey, int] = {}
@@ -55,6 +82,10 @@ class RowPool:
     def rows_in_use(self) -> int:
         """Rows that some running request uses."""
         return len(self._users)
+
+    def columns(self, start: int, stop: int) -> RowColumns:
+        """The rows at a hook point whose stream has these elements."""
+        return RowColumns(self.W_enc[:, start:stop], self.W_dec[:, start:stop], self.params)
 
     def acquire(self, keys: Collection[RowKey]) -> dict[RowKey, int]:
         """Make rows resident, count one more user of each, and say where they are.
@@ -84,9 +115,9 @@ class RowPool:
 
     def _upload(self, keys: Sequence[RowKey]) -> None:
         """Copy rows to the device: those that are made together at once."""
-        together: dict[tuple[object, ...], list[RowKey]] = {}
+        together: dict[RowKey, list[RowKey]] = {}
         for key in keys:
-            together.setdefault((key.sae, key.solved_with, key.protected), []).append(key)
+            together.setdefault(key._replace(latent=0), []).append(key)
         for members in together.values():
             where = torch.tensor([self._row[key] for key in members])
             rows = self._made(members)
@@ -102,10 +133,9 @@ class RowPool:
                 ],
                 dim=1,
             )
-            d_in = rows.W_enc.shape[1]
             for target, source in (
-                (self.W_enc[:, :d_in], rows.W_enc),
-                (self.W_dec[:, :d_in], rows.W_dec),
+                (self.W_enc, _widened(rows.W_enc, self.W_enc.shape[1])),
+                (self.W_dec, _widened(rows.W_dec, self.W_dec.shape[1])),
                 (self.params, params),
             ):
                 # Stream order protects steps in flight: they read the old rows before this writes.
@@ -116,7 +146,7 @@ class RowPool:
         first = members[0]
         sae = self._saes[first.sae]
         latents = [key.latent for key in members]
-        rows = sae.rows(latents)
+        rows = sae.rows(latents, first.write)
         hook = sae.card.hook
         protected = [
             (self._saes[index], latent)
@@ -132,6 +162,11 @@ class RowPool:
             W_dec=solved[[made_with.index(latent) for latent in latents]],
             decoder_scale=torch.ones_like(rows.decoder_scale),
         )
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """Zeros behind rows that are shorter: a row may have been a longer one before."""
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
 def _per_sae_params(card: SAECard, n: int) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 #: Stands for infinity among logits: sums of differences of it stay within float32.
 LARGEST: Final = 1e30
-#: Logits of one call of the head: 32 MiB of float32, of which about six exist at a time.
-MAX_BLOCK: Final = 2**23
+#: Logits of one call of the head: 64 MiB of float32, of which about six exist at a time.
+MAX_BLOCK: Final = 2**24
 #: Beside a CPU, those of them that are reduced together, within its caches.
 MAX_CACHED_BLOCK: Final = 2**19
 #: Texts of this many times fewer rows than a block has go through the head together.
@@ -129,8 +129,8 @@ class Scores:
 
     def _head(self, hidden: Sequence[Tensor]) -> Tensor | None:
         """``[n, vocabulary]`` logits of rows from the host; None where they are not needed."""
-        rows = hidden[0] if len(hidden) == 1 else torch.cat(list(hidden))
-        logits = self._logits(rows.to(self._device, non_blocking=True))
+        rows = [one.to(self._device, non_blocking=True) for one in hidden]
+        logits = self._logits(rows[0] if len(rows) == 1 else torch.cat(rows))
         return logits if self._reports else None
 
     def _targets(self, ids: Sequence[int], n: int) -> Tensor:
@@ -194,7 +194,8 @@ class _Distribution:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    z = torch.nan_to_num(logits.float(), nan=0.0, posinf=LARGEST, neginf=-LARGEST)
+    """Of logits that nobody needs any more."""
+    z = torch.nan_to_num_(logits.float(), nan=0.0, posinf=LARGEST, neginf=-LARGEST)
     return torch.log_softmax(z, dim=-1)
 
 

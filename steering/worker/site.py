@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sae.card import KINDS_THAT_DECODE
 from sae.sae import SAE
 from steering.request.limits import MAX_TOP_K
-from steering.request.plan import RowKey, SteeringPlan
+from steering.request.plan import PlannedEdit, PlannedGate, RowKey, SteeringPlan
 from steering.worker import full_path
 from steering.worker.batch_parts import BatchParts, SlotWork
 from steering.worker.ops.buffers import BoundKernel, Buffers
@@ -19,43 +22,65 @@ from steering.worker.probes import strongest
 from steering.worker.record import RequestRecord
 from steering.worker.residency import Residency
 from steering.worker.step import Step
+from steering.worker.whole_outputs import WholeOutputs
+
+
+class SharedHeads(Protocol):
+    """A stream of which each tensor-parallel rank holds some elements of every token."""
+
+    @property
+    def ranks(self) -> int: ...
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """``[num_tokens, d / ranks]`` of this rank to ``[num_tokens, d]``, in memory of its own."""
+        ...
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's part of what `gathered` gave."""
+        ...
 
 
 @dataclass
 class Site:
     """State of one hook point.
 
-    SAEs read here and edits write here; today every SAE does both at one place, so that the kernel
-    is the fusion of the two. What is read here for later hook points, the conditions, has a half of
-    its own already.
+    SAEs read here, and edits are added here. Of an SAE that does both at one place `steer` is the
+    fusion of the two. One that reads here and writes elsewhere has its edits read by `read_edits`,
+    which leaves in `Buffers.carried` what `steer` adds there.
 
     Attributes:
         hook: its name.
-        saes: index to SAE, those that sit here.
+        saes: index to SAE, those that read here.
+        written: index to SAE, those whose edits are added here.
         buffers: what a pass works on.
         kernel: for passes in which rows alone are enough; None where no kernel runs.
-        graphs: a CUDA graph holds both halves of the kernel, so both are launched every time.
+        graphs: a CUDA graph holds all of the kernel, so all of it is launched every time.
+        heads: where each tensor-parallel rank holds some of the stream's elements; else None.
         work: slot to its work here; slots without any are absent.
     """
 
     hook: str
     saes: Mapping[int, SAE]
+    written: Mapping[int, SAE]
     buffers: Buffers
     residency: Residency
     reports: PassReports
+    outputs: WholeOutputs
     kernel: BoundKernel | None = None
     graphs: bool = False
+    heads: SharedHeads | None = None
     work: dict[int, SlotWork] = field(default_factory=dict)
     _full_slots: set[int] = field(default_factory=set)
     _gated_slots: set[int] = field(default_factory=set)
+    _reading_slots: set[int] = field(default_factory=set)
     _parts: BatchParts = field(init=False)
 
     def __post_init__(self) -> None:
         self._parts = BatchParts(self.saes, self.buffers, self.work)
 
     def edits_of(self, plan: SteeringPlan) -> list[int]:
-        """The indices of a request's edits that write here."""
-        return [i for i, edit in enumerate(plan.edits) if edit.sae in self.saes]
+        """The indices of a request's edits that are added here."""
+        return [i for i, edit in enumerate(plan.edits) if edit.sae in self.written]
 
     def set_slot(
         self,
@@ -75,25 +100,77 @@ class Site:
             record: what its activations are recorded in, if they are.
         """
         self.clear_slot(slot, rewritten=True)
-        here, edit_rows, gate_rows = self.edits_of(plan), plan.edit_rows, plan.gate_rows
-        edits = [(i, plan.edits[i]) for i in here]
+        buffers, edit_rows, gate_rows = self.buffers, plan.edit_rows, plan.gate_rows
+        edits = [(i, plan.edits[i]) for i in self.edits_of(plan)]
+        elsewhere = [
+            (i, edit)
+            for i, edit in enumerate(plan.edits)
+            if edit.sae in self.saes and not self.saes[edit.sae].card.one_place
+        ]
         gates = [(i, gate) for i, gate in enumerate(plan.gates) if gate.sae in self.saes]
-        self.buffers.table.write(
-            slot, edits, [row_of[edit_rows[i]] for i in here], reread=plan.reread
+        carried = [i for i, edit in edits if not self.written[edit.sae].card.one_place]
+        buffers.table.write(
+            slot,
+            edits,
+            [row_of[edit_rows[i]._replace(write=self._write_of(edit.sae))] for i, edit in edits],
+            reread=plan.reread,
+            carried=carried,
         )
-        self.buffers.gates.write(slot, gates, [row_of[gate_rows[i]] for i, _ in gates])
-        full &= self.saes.keys()
-        read = plan.read if plan.read is not None and plan.read.sae in self.saes else None
-        probes = [(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes]
-        if edits or gates or full or probes:
-            decode = None if plan.error_term or not edits else edits[0][1].sae
-            self.work[slot] = SlotWork(
-                edits, gates, full, decode, read, plan.prompt_len, record, probes
-            )
-        if full or probes:
+        buffers.reads.write(slot, elsewhere, [row_of[edit_rows[i]] for i, _ in elsewhere])
+        buffers.gates.write(slot, gates, [row_of[gate_rows[i]] for i, _ in gates])
+        work = self._work(plan, edits, elsewhere, gates, full, record)
+        if work.edits or work.elsewhere or work.gates or work.in_torch:
+            self.work[slot] = work
+        if work.in_torch:
             self._full_slots.add(slot)
         if gates:
             self._gated_slots.add(slot)
+        if elsewhere:
+            self._reading_slots.add(slot)
+
+    def _write_of(self, sae: int) -> int:
+        """Which of the SAE's writes this hook point is."""
+        return self.written[sae].card.writes.index(self.hook)
+
+    def _work(
+        self,
+        plan: SteeringPlan,
+        edits: list[tuple[int, PlannedEdit]],
+        elsewhere: list[tuple[int, PlannedEdit]],
+        gates: list[tuple[int, PlannedGate]],
+        full: frozenset[int],
+        record: RequestRecord | None,
+    ) -> SlotWork:
+        read = plan.read if plan.read is not None and plan.read.sae in self.saes else None
+        decode, replaced, fit = None, None, None
+        leaves: set[int] = set()
+        if not plan.error_term:
+            for _, edit in edits:
+                if self.written[edit.sae].card.one_place:
+                    decode = edit.sae
+                else:
+                    replaced = edit.sae
+            leaves.update(edit.sae for _, edit in elsewhere)
+        if plan.read is not None and plan.read.fit:
+            if read is not None and _decodes_elsewhere(self.saes[read.sae]):
+                leaves.add(read.sae)
+            sae = self.written.get(plan.read.sae)
+            if sae is not None and _decodes_elsewhere(sae):
+                fit = plan.read.sae
+        return SlotWork(
+            edits,
+            gates,
+            full & self.saes.keys(),
+            decode,
+            read,
+            plan.prompt_len,
+            record,
+            elsewhere,
+            frozenset(leaves),
+            replaced,
+            fit,
+            [(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes],
+        )
 
     def clear_slot(self, slot: int, *, rewritten: bool = False) -> None:
         """Empty a slot whose request left the batch.
@@ -105,10 +182,12 @@ class Site:
         self._parts.forget()
         if not rewritten:
             self.buffers.table.write(slot, [], [])
+            self.buffers.reads.write(slot, [], [])
             self.buffers.gates.write(slot, [], [])
         self.work.pop(slot, None)
         self._full_slots.discard(slot)
         self._gated_slots.discard(slot)
+        self._reading_slots.discard(slot)
 
     def encode_no_more(self, slot: int) -> None:
         """None of the slot's tokens needs a full encode from here on."""
@@ -116,7 +195,14 @@ class Site:
             self._parts.forget()
             self._full_slots.discard(slot)
             self.work[slot] = replace(
-                self.work[slot], full=frozenset(), decode=None, read=None, probes=()
+                self.work[slot],
+                full=frozenset(),
+                decode=None,
+                read=None,
+                leaves_output=frozenset(),
+                replaced=None,
+                fit=None,
+                probes=(),
             )
 
     def runs_in_torch(self, slots: Iterable[int]) -> bool:
@@ -124,7 +210,7 @@ class Site:
         return bool(self._full_slots) and any(int(slot) in self._full_slots for slot in slots)
 
     def apply(self, hidden_states: Tensor, residual: Tensor | None, step: Step) -> None:
-        """Edit the batch in place.
+        """Read what is read here, and edit the batch in place.
 
         The kernel, where there is one, serves every pass in which each edit needs its own row only;
         a pass with a full encode runs in torch, outside CUDA graphs.
@@ -135,15 +221,41 @@ class Site:
             residual: the same shape, or None; only read.
             step: the pass under way.
         """
+        if self.heads is not None:
+            assert residual is None, self.hook
+            if not (self.graphs or _any_of(self.work.keys(), step)):
+                return  # the same on all ranks
+            whole = self.heads.gathered(hidden_states)
+            self._apply(whole, None, step)
+            hidden_states.copy_(self.heads.own(whole))
+        else:
+            self._apply(hidden_states, residual, step)
+
+    def _apply(self, hidden_states: Tensor, residual: Tensor | None, step: Step) -> None:
         if self.kernel is None or (step.active and self.runs_in_torch(step.slots_np)):
             for part in self._parts.of(step):
                 full_path.apply(
-                    hidden_states, residual, part, self.residency, self.buffers, self.reports
+                    hidden_states,
+                    residual,
+                    part,
+                    self.residency,
+                    self.buffers,
+                    self.reports,
+                    self.outputs,
                 )
             return
-        if self.graphs or self._reads_gates(step):
+        # What no SAE that is served could ever ask for is not launched, in graphs either.
+        if self.saes and (self.graphs or _any_of(self._gated_slots, step)):
             self.kernel.read_gates(hidden_states, residual)
-        self.kernel.steer(hidden_states, residual)
+        if self.reads_for_elsewhere and (self.graphs or _any_of(self._reading_slots, step)):
+            self.kernel.read_edits(hidden_states, residual)
+        if self.written:
+            self.kernel.steer(hidden_states, residual)
+
+    @cached_property
+    def reads_for_elsewhere(self) -> bool:
+        """Whether some SAE reads here and writes elsewhere."""
+        return any(not sae.card.one_place for sae in self.saes.values())
 
     @torch.inference_mode()
     def rehearse(self, sae: int, hidden_states: Tensor) -> None:
@@ -153,16 +265,32 @@ class Site:
             sae: one of those here.
             hidden_states: ``[num_tokens, d_in]`` model dtype, of the largest pass.
         """
-        x = hidden_states[: self._parts.tokens_in_part([sae])].float()
+        whole = hidden_states if self.heads is None else self.heads.gathered(hidden_states)
+        x = whole[: self._parts.tokens_in_part([sae])].float()
         f = self.residency.whole(sae).encode(x)
         strongest(f, MAX_TOP_K)
-        self.residency.whole(sae).decode(f, x)
+        card = self.saes[sae].card
+        if _decodes_elsewhere(self.saes[sae]):
+            self.outputs.leave(sae, len(hidden_states), card.d_out, x.device)
+        if card.error_term:
+            self.residency.whole(sae).decode(f, x)
+        self.outputs.forget()
 
     def compile_kernel(self, hidden_states: Tensor, residual: Tensor | None) -> None:
-        """Run both halves of the kernel on a stream in which no token has a slot."""
+        """Run all of the kernel on a stream in which no token has a slot."""
         if self.kernel is not None:
             self.kernel.read_gates(hidden_states, residual)
-            self.kernel.steer(hidden_states, residual)
+            if self.reads_for_elsewhere:
+                self.kernel.read_edits(hidden_states, residual)
+            if self.written:
+                self.kernel.steer(hidden_states, residual)
 
-    def _reads_gates(self, step: Step) -> bool:
-        return bool(self._gated_slots) and any(int(s) in self._gated_slots for s in step.slots_np)
+
+def _any_of(slots: Collection[int], step: Step) -> bool:
+    """Whether one of the slots has tokens in the pass."""
+    return bool(slots) and any(int(slot) in slots for slot in step.slots_np)
+
+
+def _decodes_elsewhere(sae: SAE) -> bool:
+    """Whether it writes elsewhere, and all that stands there is known where it reads."""
+    return not sae.card.one_place and sae.card.kind in KINDS_THAT_DECODE

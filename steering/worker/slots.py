@@ -6,7 +6,7 @@ addresses (CUDA graphs hold them), and writes are copies on the compute stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from steering.request.plan import PlannedEdit
 from steering.worker.ops.layout import (
     ANY_GATE,
+    CARRIED,
     E_COLUMN,
     E_COVERAGE,
     E_END,
@@ -83,6 +84,7 @@ class EditTable:
         rows: Sequence[int],
         *,
         reread: bool = False,
+        carried: Collection[int] = (),
     ) -> None:
         """Rewrite a slot whole; no edits empty it.
 
@@ -91,6 +93,7 @@ class EditTable:
             edits: ``(index in the request, edit)`` of those at this hook point.
             rows: their rows in the pool.
             reread: the rows are solved for what is read again.
+            carried: indices of edits that were read at another hook point.
         """
         ints = np.zeros((MAX_INTERVENTIONS, NUM_EDIT_INTS), dtype=np.int32)
         value = np.zeros(MAX_INTERVENTIONS, dtype=np.float32)
@@ -99,7 +102,7 @@ class EditTable:
             entry[E_ROW], entry[E_OP], entry[E_COVERAGE] = row, edit.op, edit.coverage
             entry[E_START], entry[E_END], entry[E_COLUMN] = edit.start, edit.end, index
             entry[E_GATES] = edit.gates | (ANY_GATE if edit.any_gate else 0)
-            entry[E_FLAGS] = REREAD if reread else 0
+            entry[E_FLAGS] = (REREAD if reread else 0) | (CARRIED if index in carried else 0)
             value[i] = edit.value
         had = self.count_np[slot]
         self.count_np[slot] = len(edits)

@@ -25,6 +25,7 @@ class Step:
         num_tokens: real tokens of this pass.
         slots_np: ``[k]`` the distinct slots with tokens in this pass, ascending.
         first_token_np: ``[k]`` index in the batch of each one's first token.
+        last_token_np: ``[k]`` index in the batch of each one's last token.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Step:
         self.num_tokens = 0
         self.slots_np: IntArray = np.empty(0, dtype=np.int32)
         self.first_token_np: IntArray = np.empty(0, dtype=np.int64)
+        self.last_token_np: IntArray = np.empty(0, dtype=np.int64)
         self.token_slot_np: IntArray = np.empty(0, dtype=np.int32)
         # How much of `token_slot` the last pass left written.
         self._dirty = 0
@@ -65,9 +67,12 @@ class Step:
                 return
         self._laid_out = (slots.copy(), query_start_loc.copy())
         self.token_slot_np = np.repeat(slots, np.diff(query_start_loc))
-        slots_np, first_token_np = np.unique(self.token_slot_np, return_index=True)
+        slots_np, first_token_np, num_tokens_np = np.unique(
+            self.token_slot_np, return_index=True, return_counts=True
+        )
         steered = slots_np != NO_SLOT
         self.slots_np, self.first_token_np = slots_np[steered], first_token_np[steered]
+        self.last_token_np = self.first_token_np + num_tokens_np[steered] - 1
         copy_to_device(self.token_slot[: self.num_tokens], torch.from_numpy(self.token_slot_np))
         self._wipe(self.num_tokens)
 

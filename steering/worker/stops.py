@@ -21,13 +21,17 @@ from steering.worker.step import Step
 class Stops:
     """What became of ``stop_when`` in one pass, in tensors on the device.
 
+    Judged is each request's last token alone: those before it were when they were the last. Where
+    they are computed again, after a preemption, a difference in rounding must neither take back
+    what was answered since nor hide what the last one fulfils.
+
     They are the pass's own, not buffers: a copy to the host may be started beside that of the
     sampled tokens and read when that is.
 
     Attributes:
         req_ids: the requests of the pass that have a ``stop_when``, k of them.
-        position: ``[k]`` int64, the first position of this pass at which one fired; NEVER for none.
-        gate: ``[k]`` int64, which of the plan's gates; of several at one token the first.
+        position: ``[k]`` int64, that of the last token if one fired there; NEVER if none did.
+        gate: ``[k]`` int64, which of the plan's gates; of several the first.
         activation: ``[k]`` float32, its f there; arbitrary where none fired.
     """
 
@@ -43,11 +47,11 @@ class _Batch:
 
     Attributes:
         slots: ``[k]`` int64.
-        first_token: ``[k]`` int64, index in the batch of each one's first token.
+        token: ``[k]`` int64, index in the batch of one token of each.
     """
 
     slots: Tensor
-    first_token: Tensor
+    token: Tensor
 
 
 class GatedSlots:
@@ -90,14 +94,14 @@ class GatedSlots:
                 slots_np = step.slots_np[stops_np]
                 stopping = (
                     [self._req_id[int(slot)] for slot in slots_np],
-                    self._batch(step, stops_np),
+                    self._batch(step, stops_np, step.last_token_np),
                     to_device(torch.from_numpy(self._stop_np[slots_np]), self._device),
                 )
             gated_np: BoolArray = self._gated_np[step.slots_np]
-            gated = self._batch(step, gated_np)
+            gated = self._batch(step, gated_np, step.first_token_np)
             self._laid_out = step.token_slot_np, gated, stopping
         _, gated, self._stopping = self._laid_out
-        state.begin(gated.slots, gated.first_token, step.positions, step.num_tokens)
+        state.begin(gated.slots, gated.token, step.positions, step.num_tokens)
 
     def stops(self, positions: Tensor, state: GateState, f: Tensor) -> Stops | None:
         """As `SteeringState.stops`.
@@ -110,21 +114,15 @@ class GatedSlots:
         if self._stopping is None:
             return None
         (req_ids, batch, is_stop), self._stopping = self._stopping, None
-        start = positions[batch.first_token]
-        first = state.first_held[batch.slots].long()
-        # An earlier pass's event has ended the request already, if it was to be.
-        first = first.masked_fill(~is_stop | (first < start[:, None]), NEVER)
-        # The first position, and there the first gate, as one number.
-        ranked = (first * MAX_GATES + torch.arange(MAX_GATES, device=first.device)).amin(dim=1)
-        position, gate = ranked // MAX_GATES, ranked % MAX_GATES
-        fired = position != NEVER
-        token = torch.where(fired, batch.first_token + position - start, batch.first_token)
-        return Stops(req_ids, position, gate, f[token, FIRST_GATE_COLUMN + gate])
+        events = state.events[batch.token, None]
+        gates = torch.arange(MAX_GATES, dtype=torch.int32, device=events.device)
+        gate = gates.masked_fill(~is_stop | (events >> gates & 1 == 0), MAX_GATES).amin(dim=1)
+        position = positions[batch.token].masked_fill(gate == MAX_GATES, NEVER)
+        gate = gate.clamp(max=MAX_GATES - 1).long()
+        return Stops(req_ids, position, gate, f[batch.token, FIRST_GATE_COLUMN + gate])
 
-    def _batch(self, step: Step, of_slot: BoolArray) -> _Batch:
+    def _batch(self, step: Step, of_slot: BoolArray, token_np: IntArray) -> _Batch:
         return _Batch(
             to_device(torch.from_numpy(step.slots_np[of_slot].astype(np.int64)), self._device),
-            to_device(
-                torch.from_numpy(step.first_token_np[of_slot].astype(np.int64)), self._device
-            ),
+            to_device(torch.from_numpy(token_np[of_slot].astype(np.int64)), self._device),
         )

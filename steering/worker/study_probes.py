@@ -41,10 +41,10 @@ class StudyProbes:
             limit: as `RequestRecord.summary` takes it; 0 from whoever wants it forgotten.
 
         Returns:
-            None if it has no probes. Of each `Pooled.summary`, or ``kept``, the tokens whose stream
-            is kept; None where another stage holds the layer, or if no token came.
+            None of one that is forgotten. Of each `Pooled.summary`, or ``kept``, the tokens whose
+            stream is kept; None where another stage holds the layer, or if no token came.
         """
-        if not record.plan.probes or not limit:
+        if not limit:
             return None
         return [
             self._result(record, i, limit) if probe.sae in self._owned else None

@@ -5,21 +5,24 @@ The runner adapters in ``steering/vllm`` drive it; nothing here knows vLLM.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from sae.arrays import IntArray
-from sae.card import HookPoint
+from sae.card import HEADS, HookPoint
 from sae.sae import SAE
+from steering.request.limits import MAX_INTERVENTIONS
 from steering.request.plan import RowKey, SteeringPlan
 from steering.worker.captures import Captures
 from steering.worker.gates import GateState, GateTable
-from steering.worker.ops.buffers import Buffers, Kernel
+from steering.worker.ops.buffers import Buffers, InputNorm, Kernel
 from steering.worker.ops.layout import MAX_ENTRIES, NO_SLOT
 from steering.worker.pass_reports import PassReports
 from steering.worker.record import RequestRecord
@@ -27,12 +30,13 @@ from steering.worker.record_store import RecordStore
 from steering.worker.reported_tokens import ReportedTokens
 from steering.worker.residency import Residency
 from steering.worker.rows import RowPool
-from steering.worker.site import Site
+from steering.worker.site import SharedHeads, Site
 from steering.worker.slots import EditTable, SlotAllocator, SlotFacts
 from steering.worker.step import Step
 from steering.worker.stops import GatedSlots, Stops
 from steering.worker.streamed_read import StreamedRead
 from steering.worker.study_probes import StudyProbes
+from steering.worker.whole_outputs import WholeOutputs
 
 #: Token ids past the vocabulary that a runner may still see: multimodal models put placeholders
 #: of images and sound there.
@@ -82,6 +86,10 @@ class SteeringState:
         kernel: for passes in which rows alone are enough; None where no kernel runs.
         graphs: CUDA graphs hold the op, so it is launched in idle passes too.
         resident: see `Residency`.
+        limit: see `layout.FLOAT16_LIMIT`; infinite for streams of other dtypes.
+        input_norms: of hook points that are behind one.
+        heads: how tensor-parallel ranks share the heads, for hook points that are of them; None
+            where every rank has all.
     """
 
     def __init__(
@@ -100,17 +108,25 @@ class SteeringState:
         kernel: Kernel | None,
         graphs: bool,
         resident: str | None = None,
+        limit: float = math.inf,
+        input_norms: Mapping[str, InputNorm] = MappingProxyType({}),
+        heads: SharedHeads | None = None,
     ) -> None:
         self.step = step
         self.graphs = graphs
         self._always_launch = kernel is not None and graphs
         self.slots = SlotAllocator(num_slots)
-        self.rows = RowPool(saes, max_rows, d_in, device)
+        widths = [width for sae in saes for width in (sae.card.d_in, sae.card.d_out)]
+        self.rows = RowPool(saes, max_rows, max([d_in, *widths]), device)
         self.records = RecordStore()
         self.reports = PassReports()
         self.captures = Captures()
         self.op_seconds = 0.0
         self.d_in = d_in
+        self._limit = limit
+        self._input_norms = input_norms
+        self._heads = heads
+        self._outputs = WholeOutputs()
         self._record = record
         self._saes = saes
         self._facts = SlotFacts(num_slots, device)
@@ -120,6 +136,12 @@ class SteeringState:
         # One buffer for all hook points: an edit and a gate have columns of their own.
         self._f = torch.zeros(max_num_tokens, MAX_ENTRIES, dtype=torch.float32, device=device)
         self._share = torch.zeros(max_num_tokens, max(len(owned), 1), device=device)
+        split = any(not sae.card.one_place for sae in saes)
+        self._carried = (
+            torch.zeros(max_num_tokens, MAX_INTERVENTIONS, dtype=torch.float32, device=device)
+            if split
+            else None
+        )
         # Tokens edited and kept off by a sink.
         self._touched = torch.zeros(2, dtype=torch.int64, device=device)
         self._reported = ReportedTokens(num_slots, self._f, self._share)
@@ -129,7 +151,7 @@ class SteeringState:
         by_index = dict(enumerate(saes))
         places = {str(point) for point in owned}
         residency = Residency(
-            {i: sae for i, sae in by_index.items() if sae.card.hook in places}, device, resident
+            {i: sae for i, sae in by_index.items() if sae.card.reads in places}, device, resident
         )
         self.hooks = {
             str(point): self._site(str(point), column, by_index, kernel, residency)
@@ -137,6 +159,7 @@ class SteeringState:
         }
         self._owned_saes = {i for site in self.hooks.values() for i in site.saes}
         self.probes = StudyProbes(residency, self._owned_saes, device)
+        self._widths = {hook: self.width_here(hook) for hook in self.hooks}
         self._running: dict[str, RunningRequest] = {}
         # Those of the running that need a whole encode, here or in another pipeline stage: all
         # stages must choose the same kind of pass.
@@ -155,6 +178,11 @@ class SteeringState:
         residency: Residency,
     ) -> Site:
         num_slots, device = self.slots.num_slots, self._touched.device
+        reading = {i: sae for i, sae in saes.items() if sae.card.reads == hook}
+        writing = {i: sae for i, sae in saes.items() if hook in sae.card.writes}
+        width = self._width(reading, writing)
+        split = any(not sae.card.one_place for sae in (*reading.values(), *writing.values()))
+        heads = self._heads if HookPoint.parse(hook).kind == HEADS else None
         buffers = Buffers(
             token_slot=self.step.token_slot,
             positions=self.step.positions,
@@ -162,35 +190,53 @@ class SteeringState:
             is_special=self._is_special,
             slots=self._facts,
             table=EditTable(num_slots, device),
+            reads=EditTable(num_slots, device),
             gates=GateTable(num_slots, device),
             gate_state=self._gate_state,
-            rows=self.rows,
+            rows=self.rows.columns(0, width),
             f=self._f,
             share=self._share[:, column],
+            carried=self._carried if split else None,
             counters=self._touched,
+            limit=self._limit,
+            input_norm=self._input_norms.get(hook, InputNorm()),
         )
         return Site(
             hook,
-            {i: sae for i, sae in saes.items() if sae.card.hook == hook},
+            reading,
+            writing,
             buffers,
             residency,
             self.reports,
+            self._outputs,
             None if kernel is None else kernel.bound(buffers),
             self._always_launch,
+            heads,
         )
 
-    def compile_kernel(
-        self, dtype: torch.dtype, d_in: int, hidden_dtypes: Iterable[torch.dtype]
-    ) -> None:
+    def _width(self, reading: Mapping[int, SAE], writing: Mapping[int, SAE]) -> int:
+        """Elements of a token's stream at a hook point where these read and write."""
+        widths = {sae.card.d_in for sae in reading.values()}
+        widths |= {sae.card.d_out for sae in writing.values()}
+        assert len(widths) <= 1, widths
+        return widths.pop() if widths else self.d_in
+
+    def width_here(self, hook: str) -> int:
+        """Elements of a token's stream that this worker holds at a hook point."""
+        site = self.hooks[hook]
+        width = site.buffers.rows.W_enc.shape[1]
+        return width if site.heads is None else width // site.heads.ranks
+
+    def compile_kernel(self, dtype: torch.dtype, hidden_dtypes: Iterable[torch.dtype]) -> None:
         """Have the kernel compiled before the first steered request, on a token without a slot.
 
         Args:
             dtype: of the model, and so of the residual.
-            d_in: hidden size.
             hidden_dtypes: of the hidden states that the op is given.
         """
-        residual = torch.zeros(1, d_in, dtype=dtype, device=self._touched.device)
         for site in self.hooks.values():
+            width = site.buffers.rows.W_enc.shape[1]
+            residual = torch.zeros(1, width, dtype=dtype, device=self._touched.device)
             for hidden_dtype in hidden_dtypes:
                 for other in (residual, None):  # a kernel each
                     site.compile_kernel(torch.zeros_like(residual, dtype=hidden_dtype), other)
@@ -296,6 +342,7 @@ class SteeringState:
             for req_id, num_tokens in self._in_pass:
                 self._advance(req_id, num_tokens)
         self._in_pass = []
+        self._outputs.forget()
         # A replay for nobody would have events at positions of the last pass.
         self.step.end(wipe=self._always_launch and self._gated.in_pass)
 
@@ -330,9 +377,10 @@ class SteeringState:
         if hidden_states.dim() != 2:  # some layers carry a batch axis of one
             hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
             residual = None if residual is None else residual.view(-1, residual.shape[-1])
-        num_tokens, d_in = hidden_states.shape
+        num_tokens, width = hidden_states.shape
         # A stream that is not whole here (sharded by tokens, say) would be edited in wrong rows.
-        assert num_tokens >= self.step.num_tokens and d_in == self.d_in, (num_tokens, d_in)
+        assert num_tokens >= self.step.num_tokens, (num_tokens, self.step.num_tokens)
+        assert width == self._widths[hook], (hook, width)
         assert num_tokens <= self.max_num_tokens, (num_tokens, self.max_num_tokens)
         self.hooks[hook].apply(hidden_states, residual, self.step)
         # Beside a self-check nearly all of the time is that one's, and no client asked for it.
@@ -354,8 +402,9 @@ class SteeringState:
             record = self.records.take(key, child)
             if record is not None:
                 self.reports.settle_one(record)
-                probed = self.probes.results(record, limit)
-                summaries.append({**record.summary(limit), "probed": probed})
+                summaries.append(record.summary(limit))
+                if record.plan.probes:
+                    summaries[-1]["probed"] = self.probes.results(record, limit)
         return summaries
 
     def take_streamed(self, streaming: Mapping[str, RequestRecord]) -> dict[str, StreamedRead]:
@@ -391,7 +440,7 @@ class SteeringState:
             "slots_capacity": self.slots.num_slots,
             "rows_in_use": self.rows.rows_in_use,
             "rows_capacity": self.rows.capacity,
-            "results_held": self.records.clients,
+            "results_held": self.records.clients + len(self.captures) + len(self.probes.kept),
             "edited_tokens": edited,
             "skipped_tokens": skipped,
             "op_seconds": self.op_seconds,
@@ -407,7 +456,7 @@ class SteeringState:
         return RequestRecord(
             plan,
             child,
-            sorted(i for of_hook in columns.values() for i in of_hook),
+            sorted({i for of_hook in columns.values() for i in of_hook}),
             [(hook, column) for column, (hook, of_hook) in enumerate(columns.items()) if of_hook],
         )
 

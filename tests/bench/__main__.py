@@ -28,6 +28,7 @@ SCRIPTS: Final = (
     "throughput",
     "over_http",
     "reports",
+    "studies",
     "peers",
 )
 

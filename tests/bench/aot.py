@@ -22,17 +22,25 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from steering.worker.ops.layout import FLOAT16_LIMIT, INPUT_PLAIN
 from steering.worker.ops.triton_gates import gate_kernel
 from steering.worker.ops.triton_kernel import steer_kernel
 from steering.worker.ops.triton_parts import layout_for
+from steering.worker.ops.triton_reads import read_kernel, reads_layout_for
 from tests.bench.roofline import ROW_ITEMSIZE
 
 ARCHS: Final = (80, 90, 100)
 WIDTHS: Final = (576, 2304, 4096, 5120, 8192)
 ITEMSIZE: Final = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-#: The reading half and the edit.
-KERNELS: Final = {"gates": gate_kernel, "edit": steer_kernel}
+#: The edit of what is read here; conditions; the two halves of one that is read elsewhere, of which
+#: the second adds edits of both kinds.
+KERNELS: Final = {
+    "edit": steer_kernel,
+    "gates": gate_kernel,
+    "reads": read_kernel,
+    "writes": steer_kernel,
+}
 
 _POINTERS: Final = {
     "token_slot_ptr": "*i32",
@@ -55,6 +63,8 @@ _POINTERS: Final = {
     "f_ptr": "*fp32",
     "reports_ptr": "*i32",
     "counters_ptr": "*i64",
+    "carried_ptr": "*fp32",
+    "input_eps": "fp32",
 }
 
 # One multiprocessor, by compute capability (CUDA C++ Programming Guide, "Technical Specifications
@@ -102,13 +112,19 @@ def compile_kernel(
     arch: int, d_in: int, dtype: str, *, residual: bool = True, name: str = "edit"
 ) -> Kernel:
     """Compile one variant and read its resources."""
-    kernel, layout = KERNELS[name], layout_for(d_in, ITEMSIZE[dtype])
+    kernel = KERNELS[name]
+    layout = (reads_layout_for if name == "reads" else layout_for)(d_in, ITEMSIZE[dtype])
     constants: dict[str, Any] = {
         "D_IN": d_in,
         "ROW_STRIDE": d_in,
         "BLOCK_D": layout.block_d,
         "BLOCK_E": layout.block_e,
     }
+    if name == "edit":
+        constants["LIMIT"] = FLOAT16_LIMIT if dtype == "fp16" else None
+        constants["carried_ptr"] = None
+    if name in ("gates", "reads"):
+        constants["INPUT_NORM"] = INPUT_PLAIN
     types = _POINTERS | {
         "hidden_ptr": f"*{dtype}",
         "hidden_stride": "i32",
@@ -119,13 +135,13 @@ def compile_kernel(
         types["residual_ptr"] = f"*{dtype}"
     else:
         constants["residual_ptr"] = None
-    signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
+    signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
     # What the launcher finds at run time: every address and stride is a multiple of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(kernel.arg_names)
         # A column of the shares lies where it lies.
-        if signature[arg] != "constexpr" and not arg.startswith("share")
+        if signature[arg] not in ("constexpr", "fp32") and not arg.startswith("share")
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
@@ -134,7 +150,7 @@ def compile_kernel(
     )
     used = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
-    matrices = 2 if name == "edit" else 1  # what is read only has no decoder row
+    matrices = 2 if name in ("edit", "writes") else 1  # what is read only has no decoder row
     programs = _programs_per_sm(arch, layout.num_warps, used["REG"], shared)
     return Kernel(
         name=name,
@@ -181,13 +197,15 @@ def _programs_per_sm(arch: int, num_warps: int, registers: int, shared: int) -> 
 
 
 def compile_all(archs: Iterable[int], widths: Iterable[int]) -> list[Kernel]:
-    """Every dtype with a residual, and bfloat16 without, too."""
+    """Every dtype with a residual, and bfloat16 without, too; of the two halves bfloat16 alone."""
+    fused = (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True))
+    halves = (("bf16", False),)
     return [
         compile_kernel(arch, d_in, dtype, residual=residual, name=name)
-        for name in ("edit", "gates")
+        for name in KERNELS
         for arch in archs
         for d_in in widths
-        for dtype, residual in (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True))
+        for dtype, residual in (halves if name in ("reads", "writes") else fused)
     ]
 
 

@@ -49,6 +49,7 @@ from steering.worker.rows import RowPool
 from steering.worker.site import Site
 from steering.worker.slots import EditTable, SlotFacts
 from steering.worker.step import Step
+from steering.worker.whole_outputs import WholeOutputs
 from tests.bench.record import Plot, Record, arguments, spread
 
 DECODE: Final = 256
@@ -117,17 +118,20 @@ class Case:
             is_special=torch.zeros(VOCAB_SIZE, dtype=torch.bool),
             slots=slots,
             table=table,
+            reads=EditTable(requests + 1, "cpu"),
             gates=gates,
             gate_state=state,
             rows=rows,
             f=torch.zeros(tokens, MAX_ENTRIES),
             share=torch.zeros(tokens),
+            carried=None,
             counters=self.touched,
         )
         nowhere = Residency({}, rows.W_enc.device, None)
         kernel = cpu_kernel.bound(buffers)
         self.site = Site(
-            "blocks.0.hook_resid_post", {}, buffers, nowhere, PassReports(), kernel,
+            "blocks.0.hook_resid_post", {}, {}, buffers, nowhere, PassReports(), WholeOutputs(),
+            kernel,
             graphs=kind.gates > 0,
         )  # fmt: skip
         everywhere = COVERS_PROMPT | COVERS_GENERATION

@@ -20,6 +20,7 @@ ORDER: Final = (
     "throughput",
     "over_http",
     "reports",
+    "studies",
     "idle",
     "op_share",
     "op_alone",

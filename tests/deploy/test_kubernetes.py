@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.deploy.conftest import DEPLOY, read_yaml
-from tests.deploy.test_watching import vllm_series
+from tests.deploy.watching import vllm_series
 
 KUBERNETES = DEPLOY / "kubernetes"
 FOLDERS = (KUBERNETES, KUBERNETES / "weights")

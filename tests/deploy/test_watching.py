@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,23 +13,12 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from server import metrics
 from tests.deploy.conftest import DEPLOY, read_yaml
+from tests.deploy.watching import CONFIG, DASHBOARD, RULES, dashboard_queries, samples, vllm_series
 
-RULES = DEPLOY / "prometheus" / "alerts.yml"
-CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
-DASHBOARD = DEPLOY / "grafana" / "dashboards" / "vllm-sae.json"
 PROVISIONING = DEPLOY / "grafana" / "provisioning"
 
 #: Labels that Prometheus, Kubernetes or the histograms themselves add.
 ADDED_LABELS = {"instance", "job", "le", "namespace", "pod"}
-
-
-def samples(kind: str, name: str) -> list[str]:
-    """The names under which a metric of the client library is scraped."""
-    if kind == "counter":
-        return [f"{name.removesuffix('_total')}_total"]
-    if kind == "histogram":
-        return [f"{name}_bucket", f"{name}_sum", f"{name}_count"]
-    return [name]
 
 
 def steering_series() -> dict[str, set[str]]:
@@ -43,22 +30,6 @@ def steering_series() -> dict[str, set[str]]:
         for metric in found
         for sample in samples(str(metric._type), metric._name)
     }
-
-
-def vllm_series() -> set[str]:
-    """Scraped names in vLLM's source, which is read, not imported: that takes seconds."""
-    spec = importlib.util.find_spec("vllm")
-    assert spec is not None and spec.origin is not None
-    source = (Path(spec.origin).parent / "v1/metrics/loggers.py").read_text(encoding="utf-8")
-    found = re.findall(r'_(counter|gauge|histogram)_cls\(\s*name="(vllm:\w+)"', source)
-    assert len(found) > 20
-    return {sample for kind, name in found for sample in samples(kind, name)}
-
-
-def dashboard_queries() -> Iterator[str]:
-    for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]:
-        for target in panel.get("targets", ()):
-            yield target["expr"]
 
 
 def alert_queries() -> Iterator[str]:

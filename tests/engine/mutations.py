@@ -30,6 +30,9 @@ class Mutation:
 
 
 TRAPS = "tests/engine/test_traps.py::"
+TRANSCODERS = "tests/engine/test_transcoders.py::"
+SPLIT_OPS = "tests/steering/test_split_ops.py::"
+SPLIT_STATE = "tests/steering/test_split_state.py::"
 CUTS = (
     "tests/steering/test_gates.py::"
     "test_a_condition_does_not_depend_on_how_the_sequence_was_cut_into_passes"
@@ -162,6 +165,52 @@ MUTATIONS = {
         "self.step.end()",
         "tests/steering/test_worker_state.py::"
         "test_where_graphs_hold_the_op_a_gated_pass_leaves_no_slot_behind",
+    ),
+    "sinks are judged where an edit is added": Mutation(
+        "steering/worker/ops/cpu_kernel.py",
+        "if ints[slot, i, E_FLAGS] & CARRIED:  # judged where it was read",
+        "if False:",
+        SPLIT_OPS + "test_a_sink_is_judged_where_it_is_read[cpu]",
+    ),
+    "an edit is read where it is added": Mutation(
+        "steering/worker/site.py",
+        "carried=carried,",
+        "",
+        SPLIT_STATE + "test_a_condition_between_the_reading_and_the_writing_decides[kernel]",
+    ),
+    "every place is written with the first one's rows": Mutation(
+        "steering/worker/site.py",
+        "return self.written[sae].card.writes.index(self.hook)",
+        "return 0",
+        SPLIT_STATE
+        + "test_a_cross_layer_transcoder_edits_every_later_place_with_rows_of_its_own[kernel]",
+    ),
+    "the self-check looks where a transcoder reads": Mutation(
+        "steering/worker/full_path.py",
+        "if record.fit is not None and sae.card.one_place:",
+        "if record.fit is not None:",
+        SPLIT_STATE + "test_the_self_check_holds_the_reconstruction_against_what_stands_where_it_"
+        "writes[kernel]",
+    ),
+    "read before a norm's gain as it comes": Mutation(
+        "steering/worker/ops/cpu_reads.py",
+        "input_normed(x, norm_kind, norm_eps)",
+        "pass",
+        TRANSCODERS + "test_edits_are_read_where_it_reads_and_added_where_it_writes[gemma3-jump]",
+    ),
+    "a read-only place is called before edits there": Mutation(
+        "steering/vllm/hook_points.py",
+        "return [*reversed(before),",
+        "return [*before,",
+        "tests/steering/test_hook_points.py::"
+        "test_points_at_one_place_are_called_in_the_order_of_the_stream",
+    ),
+    "rows of several places are counted as one": Mutation(
+        "steering/request/plan.py",
+        "for write in range(edit.writes)",
+        "for write in range(1)",
+        SPLIT_STATE
+        + "test_a_cross_layer_transcoder_edits_every_later_place_with_rows_of_its_own[kernel]",
     ),
     "the whole stream is written back": Mutation(
         "steering/worker/ops/cpu_kernel.py",

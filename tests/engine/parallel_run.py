@@ -6,19 +6,35 @@ main module, so it cannot be a test file.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from steering.request.accepted import accept
+from steering.studies.scoring import Figures, Scorer, Side
+from steering.vllm.door import catalog_for
+from steering.vllm.reader import OfflineReader
+
+#: Of the tiny Llama: four of 32.
+WIDTH_OF_HEADS: Final = 128
 
 
 def main() -> None:
     """Arguments: model folder, scratch folder, JSON of extra engine arguments."""
     from tests.engine.engine import tiny_engine
-    from tests.engine.test_traps import GENERATION_ONLY, OTHER, STRONG, reporting, tokens
+    from tests.engine.outputs import GENERATION_ONLY, OTHER, STRONG, reporting, tokens
 
     model, folder, arguments = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    saes = ({"layer": 0}, {"layer": 3, "architecture": "standard", "seed": 1})
+    heads = {"layer": 3, "hook_kind": "attn.hook_z", "d_in": WIDTH_OF_HEADS, "seed": 2}
+    saes = (
+        {"layer": 0},
+        {"layer": 3, "architecture": "standard", "seed": 1},
+        {**heads, "threshold": 0.1},
+        {**heads, "architecture": "topk", "layer": 2, "k": 8},
+    )
     engine = tiny_engine(model, folder, saes, **arguments)
     both: dict[str, Any] = {
         "interventions": [
@@ -32,8 +48,24 @@ def main() -> None:
     named = [
         {**field, "interventions": [{**field["interventions"][0], "sae": "a"}]} for field in steered
     ]
-    fields = [None, both, *map(reporting, named)]
-    made = engine.generate([tokens(700 + i, 12 + 9 * i) for i in range(5)], fields)
+    of_heads: dict[str, Any] = {
+        "interventions": [
+            {"sae": "c", "feature": 3, "op": "clamp", "value": 6},
+            {"sae": "d", "feature": 9, "op": "scale", "value": 4},
+            {"sae": "c", "feature": 7, "op": "add", "value": 3,
+             "when": {"sae": "d", "feature": 2, "below": 0.0}},
+        ],
+        "max_share": 2.0,
+        "report": True,
+        "read": {"sae": "c", "top_k": 2},
+    }  # fmt: skip
+    reconstructed = {
+        "interventions": of_heads["interventions"][:2],
+        "error_term": False,
+        "report": True,
+    }
+    fields = [None, both, *map(reporting, named), of_heads, reconstructed]
+    made = engine.generate([tokens(700 + i, 12 + 9 * i) for i in range(len(fields))], fields)
     result = [
         {
             "tokens": m.tokens,
@@ -44,8 +76,33 @@ def main() -> None:
         }
         for m in made
     ]
+    scored = scored_on(engine, tokens(700, 30), tokens(701, 20)[1:], both)
+    result.append(
+        {"tokens": scored.top_steered.tolist(), "logprobs": _columns(scored), "steering": None}
+    )
     print("RESULT " + json.dumps(result), flush=True)
     engine.shut_down()
+
+
+def scored_on(engine: Any, prompt: list[int], text: list[int], field: dict[str, Any]) -> Figures:
+    """Figures of one steered text."""
+    accepted = accept(
+        {"interventions": field["interventions"]},
+        catalog_for(engine.llm.llm_engine.vllm_config),
+    )
+    sides = [Side(tuple(prompt), tuple(text), one) for one in (None, accepted)]
+    scorer = Scorer(OfflineReader(engine.llm))
+
+    async def run() -> Figures:
+        async with aclosing(scorer.compare(sides[0], [(sides[1], (5, 9))])) as found:
+            return await anext(figures async for _, figures in found)
+
+    return asyncio.run(run())
+
+
+def _columns(scored: Figures) -> list[float]:
+    columns = (scored.kl, scored.reverse_kl, scored.steered, scored.watched_steered.flatten())
+    return [value for column in columns for value in column.tolist()]
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class ReferencePass:
 
     Attributes:
         seen: by SAE, the stream ``[n, d_in]`` before the edits.
+        left: by SAE, the stream behind them.
         covered: by edit, ``[n]`` positions that it covers.
         skipped: by edit, those of them that are sinks.
         held: by edit, those where its conditions hold, be they none.
@@ -54,6 +55,7 @@ class ReferencePass:
         self.prompt = prompt
         self.items: list[dict[str, Any]] = list(field.get("interventions") or [])
         self.seen: dict[str, Tensor] = {}
+        self.left: dict[str, Tensor] = {}
         self.covered: dict[int, Tensor] = {}
         self.skipped: dict[int, Tensor] = {}
         self.held: dict[int, Tensor] = {}
@@ -76,6 +78,8 @@ class ReferencePass:
             self._near((share[touched] - most).abs())
             total = torch.where(limited[:, None], total * (most / share)[:, None], total)
             share = share.clamp(max=most)
+        for name in names:
+            self.left[name] = x + total
         self.shares[self.saes[names[0]].hook] = share.masked_fill(~touched, torch.nan), limited
         return total
 

@@ -9,7 +9,7 @@ import pytest
 
 from steering.vllm import worker
 from tests.engine.engine import Engine, Generated
-from tests.engine.test_traps import GENERATION_ONLY, OTHER, STRONG, same, tokens
+from tests.engine.outputs import GENERATION_ONLY, OTHER, STRONG, same, tokens
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from steering.vllm.results import results_of
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, Generated, start
+from tests.engine.outputs import count_preemptions, tokens
 from tests.engine.reference import ReferenceModel, ReferenceSAE, behind_best
-from tests.engine.test_traps import count_preemptions, tokens
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_model, make_tiny_sae
 
 D_SAE: Final = 128

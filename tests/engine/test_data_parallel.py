@@ -14,8 +14,8 @@ import pytest
 
 from tests.engine import server
 from tests.engine.engine import Generated, tiny_engine
+from tests.engine.outputs import tokens
 from tests.engine.server import LiveServer
-from tests.engine.test_traps import tokens
 
 # The first test to ask waits for the server.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -192,3 +192,31 @@ def test_inspect_finds_the_features_wherever_it_runs(ranks: LiveServer) -> None:
             bodies.append(response.json())
     assert len(bodies[0]["tokens"]) > 1
     assert all(body == bodies[0] for body in bodies)
+
+
+def test_both_sides_of_a_comparison_meet_on_one_rank(ranks: LiveServer) -> None:
+    texts = [{"prompt": prompt, "completion": tokens(900, 9)[1:]} for prompt in PROMPTS]
+    configurations = [
+        {"name": "edits", "steering": EDITS},
+        {"name": "control", "steering": {"interventions": []}},
+    ]
+
+    def evaluated(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        body = {"texts": texts, "configurations": configurations, "features": [{"sae": "a"}]}
+        response = ranks.client.post("/v1/steering/evaluate", json=body)
+        assert response.status_code == 200, response.text
+        return list(response.json()["configurations"])
+
+    name = "vllm:request_success_total"
+    before = series(ranks, name)
+    together = evaluated(texts)
+    after = series(ranks, name)
+    assert min(after[str(rank)] - before[str(rank)] for rank in range(RANKS)) > 0
+    each = [evaluated([text]) for text in texts]
+    for i, found in enumerate(together):
+        kl = [of_text[i]["kl"]["mean"] for of_text in each]
+        assert found["kl"]["mean"] == pytest.approx(sum(kl) / len(kl), abs=1e-5)
+        read = [of_text[i]["features"][0]["newly_active"] for of_text in each]
+        assert (min(read) > 0) == (i == 0)
+    assert together[0]["kl"]["mean"] > 1e-3 > 1e-6 > together[1]["kl"]["max"]
+    assert ranks.metrics()["steering_results_held"] == 0

@@ -16,8 +16,8 @@ from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader
 from steering.vllm.vocabulary import OfflineVocabulary
 from tests.engine.engine import tiny_engine
+from tests.engine.outputs import tokens
 from tests.engine.test_scoring import SAES, TOLERANCE, Scored
-from tests.engine.test_traps import tokens
 from tests.models import make_tiny_model
 
 PAIR: dict[str, Any] = {
@@ -103,14 +103,13 @@ class Right:
             np.concatenate(column)
             for column in (self.kl, self.reverse, self.before, self.after, self.same)
         )
-        near = {"abs": TOLERANCE}
         assert found["tokens"] == len(kl)
-        assert found["kl"]["mean"] == pytest.approx(kl.mean(), **near)
-        assert found["kl"]["max"] == pytest.approx(kl.max(), **near)
+        assert found["kl"]["mean"] == pytest.approx(kl.mean(), abs=TOLERANCE)
+        assert found["kl"]["max"] == pytest.approx(kl.max(), abs=TOLERANCE)
         assert found["kl"]["sum"] == pytest.approx(kl.sum(), abs=TOLERANCE * len(kl))
-        assert found["reverse_kl"]["mean"] == pytest.approx(reverse.mean(), **near)
-        assert found["nll"]["unsteered"] == pytest.approx(-before.mean(), **near)
-        assert found["nll"]["steered"] == pytest.approx(-after.mean(), **near)
+        assert found["reverse_kl"]["mean"] == pytest.approx(reverse.mean(), abs=TOLERANCE)
+        assert found["nll"]["unsteered"] == pytest.approx(-before.mean(), abs=TOLERANCE)
+        assert found["nll"]["steered"] == pytest.approx(-after.mean(), abs=TOLERANCE)
         assert found["top1_agreement"] == pytest.approx(same.mean(), abs=1.5 / len(kl))
 
 
@@ -285,15 +284,18 @@ def test_features_are_read_on_the_same_texts_unsteered_and_steered(scored: Score
     (edited,) = first["edited"]
     # Over the covered tokens: all but the first of each text and the special ones.
     before: list[float] = []
+    after: list[float] = []
     for text in GIVEN:
         prompt, completion = ids_of(scored, text)
         seen: dict[str, Any] = {}
         scored.model.trace(prompt, completion, scored.saes, None, seen)
         covered = [i for i, t in enumerate([*prompt, *completion][:-1]) if i and t > 3]
-        before += scored.saes["a"].encode(seen["a"])[covered, 5].tolist()
+        sae, x = scored.saes["a"], seen["a"][covered]
+        before += sae.encode(x)[:, 5].tolist()
+        after += sae.encode(x + 4 * sae.weights["W_dec"][5])[:, 5].tolist()
     assert edited["feature"] == 5
     assert edited["before"] == pytest.approx(np.mean(before), abs=1e-4)
-    assert edited["after"] > edited["before"]
+    assert edited["after"] == pytest.approx(np.mean(after), abs=1e-4)
     for one in nothing["features"]:
         assert (one["edited"], one["leak"], one["newly_active"], one["silenced"]) == (
             *([], None, 0, 0),

@@ -14,9 +14,9 @@ from torch import Tensor
 from sae.card import HOOK_KINDS, HookPoint
 from steering.vllm import hook_points
 from steering.vllm.unsupported import UnsupportedModelError
+from tests.engine.draws import TOLERANCE, difference, drawn, fields, prompts
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, tiny_engine
 from tests.engine.reference import ReferenceModel, ReferenceSAE
-from tests.engine.test_equivalence import TOLERANCE, difference, drawn, fields, prompts
 from tests.models import NUM_LAYERS
 
 SPECS_A_FAMILY = 16

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.engine.engine import Engine
-from tests.engine.test_traps import STRONG, same, tokens
+from tests.engine.outputs import STRONG, same, tokens
+from tests.models import VOCAB_SIZE
 
 MOST = 1e6
 #: Each is beyond what float16 holds, or makes the next layer's infinite.
@@ -34,6 +35,8 @@ def test_an_edit_too_large_for_the_stream_is_answered_and_spares_its_neighbours(
     made = engine.generate(prompts, [*TOO_LARGE, *neighbours], seed=1)
     for generated in made[:-2]:
         assert len(generated.tokens) == 8
+        # Logits of nothing but NaN would be taken for an even distribution.
+        assert generated.logprobs != pytest.approx([-math.log(VOCAB_SIZE)] * 8, abs=1e-4)
         assert all(map(math.isfinite, generated.logprobs))
         if generated.steering is not None:
             json.dumps([vars(choice) for choice in generated.steering], allow_nan=False)

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.engine.draws import drawn, fields
 from tests.engine.engine import Engine, Generated, start
+from tests.engine.outputs import count_preemptions
 from tests.engine.reference import ReferenceModel, ReferenceSAE, behind_best, margin
-from tests.engine.test_equivalence import drawn, fields
-from tests.engine.test_traps import count_preemptions
 from tests.gemma_model import BOS_ID, D_MODEL, NUM_LAYERS, SLIDING_WINDOW
 from tests.models import TRAINING_TEXT, make_tiny_sae
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from tests.engine.draws import prompts
 from tests.engine.engine import SPECIAL_TOKEN_IDS, tiny_engine
 from tests.engine.reference import ReferenceModel, ReferenceSAE
-from tests.engine.test_equivalence import prompts
 
 #: One with linear attention, and one after it.
 LAYERS = (2, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from steering.request.accepted import accept
+from steering.studies.scoring import Scorer, Side
+from steering.vllm.door import catalog_for
+from steering.vllm.reader import OfflineReader
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, tiny_engine
 from tests.engine.reference import ReferenceModel, ReferenceSAE
 from tests.models import NUM_LAYERS
@@ -102,3 +107,18 @@ def test_edits_act_with_an_adapter_and_without(served: Served, with_adapter: boo
             edited = [entry["tokens_edited"] for entry in answer.steering[0].interventions]
             assert edited == [len(PROMPT) - 1 + len(answer.tokens) - 1] * 2
     assert answers[0].logprobs != answers[1].logprobs
+
+
+def test_text_is_scored_without_the_adapter_that_ran_before(served: Served) -> None:
+    from vllm.lora.request import LoRARequest
+
+    text = tuple(range(20, 60))
+    catalog = catalog_for(served.engine.llm.llm_engine.vllm_config)
+    side = Side(tuple(PROMPT), text, accept(STEERING, catalog))
+    adapter = LoRARequest("adapter", 1, str(served.adapter))
+    served.engine.generate([PROMPT], [None], lora=[adapter])
+    scorer = Scorer(OfflineReader(served.engine.llm))
+    (found,) = asyncio.run(scorer.log_probabilities([side]))
+    expected = served.plain.logprobs(PROMPT, text, served.saes, STEERING)
+    own = [float(row[token]) for row, token in zip(expected, text, strict=True)]
+    assert found.tolist() == pytest.approx(own, abs=TOLERANCE)

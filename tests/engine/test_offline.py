@@ -10,7 +10,7 @@ import pytest
 
 import steering
 from sae.errors import SAEError
-from tests.engine.test_traps import tokens
+from tests.engine.outputs import tokens
 from tests.models import make_tiny_sae
 
 EDIT = {"interventions": [{"feature": 3, "op": "clamp", "value": 6}], "report": True}

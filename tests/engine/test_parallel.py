@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_runner_v2 import INTERPRETER
+from tests.engine.interpreted import INTERPRETER
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -14,12 +14,7 @@ from typing import Final
 
 import pytest
 
-#: Environment in which vLLM runs its V2 model runner on a CPU.
-INTERPRETER: Final = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(Path(__file__).parent / "interpreter"),
-}
+from tests.engine.interpreted import INTERPRETER
 
 SELECTION: Final = (
     "test_traps.py::test_blocks_of_a_steered_request_are_never_served_to_a_clean_one",
@@ -33,6 +28,7 @@ SELECTION: Final = (
     "test_traps.py::test_sinks_are_neither_edited_nor_read_and_are_counted",
     "test_traps.py::test_every_child_of_n_choices_is_steered_and_reported",
     "test_traps.py::test_an_aborted_request_frees_its_slot_and_rows_and_leaves_neighbours_alone",
+    "test_scoring.py::test_preempted_text_is_scored_as_one_that_was_not",
     "test_equivalence.py::test_steered_log_probabilities_agree_with_transformers_and_hooks"
     "[llama-jumprelu-and-standard]",
 )

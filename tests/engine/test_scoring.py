@@ -18,8 +18,8 @@ from steering.studies.scoring import Comparison, Figures, Scorer, Side
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, tiny_engine
+from tests.engine.outputs import tokens
 from tests.engine.reference import ReferenceModel, ReferenceSAE
-from tests.engine.test_traps import tokens
 from tests.models import make_tiny_model
 
 #: In nats; transformers and vLLM round differently.

@@ -15,7 +15,7 @@ import yaml
 
 from tests.demo_sae import ELVES
 from tests.deploy.conftest import find_tool, free_port, read_yaml
-from tests.deploy.test_watching import CONFIG, RULES, dashboard_queries
+from tests.deploy.watching import CONFIG, RULES, dashboard_queries
 
 if TYPE_CHECKING:
     from tests.engine.server import LiveServer

@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 
 from tests.engine.engine import Engine
-from tests.engine.test_traps import GENERATION_ONLY, OTHER, reporting, tokens
+from tests.engine.outputs import GENERATION_ONLY, OTHER, reporting, tokens
 
 CHILD: Final = "STEERING_TEST_SPECULATIVE_CHILD"
 GENERATED: Final = 80

@@ -10,7 +10,7 @@ import pytest
 
 from steering.errors import SteeringError
 from tests.engine.engine import Engine, tiny_engine
-from tests.engine.test_traps import tokens
+from tests.engine.outputs import tokens
 
 GENERATED: Final = 24
 PROMPT: Final = tokens(1, 9)

@@ -6,6 +6,8 @@ import json
 from typing import Any, Final
 
 import pytest
+from anthropic import Anthropic
+from openai import OpenAI
 
 from tests.engine.server import MODEL, LiveServer
 
@@ -15,18 +17,22 @@ pytestmark = pytest.mark.timeout(900)
 
 CHAT: Final = "/v1/chat/completions"
 TEXT: Final = "/v1/completions"
+RESPONSES: Final = "/v1/responses"
+MESSAGES: Final = "/v1/messages"
+ASKED: Final = [{"role": "user", "content": "Tell me about the sea."}]
 GENERATED: Final = 16
 SAE: Final = "second"
 
 
 def body(path: str, steering: Any, **more: Any) -> dict[str, Any]:
-    said: dict[str, Any] = (
-        {"messages": [{"role": "user", "content": "Tell me about the sea."}]}
-        if path == CHAT
-        else {"prompt": "The sea at night is"}
-    )
-    options = {"model": MODEL, "max_tokens": GENERATED, "temperature": 0, "steering": steering}
-    return {**said, **options, "return_token_ids": True, **more}
+    options = {"model": MODEL, "temperature": 0, "steering": steering, **more}
+    if path == RESPONSES:
+        return {"input": ASKED, "max_output_tokens": GENERATED, **options}
+    options = {"max_tokens": GENERATED, **options}
+    if path == MESSAGES:
+        return {"messages": ASKED, **options}
+    said = {"messages": ASKED} if path == CHAT else {"prompt": "The sea at night is"}
+    return {**said, "return_token_ids": True, **options}
 
 
 def whole(live_server: LiveServer, path: str, steering: Any, **more: Any) -> dict[str, Any]:
@@ -87,21 +93,22 @@ def streamed_reads(found: list[dict[str, Any]], index: int | None = None) -> lis
     return tokens
 
 
+def late_feature(tokens: list[dict[str, Any]]) -> tuple[int, int]:
+    """A position that is neither the first nor the second, and a feature that fires first there."""
+    seen: set[int] = set()
+    for token in tokens:
+        features = dict(map(tuple, token["features"]))
+        if seen and features.keys() - seen and token is not tokens[1]:
+            return token["position"], min(features.keys() - seen)
+        seen |= features.keys()
+    raise AssertionError(tokens)
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_stopped_answer_is_the_same_streamed_and_whole(live_server: LiveServer, path: str) -> None:
     read = {"read": {"sae": SAE, "top_k": 64}, "positions": {"prompt": False}}
     plain = whole(live_server, path, read)
-    tokens = read_tokens(plain["steering"]["read"])
-    seen: set[int] = set()
-    late = None
-    for token in tokens:
-        features = dict(map(tuple, token["features"]))
-        if len(seen) and features.keys() - seen and token is not tokens[1]:
-            late = token["position"], min(features.keys() - seen)
-            break
-        seen |= features.keys()
-    assert late is not None, tokens
-    position, feature = late
+    position, feature = late_feature(read_tokens(plain["steering"]["read"]))
     field = {"stop_when": {"sae": SAE, "feature": feature, "above": 0}}
     stopped = whole(live_server, path, field)
     [choice] = stopped["choices"]
@@ -182,25 +189,143 @@ def test_stopped_answer_streams_the_read_of_its_last_token(live_server: LiveServ
     assert found[-1]["steering"]["stopped"]["position"] == token["position"]
 
 
-@pytest.mark.parametrize(
-    ("path", "more"),
-    [
-        (CHAT, {}),
-        (TEXT, {}),
-        ("/v1/responses", {"input": "The sea", "stream": True}),
-        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "stream": True}),
-    ],
-)
+@pytest.mark.parametrize("path", [CHAT, TEXT, RESPONSES, MESSAGES])
 def test_read_stream_is_refused_where_no_chunk_could_carry_it(
-    live_server: LiveServer, path: str, more: dict[str, Any]
+    live_server: LiveServer, path: str
 ) -> None:
     field = {"read": {"sae": SAE, "stream": True}}
-    request = body(path, field) if not more else {"model": MODEL, "max_tokens": 4, **more}
-    answer = live_server.client.post(path, json={**request, "steering": field})
+    answer = live_server.client.post(path, json=body(path, field))
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
-    if path != "/v1/messages":
+    if path == MESSAGES:
+        assert error["type"] == "invalid_request_error"
+        assert "read.stream" in error["message"]
+    else:
         assert (error["code"], error["param"]) == (
             "unsupported_combination",
             "steering.read.stream",
         )
+
+
+# --- /v1/responses and /v1/messages ---------------------------------------------------------------
+
+
+def answered(path: str, answer: dict[str, Any]) -> tuple[str, int, str, Any]:
+    """Text, tokens counted, why it ended, and what was matched, of a whole answer."""
+    if path == RESPONSES:
+        [item] = answer["output"]
+        [part] = item["content"]
+        return part["text"], answer["usage"]["output_tokens"], answer["status"], None
+    [block] = answer["content"]
+    tokens = answer["usage"]["output_tokens"]
+    return block["text"], tokens, answer["stop_reason"], answer.get("stop_sequence")
+
+
+@pytest.mark.parametrize(
+    ("path", "ended"),
+    [(RESPONSES, ("completed", None)), (MESSAGES, ("stop_sequence", "steering"))],
+)
+def test_feature_ends_an_answer_of_the_other_two_apis(
+    live_server: LiveServer, path: str, ended: tuple[str, Any]
+) -> None:
+    read = {"read": {"sae": SAE, "top_k": 64}, "positions": {"prompt": False}}
+    plain = whole(live_server, path, read)
+    tokens = read_tokens(plain["steering"]["read"])
+    position, feature = late_feature(tokens)
+    count = position - tokens[0]["position"] + 1
+    field = {"stop_when": {"sae": SAE, "feature": feature, "above": 0}}
+    stopped = whole(live_server, path, field)
+    text, num_tokens, *why = answered(path, stopped)
+    assert text == "".join(token["text"] for token in tokens[:count])
+    assert answered(path, plain)[0].startswith(text)
+    assert (num_tokens, *why) == (count, *ended)
+    assert stopped["steering"]["stopped"]["position"] == position
+    events = live_server.stream(path, body(path, field))
+    assert "".join(deltas(events)) == text
+    if path == RESPONSES:
+        last = events[-1]["response"]
+        assert answered(path, last) == (text, count, *ended)
+    else:
+        last = events[-1]
+        [delta] = [event for event in events if event["type"] == "message_delta"]
+        assert (delta["delta"]["stop_reason"], delta["delta"]["stop_sequence"]) == ended
+        assert delta["usage"]["output_tokens"] == count
+    assert last["steering"] == stopped["steering"]
+
+
+def deltas(events: list[dict[str, Any]]) -> list[str]:
+    """The pieces of text of either API's stream."""
+    pieces = []
+    for event in events:
+        if event["type"] == "response.output_text.delta":
+            pieces.append(event["delta"])
+        elif event["type"] == "content_block_delta":
+            pieces.append(event["delta"]["text"])
+    return pieces
+
+
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+def test_events_of_the_other_two_apis_carry_the_read_as_it_happens(
+    live_server: LiveServer, path: str
+) -> None:
+    read = {"sae": SAE, "top_k": 3}
+    expected = whole(live_server, path, {"read": read, "report": True})["steering"]
+    events = live_server.stream(
+        path, body(path, {"read": {**read, "stream": True}, "report": True})
+    )
+    report = events[-1]["response"] if path == RESPONSES else events[-1]
+    assert report["steering"] == {key: expected[key] for key in expected if key != "read"}
+    told = [event for event in events if "read" in event.get("steering", {})]
+    tokens = [token for event in told for token in read_tokens(event["steering"]["read"])]
+    for ours, theirs in zip(tokens, read_tokens(expected["read"]), strict=True):
+        assert {**ours, "features": None} == {**theirs, "features": None}
+        assert [i for i, _ in ours["features"]] == [i for i, _ in theirs["features"]]
+        assert [f for _, f in ours["features"]] == pytest.approx(
+            [f for _, f in theirs["features"]], rel=1e-3
+        )
+    # The prompt's come before any text, and a token's at most one piece of text later.
+    assert read_tokens(told[0]["steering"]["read"])[-1]["phase"] == "prompt"
+    prompt_len = read_tokens(told[0]["steering"]["read"])[-1]["position"] + 1
+    known, pieces = prompt_len, 0
+    for event in events:
+        if "read" in event.get("steering", {}):
+            known = read_tokens(event["steering"]["read"])[-1]["position"] + 1
+        if deltas([event]):
+            assert known >= prompt_len + pieces
+            pieces += 1
+    assert pieces > GENERATED // 2
+
+
+def test_openai_sdk_takes_a_response_that_is_read_as_it_streams(live_server: LiveServer) -> None:
+    field = {"steering": {"read": {"sae": SAE, "top_k": 1, "stream": True}}}
+    client = OpenAI(base_url=f"{live_server.base_url}/v1", api_key="none", max_retries=0)
+    asked: dict[str, Any] = {"model": MODEL, "input": "The sea", "max_output_tokens": 6}
+    with client:
+        raw = list(client.responses.create(**asked, stream=True, extra_body=field))
+        with client.responses.stream(**asked, extra_body=field) as stream:
+            text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+            assert stream.get_final_response().output_text == text
+    told = [event for event in raw if "steering" in (event.model_extra or {})]
+    assert "response.output_text.delta" in {event.type for event in told}
+    positions = [
+        t["position"] for e in told for t in (e.model_extra or {})["steering"]["read"]["tokens"]
+    ]
+    assert positions == sorted(set(positions))
+
+
+def test_anthropic_sdk_takes_a_message_that_is_read_as_it_streams(live_server: LiveServer) -> None:
+    field = {"steering": {"read": {"sae": SAE, "top_k": 1, "stream": True}, "report": True}}
+    client = Anthropic(base_url=live_server.base_url, api_key="none", max_retries=0)
+    asked: dict[str, Any] = {"model": MODEL, "messages": ASKED, "max_tokens": 6}
+    with client.messages.stream(**asked, extra_body=field) as stream:
+        events = list(stream)
+        final = stream.get_final_text()
+    # The helper's own events, made of the API's, come on top; its last is made anew.
+    told = [event for event in events if "steering" in (event.model_extra or {})]
+    assert told[0].type == "message_start"
+    assert "content_block_delta" in {event.type for event in told}
+    assert "".join(event.text for event in events if event.type == "text") == final
+    with client:
+        [*_, last] = client.messages.create(**asked, stream=True, extra_body=field)
+    assert last.type == "message_stop"
+    assert (last.model_extra or {})["steering"]["interventions"] == []

@@ -16,46 +16,23 @@ from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.vllm.door import catalog_for
 from steering.vllm.engine_arguments import engine_arguments
-from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, Generated
+from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine
+from tests.engine.outputs import (
+    GENERATION_ONLY,
+    OTHER,
+    PROMPT_ONLY,
+    STRONG,
+    count_preemptions,
+    edited,
+    generated,
+    ordinary,
+    reporting,
+    same,
+    tokens,
+)
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
 MakeEngine = Callable[..., Engine]
-
-STRONG = {"interventions": [{"feature": 7, "op": "clamp", "value": 8.0}]}
-OTHER = {"interventions": [{"feature": 9, "op": "add", "value": 6.0}]}
-PROMPT_ONLY = {**STRONG, "positions": {"generation": False}}
-GENERATION_ONLY = {**STRONG, "positions": {"prompt": False}}
-
-
-def tokens(seed: int, length: int) -> list[int]:
-    """A prompt of ``length`` ordinary tokens after the BOS token."""
-    rng = random.Random(seed)
-    return [1, *(rng.randrange(4, 300) for _ in range(length - 1))]
-
-
-def same(left: Generated, right: Generated) -> bool:
-    """Equal tokens, and log-probabilities equal up to the rounding of another batch's shape."""
-    return left.tokens == right.tokens and left.logprobs == pytest.approx(right.logprobs, abs=2e-4)
-
-
-def edited(made: Generated, edit: int = 0) -> int:
-    """The reported count of edited tokens."""
-    count: int = made.steering[0].interventions[edit]["tokens_edited"]
-    return count
-
-
-def ordinary(ids: list[int]) -> int:
-    """Tokens that are not special."""
-    return sum(token not in SPECIAL_TOKEN_IDS for token in ids)
-
-
-def generated(made: Generated) -> int:
-    """Generated tokens that entered the model and are not special."""
-    return ordinary(made.tokens[:-1])
-
-
-def reporting(field: dict[str, Any]) -> dict[str, Any]:
-    return {**field, "report": True}
 
 
 # Prefix cache
@@ -345,33 +322,20 @@ def test_preempted_requests_have_the_right_phases_and_are_counted_once(
         ]
 
 
-def count_preemptions(engine: Engine) -> Callable[[], int]:
-    """Counts what the engine's own scheduler preempts from now on."""
-    seen: list[str] = []
-    preempt = engine.scheduler._preempt_request
-
-    def counted(request: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(request.request_id)
-        return preempt(request, *args, **kwargs)
-
-    engine.scheduler._preempt_request = counted
-    return lambda: len(seen)
-
-
 def test_the_first_token_is_left_alone_unless_special_tokens_are_asked_for(
     make_engine: MakeEngine,
 ) -> None:
     engine = make_engine()
     ordinary_first = tokens(7, 20)[1:]
     specials_inside = [1, 50, 2, 60, 3, 70]
-    for prompt, ordinary in ((ordinary_first, 18), (specials_inside, 3)):
+    for prompt, count in ((ordinary_first, 18), (specials_inside, 3)):
         [default] = engine.generate([prompt], [reporting(STRONG)], max_tokens=1)
         [everything] = engine.generate(
             [prompt],
             [reporting({**STRONG, "positions": {"special_tokens": True}})],
             max_tokens=1,
         )
-        assert edited(default) == ordinary
+        assert edited(default) == count
         assert edited(everything) == len(prompt)
 
 

@@ -5,26 +5,10 @@ import sys
 
 import pytest
 
-from sae.card import HOOK_KINDS, HookPoint, SAECard
+from sae.card import HOOK_KINDS, HookPoint
 from sae.errors import SAEError
 from sae.sae import check_fits
-
-CARD = SAECard(
-    id="l15",
-    hook="blocks.15.hook_resid_post",
-    layer=15,
-    architecture="jumprelu",
-    d_in=576,
-    d_sae=4608,
-    dtype="float32",
-    source="hf://owner/repo",
-    format="sae_lens",
-    sha256=None,
-    sink_norm=None,
-    error_term=True,
-    has_labels=True,
-    has_max_activations=True,
-)
+from tests.sae.cards import CARD
 
 
 @pytest.mark.parametrize("kind", HOOK_KINDS)

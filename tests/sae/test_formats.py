@@ -77,10 +77,10 @@ def test_gemma_scope(tmp_path: Path, load: Load, upper: bool, compressed: bool) 
 
 def test_gemma_scope_site_is_the_repository_s(tmp_path: Path, load: Load) -> None:
     assert load(write_gemma_scope(tmp_path, site="mlp")).card.hook == "blocks.3.hook_mlp_out"
-    with pytest.raises(SAEError, match=r"hook_z\) are not supported: 'blocks.3.attn.hook_z'"):
-        load(write_gemma_scope(tmp_path, site="att"))
-    with pytest.raises(SAEError, match="this is a transcoder"):
-        load(write_gemma_scope(tmp_path, site="transcoders"))
+    assert load(write_gemma_scope(tmp_path, site="att")).card.hook == "blocks.3.attn.hook_z"
+    card = load(write_gemma_scope(tmp_path, site="transcoders")).card
+    assert (card.kind, card.reads) == ("transcoder", "blocks.3.ln2.hook_normalized")
+    assert card.writes == ("blocks.3.hook_mlp_out",)
 
 
 def test_gemma_scope_file_alone_needs_its_hook_stated(tmp_path: Path, load: Load) -> None:
@@ -119,7 +119,7 @@ def test_gemma_scope_2_keys_may_have_any_case(
     assert_formula(sae, jumprelu)
     skip = {spell("affine_skip_connection"): torch.zeros(D_IN, D_IN)}
     save_file({spell(name): stored[name] for name in stored} | skip, folder / "params.safetensors")
-    with pytest.raises(SAEError, match="a transcoder"):
+    with pytest.raises(SAEError, match="where this transcoder reads and writes is stated nowhere"):
         load(folder)
 
 
@@ -150,14 +150,10 @@ def test_gemma_scope_2_configuration_names_the_module(
 @pytest.mark.parametrize(
     ("config", "site", "message"),
     [
-        (gemma_scope_2_config(hf_hook_point_in="model.layers.3.self_attn.o_proj.input"),
-         "attn_out", r"\(hook_z\) are not supported"),
         (gemma_scope_2_config(hf_hook_point_in="model.layers.3.norm"), "x", "unknown hook point"),
-        (gemma_scope_2_config(hf_hook_point_out="model.layers.3.mlp"), "x", "a transcoder"),
+        (gemma_scope_2_config(hf_hook_point_out="model.layers.2.mlp"), "x", "an earlier layer"),
+        (gemma_scope_2_config(type="clt"), "x", "says its layer, as params_layer_3"),
         (gemma_scope_2_config(architecture="relu"), "x", "unknown architecture 'relu'"),
-        (None, "transcoder_all", "a transcoder"),
-        (None, "clt", "a transcoder"),
-        (None, "attn_out", r"\(hook_z\) are not supported"),
         (None, "somewhere", "stated nowhere"),
     ],
 )  # fmt: skip
@@ -187,7 +183,13 @@ def test_llama_scope_folds_its_scale_into_weights_and_threshold(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hook_point_out": "blocks.3.hook_mlp_out"}, "this is a transcoder"),
+        (
+            {
+                "hook_point_out": "blocks.3.hook_mlp_out",
+                "dataset_average_activation_norm": {"in": 1.0},
+            },
+            "out must be a finite number, got None",
+        ),
         ({"act_fn": "relu"}, "unknown act_fn 'relu', expected jumprelu"),
         ({"norm_activation": "token-wise"}, "unknown norm_activation 'token-wise'"),
         ({"dataset_average_activation_norm": {"in": 0}}, r"average norm must be from .*, got 0"),
@@ -281,7 +283,6 @@ def test_sparsify_width_may_be_an_expansion_factor(tmp_path: Path, load: Load) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"transcode": True}, "this is a transcoder"),
         ({"activation": "groupmax"}, "unknown architecture, expected the top-k of relu"),
         ({"signed": True}, "unknown architecture, expected the top-k of relu"),
         ({"k": D_SAE + 1}, "k is 41, more than d_sae 40"),
@@ -364,8 +365,8 @@ def test_dictionary_learning_hook_is_the_submodule_s_recorded_side(
         ({"dict_class": "CrossCoder"}, {}, "unknown architecture .dict_class 'CrossCoder'"),
         ({"dict_class": None}, {}, "dict_class must be a string"),
         ({"layer": -1}, {}, r"config\.json: unknown hook point 'resid_post_layer_3 of layer -1"),
-        ({"submodule_name": "mlp"}, {"io": "in"}, "input of the MLP is not supported: 'blocks.3.m"),
-        ({"submodule_name": "blocks.3.attn.hook_z"}, {}, r"json: attention's .* not supported"),
+        ({"submodule_name": "mlp"}, {"io": "in"}, r"mlp\.hook_in can be read at and not edi"),
+        ({"submodule_name": "blocks.3.attn.hook_q"}, {}, r"json: attention's .* not supported"),
         ({"submodule_name": "resid_post_layer_4"}, {}, "of which the name says layer 4"),
         ({}, {"io": "in_and_out"}, "this is a transcoder"),
         ({"activation_dim": 13}, {}, r"expected \[40, 13\]"),

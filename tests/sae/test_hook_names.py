@@ -39,10 +39,28 @@ def test_field_s_own_names_are_what_they_are(kind: str, around: str) -> None:
         (".attention", "attn.hook_out"),
         (".pre_feedforward_layernorm.input", "hook_resid_mid"),
         (".post_feedforward_layernorm", "hook_mlp_out"),
+        (".mlp.input", "mlp.hook_in"),
+        (".pre_feedforward_layernorm.output", "mlp.hook_in"),
+        (".ln_2", "mlp.hook_in"),
+        (".self_attn.o_proj.input", "attn.hook_z"),
+        (".attn.c_proj.input", "attn.hook_z"),
     ],
 )
 def test_module_s_name_is_its_own_output(prefix: str, module: str, kind: str) -> None:
     assert parse_hook(f"{prefix}.12{module}") == HookPoint(12, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("hook_z", "attn.hook_z"),
+        ("ln2.hook_out", "mlp.hook_in"),
+        # A copy of the stream, whatever SAELens calls Gemma Scope 2's transcoders' input.
+        ("hook_mlp_in", "hook_resid_mid"),
+    ],
+)
+def test_other_names_of_transformer_lens_are_read(name: str, kind: str) -> None:
+    assert parse_hook(f"blocks.12.{name}") == HookPoint(12, kind)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +88,9 @@ def test_name_that_is_not_understood_is_refused_with_what_to_write(name: str) ->
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("blocks.3.attn.hook_z", "per-head outputs (hook_z) are not supported"),
-        ("blocks.3.hook_z", "per-head outputs (hook_z) are not supported"),
-        ("model.layers.3.self_attn.o_proj.input", "(hook_z) are not supported"),
-        ("blocks.3.hook_mlp_in", "input of the MLP is not supported"),
-        ("model.layers.3.mlp.input", "input of the MLP is not supported"),
-        ("model.layers.3.pre_feedforward_layernorm.output", "input of the MLP is not supported"),
-        ("blocks.3.ln2.hook_normalized", "normalised stream is not supported"),
+        ("blocks.3.attn.hook_q", "attention's queries are not supported"),
+        ("model.layers.3.self_attn.input", "the input of attention is not supported"),
+        ("blocks.3.ln1.hook_normalized", "normalised input of attention is not supported"),
         ("blocks.3.mlp.hook_post", "neurons of the MLP are not supported"),
     ],
 )

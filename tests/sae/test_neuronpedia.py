@@ -12,7 +12,7 @@ from sae.card import UNIT_TIMES_DECODER_NORM, SAECard
 from sae.errors import SAEError
 from sae.features import Example, Feature, FeatureTable
 from sae.neuronpedia import BATCH, ImportSummary, import_neuronpedia, same
-from tests.sae.test_card import CARD as LARGE_CARD
+from tests.sae.cards import CARD as LARGE_CARD
 
 CARD = replace(LARGE_CARD, d_sae=3)
 NORMS = [0.5, 2.0, 0.0]
@@ -193,6 +193,20 @@ def test_export_of_another_sae_is_refused_unless_told_to_go_on(
 )
 def test_export_of_this_sae_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert import_row(tmp_path, **changes).features == 1
+
+
+def test_transcoder_s_export_is_of_a_transcoder(tmp_path: Path) -> None:
+    card = replace(
+        CARD,
+        kind="transcoder",
+        hook="blocks.15.hook_mlp_out",
+        reads="blocks.15.mlp.hook_in",
+        writes=("blocks.15.hook_mlp_out",),
+    )
+    for layer in ("15-gemmascope-transcoder-16k", "15-clt-hp"):
+        assert import_row(tmp_path, card, layer=layer).features == 1
+    with pytest.raises(SAEError, match="of '15-gemmascope-mlp-16k', the SAE is at"):
+        import_row(tmp_path, card, layer="15-gemmascope-mlp-16k")
 
 
 @pytest.mark.parametrize(

@@ -206,12 +206,12 @@ def test_configuration_that_is_no_object_is_refused(tmp_path: Path, content: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "temporal"}, "unknown architecture 'temporal'"),
+        ({"architecture": "temporal"}, "a temporal SAE attends over the sequence"),
         ({"architecture": "batchtopk"}, "unknown architecture 'batchtopk'"),
         ({"architecture": 3}, "architecture must be a string"),
-        ({"architecture": "skip_transcoder"}, "this is a transcoder"),
-        ({"architecture": "jumprelu_transcoder"}, "this is a transcoder"),
-        ({"hook_name_out": "blocks.3.hook_mlp_out"}, "this is a transcoder"),
+        ({"architecture": "skip_transcoder"}, "where this transcoder reads and writes"),
+        ({"architecture": "gated_transcoder"}, "unknown architecture 'gated_transcoder'"),
+        ({"hook_name_out": "blocks.3.hook_mlp_out"}, "so this is a transcoder; as a file of"),
         ({"d_in": None}, "d_in must be a positive integer, got None"),
         ({"d_sae": 40.0}, "d_sae must be a positive integer, got 40.0"),
         ({"d_sae": True}, "d_sae must be a positive integer, got True"),
@@ -219,7 +219,7 @@ def test_configuration_that_is_no_object_is_refused(tmp_path: Path, content: str
         ({"normalize_activations": "zscore"}, "unknown normalize_activations 'zscore'"),
         ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input must be true or false"),
         ({"activation_fn": "tanh-relu"}, "unknown activation_fn 'tanh-relu'"),
-        ({"metadata": {"hook_name": "blocks.3.attn.hook_z"}}, "(hook_z) are not supported"),
+        ({"metadata": {"hook_name": "blocks.3.mlp.hook_post"}}, "neurons of the MLP are not"),
         ({"metadata": []}, "metadata must be an object"),
         ({"hook_layer": 4}, "hook_layer is 4, the hook is blocks.3.hook_resid_post"),
         ({"sink_norm": -1}, "sink_norm must be a positive finite number"),
@@ -291,8 +291,8 @@ def test_sparsity_statistics_are_no_second_weight_file(
 
 
 def test_file_of_something_else_is_refused_with_its_tensors(tmp_path: Path) -> None:
-    save_file({"lm_head": torch.zeros(3)}, tmp_path / "model.safetensors")
-    assert "not an SAE format that is known here (tensors: lm_head)" in refusal(tmp_path)
+    save_file({name: torch.zeros(3) for name in ("lm_head", "norm")}, tmp_path / "m.safetensors")
+    assert "not an SAE format that is known here (tensors: lm_head, norm)" in refusal(tmp_path)
 
 
 def test_sink_norm_comes_from_the_configuration_unless_stated(

@@ -252,10 +252,10 @@ def test_hook_agrees_with_a_name_in_any_spelling(
 def test_place_at_which_nothing_is_served_is_not_overridden(
     tmp_path: Path, load: Callable[..., SAE]
 ) -> None:
-    config = sae_lens_config(metadata={"hook_name": "blocks.3.attn.hook_z"})
+    config = sae_lens_config(metadata={"hook_name": "blocks.3.attn.hook_q"})
     folder = write_sae_lens(tmp_path, config=config)
     for stated in ({}, {"hook": HOOK}):
-        with pytest.raises(ValueError, match=r"cfg\.json: attention's per-head outputs"):
+        with pytest.raises(ValueError, match=r"cfg\.json: attention's queries"):
             load(folder, **stated)
 
 

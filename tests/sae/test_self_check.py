@@ -23,8 +23,8 @@ from sae.self_check import (
 )
 from sae.source import ResolvedSAE, SAEReference, resolve
 from tests.models import make_tiny_sae
+from tests.sae.cards import CARD
 from tests.sae.suites import write_gemma_scope
-from tests.sae.test_card import CARD
 
 # Four tokens around a mean of 0: their squared distances from it sum to 4 * 4 = 16.
 SQUARE = [[2, 0], [0, 2], [-2, 0], [0, -2]]

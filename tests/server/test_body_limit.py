@@ -13,9 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 
 from server.body_limit import BodyLimit
+from tests.server.bodies import BODIES
 from tests.server.conftest import Server, StartServer
-from tests.server.test_generate_routes import BODIES
-from tests.server.test_metrics import value
+from tests.server.counters import value
 
 LIMIT = 2048
 SECRET = "a client's own words"

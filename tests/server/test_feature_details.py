@@ -105,6 +105,20 @@ def test_promoted_and_suppressed_are_the_ends_of_the_logits(
     assert promoted[0][0] == tokenizer.decode([int(logits.argmax())])
 
 
+def test_most_promoted_are_the_same_whatever_part_of_the_vocabulary_is_read_at_a_time(
+    checkpoint: Callable[..., tuple[Path, Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config, tokenizer = checkpoint("gpt2")
+    unembedding = open_unembedding(config, tokenizer)
+    assert unembedding is not None and unembedding.vocab_size == len(tokenizer)
+    directions = torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(1))
+    expected = [unembedding.logits(one).topk(20).indices.tolist() for one in directions]
+    assert unembedding.promoted(directions, 20).tolist() == expected
+    monkeypatch.setattr("steering.unembedding.ROWS_AT_A_TIME", 7)
+    assert unembedding.promoted(directions, 20).tolist() == expected
+    assert unembedding.promoted(directions, 1000).shape == (3, len(tokenizer))
+
+
 def test_feature_that_writes_nothing_promotes_and_suppresses_nothing(
     checkpoint: Callable[..., tuple[Path, Any, Any]],
 ) -> None:

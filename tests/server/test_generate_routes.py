@@ -13,16 +13,10 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.v1.engine.exceptions import EngineGenerateError
 
 from steering.errors import SteeringError
+from tests.server.bodies import BODIES
 from tests.server.conftest import Server, StartServer
 from tests.server.fakes import CHOICE, ENTRY, HEAD, READ
 
-MESSAGES = [{"role": "user", "content": "hi"}]
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": MESSAGES},
-    "/v1/completions": {"prompt": "hi"},
-    "/v1/responses": {"input": "hi"},
-    "/v1/messages": {"messages": MESSAGES, "max_tokens": 5, "model": "tiny"},
-}
 EDIT = {"feature": 5, "op": "clamp", "value": 1}
 REPORTED = {"interventions": [EDIT], "report": True}
 REPORT = {"interventions": [ENTRY], "tokens_cached": 2}

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY
-
 from server.metrics import WorkerSeries
 from steering.worker_stats import WorkerStats
 from tests.server.conftest import Server, StartServer
+from tests.server.counters import value
 
 STATS: dict[str, Any] = {
     "slots_in_use": 2,
@@ -25,10 +24,6 @@ STATS: dict[str, Any] = {
     "skipped_tokens": 5,
     "op_seconds": 0.5,
 }
-
-
-def value(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 def scraped(server: Server, line: str) -> bool:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steering.request.misplaced import CONTAINERS, MAX_PATH_CHARS, misplaced
+from tests.server.bodies import BODIES
 from tests.server.conftest import Server, StartServer
-from tests.server.test_generate_routes import BODIES
 
 STEERING: dict[str, Any] = {"interventions": [{"feature": 5, "op": "ablate"}]}
 

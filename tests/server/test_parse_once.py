@@ -8,9 +8,9 @@ import pytest
 
 from steering.request import catalog
 from steering.request.parse import parse_spec
+from tests.server.bodies import MESSAGES
 from tests.server.conftest import Server
 
-MESSAGES = [{"role": "user", "content": "hi"}]
 STEERING = {"interventions": [{"feature": 5, "op": "add", "value": 1}], "report": True, "read": {}}
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": MESSAGES}),

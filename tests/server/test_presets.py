@@ -14,15 +14,9 @@ from prometheus_client import REGISTRY
 from vllm.lora.request import LoRARequest
 
 from server.presets.models import presets_mean_base
+from tests.server.bodies import BODIES, MESSAGES
 from tests.server.conftest import Server, StartServer
 
-MESSAGES = [{"role": "user", "content": "hi"}]
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": MESSAGES},
-    "/v1/completions": {"prompt": "hi"},
-    "/v1/responses": {"input": "hi"},
-    "/v1/messages": {"messages": MESSAGES, "max_tokens": 5, "model": "tiny"},
-}
 EDIT = {"feature": 5, "op": "clamp", "value": 1}
 OTHER = {"feature": 6, "op": "scale", "value": 2}
 #: What `calm` steers.

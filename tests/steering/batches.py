@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS, POSITION_LIMIT
 from steering.request.plan import COVERS_SINKS, SCOPE_STOP, PlannedEdit, PlannedGate
 from steering.worker.gates import GateState, GateTable
-from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.buffers import Buffers, InputNorm
 from steering.worker.ops.layout import (
+    FLOAT16_LIMIT,
     MAX_ENTRIES,
     NEVER,
     NO_SLOT,
@@ -60,6 +62,10 @@ class Batch:
         gates: slot to its conditions.
         reread: slots whose rows are taken to be solved.
         max_share: slot to the largest share that it may change.
+        elsewhere: slot to its edits that are read here and added elsewhere, by their index.
+        was_read: slot to the indices of those of its edits that were read elsewhere.
+        carried: ``[num_tokens, MAX_INTERVENTIONS]`` what was left where edits were read.
+        input_norm: of the hook point.
     """
 
     hidden_states: Tensor
@@ -75,6 +81,10 @@ class Batch:
     gates: Mapping[int, Gates] = field(default_factory=dict)
     reread: frozenset[int] = frozenset()
     max_share: Mapping[int, float] = field(default_factory=dict)
+    elsewhere: Mapping[int, Mapping[int, PlannedEdit]] = field(default_factory=dict)
+    was_read: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    carried: Tensor | None = None
+    input_norm: InputNorm = field(default_factory=InputNorm)
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +95,7 @@ class Batch:
         """All that a version of the edit works on beside the stream, on the batch's device."""
         num_slots, device = self.prompt_len.shape[0], self.hidden_states.device
         slots, table = SlotFacts(num_slots, device), EditTable(num_slots, device)
-        gate_table = GateTable(num_slots, device)
+        reads, gate_table = EditTable(num_slots, device), GateTable(num_slots, device)
         state = GateState(num_slots, self.num_tokens, device)
         for slot in range(num_slots):
             reports = bool(self.reports[slot])
@@ -96,7 +106,10 @@ class Batch:
                 list(enumerate(edits)),
                 [edit.latent for edit in edits],
                 reread=slot in self.reread,
+                carried=self.was_read.get(slot, ()),
             )
+            elsewhere = self.elsewhere.get(slot, {})
+            reads.write(slot, [*elsewhere.items()], [e.latent for e in elsewhere.values()])
             rows = [gate.latent for gate in gates.gates]
             gate_table.write(slot, list(enumerate(gates.gates)), rows)
             held = [*gates.first_held, *[NEVER] * (MAX_GATES - len(gates.first_held))]
@@ -109,13 +122,17 @@ class Batch:
             self.is_special,
             slots,
             table,
+            reads,
             gate_table,
             state,
             self.rows,
             f=torch.full((self.num_tokens, MAX_ENTRIES), UNWRITTEN, device=device),
             # A column among others, as it is one of several hook points.
             share=torch.full((self.num_tokens, 2), UNWRITTEN, device=device)[:, 1],
+            carried=None if self.carried is None else self.carried.clone(),
             counters=torch.zeros(2, dtype=torch.int64, device=device),
+            limit=FLOAT16_LIMIT if self.hidden_states.dtype == torch.float16 else math.inf,
+            input_norm=self.input_norm,
         )
 
     def on(self, device: str) -> Batch:

@@ -21,6 +21,49 @@ class Half(nn.Module):
         return hidden_states * 0.5
 
 
+class Heads(nn.Module):
+    """Attention's inner module: two heads, each element of which is what it was given, squared."""
+
+    num_heads, head_size = 2, 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :6].square()
+
+
+class Projection(nn.Module):
+    """As vLLM's RowParallelLinear: returns its bias, or none, beside the output."""
+
+    input_size = 6
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return nn.functional.pad(x, (0, WIDTH - 6)), None
+
+
+class WithHeads(nn.Module):
+    """As vLLM's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn: Any = Heads()
+        self.o_proj: Any = Projection()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        attn_output = self.attn(hidden_states)
+        output: Tensor
+        output, _ = self.o_proj(attn_output)
+        return output
+
+
+class GatedHeads(WithHeads):
+    """As Qwen3-Next's: a gate stands between the heads and the projection."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        attn_output = self.attn(hidden_states)
+        output: Tensor
+        output, _ = self.o_proj(attn_output * hidden_states[..., :6].sigmoid())
+        return output
+
+
 class PlainNorm(nn.Module):
     """A norm of one tensor."""
 

@@ -56,7 +56,7 @@ def polylines(draw: st.DrawFn) -> Curve:
     def curve(m: float) -> float:
         place = (math.log2(m) - low) / (high - low) * (len(ys) - 1)
         i = min(max(int(place), 0), len(ys) - 2)
-        return 2.0 ** (ys[i] + (ys[i + 1] - ys[i]) * (place - i))
+        return math.pow(2.0, ys[i] + (ys[i + 1] - ys[i]) * (place - i))
 
     return curve
 
@@ -100,8 +100,8 @@ def test_of_two_crossings_the_one_at_the_larger_multiplier_is_followed() -> None
         left = max(place for place in xs if place <= x)
         right = min(place for place in xs if place >= x)
         if left == right:
-            return 2.0 ** xs[left]
-        return 2.0 ** (xs[left] + (xs[right] - xs[left]) * (x - left) / (right - left))
+            return math.pow(2.0, xs[left])
+        return math.pow(2.0, xs[left] + (xs[right] - xs[left]) * (x - left) / (right - left))
 
     search = BudgetSearch(0.25)
     for m in (1.0, 16.0, 64.0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steering.request.cache_salt import cache_salt, unsteered_salt
 from steering.request.parse import parse_spec
-from tests.steering.test_spec import ONE, edit
+from tests.steering.specs import ONE, edit
 
 SUMS = {"a": "0" * 64}
 

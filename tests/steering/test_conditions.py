@@ -13,7 +13,7 @@ from steering.request.condition_rules import refuse_across_stages
 from steering.request.conditions import Condition, When
 from steering.request.hook_order import place_in_pass
 from steering.request.parse import parse_spec
-from tests.steering.test_spec import EDIT, HERE, ONE, Facts, edit
+from tests.steering.specs import EDIT, HERE, ONE, Facts, edit
 
 FIRES: dict[str, Any] = {"feature": 3, "above": 0.5}
 GENERATION = {"prompt": False}

@@ -408,7 +408,7 @@ def test_what_a_rejected_token_fulfilled_is_forgotten(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_stops_name_the_first_position_of_the_pass_and_its_first_gate(
+def test_stops_judge_the_last_token_of_the_pass_and_name_its_first_gate(
     saes: list[SAE], kernel: str
 ) -> None:
     rng = torch.Generator().manual_seed(3)
@@ -432,17 +432,46 @@ def test_stops_name_the_first_position_of_the_pass_and_its_first_gate(
     stops = worker.state.stops()
     assert stops is not None
     assert stops.position.tolist() == [NEVER]
-    # A speculative pass: the position that fires, and one behind it that may fire too.
-    worker.forward([("steered", 3, 5), ("r", 10, 12)], both)
+    worker.forward([("steered", 3, 5), ("r", 10, 11)], both)
     stops = worker.state.stops()
     assert stops is not None
     assert (stops.position.tolist(), stops.gate.tolist()) == ([10], [0])
     torch.testing.assert_close(stops.activation, f[10, fires[:1]])
-    # Rejected, and computed again: the same answer.
-    worker.forward([("r", 10, 11)], both)
+    # Computed again, in one pass with those before it: the same answer.
+    worker.forward([("r", 6, 11)], both)
     stops = worker.state.stops()
     assert stops is not None
     assert stops.position.tolist() == [10]
     assert worker.state.stops() is None
     worker.forward([("steered", 5, 6)], both)
     assert worker.state.stops() is None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_passed_token_that_fires_when_it_is_computed_again_hides_no_later_one(
+    saes: list[SAE], kernel: str
+) -> None:
+    quiet = [torch.zeros(LENGTH, D_MODEL) for _ in saes]
+    fires = quiet[0].clone()
+    fires[[9, 12]] = 20 * saes[0].rows([3]).W_enc[0]
+    gate = PlannedGate(0, 3, GATE_ABOVE, 5.0, SCOPE_STOP)
+    worker = TinyWorker(saes, KERNELS[kernel])
+    gated = SteeringPlan("k", 1, PROMPT, (), True, False, None, gates=(gate,))
+    worker.state.add_request("r", gated)
+    worker.forward([("r", 0, 12)], {"r": quiet})
+    worker.state.pause_request("r")
+    worker.state.add_request("r", gated)
+    found = []
+    # By chunks; the last token alone is new.
+    for start, stop in ((0, 10), (10, 12), (12, 13)):
+        worker.forward([("r", start, stop)], {"r": [fires, quiet[1]]})
+        stops = worker.state.stops()
+        assert stops is not None
+        found.append(int(stops.position[0]))
+    assert found == [9, NEVER, 12]
+    worker.state.pause_request("r")
+    worker.state.add_request("r", gated)
+    worker.forward([("r", 0, 13)], {"r": [fires, quiet[1]]})
+    stops = worker.state.stops()
+    assert stops is not None
+    assert stops.position.tolist() == [12]

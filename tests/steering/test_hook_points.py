@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sae.card import HOOK_KINDS, HookPoint
+from sae.card import HOOK_KINDS, READ_ONLY_KINDS, HookPoint
 from steering.vllm import hook_points
 from steering.vllm.decoder_layers import decoder_layers
 from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import registered
+from steering.worker.ops.buffers import InputNorm
+from steering.worker.ops.layout import INPUT_LAYER, INPUT_RMS
 from tests.steering import layers
 from tests.steering.layers import WIDTH, Fused, Half, Model, NormAfter, Parallel, Plain
 
@@ -67,6 +70,7 @@ def places(kind: str, x: Tensor, factor: float = 1.0) -> dict[str, Tensor]:
             "hook_resid_pre": x,
             "hook_attn_out": attention,
             "attn.hook_out": attention,
+            "mlp.hook_in": norm(x),
             "hook_mlp_out": mlp,
             "mlp.hook_out": mlp,
             "hook_resid_post": x + attention + mlp,
@@ -80,6 +84,7 @@ def places(kind: str, x: Tensor, factor: float = 1.0) -> dict[str, Tensor]:
             "attn.hook_out": own,
             "hook_attn_out": norm(own),
             "hook_resid_mid": middle,
+            "mlp.hook_in": middle,
             "mlp.hook_out": own_mlp,
             "hook_mlp_out": norm(own_mlp),
             "hook_resid_post": middle + norm(own_mlp),
@@ -91,6 +96,8 @@ def places(kind: str, x: Tensor, factor: float = 1.0) -> dict[str, Tensor]:
         "hook_resid_pre": x,
         "attn.hook_out": attention,
         "hook_resid_mid": middle,
+        "ln2.hook_normalized": middle,  # what is hooked is the norm's input
+        "mlp.hook_in": norm(middle),
         "mlp.hook_out": mlp,
         "hook_resid_post": middle + mlp * factor,
     }
@@ -128,6 +135,8 @@ def test_each_place_reads_what_the_layers_definition_says_and_edits_reach_the_st
     unedited = model(x.clone())
     assert recorder.order == [hook]
     torch.testing.assert_close(recorder.seen[hook], expected[kind])
+    if kind in READ_ONLY_KINDS:
+        return
     recorder.add[hook] = 1.0
     change = model(x.clone()) - unedited
     if kind in ("hook_resid_post", "hook_mlp_out"):
@@ -152,6 +161,65 @@ def test_two_points_on_one_layer_and_the_next_ones_are_called_in_the_order_of_th
         torch.testing.assert_close(recorder.seen[hooks[1]], recorder.seen[hooks[2]])
 
 
+def test_points_at_one_place_are_called_in_the_order_of_the_stream(recorder: Recorder) -> None:
+    kinds = (
+        *("hook_resid_pre", "attn.hook_out", "hook_attn_out", "hook_resid_mid"),
+        *("ln2.hook_normalized", "mlp.hook_in", "mlp.hook_out", "hook_mlp_out", "hook_resid_post"),
+    )
+    hooks = [f"blocks.{layer}.{kind}" for layer in (0, 1) for kind in kinds]
+    for make in (Fused, Plain):
+        model = Model(make(), make())
+        points = [HookPoint.parse(hook) for hook in random.Random(0).sample(hooks, len(hooks))]
+        for point in hook_points.install_order(points):
+            install(model, str(point))
+        recorder.order.clear()
+        model(stream_before())
+        assert recorder.order == hooks
+
+
+def test_the_heads_are_what_the_output_projection_is_given(recorder: Recorder) -> None:
+    layer = Plain()
+    layer.self_attn = layers.WithHeads()
+    model, point = Model(layer), HookPoint.parse("blocks.0.attn.hook_z")
+    x = stream_before()
+    unedited = model(x.clone())
+    assert hook_points.width_of_heads(model, point, 1, 1) == 6
+    install(model, str(point))
+    model(x.clone())
+    torch.testing.assert_close(recorder.seen[str(point)], norm(x)[:, :6].square())
+    recorder.add[str(point)] = 1.0
+    assert (model(x.clone()) - unedited)[:, :6].abs().max() > 0.1
+
+
+def test_heads_that_are_gated_or_of_another_width_are_refused() -> None:
+    layer = Plain()
+    layer.self_attn = layers.GatedHeads()
+    with pytest.raises(UnsupportedModelError, match="something stands between the heads"):
+        install(Model(layer), "blocks.0.attn.hook_z")
+    layer.self_attn = layers.WithHeads()
+    with pytest.raises(UnsupportedModelError, match="has 12 elements in its heads"):
+        install(Model(layer), "blocks.0.attn.hook_z", tensor_parallel=2)
+
+
+class RMSNorm(layers.PlainNorm):
+    """A norm by a name that says what it does."""
+
+    variance_epsilon = 1e-5
+
+
+def test_what_stands_before_a_norms_gain_is_told_by_the_norm() -> None:
+    point = HookPoint.parse("blocks.0.ln2.hook_normalized")
+    layer = Plain()
+    with pytest.raises(UnsupportedModelError, match="PlainNorm is no norm that is known"):
+        hook_points.input_norm(Model(layer), point, 1)
+    layer.post_attention_layernorm = RMSNorm()
+    assert hook_points.input_norm(Model(layer), point, 1) == InputNorm(INPUT_RMS, 1e-5)
+    layer.post_attention_layernorm = nn.LayerNorm(WIDTH, eps=1e-3)
+    assert hook_points.input_norm(Model(layer), point, 1) == InputNorm(INPUT_LAYER, 1e-3)
+    plain = HookPoint.parse("blocks.0.mlp.hook_in")
+    assert hook_points.input_norm(Model(layer), plain, 1) == InputNorm()
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "one way or the other": (layers.Mixed, "hook_resid_post", "now as one tensor, now as the sum"),
     "more than a tensor": (layers.Deferred, "hook_resid_post", "may be more than the first"),
@@ -164,6 +232,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "another name": (layers.Nameless, "hook_resid_post", "no list|expected one list"),
     "ready-made input": (layers.Deferring, "hook_resid_pre", "ready-made"),
     "parallel": (Parallel, "hook_resid_mid", "read the same stream"),
+    "no norm": (NormAfter, "ln2.hook_normalized", "there is no norm before it"),
+    "another method, in": (layers.Bypassing, "mlp.hook_in", "mlp is not called once"),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from steering.errors import SteeringError
 from steering.request.lay_over import lay_over
 from steering.request.parse import parse_spec
-from tests.steering.test_spec import ONE, TWO
+from tests.steering.specs import ONE, TWO
 
 ABLATE = {"sae": "a", "feature": 1, "op": "ablate"}
 ADD = {"sae": "a", "feature": 2, "op": "add", "value": 1}

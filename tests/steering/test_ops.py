@@ -300,6 +300,39 @@ def test_delta_is_rounded_once(version: Version) -> None:
 
 
 @versions
+@pytest.mark.parametrize("million", [1e6, -1e6])
+@pytest.mark.parametrize("residual", [None, 30000.0], ids=str)
+def test_edit_keeps_a_float16_stream_and_what_carries_it_far_from_infinity(
+    version: Version, residual: float | None, million: float
+) -> None:
+    hidden = torch.tensor([[3.0, 0.5], [3.0, 40000.0], [3.0, -50000.0]], dtype=torch.float16)
+    written = hidden[:, 1].float()
+    rest = None if residual is None else torch.full_like(hidden, residual)
+    edits = [edit(0, OP_ADD, million, EVERYWHERE)]
+    made = version(replace(one_request(hidden, edits, simple_rows()), residual=rest))
+    # What is larger than the limit may stay so, no more.
+    x = written + (residual or 0.0)
+    wanted = x.abs().clamp(min=32768).copysign(torch.tensor(million)) - (residual or 0.0)
+    most = written.abs().clamp(min=32768)
+    assert torch.equal(made.hidden[:, 1], wanted.clamp(-most, most).half())
+    assert torch.equal(made.hidden[:, 0], hidden[:, 0])
+    # The share is that of the change that was made.
+    change = (made.hidden.float() - hidden.float()).norm(dim=1)
+    before = torch.stack([torch.full((3,), 3.0 + (residual or 0.0)), x], dim=1)
+    torch.testing.assert_close(made.buffers.share, change / before.norm(dim=1), rtol=1e-3, atol=0)
+
+
+@versions
+@pytest.mark.parametrize("most", [3.0, 65504.0])
+def test_edit_that_changes_nothing_leaves_a_float16_stream_bit_for_bit(
+    version: Version, most: float
+) -> None:
+    hidden = torch.tensor([[3.0, most], [3.0, -most]], dtype=torch.float16)
+    edits = [edit(0, OP_FLOOR, 1.0, EVERYWHERE)]
+    assert torch.equal(version(one_request(hidden, edits, simple_rows())).hidden, hidden)
+
+
+@versions
 def test_report_is_written_only_where_a_slot_reports_and_has_edits(version: Version) -> None:
     edits = [edit(0, OP_ADD, 1.0, EVERYWHERE), edit(0, OP_ADD, 1.0, COVERS_GENERATION)]
     batch = one_request(stream(3.0), edits, simple_rows(), first=5, prompt_len=8)

@@ -24,7 +24,7 @@ from steering.request.plan import (
     make_plan,
 )
 from steering.request.positions import Positions
-from tests.steering.test_spec import EDIT, TWO, Facts
+from tests.steering.specs import EDIT, TWO, Facts
 
 SAES = {**TWO, "early": Facts("blocks.0.hook_resid_post")}
 INDEX = {name: i for i, name in enumerate(SAES)}

@@ -130,10 +130,10 @@ def test_a_position_enters_the_totals_once_and_an_uncovered_one_never() -> None:
 
 def test_fit_measures_the_covered_tokens() -> None:
     x, x_hat = torch.randn(6, 3), torch.randn(6, 3)
-    f = torch.tensor([[1.0, 0.0]] * 3 + [[1.0, 2.0]] * 3)
+    l0 = torch.tensor([1, 1, 1, 2, 2, 2])
     covered = torch.tensor([True, True, False, True, True, True])
     fit, observed = Fit(), Observed()
-    fit.observe(torch.arange(6), covered, x, x_hat, f)
+    fit.observe(torch.arange(6), covered, x, x_hat, l0)
     kept = covered.numpy()
     observed.put(
         np.arange(6)[kept], x.numpy()[kept], x_hat.numpy()[kept], np.array([1, 1, 2, 2, 2])

@@ -151,6 +151,13 @@ def test_streamed_reads_are_told_once_and_named_by_choice_where_there_are_severa
     }
 
 
+def test_read_of_a_later_turn_is_streamed_as_the_only_choices_own() -> None:
+    ticket = Ticket(False, turns=True)
+    for position in (3, 4):
+        ticket.put_streamed(ticket.expect(), 0, {"sae": "b", "tokens": [{"position": position}]})
+        assert ticket.take_streamed() == {"read": {"sae": "b", "tokens": [{"position": position}]}}
+
+
 def test_cached_tokens_are_the_workers_count_if_there_is_one() -> None:
     assert report(Summary(0)).tokens_cached == 1
     assert report(Summary(0, cached=0)).tokens_cached == 0

@@ -10,7 +10,7 @@ import pytest
 from steering.errors import SteeringError
 from steering.request.cache_salt import cache_salt
 from steering.request.parse import parse_spec
-from tests.steering.test_spec import EDIT, ONE, Facts, edit
+from tests.steering.specs import EDIT, ONE, Facts, edit
 
 FIRES = {"feature": 3, "above": 0.5}
 SAES = {

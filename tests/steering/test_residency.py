@@ -45,7 +45,8 @@ def on_device(saes: dict[int, SAE], device: torch.device = HOST) -> set[int]:
 
 
 def matrices(sae: SAE) -> tuple[Tensor, Tensor]:
-    return sae._weights._resident[HOST]
+    resident = sae._weights._resident[HOST]
+    return resident["W_enc"], resident["W_dec"]
 
 
 def test_topk_saes_are_put_on_the_device_at_once_and_stay(saes: dict[int, SAE]) -> None:
@@ -146,7 +147,7 @@ def test_weights_go_to_the_device_in_their_stored_dtype(saes: dict[int, SAE]) ->
     meta = torch.device("meta")
     sae = saes[TOPK]
     sae.resident(meta)
-    for name, made in zip(("W_enc", "W_dec"), sae._weights._resident[meta], strict=True):
+    for name, made in zip(("W_enc", "W_dec"), sae._weights._resident[meta].values(), strict=True):
         assert made.device == meta and made.dtype == sae._weights._stored(name).dtype
         assert made.is_contiguous()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,42 +13,7 @@ from steering.request.limits import POSITION_LIMIT
 from steering.request.parse import parse_spec
 from steering.request.positions import Positions
 from steering.request.spec import SteeringSpec
-
-
-@dataclass(frozen=True)
-class Facts:
-    """An SAE of ten features whose first five have a recorded maximum of 2.5."""
-
-    hook: str = "blocks.1.hook_resid_post"
-    d_sae: int = 10
-    error_term: bool = True
-    affine: bool = True
-    read_at: str | None = None
-
-    @property
-    def reads(self) -> str:
-        return self.read_at or self.hook
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return (self.hook,)
-
-    def max_activation(self, feature: int) -> float | None:
-        return {5: 0.0}.get(feature, 2.5) if feature < 6 else None
-
-
-ONE = {"a": Facts()}
-TWO = {"a": Facts(), "b": Facts(), "c": Facts(hook="blocks.2.hook_resid_post")}
-EDIT = {"feature": 1, "op": "clamp", "value": 2}
-
-
-def edit(**changes: Any) -> dict[str, Any]:
-    """One valid edit with changes; a field set to ``...`` is left out."""
-    item = {**EDIT, **changes}
-    return {"interventions": [{k: v for k, v in item.items() if v is not ...}]}
-
-
-HERE = "steering.interventions[0]"
+from tests.steering.specs import EDIT, HERE, ONE, TWO, Facts, edit
 
 
 @pytest.mark.parametrize(

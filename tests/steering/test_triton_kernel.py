@@ -24,7 +24,13 @@ from tests.bench.roofline import moved, moved_by_gates
 from tests.steering.batches import Batch, Gates, edit, one_request, plain_params, pool
 
 #: The tests that every version passes.
-INTERPRETED_TOO = ("test_triton_kernel.py", "test_ops.py", "test_gates.py")
+INTERPRETED_TOO = (
+    "test_triton_kernel.py",
+    "test_ops.py",
+    "test_gates.py",
+    "test_split_ops.py",
+    "test_direction_ops.py",
+)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:

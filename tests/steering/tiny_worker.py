@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sae.card import HookPoint
 from sae.sae import SAE, open_sae
 from sae.source import ResolvedSAE
+from steering.request.hook_order import place_in_pass
 from steering.worker.ops.buffers import Kernel
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
@@ -37,7 +38,7 @@ class TinyWorker:
     """The state, the buffers that a runner would own, and the streams of its requests.
 
     Args:
-        saes: all at hook points of their own.
+        saes: whatever reads and writes; `hooks` has their hook points in the order of a pass.
         kernel: None for torch.
     """
 
@@ -46,7 +47,8 @@ class TinyWorker:
     ) -> None:
         self.positions = torch.zeros(max_tokens, dtype=torch.int64)
         self.input_ids = torch.full((max_tokens,), ORDINARY, dtype=torch.int32)
-        self.hooks = sorted({sae.card.hook for sae in saes})
+        places = {hook for sae in saes for hook in (sae.card.reads, *sae.card.writes)}
+        self.hooks = sorted(places, key=place_in_pass)
         self.state = SteeringState(
             saes,
             [HookPoint.parse(hook) for hook in self.hooks],

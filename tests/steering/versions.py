@@ -22,6 +22,7 @@ from steering.worker.pass_reports import PassReports
 from steering.worker.residency import Residency
 from steering.worker.site import Site
 from steering.worker.step import Step
+from steering.worker.whole_outputs import WholeOutputs
 from tests.steering.batches import Batch
 
 
@@ -51,12 +52,14 @@ def copied(x: Tensor) -> Tensor:
 
 
 def run(bound: Callable[[Buffers], BoundKernel], batch: Batch) -> Edited:
-    """Edit a copy of the batch by the two halves of one version, conditions first."""
+    """Edit a copy of the batch by one version: conditions, what is read, what is added."""
     hidden = copied(batch.hidden_states)
     residual = None if batch.residual is None else batch.residual.clone()
     buffers = batch.buffers()
     kernel = bound(buffers)
     kernel.read_gates(hidden, residual)
+    if batch.elsewhere:
+        kernel.read_edits(hidden, residual)
     assert torch.equal(bits(hidden), bits(batch.hidden_states))
     kernel.steer(hidden, residual)
     if residual is not None and batch.residual is not None:
@@ -72,6 +75,7 @@ def bits(x: Tensor) -> Tensor:
 def bound_reference(buffers: Buffers) -> BoundKernel:
     return BoundKernel(
         partial(reference.read_gates, buffers=buffers),
+        partial(reference.read_edits, buffers=buffers),
         partial(reference.steer_tokens, buffers=buffers),
     )
 
@@ -84,10 +88,12 @@ def by_site(batch: Batch) -> Edited:
     """The batched torch version, as a hook point runs it."""
     hidden, buffers = copied(batch.hidden_states), batch.buffers()
     nowhere = Residency({}, torch.device("cpu"), None)
-    site = Site("blocks.0.hook_resid_post", {}, buffers, nowhere, PassReports())
+    hook = "blocks.0.hook_resid_post"
+    site = Site(hook, {}, {}, buffers, nowhere, PassReports(), WholeOutputs())
     for slot in range(batch.prompt_len.shape[0]):
         edits, gates = batch.edits.get(slot, ()), batch.gates.get(slot)
-        if edits or gates:
+        elsewhere = batch.elsewhere.get(slot, {})
+        if edits or gates or elsewhere:
             site.work[slot] = SlotWork(
                 list(enumerate(edits)),
                 [] if gates is None else list(enumerate(gates.gates)),
@@ -96,6 +102,7 @@ def by_site(batch: Batch) -> Edited:
                 None,
                 int(batch.prompt_len[slot]),
                 None,
+                elsewhere=[*elsewhere.items()],
             )
     step = Step(batch.num_tokens, batch.positions, batch.input_ids, "cpu")
     real = int((batch.positions < 2**31).sum())
@@ -139,6 +146,8 @@ def assert_agrees(version: Version, batch: Batch) -> Edited:
     left, right = made.buffers, expected.buffers
     torch.testing.assert_close(left.f, right.f, rtol=1e-5, atol=1e-4, equal_nan=True)
     torch.testing.assert_close(left.share, right.share, rtol=1e-4, atol=1e-5)
+    if left.carried is not None and right.carried is not None:
+        torch.testing.assert_close(left.carried, right.carried, rtol=1e-5, atol=1e-4)
     assert torch.equal(left.counters, right.counters)
     assert torch.equal(left.gate_state.events, right.gate_state.events)
     assert torch.equal(left.gate_state.first_held, right.gate_state.first_held)

@@ -7,6 +7,7 @@ what the delta is. The full path shares all of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from steering.worker.gates import GateState
-from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.buffers import Buffers, InputNorm
 from steering.worker.ops.compiled import (
+    Carried,
     CompiledEdits,
     CompiledGates,
+    CompiledReads,
     Conditions,
     Covers,
     Latents,
@@ -27,6 +30,8 @@ from steering.worker.ops.compiled import (
 from steering.worker.ops.layout import (
     GATE_BELOW,
     HELD_BACK,
+    INPUT_LAYER,
+    INPUT_PLAIN,
     KIND_SCOPE,
     KIND_SENSE,
     LAYER_NORM_EPS,
@@ -40,7 +45,7 @@ from steering.worker.ops.layout import (
     SILENT,
     SKIPPED_SINK,
 )
-from steering.worker.rows import RowPool
+from steering.worker.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Stream:
 
     Attributes:
         token: index in the batch: a slice, or ``[n]`` int64.
-        x: ``[n, d_in]`` float32, hidden states plus residual.
+        x: ``[n, d_in]`` float32, hidden states plus residual, behind the hook point's input norm.
         position: ``[n]`` int64.
         special: ``[n]`` bool, a special token or the sequence's first.
     """
@@ -101,6 +106,7 @@ def gather_stream(
     x = hidden_states[token].float()
     if residual is not None:
         x = x + residual[token].float()
+    x = _normalised(x, buffers.input_norm)
     position = buffers.positions[token]
     return Stream(
         token=token,
@@ -108,6 +114,14 @@ def gather_stream(
         position=position,
         special=buffers.is_special.index_select(0, buffers.input_ids[token]) | (position == 0),
     )
+
+
+def _normalised(x: Tensor, norm: InputNorm) -> Tensor:
+    if norm.kind == INPUT_PLAIN:
+        return x
+    if norm.kind == INPUT_LAYER:
+        x = x - x.mean(dim=1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + norm.eps)
 
 
 def cover(stream: Stream, covers: Covers) -> Coverage:
@@ -125,7 +139,7 @@ def cover(stream: Stream, covers: Covers) -> Coverage:
     return Coverage(covered=covered & ~sink, skipped=covered & sink)
 
 
-def read(stream: Stream, latents: Latents, pool: RowPool) -> Read:
+def read(stream: Stream, latents: Latents, pool: Rows) -> Read:
     """Each entry's latent on its token, from its own row alone."""
     z = _encoded(stream.x, latents.rows, pool)
     g = None
@@ -178,6 +192,42 @@ def open_edits(stream: Stream, conditions: Conditions, state: GateState) -> Tens
     return torch.where(conditions.one_is_enough, named != 0, named == conditions.named)
 
 
+def carry(read: Read, coverage: Coverage, reads: CompiledReads, buffers: Buffers) -> None:
+    """`reference.read_edits`, given the activations and what they cover."""
+    edits = reads.edits
+    if edits.reported is not None:
+        source, target = edits.reported.source, edits.reported.target
+        known, f = coverage.covered.view(-1)[source], read.f.view(-1)[source]
+        buffers.f.view(-1)[target] = torch.where(known, f, buffers.f.view(-1)[target])
+    change = difference(read, edits, coverage.covered)
+    if read.g is not None:
+        change = change * read.g
+    if edits.decoder_scale is not None:
+        change = change * edits.decoder_scale
+    applies = coverage.covered
+    if coverage.skipped is not None:
+        change = torch.where(coverage.skipped, SKIPPED_SINK, change)
+        applies = applies | coverage.skipped
+    assert buffers.carried is not None
+    into, source, target = buffers.carried.view(-1), reads.into.source, reads.into.target
+    into[target] = torch.where(applies.view(-1)[source], change.view(-1)[source], into[target])
+
+
+def carried_change(edits: CompiledEdits, buffers: Buffers) -> Tensor | None:
+    """``[n, e]`` what was left where the edits were read; None if none was read elsewhere."""
+    if edits.carried is None or buffers.carried is None:
+        return None
+    left: Tensor = buffers.carried.view(-1)[edits.carried.index]
+    return left
+
+
+def without_sinks_elsewhere(coverage: Coverage, left: Tensor, carried: Carried) -> Coverage:
+    """The coverage, less what was a sink where it was read."""
+    sink = coverage.covered & carried.elsewhere & (left == SKIPPED_SINK)
+    skipped = sink if coverage.skipped is None else coverage.skipped | sink
+    return Coverage(covered=coverage.covered & ~sink, skipped=skipped)
+
+
 def asked(f: Tensor, edits: CompiledEdits) -> Tensor:
     """``f' - f`` ``[n, e]`` float32 of activations, wherever the edit is active."""
     change = edits.change
@@ -204,7 +254,7 @@ def difference(read: Read, edits: CompiledEdits, active: Tensor) -> Tensor:
     return torch.where(active, d, edits.latents.zero)
 
 
-def decoded(coefficient: Tensor, edits: CompiledEdits, pool: RowPool) -> Tensor:
+def decoded(coefficient: Tensor, edits: CompiledEdits, pool: Rows) -> Tensor:
     """``sum_e coefficient[:, e] * s_e * W_dec[row[:, e]]``: ``[n, d_in]`` float32."""
     if edits.decoder_scale is not None:
         coefficient = coefficient * edits.decoder_scale
@@ -236,7 +286,28 @@ def report(
         found = torch.where(held, HELD_BACK, found)
     if coverage.skipped is not None:
         found = torch.where(coverage.skipped, SKIPPED_SINK, found)
-    into.view(-1)[edits.reported.target] = found.view(-1)[edits.reported.source]
+    source, target = edits.reported.source, edits.reported.target
+    found = found.view(-1)[source]
+    if edits.carried is not None:
+        # What was read elsewhere stands there already.
+        known = edits.carried.elsewhere & coverage.covered
+        known = known if held is None else known & ~held
+        found = torch.where(known.view(-1)[source], into.view(-1)[target], found)
+    into.view(-1)[target] = found
+
+
+def bounded(delta: Tensor, hidden_states: Tensor, stream: Stream, limit: float) -> Tensor:
+    """``delta`` ``[n, d_in]``, less where an element would grow past the limit.
+
+    Neither the stream nor the hidden states, to which it is added, get larger than ``limit`` or,
+    if that is more, than they were.
+    """
+    if limit == math.inf:
+        return delta
+    for before in (stream.x, hidden_states[stream.token].float()):
+        after, bound = before + delta, before.abs().clamp(min=limit)
+        delta = torch.where(after.abs() > bound, after.clamp(-bound, bound) - before, delta)
+    return delta
 
 
 def limited(
@@ -282,7 +353,7 @@ def add_delta(hidden_states: Tensor, stream: Stream, delta: Tensor, touched: Ten
     hidden_states[stream.token] = torch.where(touched[:, None], after, before)
 
 
-def _encoded(x: Tensor, rows: RunRows, pool: RowPool) -> Tensor:
+def _encoded(x: Tensor, rows: RunRows, pool: Rows) -> Tensor:
     """``W_enc[row[t, i]] @ x[t]``: ``[n, e]`` float32."""
     if rows.W_enc is not None and len(rows.bounds) == len(x):
         # The rows as the right factor: torch's other order is eight times slower on a CPU.

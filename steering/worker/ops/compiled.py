@@ -16,6 +16,7 @@ from sae.arrays import BoolArray, IntArray
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.layout import (
     ANY_GATE,
+    CARRIED,
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
@@ -33,8 +34,8 @@ from steering.worker.ops.layout import (
     G_ROW,
     G_SCOPE,
     GATE_BITS,
-    MAX_ENTRIES,
     MAX_GATES,
+    MAX_INTERVENTIONS,
     NORM_CONSTANT,
     NORM_LAYER,
     OP_ADD,
@@ -55,7 +56,8 @@ from steering.worker.ops.layout import (
     SCOPE_STOP,
     SCOPE_TOKEN,
 )
-from steering.worker.rows import RowPool
+from steering.worker.rows import Rows
+from steering.worker.slots import EditTable
 
 #: Elements of rows that a batch may keep gathered between passes, for each of the two matrices.
 _GATHERED_ELEMENTS = 4 * 2**20
@@ -191,10 +193,24 @@ class Reported:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """Edits that were read at another hook point; ``[n, e]``.
+
+    Attributes:
+        elsewhere: bool, which they are.
+        index: int64, in the flattened ``Buffers.carried``; of the others 0.
+    """
+
+    elsewhere: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
 class CompiledEdits:
     """The edits of ``n`` tokens, ``e`` the most that one of them has; absent ones cover nothing.
 
     Attributes:
+        carried: None where all were read here.
         decoder_scale: ``[n, e]`` float32; None where it is one for all.
         max_share: ``[n]`` float32, infinite for no limit; None where none has one.
         conditions: None where no edit has any.
@@ -209,8 +225,22 @@ class CompiledEdits:
     decoder_scale: Tensor | None
     max_share: Tensor | None
     conditions: Conditions | None
+    carried: Carried | None
     reported: Reported | None
     shares: Reported | None
+
+
+@dataclass(frozen=True)
+class CompiledReads:
+    """The edits of ``n`` tokens that are read here and added at other hook points.
+
+    Attributes:
+        edits: of the table of those.
+        into: where in ``Buffers.carried`` they are left.
+    """
+
+    edits: CompiledEdits
+    into: Reported
 
 
 @dataclass(frozen=True)
@@ -260,7 +290,11 @@ class _BySlot:
 
 
 def compile_edits(
-    slot_np: IntArray, token_np: IntArray, width: int, buffers: Buffers
+    slot_np: IntArray,
+    token_np: IntArray,
+    width: int,
+    buffers: Buffers,
+    table: EditTable | None = None,
 ) -> CompiledEdits:
     """The edits of tokens, for as long as their slots are not rewritten.
 
@@ -269,8 +303,9 @@ def compile_edits(
         token_np: ``[n]`` its index in the batch.
         width: the most edits that one of the slots has, at least 1.
         buffers: of the hook point.
+        table: the edits; those that are added here if left out.
     """
-    table, facts = buffers.table, buffers.slots
+    table, facts = buffers.table if table is None else table, buffers.slots
     by = _BySlot(slot_np, table.count, width)
     ints = table.ints[by.slots, :width].long()  # [slots, e, NUM_EDIT_INTS]
     coverage, op, row = ints[..., E_COVERAGE], ints[..., E_OP], ints[..., E_ROW]
@@ -278,8 +313,12 @@ def compile_edits(
     params = buffers.rows.params[row]  # [slots, e, NUM_PARAMS]
     prompt_len = facts.prompt_len[by.slots][:, None]
     low, high = window(coverage, ints[..., E_START], ints[..., E_END], prompt_len.long())
-    sink_norm = torch.where(coverage & COVERS_SINKS != 0, torch.inf, params[..., P_SINK])
-    scale, gates = params[..., P_DECODER_SCALE], ints[..., E_GATES]
+    elsewhere = ints[..., E_FLAGS] & CARRIED != 0
+    # Whether a token is a sink is judged where it is read, and the scale is in what was left there.
+    anyway = (coverage & COVERS_SINKS != 0) | elsewhere
+    sink_norm = torch.where(anyway, torch.inf, params[..., P_SINK])
+    scale = torch.where(elsewhere, 1.0, params[..., P_DECODER_SCALE])
+    gates = ints[..., E_GATES]
     columns_np = table.ints_np[slot_np, :width, E_COLUMN]
     reported_np = (np.arange(width) < table.count_np[slot_np][:, None]) & facts.reports_np[slot_np][
         :, None
@@ -307,13 +346,30 @@ def compile_edits(
         )
         if conditional
         else None,
-        reported=_reported(token_np, columns_np, reported_np, buffers) if len(report_np) else None,
+        carried=_carried(by, elsewhere, token_np, columns_np),
+        reported=_reported(token_np, columns_np, reported_np, buffers.f)
+        if len(report_np)
+        else None,
         shares=Reported(
             torch.from_numpy(report_np).to(value.device),
             torch.from_numpy(token_np[report_np].astype(np.int64)).to(value.device),
         )
         if len(report_np)
         else None,
+    )
+
+
+def compile_reads(
+    slot_np: IntArray, token_np: IntArray, width: int, buffers: Buffers
+) -> CompiledReads:
+    """The edits of tokens that are read here and added elsewhere, as `compile_edits` those here."""
+    table = buffers.reads
+    assert buffers.carried is not None
+    exists_np = np.arange(width) < table.count_np[slot_np][:, None]
+    columns_np = table.ints_np[slot_np, :width, E_COLUMN]
+    return CompiledReads(
+        edits=compile_edits(slot_np, token_np, width, buffers, table),
+        into=_reported(token_np, columns_np, exists_np, buffers.carried),
     )
 
 
@@ -340,7 +396,7 @@ def compile_gates(
         high=by.spread(torch.where(scope == SCOPE_PROMPT, prompt_len, everywhere)),
         state=by.spread(by.slots[:, None] * MAX_GATES + index),
         kept=by.spread(scope != SCOPE_TOKEN),
-        f=_reported(token_np, columns_np, exists_np, buffers),
+        f=_reported(token_np, columns_np, exists_np, buffers.f),
     )
 
 
@@ -403,18 +459,29 @@ def _rereads(by: _BySlot, flags: Tensor, op: Tensor, value: Tensor) -> Rereads |
     )
 
 
+def _carried(
+    by: _BySlot, elsewhere: Tensor, token_np: IntArray, columns_np: IntArray
+) -> Carried | None:
+    found = by.unless(~elsewhere, elsewhere)
+    if found is None:
+        return None
+    index_np = token_np[:, None].astype(np.int64) * MAX_INTERVENTIONS + columns_np
+    index = torch.from_numpy(index_np).to(found.device)
+    return Carried(found, torch.where(found, index, 0))
+
+
 def _reported(
-    token_np: IntArray, columns_np: IntArray, reported_np: BoolArray, buffers: Buffers
+    token_np: IntArray, columns_np: IntArray, reported_np: BoolArray, into: Tensor
 ) -> Reported:
-    device = buffers.f.device
-    target_np = token_np[:, None].astype(np.int64) * MAX_ENTRIES + columns_np
+    device = into.device
+    target_np = token_np[:, None].astype(np.int64) * into.shape[1] + columns_np
     return Reported(
         torch.from_numpy(np.flatnonzero(reported_np)).to(device),
         torch.from_numpy(target_np[reported_np]).to(device),
     )
 
 
-def _run_rows(row_np: IntArray, pool: RowPool, writes: bool) -> RunRows:
+def _run_rows(row_np: IntArray, pool: Rows, writes: bool) -> RunRows:
     """Tokens that name the same rows in the same order and are neighbours make one run.
 
     Columns past a slot's entries are row 0 in the table: nothing comes of them, since they do not

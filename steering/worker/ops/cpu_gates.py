@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from steering.worker.ops.buffers import Buffers, OnStream
 from steering.worker.ops.cpu_parts import (
     BLOCK,
     LOAD,
     ZERO,
+    Kernels,
     add,
     compiled,
     encode,
+    input_normed,
+    launcher,
     moments,
     normed,
     preactivation,
+    rows_array,
     square,
-    storage,
 )
 from steering.worker.ops.layout import (
     FIRST_GATE_COLUMN,
@@ -49,7 +49,7 @@ def _kernel(load: Any, load_residual: Any) -> Any:
         hidden, hidden_stride,  # 1-D storage of [num_tokens, d_in]
         residual, residual_stride,  # the same; empty: the layer returns the sum
         num_tokens, d_in, token_slot, positions, input_ids, is_special, prompt_len,
-        count, ints, threshold, events, first_held, w_enc, params, f_out,
+        count, ints, threshold, events, first_held, w_enc, params, f_out, norm_kind, norm_eps,
     ):  # fmt: skip
         x, other = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
         row, z = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32)
@@ -65,6 +65,7 @@ def _kernel(load: Any, load_residual: Any) -> Any:
             if residual.shape[0] > 0:
                 load_residual(residual, token * residual_stride, other)
                 add(other, x)
+            input_normed(x, norm_kind, norm_eps)
             norm = np.sqrt(square(x))
             rms = norm / np.sqrt(np.float32(d_in))
             mean, std = ZERO, ZERO
@@ -105,8 +106,7 @@ def _kernel(load: Any, load_residual: Any) -> Any:
     return read
 
 
-#: By dtype of the hidden states and of the residual; each is compiled when it is first called.
-_KERNELS: Final[dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]] = {
+_KERNELS: Final[Kernels] = {
     (hidden, residual): _kernel(LOAD[hidden], LOAD[residual])
     for hidden in LOAD
     for residual in LOAD
@@ -127,22 +127,11 @@ def bound(buffers: Buffers) -> OnStream:
         gates.threshold.numpy(),
         state.events.numpy(),
         state.first_held.numpy(),
-        rows.W_enc.numpy(),
+        rows_array(rows.W_enc),
         rows.params.numpy(),
         buffers.f.numpy(),
+        buffers.input_norm.kind,
+        np.float32(buffers.input_norm.eps),
     )
 
-    def launch(hidden_states: Tensor, residual: Tensor | None) -> None:
-        num_tokens, d_in = hidden_states.shape
-        if not num_tokens:
-            return
-        dtype = hidden_states.dtype
-        hidden = storage(hidden_states)
-        if residual is None:
-            kernel, other, stride = _KERNELS[dtype, dtype], hidden[:0], 0
-        else:
-            kernel = _KERNELS[dtype, residual.dtype]
-            other, stride = storage(residual), residual.stride(0)
-        kernel(hidden, hidden_states.stride(0), other, stride, num_tokens, d_in, *arrays)
-
-    return launch
+    return launcher(_KERNELS, arrays)

@@ -6,14 +6,12 @@ A token's sums do not depend on who else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from steering.worker.ops import cpu_gates
+from steering.worker.ops import cpu_gates, cpu_reads
 from steering.worker.ops.buffers import BoundKernel, Buffers, OnStream
 from steering.worker.ops.cpu_parts import (
     BLOCK,
@@ -21,30 +19,34 @@ from steering.worker.ops.cpu_parts import (
     ONE,
     STORE,
     ZERO,
+    Kernels,
     add,
+    applied,
+    carried_array,
     compiled,
+    covers,
     decode,
     encode,
+    launcher,
     moments,
     normed,
     preactivation,
+    rows_array,
     square,
-    storage,
 )
 from steering.worker.ops.layout import (
     ANY_GATE,
+    CARRIED,
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
     COVERS_SPECIAL,
     E_COLUMN,
     E_COVERAGE,
-    E_END,
     E_FLAGS,
     E_GATES,
     E_OP,
     E_ROW,
-    E_START,
     GATE_BELOW,
     GATE_BITS,
     HELD_BACK,
@@ -58,9 +60,6 @@ from steering.worker.ops.layout import (
     NOT_COVERED,
     NOT_EDITED,
     OP_ADD,
-    OP_CLAMP,
-    OP_FLOOR,
-    OP_SCALE,
     P_DECODER_SCALE,
     P_GATE_BIAS,
     P_NORM,
@@ -80,23 +79,9 @@ _SILENT = np.float32(SILENT)
 
 
 @compiled
-def _applied(f, op, value):  # type: ignore[no-untyped-def]
-    """``f'`` for each operation."""
-    if op == OP_CLAMP:
-        return value
-    if op == OP_ADD:
-        return f + value
-    if op == OP_SCALE:
-        return value * f
-    if op == OP_FLOOR:
-        return max(f, value)
-    return min(f, value)
-
-
-@compiled
 def _reread(p, f, op, value, threshold):  # type: ignore[no-untyped-def]
     """``p' - p``."""
-    new = _applied(f, op, value)
+    new = applied(f, op, value)
     if new == f:
         return ZERO
     if new > threshold:
@@ -126,11 +111,6 @@ def _is_open(open_bits, gates):  # type: ignore[no-untyped-def]
     return open_bits & named != 0 if gates & ANY_GATE else open_bits & named == named
 
 
-@compiled
-def _covers(edit, needed, position):  # type: ignore[no-untyped-def]
-    return edit[E_COVERAGE] & needed == needed and edit[E_START] <= position < edit[E_END]
-
-
 def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
     """The loop over tokens for one pair of dtypes, which these three know."""
 
@@ -140,7 +120,7 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
         residual, residual_stride,  # the same; empty: the layer returns the sum
         num_tokens, d_in, token_slot, positions, input_ids, is_special,
         prompt_len, max_share, reports, count, ints, value, kind, first_held, events,
-        w_enc, w_dec, params, f_out, share_out, counters,
+        w_enc, w_dec, params, f_out, share_out, carried, counters,
     ):  # fmt: skip
         x, other = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
         delta = np.empty(d_in, np.float32)
@@ -163,7 +143,7 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
             num_covered = num_open = 0
             open_bits = -1  # not asked for yet
             for i in range(count[slot]):
-                if _covers(ints[slot, i], needed, position):
+                if covers(ints[slot, i], needed, position):
                     is_open = True
                     if ints[slot, i, E_GATES] != 0:
                         if open_bits < 0:
@@ -191,7 +171,10 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
             for k in range(num_covered):
                 i = active[k]
                 param = params[ints[slot, i, E_ROW]]
-                sink = norm > param[P_SINK] and not ints[slot, i, E_COVERAGE] & COVERS_SINKS
+                if ints[slot, i, E_FLAGS] & CARRIED:  # judged where it was read
+                    sink = carried[token, ints[slot, i, E_COLUMN]] == _SKIPPED_SINK
+                else:
+                    sink = norm > param[P_SINK] and not ints[slot, i, E_COVERAGE] & COVERS_SINKS
                 if sink or held[k]:
                     if reported:
                         why = _SKIPPED_SINK if sink else _HELD_BACK
@@ -217,14 +200,18 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
                     # The last block repeats its last edit, with a factor of zero.
                     i = active[min(first + k, num_active - 1)]
                     row[k] = ints[slot, i, E_ROW]
-                    reads |= (
-                        reported or ints[slot, i, E_OP] != OP_ADD or ints[slot, i, E_FLAGS] & REREAD
+                    flags = ints[slot, i, E_FLAGS]
+                    reads |= not flags & CARRIED and (
+                        reported or ints[slot, i, E_OP] != OP_ADD or flags & REREAD
                     )
                 if reads:
                     encode(w_enc, row, x, z)
                 factor[:] = ZERO
                 for k in range(min(BLOCK, num_active - first)):
                     i = active[first + k]
+                    if ints[slot, i, E_FLAGS] & CARRIED:
+                        factor[k] = carried[token, ints[slot, i, E_COLUMN]]
+                        continue
                     param = params[row[k]]
                     f = p = ZERO
                     if reads:
@@ -240,7 +227,7 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
                     elif op == OP_ADD:  # never reads f
                         change = operand
                     else:
-                        change = _applied(f, op, operand) - f
+                        change = applied(f, op, operand) - f
                     layer, constant = param[P_NORM] == NORM_LAYER, param[P_NORM] == NORM_CONSTANT
                     g = std if layer else rms if constant else ONE
                     factor[k] = change * param[P_DECODER_SCALE] * g
@@ -261,8 +248,7 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
     return steer
 
 
-#: By dtype of the hidden states and of the residual; each is compiled when it is first called.
-_KERNELS: Final[dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]] = {
+_KERNELS: Final[Kernels] = {
     (hidden, residual): _kernel(LOAD[hidden], STORE[hidden], LOAD[residual])
     for hidden in LOAD
     for residual in LOAD
@@ -275,11 +261,11 @@ def edits(dtype: torch.dtype) -> bool:
 
 
 def bound(buffers: Buffers) -> BoundKernel:
-    """Both halves for buffers that stay where they are: taken apart once, not in every pass.
+    """All of it for buffers that stay where they are: taken apart once, not in every pass.
 
     Found again from Python in every pass, with cold caches, they cost as much as the edit itself.
     """
-    return BoundKernel(cpu_gates.bound(buffers), _bound_edit(buffers))
+    return BoundKernel(cpu_gates.bound(buffers), cpu_reads.bound(buffers), _bound_edit(buffers))
 
 
 def _bound_edit(buffers: Buffers) -> OnStream:
@@ -298,25 +284,13 @@ def _bound_edit(buffers: Buffers) -> OnStream:
         state.kind.numpy(),
         state.first_held.numpy(),
         state.events.numpy(),
-        rows.W_enc.numpy(),
-        rows.W_dec.numpy(),
+        rows_array(rows.W_enc),
+        rows_array(rows.W_dec),
         rows.params.numpy(),
         buffers.f.numpy(),
         buffers.share.numpy(),
+        carried_array(buffers),
         buffers.counters.numpy(),
     )
 
-    def launch(hidden_states: Tensor, residual: Tensor | None) -> None:
-        num_tokens, d_in = hidden_states.shape
-        if not num_tokens:
-            return
-        dtype = hidden_states.dtype
-        hidden = storage(hidden_states)
-        if residual is None:
-            kernel, other, stride = _KERNELS[dtype, dtype], hidden[:0], 0
-        else:
-            kernel = _KERNELS[dtype, residual.dtype]
-            other, stride = storage(residual), residual.stride(0)
-        kernel(hidden, hidden_states.stride(0), other, stride, num_tokens, d_in, *arrays)
-
-    return launch
+    return launcher(_KERNELS, arrays)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import llvmlite.binding.ffi
 import numpy as np
@@ -11,10 +11,21 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from steering.worker.ops.buffers import Buffers, OnStream
 from steering.worker.ops.layout import (
+    E_COVERAGE,
+    E_END,
+    E_START,
+    INPUT_LAYER,
+    INPUT_PLAIN,
     LAYER_NORM_EPS,
+    MAX_INTERVENTIONS,
     NORM_CONSTANT,
     NORM_LAYER,
+    OP_ADD,
+    OP_CLAMP,
+    OP_FLOOR,
+    OP_SCALE,
     P_BIAS,
     P_ENC_SUM,
     P_GAIN,
@@ -131,6 +142,23 @@ def moments(x, centred):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def input_normed(x, kind, eps):  # type: ignore[no-untyped-def]
+    """``x`` behind a hook point's input norm, in place."""
+    if kind == INPUT_PLAIN:
+        return
+    if kind == INPUT_LAYER:
+        mean = ZERO
+        for i in range(x.shape[0]):
+            mean += x[i]
+        mean /= np.float32(x.shape[0])
+        for i in range(x.shape[0]):
+            x[i] -= mean
+    scale = ONE / np.sqrt(square(x) / np.float32(x.shape[0]) + eps)
+    for i in range(x.shape[0]):
+        x[i] *= scale
+
+
+@compiled
 def normed(z, param, mean, std, rms):  # type: ignore[no-untyped-def]
     """``W_enc @ norm_in(x)`` from ``z = W_enc @ x``."""
     if param[P_NORM] == NORM_LAYER:
@@ -145,6 +173,28 @@ def preactivation(z, param):  # type: ignore[no-untyped-def]
     """What the activation function is applied to."""
     return param[P_GAIN] * z + param[P_BIAS]
 
+
+@compiled
+def applied(f, op, value):  # type: ignore[no-untyped-def]
+    """``f'`` for each operation."""
+    if op == OP_CLAMP:
+        return value
+    if op == OP_ADD:
+        return f + value
+    if op == OP_SCALE:
+        return value * f
+    if op == OP_FLOOR:
+        return max(f, value)
+    return min(f, value)
+
+
+@compiled
+def covers(edit, needed, position):  # type: ignore[no-untyped-def]
+    return edit[E_COVERAGE] & needed == needed and edit[E_START] <= position < edit[E_END]
+
+
+#: By dtype of the hidden states and of the residual; each is compiled when it is first called.
+Kernels: TypeAlias = dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]
 
 #: By dtype of the stream.
 LOAD: Final = {torch.float32: load_float32, torch.bfloat16: load_bfloat16}
@@ -161,3 +211,44 @@ def storage(stream: Tensor) -> Any:
         flat = stream.as_strided(((n - 1) * stream.stride(0) + d_in,), (1,))
     # NumPy has no name for bfloat16, hence its bits.
     return (flat if stream.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+
+
+def rows_array(matrix: Tensor) -> Any:
+    """``[capacity, width]`` rows of the pool, of which ``matrix`` has the first columns.
+
+    Whole, since a contiguous array is read faster; what uses it stops at the stream's width.
+    """
+    assert matrix.storage_offset() == 0 and matrix.stride(1) == 1, matrix.stride()
+    capacity, width = matrix.shape[0], matrix.stride(0)
+    return matrix.as_strided((capacity, width), (width, 1)).numpy()
+
+
+def carried_array(buffers: Buffers) -> Any:
+    """``Buffers.carried``; a row that nobody reads where there is none."""
+    if buffers.carried is None:
+        return np.zeros((1, MAX_INTERVENTIONS), dtype=np.float32)
+    return buffers.carried.numpy()
+
+
+def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:
+    """A kernel as what takes a stream.
+
+    Args:
+        kernels: by dtype of the hidden states and of the residual.
+        arrays: what it takes behind the stream; taken apart once, not in every pass.
+    """
+
+    def launch(hidden_states: Tensor, residual: Tensor | None) -> None:
+        num_tokens, d_in = hidden_states.shape
+        if not num_tokens:
+            return
+        dtype = hidden_states.dtype
+        hidden = storage(hidden_states)
+        if residual is None:
+            kernel, other, stride = kernels[dtype, dtype], hidden[:0], 0
+        else:
+            kernel = kernels[dtype, residual.dtype]
+            other, stride = storage(residual), residual.stride(0)
+        kernel(hidden, hidden_states.stride(0), other, stride, num_tokens, d_in, *arrays)
+
+    return launch

@@ -54,6 +54,8 @@ ANY_GATE: Final = 1 << MAX_GATES
 GATE_BITS: Final = ANY_GATE - 1
 #: In FLAGS: the row is solved so that the pre-activation, read again, is the wanted one.
 REREAD: Final = 1
+#: In FLAGS: read at another hook point, which left the change in `Buffers.carried`.
+CARRIED: Final = 2
 
 # Columns of `GateTable.ints`. INDEX: which of the request's gates.
 G_ROW, G_INDEX, G_SCOPE = range(3)
@@ -75,6 +77,10 @@ NUM_PARAMS: Final = 8
 # Values of the column P_NORM: how the SAE normalises its input.
 NORM_NONE, NORM_LAYER, NORM_CONSTANT = range(3)
 
+# What stands before the reading of an activation: the stream, or what a norm without its gain
+# makes of it.
+INPUT_PLAIN, INPUT_RMS, INPUT_LAYER = range(3)
+
 #: Columns of the pass's buffer of activations: a request's edits, and its gates after them.
 MAX_ENTRIES: Final = MAX_INTERVENTIONS + MAX_GATES
 FIRST_GATE_COLUMN: Final = MAX_INTERVENTIONS
@@ -85,6 +91,10 @@ NOT_COVERED, SKIPPED_SINK, HELD_BACK = float("nan"), float("-inf"), -(2 - 2**-23
 
 #: In the buffer of shares: no edit was made here. A share that `max_share` limited is negative.
 NOT_EDITED: Final = float("-inf")
+
+#: In float16, which ends at 65,504, an edit makes no element of the stream, nor of the hidden
+#: states that carry it, larger than this, or than it was: half the range is left to later layers.
+FLOAT16_LIMIT: Final = 32768.0
 
 #: With REREAD, a feature that is to be silent is set to at most so much of its threshold.
 SILENT: Final = 0.9

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steering.worker.ops.buffers import Buffers
+from steering.worker.ops.buffers import Buffers, InputNorm
 from steering.worker.ops.layout import (
     ANY_GATE,
+    CARRIED,
     COVERS_GENERATION,
     COVERS_PROMPT,
     COVERS_SINKS,
@@ -29,6 +30,8 @@ from steering.worker.ops.layout import (
     GATE_BELOW,
     GATE_BITS,
     HELD_BACK,
+    INPUT_LAYER,
+    INPUT_PLAIN,
     KIND_SCOPE,
     KIND_SENSE,
     LAYER_NORM_EPS,
@@ -60,6 +63,8 @@ from steering.worker.ops.layout import (
     SKIPPED_SINK,
 )
 
+_PLAIN: Final = InputNorm()
+
 
 def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Read every token's conditions at one hook point, before the edits there.
@@ -79,7 +84,7 @@ def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
         slot = int(buffers.token_slot[t])
         if slot == NO_SLOT or not int(table.count[slot]):
             continue
-        x = _stream(hidden_states, residual, t)
+        x = _stream(hidden_states, residual, t, buffers.input_norm)
         position = int(buffers.positions[t])
         if position == 0 or bool(buffers.is_special[int(buffers.input_ids[t])]):
             continue
@@ -103,6 +108,54 @@ def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
                 state.first_held[slot, index] = min(int(state.first_held[slot, index]), position)
 
 
+def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
+    """Read the edits that are added at other hook points, and leave there what they add.
+
+    For each edit that covers a token, ``carried`` becomes ``change_i * s_i * g_i`` as in
+    `steer_tokens`, of what stands here, or SKIPPED_SINK where that is a sink; and f its activation,
+    if the slot reports. Conditions are looked at where the edit is added.
+
+    Args:
+        hidden_states: ``[num_tokens, d_in]`` model dtype; only read.
+        residual: the same shape, or None where the layer returns the sum; only read.
+        buffers: of this hook point.
+    """
+    table, rows, carried = buffers.reads, buffers.rows, buffers.carried
+    assert carried is not None
+    for t in range(hidden_states.shape[0]):
+        slot = int(buffers.token_slot[t])
+        if slot == NO_SLOT or not int(table.count[slot]):
+            continue
+        x = _stream(hidden_states, residual, t, buffers.input_norm)
+        for i in range(int(table.count[slot])):
+            ints = table.ints[slot, i]
+            if not covers(buffers, t, slot, ints):
+                continue
+            row, column = int(ints[E_ROW]), int(ints[E_COLUMN])
+            params = rows.params[row]
+            if bool(x.norm() > params[P_SINK]) and not int(ints[E_COVERAGE]) & COVERS_SINKS:
+                carried[t, column] = SKIPPED_SINK
+                continue
+            read = activation(x, rows.W_enc[row, : len(x)], params)
+            if bool(buffers.slots.reports[slot]):
+                buffers.f[t, column] = float(read.f)
+            change = edited(read.f, int(ints[E_OP]), table.value[slot, i])
+            carried[t, column] = change * params[P_DECODER_SCALE] * read.g
+
+
+def covers(buffers: Buffers, t: int, slot: int, ints: Tensor) -> bool:
+    """Whether an edit of a slot applies to its token t, sinks and conditions apart."""
+    position = int(buffers.positions[t])
+    special = position == 0 or bool(buffers.is_special[int(buffers.input_ids[t])])
+    in_prompt = position < int(buffers.slots.prompt_len[slot])
+    coverage = int(ints[E_COVERAGE])
+    return (
+        bool(coverage & (COVERS_PROMPT if in_prompt else COVERS_GENERATION))
+        and (not special or bool(coverage & COVERS_SPECIAL))
+        and int(ints[E_START]) <= position < int(ints[E_END])
+    )
+
+
 def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Add each steered token's delta to ``hidden_states``, in place.
 
@@ -111,7 +164,11 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
     ``f'_i - f_i`` with ``f_i`` read from ``x``, or, where the row is solved for what is read again,
     ``p'_i - p_i`` (see `reread`); ``s_i`` is the decoder scale, ``g_i`` the SAE's output scale
     where its input is normalised, and m at most 1, such that the whole is no more than
-    ``max_share`` of the norm of ``x``.
+    ``max_share`` of the norm of ``x``. Before that an element of the sum is cut such that the one
+    of ``x`` becomes no larger than ``limit``, if it was not larger; nor does that of
+    ``hidden_states``. Of an edit that was read elsewhere the product of the three is what
+    `read_edits` left; its activation is in f already, and whether the token is a sink is what was
+    found there.
 
     Args:
         hidden_states: ``[num_tokens, d_in]`` model dtype; rows that no edit touches stay as they
@@ -127,47 +184,46 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
         x = _stream(hidden_states, residual, t)
         position = int(buffers.positions[t])
         prompt_len = int(buffers.slots.prompt_len[slot])
-        special = position == 0 or bool(buffers.is_special[int(buffers.input_ids[t])])
-        phase = COVERS_PROMPT if position < prompt_len else COVERS_GENERATION
         reports = bool(buffers.slots.reports[slot])
         open_bits = open_gates(buffers, t, slot, position, prompt_len)
         delta = torch.zeros_like(x)
         touched = skipped = False
         for i in range(int(table.count[slot])):
             ints = table.ints[slot, i]
-            coverage = int(ints[E_COVERAGE])
-            covered = (
-                bool(coverage & phase)
-                and (not special or bool(coverage & COVERS_SPECIAL))
-                and int(ints[E_START]) <= position < int(ints[E_END])
-            )
-            row = int(ints[E_ROW])
+            covered = covers(buffers, t, slot, ints)
+            row, column = int(ints[E_ROW]), int(ints[E_COLUMN])
             params = rows.params[row]
-            sink = bool(x.norm() > params[P_SINK]) and not coverage & COVERS_SINKS
+            carried = _carried(buffers, t, ints)
+            read = None if carried is not None else activation(x, rows.W_enc[row, : len(x)], params)
+            sink = (
+                bool(x.norm() > params[P_SINK]) and not int(ints[E_COVERAGE]) & COVERS_SINKS
+                if carried is None
+                else bool(carried == SKIPPED_SINK)
+            )
             held = not is_open(open_bits, int(ints[E_GATES]))
-            read = activation(x, rows.W_enc[row, : len(x)], params)
-            if reports:
-                buffers.f[t, int(ints[E_COLUMN])] = (
-                    NOT_COVERED
-                    if not covered
-                    else SKIPPED_SINK
-                    if sink
-                    else HELD_BACK
-                    if held
-                    else float(read.f)
-                )
+            if reports and not covered:
+                buffers.f[t, column] = NOT_COVERED
+            elif reports and (sink or held):
+                buffers.f[t, column] = SKIPPED_SINK if sink else HELD_BACK
+            elif reports and read is not None:
+                buffers.f[t, column] = float(read.f)
             skipped |= covered and not held and sink
             if covered and not held and not sink:
                 touched = True
-                op, value = int(ints[E_OP]), table.value[slot, i]
-                change = (
-                    reread(read, op, value, params[P_THRESHOLD])
-                    if int(ints[E_FLAGS]) & REREAD
-                    else edited(read.f, op, value)
-                )
-                delta += change * params[P_DECODER_SCALE] * read.g * rows.W_dec[row, : len(x)]
+                if carried is None:
+                    assert read is not None
+                    op, value = int(ints[E_OP]), table.value[slot, i]
+                    change = (
+                        reread(read, op, value, params[P_THRESHOLD])
+                        if int(ints[E_FLAGS]) & REREAD
+                        else edited(read.f, op, value)
+                    )
+                    carried = change * params[P_DECODER_SCALE] * read.g
+                delta += carried * rows.W_dec[row, : len(x)]
         share, limited = torch.tensor(NOT_EDITED), False
         if touched:
+            for before in (x, hidden_states[t].float()):
+                delta = _bounded(delta, before, buffers.limit)
             share = delta.norm() / x.norm() if bool(x.norm() > 0) else torch.tensor(0.0)
             max_share = buffers.slots.max_share[slot]
             limited = bool(share > max_share)
@@ -178,6 +234,14 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
         if reports:
             buffers.share[t] = -share if limited else share
         buffers.counters.add_(torch.tensor([touched, skipped], device=buffers.counters.device))
+
+
+def _carried(buffers: Buffers, t: int, ints: Tensor) -> Tensor | None:
+    """What was left where an edit of token t was read; None of one that is read here."""
+    if not int(ints[E_FLAGS]) & CARRIED:
+        return None
+    assert buffers.carried is not None
+    return buffers.carried[t, int(ints[E_COLUMN])]
 
 
 def open_gates(buffers: Buffers, t: int, slot: int, position: int, prompt_len: int) -> int:
@@ -258,6 +322,18 @@ def reread(read: Read, op: int, value: Tensor, threshold: Tensor) -> Tensor:
     return torch.minimum(read.p, SILENT * threshold) - read.p
 
 
-def _stream(hidden_states: Tensor, residual: Tensor | None, t: int) -> Tensor:
+def _bounded(delta: Tensor, before: Tensor, limit: float) -> Tensor:
+    """``delta``, less where an element would become larger than ``limit`` and than it was."""
+    after, bound = before + delta, before.abs().clamp(min=limit)
+    return torch.where(after.abs() > bound, after.clamp(-bound, bound) - before, delta)
+
+
+def _stream(
+    hidden_states: Tensor, residual: Tensor | None, t: int, norm: InputNorm = _PLAIN
+) -> Tensor:
     x = hidden_states[t].float()
-    return x if residual is None else x + residual[t].float()
+    if residual is not None:
+        x = x + residual[t].float()
+    if norm.kind == INPUT_LAYER:
+        x = x - x.mean()
+    return x if norm.kind == INPUT_PLAIN else x / (x.square().mean() + norm.eps).sqrt()

@@ -17,6 +17,7 @@ from steering.worker.ops.triton_parts import (
     NORM,
     NUM_PARAMS,
     SINK,
+    input_normed,
     layout_for,
     moments,
     read_latents,
@@ -59,6 +60,8 @@ def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
         buffers.f,
         hidden_states.stride(0),
         0 if residual is None else residual.stride(0),
+        buffers.input_norm.eps,
+        INPUT_NORM=buffers.input_norm.kind,
         D_IN=d_in,
         ROW_STRIDE=rows.W_enc.stride(0),
         BLOCK_D=shape.block_d,
@@ -87,6 +90,8 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     f_ptr,  # [num_tokens, MAX_ENTRIES] float32, written
     hidden_stride,
     residual_stride,
+    input_eps,
+    INPUT_NORM: tl.constexpr,
     D_IN: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,6 +124,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + token * residual_stride + d, mask=inside, other=0.0)
         x += residual.to(tl.float32)
+    x = input_normed(x, inside, input_eps, INPUT_NORM, D_IN)
     square = tl.sum(x * x)
     norm = tl.sqrt_rn(square)
     rms = tl.sqrt_rn(square / D_IN)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import triton
@@ -24,15 +25,16 @@ from steering.worker.ops.triton_parts import (
     NORM,
     NUM_PARAMS,
     SINK,
+    applied,
     layout_for,
     moments,
     read_latents,
 )
+from steering.worker.ops.triton_reads import read_edits
 
 _PROMPT, _GENERATION = tl.constexpr(layout.COVERS_PROMPT), tl.constexpr(layout.COVERS_GENERATION)
 _SPECIAL, _SINKS = tl.constexpr(layout.COVERS_SPECIAL), tl.constexpr(layout.COVERS_SINKS)
-_CLAMP, _SCALE = tl.constexpr(layout.OP_CLAMP), tl.constexpr(layout.OP_SCALE)
-_ADD, _FLOOR = tl.constexpr(layout.OP_ADD), tl.constexpr(layout.OP_FLOOR)
+_ADD = tl.constexpr(layout.OP_ADD)
 _ROW, _OP, _COVERAGE = (
     tl.constexpr(layout.E_ROW),
     tl.constexpr(layout.E_OP),
@@ -41,6 +43,7 @@ _ROW, _OP, _COVERAGE = (
 _START, _END = tl.constexpr(layout.E_START), tl.constexpr(layout.E_END)
 _COLUMN, _GATES = tl.constexpr(layout.E_COLUMN), tl.constexpr(layout.E_GATES)
 _FLAGS, _REREAD = tl.constexpr(layout.E_FLAGS), tl.constexpr(layout.REREAD)
+_CARRIED = tl.constexpr(layout.CARRIED)
 _ANY_GATE, _GATE_BITS = tl.constexpr(layout.ANY_GATE), tl.constexpr(layout.GATE_BITS)
 _QUIET, _KIND_SENSE = tl.constexpr(layout.QUIET), tl.constexpr(layout.KIND_SENSE)
 _KIND_SCOPE, _BELOW = tl.constexpr(layout.KIND_SCOPE), tl.constexpr(layout.GATE_BELOW)
@@ -87,6 +90,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
         rows.params,
         buffers.f,
         buffers.share,
+        buffers.carried,
         buffers.counters,
         hidden_states.stride(0),
         0 if residual is None else residual.stride(0),
@@ -95,14 +99,19 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
         ROW_STRIDE=rows.W_enc.stride(0),
         BLOCK_D=shape.block_d,
         BLOCK_E=shape.block_e,
+        LIMIT=None if buffers.limit == math.inf else buffers.limit,
         num_warps=shape.num_warps,
         enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
 
 
 def bound(buffers: Buffers) -> BoundKernel:
-    """Both halves for buffers that stay where they are."""
-    return BoundKernel(partial(read_gates, buffers=buffers), partial(steer_tokens, buffers=buffers))
+    """All of it for buffers that stay where they are."""
+    return BoundKernel(
+        partial(read_gates, buffers=buffers),
+        partial(read_edits, buffers=buffers),
+        partial(steer_tokens, buffers=buffers),
+    )
 
 
 @triton.jit
@@ -127,6 +136,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     params_ptr,  # [capacity, NUM_PARAMS] float32
     f_ptr,  # [num_tokens, MAX_ENTRIES] float32, written
     share_ptr,  # [num_tokens] float32, written
+    carried_ptr,  # [num_tokens, MAX_EDITS] float32; None where all edits are read here
     counters_ptr,  # [2] int64, added to
     hidden_stride,
     residual_stride,
@@ -135,6 +145,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     ROW_STRIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    LIMIT: tl.constexpr,  # None: the stream's dtype needs none
 ):
     """One program a token t; E = the edits of its slot that cover it, meet no sink and whose
     conditions hold::
@@ -145,8 +156,12 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         f_i       = p_i if p_i > threshold_i and z_i + gate_bias_i > 0 else 0
         change_i  = op_i(f_i) - f_i, or p'_i - p_i of a solved row
         delta     = sum_{i in E} change_i * s_i * g_i * W_dec[i]
+        delta     = bounded(delta), with a LIMIT
         delta    *= min(1, max_share * |x| / |delta|)
         hidden[t] = dtype(float32(hidden[t]) + delta)
+
+    Of an edit that was read elsewhere, ``change_i * s_i * g_i`` and whether t is a sink are what
+    was left there.
 
     ``g = 1``, but layer norm: ``z_i = (W_enc[i] @ x - mean(x) * sum(W_enc[i])) / (std(x) + eps)``,
     ``g = std(x)``; constant norm: ``z_i = W_enc[i] @ x / g``, ``g = |x| / sqrt(D_IN)``.
@@ -212,6 +227,13 @@ def steer_kernel(  # type: ignore[no-untyped-def]
 
     params = params_ptr + tl.load(ints + _ROW, mask=covered, other=0).to(tl.int64) * NUM_PARAMS
     sink = (norm > tl.load(params + SINK, mask=covered, other=0.0)) & (coverage & _SINKS == 0)
+    carried_at = None
+    if carried_ptr is not None:
+        carried_at = carried_ptr + token * MAX_EDITS
+        elsewhere = covered & (tl.load(ints + _FLAGS, mask=covered, other=0) & _CARRIED != 0)
+        left_at = carried_at + tl.load(ints + _COLUMN, mask=elsewhere, other=0)
+        left = tl.load(left_at, mask=elsewhere, other=0.0)
+        sink = tl.where(elsewhere, left == _SKIPPED_SINK, sink)
     active = is_open & ~sink
     why = tl.where(sink, _SKIPPED_SINK, _HELD_BACK)
     tl.store(report_at, why, mask=covered & ~active & (every < reported))
@@ -234,8 +256,16 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         delta += _block_delta(
             x, mean, std, rms, first + tl.arange(0, BLOCK_E), active_bits, reported,
             ints_ptr + slot * MAX_EDITS * EDIT_INTS, value_ptr + slot * MAX_EDITS,
-            w_enc_ptr, w_dec_ptr, params_ptr, f_at, d, inside, ROW_STRIDE,
+            w_enc_ptr, w_dec_ptr, params_ptr, f_at, carried_at, d, inside, ROW_STRIDE,
         )  # fmt: skip
+    # Without a residual, x is the hidden state; holding both would spill.
+    before = x if residual_ptr is None else hidden.to(tl.float32)
+    if LIMIT is not None:
+        if residual_ptr is not None:
+            # Asked for again, and not held all the while.
+            again = tl.load(residual_ptr + token * residual_stride + d, mask=inside, other=0.0)
+            delta = _bounded(delta, before + again.to(tl.float32), LIMIT)
+        delta = _bounded(delta, before, LIMIT)
     most = tl.load(max_share_ptr + slot)
     if reports | (most < _UNLIMITED):
         share = tl.where(norm > 0, tl.sqrt_rn(tl.sum(delta * delta)) / norm, 0.0)
@@ -243,9 +273,15 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         delta *= tl.where(over, most / share, 1.0)
         if reports:
             tl.store(share_at, tl.where(over, -most, share))
-    # Without a residual, x is the hidden state; holding both would spill.
-    before = x if residual_ptr is None else hidden.to(tl.float32)
     tl.store(hidden_at, (before + delta).to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bounded(delta, before, limit):  # type: ignore[no-untyped-def]
+    """``delta``, less where it would make an element larger than ``limit`` and than it was."""
+    after, bound = before + delta, tl.maximum(tl.abs(before), limit)
+    bounded = tl.minimum(tl.maximum(after, -bound), bound) - before
+    return tl.where(tl.abs(after) > bound, bounded, delta)
 
 
 @triton.jit
@@ -265,7 +301,7 @@ def _open_gates(kind_ptr, first_held_ptr, events, position, prompt_len):  # type
 @triton.jit
 def _block_delta(  # type: ignore[no-untyped-def]
     x, mean, std, rms, e, active_bits, reported,
-    ints_ptr, value_ptr, w_enc_ptr, w_dec_ptr, params_ptr, f_at, d, inside,
+    ints_ptr, value_ptr, w_enc_ptr, w_dec_ptr, params_ptr, f_at, carried_at, d, inside,
     ROW_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """What the edits ``e`` of a slot add to the stream; they share one wait for their rows."""
@@ -273,32 +309,32 @@ def _block_delta(  # type: ignore[no-untyped-def]
     entry = ints_ptr + e * EDIT_INTS
     row = tl.load(entry + _ROW, mask=active, other=0).to(tl.int64)
     op = tl.load(entry + _OP, mask=active, other=0)
-    solved = tl.load(entry + _FLAGS, mask=active, other=0) & _REREAD != 0
+    flags = tl.load(entry + _FLAGS, mask=active, other=0)
+    solved = flags & _REREAD != 0
+    here = active
+    if carried_at is not None:
+        here &= flags & _CARRIED == 0
 
     # Both rows are asked for before either is used. A masked row costs no traffic.
     tile = row[:, None] * ROW_STRIDE + d[None, :]
-    reads = active & ((op != _ADD) | (e < reported) | solved)
+    reads = here & ((op != _ADD) | (e < reported) | solved)
     w_enc = tl.load(w_enc_ptr + tile, mask=reads[:, None] & inside[None, :], other=0.0)
     w_dec = tl.load(w_dec_ptr + tile, mask=active[:, None] & inside[None, :], other=0.0)
 
     params = params_ptr + row * NUM_PARAMS
     z = tl.sum(w_enc * x[None, :], axis=1)
     p, f, threshold, g = read_latents(z, params, mean, std, rms)
-    in_report = active & (e < reported)
+    in_report = here & (e < reported)
     tl.store(f_at + tl.load(entry + _COLUMN, mask=in_report, other=0), f, mask=in_report)
     value = tl.load(value_ptr + e, mask=active, other=0.0)
-    new = _applied(f, op, value)
+    new = applied(f, op, value)
     wanted = tl.where(new > threshold, new, tl.minimum(p, _SILENT * threshold))
     change = tl.where(op == _ADD, value, new - f)  # add never reads f
     change = tl.where(solved, tl.where(new == f, 0.0, wanted - p), change)
     change *= tl.load(params + DECODER_SCALE) * g
+    if carried_at is not None:
+        elsewhere = active & (flags & _CARRIED != 0)
+        left_at = carried_at + tl.load(entry + _COLUMN, mask=elsewhere, other=0)
+        change = tl.where(elsewhere, tl.load(left_at, mask=elsewhere, other=0.0), change)
     # Of an edit that is not active this may be anything, and the zeros of its row do not undo inf.
     return tl.sum(tl.where(active, change, 0.0)[:, None] * w_dec, axis=0)
-
-
-@triton.jit
-def _applied(f, op, value):  # type: ignore[no-untyped-def]
-    """``f'`` for each operation."""
-    rest = tl.where(op == _FLOOR, tl.maximum(f, value), tl.minimum(f, value))
-    rest = tl.where(op == _SCALE, value * f, rest)
-    return tl.where(op == _CLAMP, value, tl.where(op == _ADD, f + value, rest))

@@ -23,6 +23,9 @@ SINK, NORM = tl.constexpr(layout.P_SINK), tl.constexpr(layout.P_NORM)
 LAYER = tl.constexpr(float(layout.NORM_LAYER))
 CONSTANT = tl.constexpr(float(layout.NORM_CONSTANT))
 EPS = tl.constexpr(layout.LAYER_NORM_EPS)
+PLAIN, CENTRED = tl.constexpr(layout.INPUT_PLAIN), tl.constexpr(layout.INPUT_LAYER)
+_CLAMP, _SCALE = tl.constexpr(layout.OP_CLAMP), tl.constexpr(layout.OP_SCALE)
+_ADD, _FLOOR = tl.constexpr(layout.OP_ADD), tl.constexpr(layout.OP_FLOOR)
 
 
 class Launch(NamedTuple):
@@ -57,6 +60,16 @@ def layout_for(d_in: int, itemsize: int) -> Launch:
 
 
 @triton.jit
+def input_normed(x, inside, eps, KIND: tl.constexpr, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A token's stream behind the hook point's input norm."""
+    if KIND == PLAIN:
+        return x
+    if KIND == CENTRED:
+        x = tl.where(inside, x - tl.sum(x) / D_IN, 0.0)
+    return x / tl.sqrt_rn(tl.sum(x * x) / D_IN + eps)
+
+
+@triton.jit
 def moments(x, inside, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Mean and unbiased standard deviation of a token's stream."""
     mean = tl.sum(x) / D_IN
@@ -75,3 +88,11 @@ def read_latents(z, params, mean, std, rms):  # type: ignore[no-untyped-def]
     threshold = tl.load(params + THRESHOLD)
     fires = (p > threshold) & (z + tl.load(params + GATE_BIAS) > 0)
     return p, tl.where(fires, p, 0.0), threshold, g
+
+
+@triton.jit
+def applied(f, op, value):  # type: ignore[no-untyped-def]
+    """``f'`` for each operation."""
+    rest = tl.where(op == _FLOOR, tl.maximum(f, value), tl.minimum(f, value))
+    rest = tl.where(op == _SCALE, value * f, rest)
+    return tl.where(op == _CLAMP, value, tl.where(op == _ADD, f + value, rest))

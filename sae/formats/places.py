@@ -1,0 +1,129 @@
+"""Where a dictionary reads and writes: what its files and the user say, and which decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae.card import READ_ONLY_KINDS, HookPoint
+from sae.errors import SAEError
+from sae.formats.layout import PUBLISHED_FOLDERS
+from sae.hook_names import UnknownHookError, parse_hook
+from sae.source import ResolvedSAE
+from sae.unserved import refuse_by_name, refuse_word_of_another_kind
+
+
+def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str | None) -> HookPoint:
+    """An SAE's hook point: stated by its configuration, by `hook=`, or by the publisher's names.
+
+    Args:
+        path: what the messages name.
+        ref: what the user said.
+        stated: what the configuration says, in any spelling; `hook=` must agree with it if it is
+            understood, and decides if it is not.
+        guessed: what the file or folder name says; `hook=` goes before it.
+
+    Raises:
+        SAEError: naming the file, and what to write.
+    """
+    if ref.reads is not None or ref.writes is not None:
+        raise SAEError(
+            f"{path}: reads= and writes= state the places of a transcoder, and this is an SAE; "
+            f"state its hook point as {ref.source},hook=blocks.LAYER.hook_resid_post"
+        )
+    example = "hook=blocks.LAYER.hook_resid_post"
+    if stated is None:
+        # What the names rule out is not to be had by stating another hook point.
+        guess = _named(path, ref, guessed, example)
+        folders = "/".join(path.parent.parts[-PUBLISHED_FOLDERS:])
+        refuse_by_name(str(path), folders)
+        refuse_word_of_another_kind(str(path), folders, ref.source)
+        hook = _asked(ref.hook) or guess
+    else:
+        hook = _agreed(path, ref, "hook", stated, example)
+    if hook is None:
+        raise SAEError(
+            f"{path}: its hook point is stated nowhere; state it as {ref.source},{example}"
+        )
+    _refuse_read_only(path, hook)
+    return hook
+
+
+def choose_places(
+    path: Path, ref: ResolvedSAE, reads: str | None, writes: str | None, *, guessed: bool = False
+) -> tuple[HookPoint, HookPoint]:
+    """Where a transcoder reads and where it writes.
+
+    Args:
+        path: what the messages name.
+        ref: what the user said.
+        reads: what the files say of where it reads, in any spelling; None if nothing.
+        writes: the same of where it writes.
+        guessed: the two are what names say: `reads=` and `writes=` go before them.
+
+    Raises:
+        SAEError: naming the file, and what to write.
+    """
+    example = "reads=blocks.LAYER.mlp.hook_in,writes=blocks.LAYER.hook_mlp_out"
+    if ref.hook is not None:
+        raise SAEError(
+            f"{path}: this is a transcoder, which reads at one place and writes at another; where "
+            f"its files do not say, state them as {ref.source},{example}"
+        )
+    found = []
+    for key, stated in (("reads", reads), ("writes", writes)):
+        asked = _asked(getattr(ref, key))
+        if stated is None or (guessed and asked is not None):
+            found.append(asked)
+        else:
+            found.append(_agreed(path, ref, key, stated, example))
+    read_point, write_point = found
+    if read_point is None or write_point is None:
+        raise SAEError(
+            f"{path}: where this transcoder reads and writes is stated nowhere; state it as "
+            f"{ref.source},{example}"
+        )
+    _refuse_read_only(path, write_point)
+    if write_point.layer < read_point.layer:
+        raise SAEError(
+            f"{path}: it reads at {read_point} and writes at {write_point}, an earlier layer"
+        )
+    return read_point, write_point
+
+
+def _asked(name: str | None) -> HookPoint | None:
+    return None if name is None else parse_hook(name)
+
+
+def _agreed(path: Path, ref: ResolvedSAE, key: str, stated: str, example: str) -> HookPoint | None:
+    asked = _asked(getattr(ref, key))
+    try:
+        found = _named(path, ref, stated, example)
+    except UnknownHookError:
+        if asked is None:
+            raise
+        return asked
+    if asked is not None and found != asked:
+        raise SAEError(f"{path}: {key}={asked} contradicts the configuration's {stated}")
+    return found
+
+
+def _named(path: Path, ref: ResolvedSAE, name: str | None, example: str) -> HookPoint | None:
+    """The hook point that a file names; the error says which file, and what to do about it."""
+    if name is None:
+        return None
+    try:
+        return parse_hook(name)
+    except UnknownHookError as error:
+        raise UnknownHookError(
+            f"{path}: {error}; if you know the place, state it as {ref.source},{example}"
+        ) from error
+    except SAEError as error:
+        raise SAEError(f"{path}: {error}") from error
+
+
+def _refuse_read_only(path: Path, hook: HookPoint) -> None:
+    if hook.kind in READ_ONLY_KINDS:
+        raise SAEError(
+            f"{path}: {hook} can be read at and not edited: what stands there is not part of the "
+            "stream; an SAE of it cannot be served at another hook point"
+        )

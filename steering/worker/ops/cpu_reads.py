@@ -1,0 +1,165 @@
+"""Edits that are read here and added at other hook points, on a CPU, in one compiled call."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from steering.worker.ops.buffers import Buffers, OnStream
+from steering.worker.ops.cpu_parts import (
+    BLOCK,
+    LOAD,
+    ONE,
+    ZERO,
+    Kernels,
+    add,
+    applied,
+    carried_array,
+    compiled,
+    covers,
+    encode,
+    input_normed,
+    launcher,
+    moments,
+    normed,
+    preactivation,
+    rows_array,
+    square,
+)
+from steering.worker.ops.layout import (
+    COVERS_GENERATION,
+    COVERS_PROMPT,
+    COVERS_SINKS,
+    COVERS_SPECIAL,
+    E_COLUMN,
+    E_COVERAGE,
+    E_OP,
+    E_ROW,
+    MAX_INTERVENTIONS,
+    NO_SLOT,
+    NORM_CONSTANT,
+    NORM_LAYER,
+    OP_ADD,
+    P_DECODER_SCALE,
+    P_GATE_BIAS,
+    P_NORM,
+    P_SINK,
+    P_THRESHOLD,
+    SKIPPED_SINK,
+)
+
+_SKIPPED_SINK = np.float32(SKIPPED_SINK)
+
+
+def _kernel(load: Any, load_residual: Any) -> Any:
+    """The loop over tokens for one pair of dtypes, which these two know."""
+
+    @compiled
+    def read(  # type: ignore[no-untyped-def]
+        hidden, hidden_stride,  # 1-D storage of [num_tokens, d_in]
+        residual, residual_stride,  # the same; empty: the layer returns the sum
+        num_tokens, d_in, token_slot, positions, input_ids, is_special, prompt_len, reports,
+        count, ints, value, w_enc, params, f_out, carried, norm_kind, norm_eps,
+    ):  # fmt: skip
+        x, other = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
+        active = np.empty(MAX_INTERVENTIONS + BLOCK, np.int64)  # which of the slot's edits
+        row, z = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32)
+        for token in range(num_tokens):
+            slot = token_slot[token]
+            if slot == NO_SLOT or count[slot] == 0:
+                continue
+            position = positions[token]
+            needed = COVERS_PROMPT if position < prompt_len[slot] else COVERS_GENERATION
+            if position == 0 or is_special[input_ids[token]]:
+                needed |= COVERS_SPECIAL
+            num_covered = 0
+            for i in range(count[slot]):
+                if covers(ints[slot, i], needed, position):
+                    active[num_covered] = i
+                    num_covered += 1
+            if num_covered == 0:
+                continue
+            load(hidden, token * hidden_stride, x)
+            if residual.shape[0] > 0:
+                load_residual(residual, token * residual_stride, other)
+                add(other, x)
+            input_normed(x, norm_kind, norm_eps)
+            norm = np.sqrt(square(x))
+            num_active = 0
+            any_layer_norm = False
+            for k in range(num_covered):
+                i = active[k]
+                param = params[ints[slot, i, E_ROW]]
+                if norm > param[P_SINK] and not ints[slot, i, E_COVERAGE] & COVERS_SINKS:
+                    carried[token, ints[slot, i, E_COLUMN]] = _SKIPPED_SINK
+                    continue
+                active[num_active] = i
+                num_active += 1
+                any_layer_norm |= param[P_NORM] == NORM_LAYER
+            rms = norm / np.sqrt(np.float32(d_in))
+            mean = std = ZERO
+            if any_layer_norm:
+                mean, std = moments(x, other)
+            reported = reports[slot] != 0
+            for first in range(0, num_active, BLOCK):
+                num = min(BLOCK, num_active - first)
+                reads = False
+                for k in range(BLOCK):
+                    i = active[first + min(k, num - 1)]
+                    row[k] = ints[slot, i, E_ROW]
+                    reads |= reported or ints[slot, i, E_OP] != OP_ADD
+                if reads:
+                    encode(w_enc, row, x, z)
+                for k in range(num):
+                    i = active[first + k]
+                    param = params[row[k]]
+                    f = ZERO
+                    if reads:
+                        read_z = normed(z[k], param, mean, std, rms)
+                        p = preactivation(read_z, param)
+                        if p > param[P_THRESHOLD] and read_z + param[P_GATE_BIAS] > ZERO:
+                            f = p
+                    column, op, operand = (
+                        ints[slot, i, E_COLUMN],
+                        ints[slot, i, E_OP],
+                        value[slot, i],
+                    )
+                    if reported:
+                        f_out[token, column] = f
+                    change = operand if op == OP_ADD else applied(f, op, operand) - f
+                    layer, constant = param[P_NORM] == NORM_LAYER, param[P_NORM] == NORM_CONSTANT
+                    g = std if layer else rms if constant else ONE
+                    carried[token, column] = change * param[P_DECODER_SCALE] * g
+
+    return read
+
+
+_KERNELS: Final[Kernels] = {
+    (hidden, residual): _kernel(LOAD[hidden], LOAD[residual])
+    for hidden in LOAD
+    for residual in LOAD
+}
+
+
+def bound(buffers: Buffers) -> OnStream:
+    """`reference.read_edits` of buffers that stay where they are, for float32 and bfloat16."""
+    slots, table, rows = buffers.slots, buffers.reads, buffers.rows
+    arrays = (
+        buffers.token_slot.numpy(),
+        buffers.positions.numpy(),
+        buffers.input_ids.numpy(),
+        buffers.is_special.numpy(),
+        slots.prompt_len.numpy(),
+        slots.reports.numpy(),
+        table.count.numpy(),
+        table.ints.numpy(),
+        table.value.numpy(),
+        rows_array(rows.W_enc),
+        rows.params.numpy(),
+        buffers.f.numpy(),
+        carried_array(buffers),
+        buffers.input_norm.kind,
+        np.float32(buffers.input_norm.eps),
+    )
+    return launcher(_KERNELS, arrays)

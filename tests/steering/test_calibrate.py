@@ -1,0 +1,80 @@
+"""The strength of an edit: what a multiplier makes of it, and how far it may go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from steering.errors import SteeringError
+from steering.request.accepted import Accepted
+from steering.request.catalog import Prepared
+from steering.request.parse import parse_spec
+from steering.studies.calibrate import multipliers, scaled
+from steering.studies.neutral import neutral_passages
+from steering.studies.rank import output_score
+from tests.steering.specs import ONE
+
+
+def accepted(*interventions: dict[str, Any]) -> Accepted:
+    field = {"interventions": [{"feature": 7, **item} for item in interventions]}
+    return Accepted(parse_spec(field, ONE), Prepared({}))
+
+
+def test_multiplier_moves_every_operation_away_from_doing_nothing() -> None:
+    steering = {
+        "interventions": [
+            {"feature": 1, "op": "clamp", "value": 2, "unit": "max_act"},
+            {"feature": 2, "op": "add", "value": -3},
+            {"feature": 3, "op": "floor", "value": 0.5, "positions": {"prompt": False}},
+            {"feature": 4, "op": "scale", "value": 3},
+            {"feature": 5, "op": "scale", "value": 0.5},
+            {"feature": 6, "op": "ablate"},
+            {"feature": 7, "op": "cap", "value": 1},
+        ],
+        "max_share": 0.5,
+    }
+    found = scaled(steering, 2.0)
+    assert [item.get("value") for item in found["interventions"]] == [4, -6, 1, 5, 0, None, 1]
+    assert found["max_share"] == 0.5
+    assert found["interventions"][2]["positions"] == {"prompt": False}
+    assert steering["interventions"][0]["value"] == 2  # type: ignore[index]
+    assert scaled(steering, 1.0) == steering
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ([{"op": "clamp", "value": 2}], (1 / 64, 64)),
+        ([{"op": "clamp", "value": 1e5}], (1 / 64, 10)),
+        ([{"op": "scale", "value": -(10**5) + 1}], (1 / 64, 9.99999)),
+        ([{"op": "add", "value": 1}, {"feature": 8, "op": "add", "value": -1e6}], (1 / 64, 1)),
+        ([{"op": "clamp", "value": 0}], (1, 1)),
+        ([{"op": "scale", "value": 1}, {"feature": 8, "op": "ablate"}], (1, 1)),
+    ],
+)
+def test_multipliers_keep_values_within_their_limits(
+    items: list[dict[str, Any]], expected: tuple[float, float]
+) -> None:
+    assert multipliers(accepted(*items)) == pytest.approx(expected)
+
+
+def test_edit_without_a_strength_cannot_be_calibrated() -> None:
+    with pytest.raises(SteeringError) as refused:
+        multipliers(accepted({"op": "ablate"}, {"feature": 8, "op": "cap", "value": 1}))
+    assert (refused.value.code, refused.value.param) == (
+        "unsupported_op",
+        "steering.interventions",
+    )
+
+
+def test_output_score_is_of_the_best_rank_and_the_largest_probability() -> None:
+    # Arad et al. (2505.20063): (1 - rank / V) times the probability.
+    assert output_score([30, 5], [-2.0, -3.0], 100) == pytest.approx(0.95 * 0.1353353)
+    assert output_score([0], [0.0], 50_000) == 1.0
+
+
+def test_neutral_text_is_short_plain_passages() -> None:
+    passages = neutral_passages()
+    assert len(passages) == 13 == len(set(passages))
+    assert all(500 < len(passage) < 800 and passage.isascii() for passage in passages)
