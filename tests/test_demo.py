@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
 
-from server.commands.demo import DemoError, api_key, demo, show
+from server.commands.demo import DemoError, api_key, demo, show, show_studio, studio_setup
 
 
 def test_a_taken_port_is_refused_rather_than_somebody_elses_server_asked(
@@ -97,3 +99,25 @@ def test_server_that_refuses_the_demo_is_one_line(guarded: str) -> None:
     with pytest.raises(DemoError, match=r"^cannot ask the server: AuthenticationError: ") as died:
         show(guarded, None, Console(file=io.StringIO()))
     assert "\n" not in str(died.value)
+
+
+def test_demo_says_where_the_studio_is_and_links_to_what_it_asks() -> None:
+    out = io.StringIO()
+    show_studio("http://localhost:8123", [], Console(file=out, force_terminal=True, width=40))
+    assert "http://localhost:8123/studio\x1b" in out.getvalue()
+    link = re.search(r"http://localhost:8123/studio#setup=([^\x1b\s]+)", out.getvalue())
+    assert link and json.loads(unquote(link[1])) == studio_setup()
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--no-steering-studio"], False),
+        (["--no_steering_studio"], False),
+        (["--no-steering-studio", "--steering-studio"], True),
+    ],
+)
+def test_demo_names_no_studio_that_is_not_served(flags: list[str], shown: bool) -> None:
+    out = io.StringIO()
+    show_studio("http://localhost:8123", flags, Console(file=out))
+    assert ("/studio" in out.getvalue()) is shown

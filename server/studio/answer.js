@@ -11,10 +11,11 @@ import { explain } from "./tokens.js";
 /** @typedef {import("./tokens.js").Token} Token */
 
 export class AnswerView {
-  /** @param {string} name of the column @param {import("./tokens.js").Acts} acts */
+  /** @param {string} name of the column @param {Omit<import("./tokens.js").Acts, "sae">} acts */
   constructor(name, acts) {
     this.name = name;
-    this.acts = acts;
+    /** The SAE at which this answer was read. */
+    this.sae = "";
     this.body = h("div", { class: "answer", tabindex: "0", role: "group", "aria-label": `Answer of ${name}. The arrow keys go through its tokens.` });
     this.promptTokens = h("div", { class: "answer prompt-tokens", tabindex: "0", role: "group", "aria-label": `Prompt as ${name} read it. The arrow keys go through its tokens.` });
     this.promptDetails = h("details", { class: "fine", hidden: true }, h("summary", {}, "The prompt’s tokens"), this.promptTokens);
@@ -22,8 +23,8 @@ export class AnswerView {
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.words = h("ul", { class: "report", "aria-label": `What was done in ${name}` });
     this.root = h("div", { class: "result" }, this.promptDetails, this.body, this.error, this.status, this.words);
-    explain(this.body, () => this.tokens, acts);
-    explain(this.promptTokens, () => this.prompt, acts);
+    explain(this.body, () => this.tokens, { ...acts, sae: () => this.sae });
+    explain(this.promptTokens, () => this.prompt, { ...acts, sae: () => this.sae });
     /** @type {Token[]} */
     this.prompt = [];
     /** @type {Token[]} */
@@ -55,9 +56,10 @@ export class AnswerView {
     this.status.textContent = "";
   }
 
-  /** An answer is on its way. */
-  begin() {
+  /** An answer is on its way. @param {string} sae at which it is read */
+  begin(sae) {
     this.reset();
+    this.sae = sae;
     fill(this.body);
     this.root.setAttribute("aria-busy", "true");
     this.status.textContent = "Waiting …";
@@ -154,7 +156,8 @@ export class AnswerView {
   /** @param {Token} token */
   colourOne(token) {
     const { sae, feature } = setup.colour;
-    const activation = token.features?.find(([each]) => each === feature)?.[1] ?? 0;
+    const found = sae === this.sae ? token.features?.find(([each]) => each === feature) : undefined;
+    const activation = found?.[1] ?? 0;
     this.strongest = Math.max(this.strongest, activation);
     const most = (sae !== null && feature !== null && recall(sae, feature)?.max_activation) || this.strongest || 1;
     token.span.classList.toggle("active", activation > 0);

@@ -4,6 +4,7 @@
 import { curve } from "./charts.js";
 import { markRefusal } from "./columns.js";
 import { field, figure, h, percent, select } from "./dom.js";
+import { textOfRequest } from "./run.js";
 import { columnOf, steeringOf } from "./spec.js";
 import { changed, served, setup } from "./state.js";
 
@@ -11,6 +12,8 @@ import { changed, served, setup } from "./state.js";
 export function calibrate() {
   const metric = select([["kl", "KL from the unsteered model"], ["nll", "rise of surprise (nll)"]], "kl");
   const budget = h("input", { type: "number", min: "0", step: "any", value: "0.1" });
+  const over = select([["shipped", "ordinary text that comes with the server"], ["prompt", "the prompt above"]], "shipped");
+  const overField = field("Over", over);
   const metricField = field("Budget of", metric);
   const budgetField = field("Budget", budget);
   let name = "";
@@ -18,18 +21,18 @@ export function calibrate() {
   return {
     title: "Dose curve",
     route: "/v1/steering/calibrate",
-    explains: "The strength at which a column’s edits spend a budget on ordinary text.",
+    explains: "The strength at which a column’s edits spend a budget.",
     verb: "Calibrate",
     controls: () => {
       name = column()?.name ?? "";
       const which = select(setup.columns.map((each) => [each.name, each.name]), name, { on: { change: () => { name = which.value; } } });
-      return [h("div", { class: "row" }, field("Column", which), metricField, budgetField)];
+      return [h("div", { class: "row" }, field("Column", which), metricField, budgetField), overField];
     },
     ask: () => {
       if (!column()?.edits.length) throw new Error("This column has no edit.");
       return {
         path: "v1/steering/calibrate",
-        body: { model: served.model, steering: steeringOf(column()), budget: { metric: metric.value, value: Number(budget.value) } },
+        body: { model: served.model, steering: steeringOf(column()), budget: { metric: metric.value, value: Number(budget.value) }, ...(over.value === "prompt" ? { texts: [textOfRequest()] } : {}) },
       };
     },
     show: (result) => [

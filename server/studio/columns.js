@@ -29,11 +29,13 @@ export function start() {
 export function viewOf(name) {
   let view = views.get(name);
   if (!view) {
-    const sae = () => setup.colour.sae ?? served.saes[0]?.id ?? "";
     view = new AnswerView(name, {
-      sae,
-      steer: (feature) => { void addFeature(sae(), feature); },
-      colour: (feature) => colourBy(sae(), feature),
+      steer: (sae, feature) => {
+        // A feature of a column's own answer is for that column.
+        if (name !== UNSTEERED) aimAt(name);
+        void addFeature(sae, feature);
+      },
+      colour: colourBy,
     });
     views.set(name, view);
   }

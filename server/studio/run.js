@@ -37,13 +37,16 @@ export function plainBody() {
   return { model: served.model, ...textOfRequest(), ...sampling, ...(seed === null ? {} : { seed }) };
 }
 
+/** The SAE at which answers are read: the one of the feature that colours them. */
+const readAt = () => setup.colour.sae ?? served.saes[0]?.id ?? "";
+
 /** @param {string} name of a column @returns {Record<string, unknown>} */
 function bodyOf(name) {
   if (!served.saes.length) return plainBody();
   const column = setup.columns.find((each) => each.name === name);
   // Without edits of its own a request would be steered by the server's default preset.
   const steering = column ? steeringOf(column) : { interventions: [] };
-  const read = { sae: setup.colour.sae ?? served.saes[0].id, top_k: TOP_K, stream: true };
+  const read = { sae: readAt(), top_k: TOP_K, stream: true };
   return { ...plainBody(), steering: { ...steering, report: true, read } };
 }
 
@@ -61,7 +64,7 @@ async function run() {
   const { signal } = running;
   const names = columnNames();
   announce(`Asking ${names.length} columns`);
-  for (const name of names) viewOf(name).begin();
+  for (const name of names) viewOf(name).begin(readAt());
   await Promise.all(names.map((name) => ask(name, signal)));
   running = null;
   show(false);

@@ -14,7 +14,12 @@ const LINGER_MS = 250;
  * @property {number} position
  * @property {[number, number][] | null} features strongest first; null where nothing was read
  */
-/** @typedef {{sae: () => string, steer: (feature: number) => void, colour: (feature: number) => void}} Acts */
+/**
+ * @typedef {object} Acts
+ * @property {() => string} sae at which the tokens were read
+ * @property {(sae: string, feature: number) => void} steer
+ * @property {(sae: string, feature: number) => void} colour
+ */
 
 /** @type {number | undefined} */
 let leaving;
@@ -100,9 +105,9 @@ function show(token, acts) {
   const head = h("p", { class: "token-head" }, h("q", {}, visible(token.text)), h("span", { class: "id" }, `position ${token.position}`));
   const strongest = token.features?.[0]?.[1] ?? 1;
   const rows = (token.features ?? []).slice(0, SHOWN).map(([feature, activation]) => {
-    const name = h("button", { type: "button", class: "link", title: "Colour the tokens by it", on: { click: () => { hide(); acts.colour(feature); } } });
+    const name = h("button", { type: "button", class: "link", title: "Colour the tokens by it", on: { click: () => { hide(); acts.colour(sae, feature); } } });
     showName(name, sae, feature);
-    const steer = h("button", { type: "button", class: "small", "aria-label": `Steer feature ${feature}`, on: { click: () => { hide(); acts.steer(feature); } } }, "Steer");
+    const steer = h("button", { type: "button", class: "small", "aria-label": `Steer feature ${feature}`, on: { click: () => { hide(); acts.steer(sae, feature); } } }, "Steer");
     return h("li", {}, h("meter", { min: 0, max: strongest, value: activation, "aria-hidden": "true" }), name,
       h("span", { class: "id" }, `${feature}`), h("span", { class: "number" }, figure(activation)), steer);
   });

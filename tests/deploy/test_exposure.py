@@ -23,7 +23,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> tuple[FastAPI, Recorder]:
     monkeypatch.setattr(
         vllm.plugins, "load_endpoint_plugins", lambda tasks: [SteeringEndpointPlugin()]
     )
-    return asyncio.run(make_app(None, "--api-key", "sesame"))
+    return asyncio.run(make_app(None, "--api-key", "sesame", options={"steering_studio": True}))
 
 
 def routes(app: FastAPI) -> list[tuple[str, str]]:
