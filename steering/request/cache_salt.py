@@ -11,7 +11,7 @@ from typing import Final
 from steering.request.spec import SteeringSpec
 
 #: Raised whenever an edit's arithmetic changes what the KV cache holds: a store may outlive us.
-ARITHMETIC_VERSION: Final = 2
+ARITHMETIC_VERSION: Final = 3
 
 
 def cache_salt(

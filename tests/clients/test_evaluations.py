@@ -106,14 +106,15 @@ def test_lm_eval_scores_a_preset_as_transformers_with_hooks_does(clients: Client
 
 
 @pytest.mark.needs("main/inspect_ai")
-def test_inspect_steers_by_preset_and_field_and_drops_the_report(clients: Clients) -> None:
+def test_inspect_steers_by_preset_and_field_and_logs_the_report(clients: Clients) -> None:
     expected = clients.answers()
-    # A word that the steered answer has and the other has not.
-    [word, *_] = [w for w in expected[1].split() if w.isalpha() and w not in expected[0]]
+    # A word that the steered answer has and the other, in small letters too, has not.
+    words = [w for w in expected[1].split() if w.isalpha() and w.lower() not in expected[0].lower()]
+    word = max(words, key=len)
     found = clients.program(python("main"), "inspect_task.py", target=word)
     assert_answers(found, expected, PRESET)
     assert found["scores"] == ["I", "C", "C"]
-    assert found["report"] is False
+    assert found["report"] is True
 
 
 @pytest.mark.needs("npm/promptfoo")
