@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
@@ -13,6 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import steering
+from sae.card import HookPoint
+from sae.errors import SAEError
+from sae.sae import open_sae
+from sae.source import SAEReference, resolve
+from steering.config import SteeringConfig
+from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
+from steering.vllm.engine_arguments import engine_arguments
 from tests.engine.dictionaries import Dictionary, EditedPass, made, write
 from tests.models import D_MODEL, NUM_LAYERS, VOCAB_SIZE, make_tiny_sae
 
@@ -239,4 +247,45 @@ def test_a_cross_layer_transcoder_has_no_reconstruction(served: Served) -> None:
         served.llm.generate(
             {"prompt_token_ids": prompt(1)},
             steering={"interventions": edits("clt", 3)[:1], "error_term": False},
+        )
+
+
+def test_a_request_of_edits_at_every_place_always_fits(tmp_path: Path) -> None:
+    source = write(tmp_path / "clt", made(1, "hook_resid_mid", D_MODEL, places=3))
+    reference = resolve(SAEReference.parse(f"clt={source}"))
+    config = SteeringConfig((reference,), D_MODEL, NUM_LAYERS, (), max_rows=64)
+    handed_down = engine_arguments(config)["additional_config"]["steering"]
+    assert handed_down["max_rows"] == 3 * MAX_INTERVENTIONS + MAX_GATES
+    places = [f"blocks.{layer}.hook_mlp_out" for layer in (1, 2, 3)]
+    assert handed_down["hook_points"] == sorted([*places, "blocks.1.hook_resid_mid"])
+
+
+def test_what_reads_and_writes_on_two_pipeline_stages_is_refused_at_start(tmp_path: Path) -> None:
+    from steering.vllm.worker import _refuse_across_stages
+
+    source = write(tmp_path / "clt", made(1, "hook_resid_mid", D_MODEL, places=3))
+    sae = open_sae(SAEReference.parse(f"clt={source}"))
+    places = (sae.card.reads, *sae.card.writes)
+    every = [HookPoint.parse(hook) for hook in places]
+    _refuse_across_stages([sae], every)
+    _refuse_across_stages([sae], [])  # on another stage, whole
+    for stage in (0, 1):
+        owned = [point for point in every if (point.layer >= 2) == bool(stage)]
+        with pytest.raises(SAEError, match="on different pipeline stages; serve it without"):
+            _refuse_across_stages([sae], owned)
+
+
+def test_heads_of_another_width_are_told_when_the_model_is_loaded(served: Served) -> None:
+    from steering.vllm import hook_points
+
+    worker = served.llm.llm_engine.model_executor.driver_worker.worker
+    model, point = worker.model_runner.get_model(), HookPoint.parse("blocks.2.attn.hook_z")
+    width = hook_points.width_of_heads(model, point, NUM_LAYERS, 1)
+    sae = worker.steering.hooks[str(point)].saes
+    assert {one.card.d_in for one in sae.values()} == {width}
+    with pytest.raises(SAEError, match=f"but the heads at {point} have {width} elements"):
+        worker._refuse_other_heads(
+            [SimpleNamespace(card=replace(one.card, d_in=width + 32)) for one in sae.values()],
+            [point],
+            NUM_LAYERS,
         )
