@@ -239,7 +239,8 @@ class EditedPass:
         ]
 
     def _change(self, layer: int, kind: str, y: Tensor) -> Tensor:
-        total, touched = torch.zeros_like(y), torch.zeros(len(y), dtype=torch.bool)
+        total: Tensor = torch.zeros_like(y)
+        touched = torch.zeros(len(y), dtype=torch.bool)
         for name, one in self.dictionaries.items():
             place = layer - one.layer
             if one.writes != kind or not 0 <= place < len(one.W_dec) or not self._items(name):
@@ -255,7 +256,8 @@ class EditedPass:
             return total
         share = total.norm(dim=-1) / y.norm(dim=-1)
         most: float = self.steering.get("max_share", torch.inf)
-        total = total * (most / share).clamp(max=1.0).nan_to_num(1.0)[:, None]
+        kept: Tensor = (most / share).clamp(max=1.0).nan_to_num(1.0)
+        total = total * kept[:, None]
         self.shares[f"blocks.{layer}.{kind}"] = share.clamp(max=most).masked_fill(
             ~touched, torch.nan
         )
