@@ -128,7 +128,8 @@ def _of_sae(
 def _norm_in_all(sae: SAE, feature: int) -> Tensor:
     """``[]`` of what one unit adds to the stream at all places of writing together."""
     scale = sae.rows([feature]).decoder_scale[0]
-    return (sae.decoder_rows(feature, feature + 1)[0] * scale).double().norm()
+    norm: Tensor = (sae.decoder_rows(feature, feature + 1)[0] * scale).double().norm()
+    return norm
 
 
 def _moved(catalog: Catalog, name: str, written: Tensor, edited: Sequence[int]) -> list[list[Any]]:

@@ -62,6 +62,8 @@ def _shot(case: Any, path: str, sae: str | None, model: str, known_model: bool) 
         body = {**body, _TOKENS.get(path, "max_tokens"): 2} | _limited(body)
         if known_model:
             body["model"] = model
+    if isinstance(body, Mapping) and path.endswith("/rank") and body.get("features") is None:
+        body = {**body, "features": [1]}  # not the thousands that have a label
     content = body if isinstance(body, bytes) else b""
     if not isinstance(body, bytes) and type(body).__name__ != "NotSet":
         content = json.dumps(body, default=str).encode()

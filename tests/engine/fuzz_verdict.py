@@ -66,6 +66,10 @@ class Answer:
                 yield json.loads(line.removeprefix("data: "))
 
 
+#: Routes whose whole body is this project's, and may be refused as a whole.
+_OWN_BODIES: Final = ("/inspect", "/contrast", "/rank", "/attribute")
+
+
 def ask(client: httpx.Client, shot: Shot) -> Answer:
     """Send one request. Raises httpx.HTTPError where no answer comes in time."""
     return Answer.of(
@@ -108,7 +112,7 @@ def _misshaped(shot: Shot, answer: Answer) -> str | None:
         f"keys beside {expected}": body.keys() != expected,
         "keys of the error": error.keys() != {"message", "type", "param", "code"},
         "its type": error.get("type") != "invalid_request_error",
-        "its param": not (isinstance(param, str) or unreadable or shot.path.endswith("/inspect")),
+        "its param": not (isinstance(param, str) or unreadable or shot.path.endswith(_OWN_BODIES)),
         "its message": not (isinstance(message, str) and 0 < len(message) <= MAX_MESSAGE),
         "a message of several lines": isinstance(message, str) and "\n" in message,
     }
