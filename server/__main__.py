@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect-sae",
         help="print the card of an SAE and check its files",
-        usage="vllm-sae inspect-sae SOURCE[,hook=HOOK][,format=FORMAT][,sink_norm=N] "
+        usage="vllm-sae inspect-sae SOURCE[,hook=HOOK][,layer=L][,format=FORMAT][,sink_norm=N] "
         "[--model MODEL [any vllm engine flag]]",
     )
     inspect.add_argument(
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (inspect, labels):
         command.add_argument(
             "source",
-            metavar="SOURCE[,hook=HOOK][,format=FORMAT][,sink_norm=N]",
+            metavar="SOURCE[,hook=HOOK][,layer=L][,format=FORMAT][,sink_norm=N]",
             help="a path, hf://OWNER/REPO[/SUBFOLDER][@REVISION] or sae_lens://RELEASE/SAE_ID",
         )
     labels.add_argument(

@@ -61,9 +61,11 @@ class ServerOptions:
         nargs="+",
         action="extend",
         dest="sae",
-        metavar="NAME=SOURCE[,hook=HOOK][,format=FORMAT][,sink_norm=N]",
-        help="An SAE to serve: a path, hf://OWNER/REPO[/SUBFOLDER][@REVISION] or "
-        "sae_lens://RELEASE/SAE_ID. May be given several times.",
+        metavar="NAME=SOURCE[,hook=HOOK][,layer=L][,format=FORMAT][,sink_norm=N]",
+        help="An SAE, a transcoder or a direction to serve: a path, "
+        "hf://OWNER/REPO[/SUBFOLDER][@REVISION] or sae_lens://RELEASE/SAE_ID. Of a source of "
+        "several layers layer=L is one of them and layer=all each, as NAME.L. Where files do not "
+        "say: hook=HOOK, of a transcoder reads=HOOK,writes=HOOK. May be given several times.",
     )
     max_rows: int = _flag(
         "--steering-max-rows",

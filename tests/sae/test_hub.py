@@ -23,6 +23,7 @@ from sae.sae import open_sae
 from sae.source import ResolvedSAE
 from tests.sae.fake_hub import COMMIT, FakeHub, serve
 from tests.sae.oracles import oracle
+from tests.sae.other_suites import LAYERS, write_circuit_tracer_clt
 from tests.sae.suites import (
     HOOK,
     sae_lens_config,
@@ -35,10 +36,12 @@ from tests.sae.suites import (
 RESOLVE = """
 import json, sys
 from sae.errors import SAEError
-from sae.source import SAEReference, resolve
+from sae.layers import resolve_all
+from sae.source import SAEReference
 for source in sys.argv[1:]:
     try:
-        print(json.dumps(resolve(SAEReference.parse("l3=" + source)).to_dict()))
+        for ref in resolve_all(SAEReference.parse("l3=" + source)):
+            print(json.dumps(ref.to_dict()))
     except SAEError as error:
         print(json.dumps({"refused": str(error)}))
 """
@@ -71,7 +74,7 @@ def answers(hub: FakeHub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()[-len(sources) :]]
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
     return run
 
@@ -182,6 +185,19 @@ def test_repository_of_many_saes_asks_for_one_before_fetching(
     assert (card.format, card.k, card.layer) == ("qwen_scope", 5, 7)
     assert hub.downloaded == {"layer7.sae.pt"}
     assert resolve(f"hf://Qwen/{root.name},layer=3").path.endswith("/layer3.sae.pt")
+
+
+def test_every_layer_of_a_set_is_fetched_with_what_describes_it(
+    hub: FakeHub, tmp_path: Path, answers: Callable[..., list[dict[str, Any]]]
+) -> None:
+    hub.repos["owner/set"] = write_circuit_tracer_clt(tmp_path / "set")
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        found = answers("hf://owner/set,layer=all", **environment)
+        cards = [open_sae(ResolvedSAE.from_dict(each)).card for each in found]
+        assert [card.id for card in cards] == [f"l3.{layer}" for layer in range(LAYERS)]
+        assert [len(card.writes) for card in cards] == [*range(LAYERS, 0, -1)]
+    files = {f"W_{half}_{layer}.safetensors" for half in ("enc", "dec") for layer in range(LAYERS)}
+    assert hub.downloaded == files | {"config.yaml"}
 
 
 def test_weights_in_a_checkpoints_folder_come_with_their_configuration(

@@ -25,6 +25,20 @@ def test_flag_with_every_option() -> None:
     )
 
 
+def test_flag_of_a_layer_and_of_a_transcoder_s_places() -> None:
+    assert SAEReference.parse("t=/path,layer=15").layer == 15
+    assert SAEReference.parse("t=/path,layer=all").layer == "all"
+    ref = SAEReference.parse(
+        "t=/path,reads=model.layers.3.mlp.input,writes=blocks.3.ln2_post.hook_out"
+    )
+    assert (ref.reads, ref.writes) == ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")
+
+
+def test_source_of_several_is_not_resolved_as_one(tmp_path: Path) -> None:
+    with pytest.raises(SAEError, match="layer=all stands for several; name one, as layer=3"):
+        resolve(SAEReference.parse(f"t={tmp_path},layer=all"))
+
+
 def test_a_path_may_hold_commas_and_equals_signs() -> None:
     assert SAEReference.parse("a=/data/x=1,2/sae").source == "/data/x=1,2/sae"
 
@@ -43,6 +57,13 @@ def test_a_path_may_hold_commas_and_equals_signs() -> None:
         ("a=/path,hook=blocks.1.hook_resid_post,hook=blocks.2.hook_resid_post", "given twice"),
         ("a=/path,hook=layer3", "unknown hook point 'layer3'"),
         ("a=/path,format=pickle", "unknown format 'pickle'"),
+        ("a=/path,layer=-1", "layer must be a number from 0, or all, got '-1'"),
+        ("a=/path,layer=every", "layer must be a number from 0, or all"),
+        ("a=/path,reads=x", "reads=x: unknown hook point 'x'"),
+        (
+            "a=/path,hook=blocks.1.hook_resid_post,writes=blocks.1.hook_mlp_out",
+            "state one or the other",
+        ),
         ("a=/path,sink_norm=0", "positive finite number, got '0'"),
         ("a=/path,sink_norm=-3", "positive finite number"),
         ("a=/path,sink_norm=nan", "positive finite number"),
