@@ -109,7 +109,7 @@ def _refusal(
 def _fault(kind: str, raw: object, context: Mapping[str, Any]) -> str:
     """What is wrong with a value of the right type."""
     if kind == "too_short":
-        return "is an empty list; leave it out, or give at least one"
+        return "is an empty list: give at least one"
     if kind == "finite_number":
         return f"{raw} is not finite"
     if kind in _LIMITS:
