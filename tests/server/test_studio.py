@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import tomllib
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 
 from server.routes.studio import PAGE
+from server.start.flags import ServerOptions, add_flags
 from tests.server.conftest import Server, StartServer
 
 ON = {"steering_studio": True}
@@ -40,6 +42,19 @@ def test_without_the_flag_there_is_no_route(start: StartServer) -> None:
         assert server.client.get("/studio/app.js").status_code == 404
         routes = getattr(server.client.app, "routes", [])
         assert routes and not any("studio" in str(getattr(route, "path", "")) for route in routes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "served"),
+    [([], True), (["--steering-studio"], True), (["--no-steering-studio"], False)],
+)
+def test_flag_leaves_the_studio_out(start: StartServer, flags: list[str], served: bool) -> None:
+    parser = ArgumentParser()
+    add_flags(parser, routes=True)
+    args = parser.parse_args(flags)
+    assert ServerOptions.of(args).studio is served
+    options = {"steering_studio": args.steering_studio}
+    assert start(options=options).client.get("/studio").is_success is served
 
 
 @pytest.mark.parametrize(

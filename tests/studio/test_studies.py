@@ -12,7 +12,8 @@ from tests.studio.conftest import Heard, OpenStudio
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-pytestmark = pytest.mark.timeout(240)
+# The first test waits for the server, too.
+pytestmark = pytest.mark.timeout(700)
 
 EDIT: Final = {"sae": "l14", "feature": 2417, "op": "clamp", "value": 1, "unit": "max_act"}
 WANTED: Final = "Your hobby? => I sing in a band.\nAnd then? => I went to a concert."

@@ -25,7 +25,8 @@ from tests.studio.conftest import (
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
 
-pytestmark = pytest.mark.timeout(240)
+# The first test waits for the server, too.
+pytestmark = pytest.mark.timeout(700)
 
 #: "music (mostly the word music)", its recorded maximum, and where its SAE is.
 MUSIC: Final = 2417
