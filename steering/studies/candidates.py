@@ -43,18 +43,14 @@ class _Pull:
     more: bool
     activation: float
 
-    def interventions(self, sae: str) -> list[Intervention]:
-        """Edits that pull that way, each with a strength to be calibrated.
+    def intervention(self, sae: str) -> Intervention:
+        """The edit that pulls that way on every token, with a strength to be calibrated.
 
-        One writes the feature's direction on every token; the other changes the feature where it
-        fires, from nothing at strength 0 to twice or none of it at strength 1.
+        One that changes the feature only where it fires would cost nothing on texts where it does
+        not, so that no budget would bound it.
         """
-        edit = {"sae": sae, "feature": self.feature}
         value = self.activation if self.more else -self.activation
-        return [
-            {**edit, "op": "add", "value": value},
-            {**edit, "op": "scale", "value": 2.0 if self.more else 0.0},
-        ]
+        return {"sae": sae, "feature": self.feature, "op": "add", "value": value}
 
 
 async def candidates(
@@ -88,8 +84,7 @@ async def candidates(
     for pull in chain.from_iterable(zip_longest(*pulls)):
         if pull is not None:
             found.setdefault(pull.feature, pull)
-    made = chain.from_iterable(pull.interventions(sae) for pull in found.values())
-    return list(made)[:number]
+    return [pull.intervention(sae) for pull in found.values()][:number]
 
 
 def _parting(
