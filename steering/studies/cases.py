@@ -18,7 +18,7 @@ from steering.vllm.reader import Text
 #: Roles of messages in whose place a system message is put.
 _SYSTEM: Final = ("system", "developer")
 #: Unsteered texts are run again, to see what two runs differ by, up to such a part of all tokens.
-_AGAIN: Final = 0.05
+_AGAIN: Final = 0.02
 
 
 @dataclass(frozen=True)

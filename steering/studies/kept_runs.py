@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Generic, Self, TypeVar
 
 from steering.report import Report
 from steering.request.accepted import Accepted
@@ -18,6 +18,8 @@ from steering.request.positions import Positions
 from steering.request.spec import SteeringSpec
 from steering.studies.study import Reader
 from steering.vllm.reader import Run, Text
+
+T = TypeVar("T")
 
 #: Rows of hidden states that one study has kept at a time; a single text may have more.
 MAX_HELD_ROWS: Final = 2**14
@@ -129,6 +131,35 @@ class Held:
                 forgetting = asyncio.ensure_future(_forget(self._reader, engine, sorted(keys)))
                 _forgetting.add(forgetting)
                 forgetting.add_done_callback(_forgetting.discard)
+
+
+class Calls(Generic[T]):
+    """Calls of the workers that are under way while further texts run; left, they are cancelled."""
+
+    def __init__(self) -> None:
+        self._begun: set[asyncio.Task[T]] = set()
+
+    def begin(self, call: Coroutine[Any, Any, T]) -> None:
+        """One more."""
+        self._begun.add(asyncio.create_task(call))
+
+    async def answered(self, *, every: bool = False) -> list[T]:
+        """What has been answered and was not taken yet; with ``every``, wait for all of it."""
+        if every and self._begun:
+            await asyncio.wait(self._begun)
+        else:
+            await asyncio.sleep(0)
+        done = {call for call in self._begun if call.done()}
+        self._begun -= done
+        return [call.result() for call in done]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for call in self._begun:
+            call.cancel()
+        await asyncio.gather(*self._begun, return_exceptions=True)
 
 
 # Kept here, since the event loop alone lets a task be collected.

@@ -17,7 +17,7 @@ import numpy as np
 from sae.arrays import DoubleArray, IntArray
 from steering.report import Report
 from steering.request.accepted import Accepted
-from steering.studies.kept_runs import Held, KeptRun, in_groups
+from steering.studies.kept_runs import Calls, Held, KeptRun, in_groups
 from steering.studies.study import Reader
 from steering.vllm.reader import Text
 
@@ -162,13 +162,21 @@ class Scorer:
             for group in in_groups(run for one in made for run in one.runs):
                 for run in group:
                     pending[run.key].expected += 1
-                async with aclosing(held.each(group)) as finished:
+                async with (
+                    Calls[list[tuple[int, int, Figures]]]() as calls,
+                    aclosing(held.each(group)) as finished,
+                ):
                     async for run in finished:
                         of_run = pending[run.key]
                         of_run.take(run)
                         while batch := of_run.ready():
-                            for side, figures in await self._compared(of_run, batch, held):
-                                yield of_run.place, side, figures
+                            calls.begin(self._compared(of_run, batch, held))
+                        for found in await calls.answered():
+                            for one in found:
+                                yield one
+                    for found in await calls.answered(every=True):
+                        for one in found:
+                            yield one
 
     async def log_probabilities(
         self, sides: Iterable[Side], done: Callable[[], None] | None = None
@@ -188,17 +196,27 @@ class Scorer:
         of_each = list(sides)
         runs = [_kept(side, self._next_engine()) for side in of_each]
         place = {run.key: i for i, run in enumerate(runs)}
-        found: dict[int, DoubleArray] = {}
+        found: dict[str, DoubleArray] = {}
+
+        def put(answers: Iterable[dict[str, DoubleArray]]) -> None:
+            for answer in answers:
+                found.update(answer)
+                if done is not None:
+                    for _ in answer:
+                        done()
+
         async with Held(self._reader) as held:
             for group in in_groups(runs):
-                async with aclosing(held.each(group)) as finished:
+                async with (
+                    Calls[dict[str, DoubleArray]]() as calls,
+                    aclosing(held.each(group)) as finished,
+                ):
                     async for batch in _batches(finished, len(group)):
                         texts = [(run, of_each[place[run.key]].scored) for run in batch]
-                        for run, log_p in await self._scored(texts, held):
-                            found[place[run.key]] = log_p
-                            if done is not None:
-                                done()
-        return [found[i] for i in range(len(runs))]
+                        calls.begin(self._scored(texts, held))
+                        put(await calls.answered())
+                    put(await calls.answered(every=True))
+        return [found[run.key] for run in runs]
 
     def _next_engine(self) -> int:
         self._texts += 1
@@ -206,8 +224,11 @@ class Scorer:
 
     async def _compared(
         self, pending: _Pending, batch: Sequence[KeptRun], held: Held
-    ) -> list[tuple[int, Figures]]:
-        """Figures of steered sides, by their places; what is not needed any more is forgotten."""
+    ) -> list[tuple[int, int, Figures]]:
+        """Figures of steered sides, as `compare_all` yields them.
+
+        What is not needed any more is forgotten.
+        """
         unsteered, targets = pending.runs[0], pending.targets
         sides = [[run.key, pending.watched(run)] for run in batch]
         forget = [run.key for run in batch]
@@ -227,14 +248,14 @@ class Scorer:
                 of_side.append(columns)
         held.dropped(unsteered.engine, forget)
         return [
-            (pending.side(run), Figures.of(of_side, run.report))
+            (pending.place, pending.side(run), Figures.of(of_side, run.report))
             for run, of_side in zip(batch, parts, strict=True)
         ]
 
     async def _scored(
         self, texts: Sequence[tuple[KeptRun, tuple[int, ...]]], held: Held
-    ) -> list[tuple[KeptRun, DoubleArray]]:
-        """Log p of texts that have run on one engine, which are then forgotten."""
+    ) -> dict[str, DoubleArray]:
+        """Log p of texts that have run on one engine, by their keys; they are then forgotten."""
         engine = texts[0][0].engine
         longest = max(run.rows for run, _ in texts)
         step = max(1, MAX_CALL_ROWS // len(texts))
@@ -252,10 +273,10 @@ class Scorer:
             for i, log_p in zip(asked, found, strict=True):
                 parts[i].append(log_p)
         held.dropped(engine, forget)
-        return [
-            (run, np.frombuffer(b"".join(of_run), np.float32).astype(np.float64))
+        return {
+            run.key: np.frombuffer(b"".join(of_run), np.float32).astype(np.float64)
             for (run, _), of_run in zip(texts, parts, strict=True)
-        ]
+        }
 
     async def _ask(self, engine: int, method: str, *args: Any) -> list[Any]:
         """The answer of the one worker that has any."""

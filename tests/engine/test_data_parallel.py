@@ -216,7 +216,7 @@ def test_both_sides_of_a_comparison_meet_on_one_rank(ranks: LiveServer) -> None:
     for i, found in enumerate(together):
         kl = [of_text[i]["kl"]["mean"] for of_text in each]
         assert found["kl"]["mean"] == pytest.approx(sum(kl) / len(kl), abs=1e-5)
-        read = [of_text[i]["features"][0]["newly_active"] for of_text in each]
-        assert (min(read) > 0) == (i == 0)
+        (read,) = found["features"]
+        assert (read["newly_active"] + read["silenced"] > 0) == (i == 0)
     assert together[0]["kl"]["mean"] > 1e-3 > 1e-6 > together[1]["kl"]["max"]
     assert ranks.metrics()["steering_results_held"] == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from steering.studies.kept_runs import MAX_HELD_ROWS, Held, KeptRun, in_groups
+from steering.studies.kept_runs import MAX_HELD_ROWS, Calls, Held, KeptRun, in_groups
 from steering.vllm.reader import Finished, Run, Text
 
 
@@ -148,3 +148,43 @@ async def test_run_keeps_the_positions_that_are_asked_for() -> None:
     assert (made.accepted.keep.start, made.accepted.keep.stop) == (2, 4)
     assert made.accepted.prompt_len == 3
     assert not made.reports
+
+
+async def test_calls_go_on_while_texts_run_and_all_are_waited_for_at_the_end() -> None:
+    go = asyncio.Event()
+
+    async def call(answer: int, slow: bool) -> int:
+        if slow:
+            await go.wait()
+        return answer
+
+    async with Calls[int]() as calls:
+        calls.begin(call(1, slow=True))
+        calls.begin(call(2, slow=False))
+        assert await calls.answered() == [2]
+        asyncio.get_running_loop().call_later(0.01, go.set)
+        assert await calls.answered(every=True) == [1]
+        assert await calls.answered(every=True) == []
+
+
+async def test_call_that_fails_is_heard_of_and_the_others_are_cancelled() -> None:
+    cancelled = 0
+
+    async def fails() -> int:
+        raise ValueError("no answer")
+
+    async def waits() -> int:
+        nonlocal cancelled
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled += 1
+        return 0
+
+    with pytest.raises(ValueError, match="no answer"):
+        async with Calls[int]() as calls:
+            calls.begin(waits())
+            calls.begin(fails())
+            while True:
+                await calls.answered()
+    assert cancelled == 1
