@@ -124,6 +124,11 @@ class SAECard:
         """False for top-k architectures: a latent's activation depends on all the others."""
         return self.architecture not in ("topk", "abstopk")
 
+    @property
+    def signed(self) -> bool:
+        """Whether activations may be negative."""
+        return self.architecture in ("abstopk", "direction")
+
     def to_json(self) -> dict[str, Any]:
         """The card as the HTTP API shows it."""
         return {

@@ -142,7 +142,7 @@ class SAE:
             f[:, start:stop] = self._activate(product(x_in, rows), vectors.part(start, stop))
         if not self._card.exact_from_row:
             assert self._card.k is not None
-            topk.select(f, self._card.k, signed=self._card.architecture == "abstopk")
+            topk.select(f, self._card.k, signed=self._card.signed)
         return f
 
     def decode(self, f: Tensor, x: Tensor) -> Tensor:
@@ -151,12 +151,8 @@ class SAE:
         A transcoder's is the output y that it stands for, its skip connection included. An SAE that
         reads x without its mean says nothing of it: x_hat has the mean of x.
         """
-        scale = self._vectors_of_all(f.device).decoder_scale
         assert self._card.kind in KINDS_THAT_DECODE, self._card.kind
-        out = self.b_dec.to(f.device).repeat(f.shape[0], 1)
-        for start, stop in self.chunks():
-            W_dec = self.decoder_rows(start, stop, f.device)
-            out += product(f[:, start:stop] * scale[start:stop], W_dec.T)
+        out = self._add_written(self.b_dec.to(f.device).repeat(f.shape[0], 1), f)
         W_skip = self._weights.W_skip
         if W_skip is not None:
             out += product(x, W_skip.to(x.device))
@@ -165,6 +161,21 @@ class SAE:
         _, g = self.normalise(x)
         out = denormalise(self._card.normalize_activations, out, x, g)
         return out + x.mean(dim=-1, keepdim=True) if self._centered else out
+
+    def written(self, f: Tensor) -> Tensor:
+        """f [n, d_sae] -> what the features alone write, [n, d_out] float32.
+
+        No bias, no skip connection, and of an SAE that normalises its input not times g. Every kind
+        of dictionary has it; of one that writes at several places it is the sum.
+        """
+        return self._add_written(f.new_zeros(f.shape[0], self._card.d_out), f)
+
+    def _add_written(self, out: Tensor, f: Tensor) -> Tensor:
+        scale = self._vectors_of_all(f.device).decoder_scale
+        for start, stop in self.chunks():
+            W_dec = self.decoder_rows(start, stop, f.device)
+            out += product(f[:, start:stop] * scale[start:stop], W_dec.T)
+        return out
 
     def activations(self, x: Tensor, latents: Sequence[int]) -> Tensor:
         """f of these latents: x [n, d_in] float32 -> [n, len(latents)] float32."""

@@ -186,21 +186,24 @@ async def changes(
         reader: runs the texts, and asks the workers.
         catalog: the SAEs.
         texts: each with its steered runs.
-        saes: names of the SAEs that are read; one run carries them all.
+        saes: names of the SAEs that are read; one run carries them all. Without any nothing runs.
         last_enters: whether the last token enters the model.
 
     Yields:
-        The places of a text and of one of its steered runs, and the changes at each SAE, as they
-        are known, in no order.
+        The places of a text and of one of its steered runs, and the changes at each SAE once, as
+        they are known, in no order.
 
     Raises:
         SteeringError: ``invalid_weights`` if an SAE has some that are not finite; if the engine's
             door refuses a run.
     """
-    for name in saes:
+    names = tuple(dict.fromkeys(saes))
+    if not names:
+        return
+    for name in names:
         await catalog.prepare_whole(name)
     made = [
-        _Text(place, text, steered, tuple(saes), last_enters, place % reader.engines)
+        _Text(place, text, steered, names, last_enters, place % reader.engines)
         for place, (text, steered) in enumerate(texts)
     ]
     of_run = {run.key: one for one in made for run in one.runs}

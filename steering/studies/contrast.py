@@ -293,7 +293,7 @@ def _excluded(
 def _mean_where_it_fires(read: Sequence[Pooled], features: npt.NDArray[Any]) -> list[float | None]:
     total, count = np.zeros(len(features)), np.zeros(len(features), dtype=np.int64)
     for one in read:
-        total += one.dense(one.total)[features]
+        total += one.dense(one.firing)[features]
         count += one.dense(one.count)[features]
     return [float(t / n) if n else None for t, n in zip(total, count, strict=True)]
 

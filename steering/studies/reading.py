@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,7 @@ class Pooled:
         features: ``[m]`` int32, ascending.
         total: ``[m]`` float64, sum of the activations, scaled if that was asked for.
         count: ``[m]`` int32, tokens on which the feature fires.
+        firing: ``[m]`` float64, sum of the activations there, never scaled.
         pooled: ``[m]`` the mean, the largest or the last activation.
         peaks: positions ``[tokens]`` int64 and each one's largest activation float32; None if they
             were not asked for.
@@ -40,6 +42,7 @@ class Pooled:
     features: IntArray
     total: DoubleArray
     count: IntArray
+    firing: DoubleArray
     pooled: DoubleArray
     peaks: tuple[IntArray, FloatArray] | None = None
 
@@ -48,7 +51,7 @@ class Pooled:
         """What `steering.worker.pooled` found; None if no token came."""
         if figures is None:
             none = np.empty(0, np.int32)
-            return cls(d_sae, 0, none, np.empty(0), none, np.empty(0))
+            return cls(d_sae, 0, none, np.empty(0), none, np.empty(0), np.empty(0))
         tokens, total = figures["tokens"], np.frombuffer(figures["total"], np.float64)
         if figures["pooled"] is None:
             pooled = total / max(tokens, 1)
@@ -61,6 +64,7 @@ class Pooled:
             np.frombuffer(figures["latents"], np.int32),
             total,
             np.frombuffer(figures["count"], np.int32),
+            total if figures["firing"] is None else np.frombuffer(figures["firing"], np.float64),
             pooled,
             None
             if peaks is None
@@ -101,9 +105,14 @@ async def pooled(
     """
     await catalog.prepare_whole(pool.sae)
     probed = replace(accepted or UNSTEERED, probes=(pool,))
+
+    def run(text: Text) -> Run:
+        # A block that another engine computed would come without activations.
+        return Run.of(text, probed, salt=uuid.uuid4().hex if reader.external_blocks else None)
+
     d_sae = catalog.card(pool.sae).d_sae
     finished = await reader.all(
-        (Run.of(text, probed) for text in texts),
+        map(run, texts),
         None if done is None else lambda _: done(),
     )
     found = []

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.card import KINDS_THAT_DECODE
 from sae.sae import SAE
 from steering.worker.kept_streams import KeptStream, counterparts
 
@@ -87,7 +88,7 @@ class _Sums:
         self._after += f_new.sum(dim=0, dtype=torch.float64)
         self._asked += asked.sum(dtype=torch.float64)
         change = f_new - f
-        if _writes_where_it_reads(self._sae):
+        if self._sae.card.one_place:
             of_stream = x_new - x
             self._stream += _square(of_stream)
             self._unexplained += _square(of_stream - self._decoded(change, f, f_new, x, x_new))
@@ -101,11 +102,14 @@ class _Sums:
     def _decoded(
         self, change: Tensor, f: Tensor, f_new: Tensor, x: Tensor, x_new: Tensor
     ) -> Tensor:
-        """The change of the reconstruction: of the features alone where the decoder is linear."""
+        """The change of the reconstruction: of the features alone where it is linear in them."""
         sae = self._sae
         if sae.card.normalize_activations == "none":
-            return sae.decode(change, x_new - x) - sae.b_dec.to(x.device)
-        return sae.decode(f_new, x_new) - sae.decode(f, x)
+            return sae.written(change)
+        if sae.card.kind in KINDS_THAT_DECODE:
+            return sae.decode(f_new, x_new) - sae.decode(f, x)
+        (_, g), (_, g_new) = sae.normalise(x), sae.normalise(x_new)
+        return sae.written(f_new * g_new[:, None] - f * g[:, None])
 
     def summary(self) -> dict[str, Any]:
         touched = ((self._before != 0) | (self._after != 0)).nonzero().squeeze(1)
@@ -113,7 +117,7 @@ class _Sums:
             column.cpu().numpy().tobytes()
             for column in (touched.int(), self._before[touched], self._after[touched])
         )
-        linear = _writes_where_it_reads(self._sae)
+        one_place = self._sae.card.one_place
         return {
             "tokens": self._tokens,
             "latents": latents,
@@ -123,13 +127,9 @@ class _Sums:
             "silenced": int(self._silenced),
             "others": float(self._others),
             "asked": float(self._asked),
-            "stream": float(self._stream) if linear else None,
-            "unexplained": float(self._unexplained) if linear else None,
+            "stream": float(self._stream) if one_place else None,
+            "unexplained": float(self._unexplained) if one_place else None,
         }
-
-
-def _writes_where_it_reads(sae: SAE) -> bool:
-    return sae.card.one_place
 
 
 def _finite(f: Tensor) -> Tensor:

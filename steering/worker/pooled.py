@@ -11,9 +11,6 @@ from torch import Tensor
 from steering.request.probe_plan import PlannedPool
 from steering.worker.rows_by_position import RowsByPosition
 
-#: Device memory of a latent: total, count, and the pooled value.
-_BYTES_A_LATENT = 8 + 4 + 4
-
 
 class Pooled:
     """What a `PlannedPool` asks for.
@@ -25,12 +22,23 @@ class Pooled:
         planned: what is asked for.
         d_sae: latents of the SAE.
         device: where activations are.
+        signed: whether they may be negative.
     """
 
-    def __init__(self, planned: PlannedPool, d_sae: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        planned: PlannedPool,
+        d_sae: int,
+        device: torch.device | str,
+        *,
+        signed: bool = False,
+    ) -> None:
         self._pool = planned.pool
         self._total = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self._count = torch.zeros(d_sae, dtype=torch.int32, device=device)
+        # The sum of activations above zero, where it is another one.
+        apart = signed or planned.scaled
+        self._firing = torch.zeros_like(self._total) if apart else None
         # The largest activation, or that of the last token; not kept for a mean.
         start = -torch.inf if planned.pool == "max" else 0.0
         self._pooled = torch.full((d_sae,), start, dtype=torch.float32, device=device)
@@ -41,7 +49,8 @@ class Pooled:
     @property
     def nbytes(self) -> int:
         """Memory held, on the device."""
-        return len(self._total) * _BYTES_A_LATENT
+        held = (self._total, self._count, self._pooled, self._firing)
+        return sum(one.nbytes for one in held if one is not None)
 
     def observe(self, position: Tensor, covered: Tensor, f: Tensor, scale: Tensor | None) -> None:
         """Add tokens of a pass.
@@ -58,6 +67,8 @@ class Pooled:
         scaled = f if scale is None else f * scale[:, None]
         self._total += scaled.sum(dim=0, dtype=torch.float64)
         self._count += (f > 0).sum(dim=0, dtype=torch.int32)
+        if self._firing is not None:
+            self._firing += f.clamp(min=0).sum(dim=0, dtype=torch.float64)
         if self._pool == "max":
             largest = torch.where(counts, f, -torch.inf).amax(dim=0)
             torch.maximum(self._pooled, largest, out=self._pooled)
@@ -77,7 +88,8 @@ class Pooled:
 
         Returns:
             ``tokens``, how many took part; ``latents`` ``[m]`` int32; ``total`` ``[m]`` float64;
-            ``count`` ``[m]`` int32; ``pooled`` ``[m]`` float32, None for a mean; ``peaks``,
+            ``count`` ``[m]`` int32; ``firing`` ``[m]`` float64, the sum of activations above zero,
+            None if that is ``total``; ``pooled`` ``[m]`` float32, None for a mean; ``peaks``,
             positions int64 and values float32, None if they were not asked for.
         """
         touched = ((self._total != 0) | (self._count != 0)).nonzero().squeeze(1)
@@ -89,6 +101,7 @@ class Pooled:
             "latents": _bytes(touched.int()),
             "total": _bytes(self._total[touched]),
             "count": _bytes(self._count[touched]),
+            "firing": None if self._firing is None else _bytes(self._firing[touched]),
             "pooled": None if self._pool == "mean" else _bytes(pooled),
             "peaks": self._peaks_by_position(),
         }

@@ -61,7 +61,7 @@ class PooledTokens:
         if self.planned.scaled and sae.card.normalize_activations != "none":
             _, scale = sae.normalise(stream.x[here])
         f = f_all[self.in_encode]
-        pooled = self.record.pooled(self.probe, f.shape[1], f.device)
+        pooled = self.record.pooled(self.probe, sae.card, f.device)
         pooled.observe(stream.position[here], covered, f, scale)
 
 

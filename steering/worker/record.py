@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sae.arrays import BoolArray, FloatArray, IntArray
+from sae.card import SAECard
 from steering.request.plan import SteeringPlan
 from steering.request.probe_plan import PlannedCapture, PlannedPool
 from steering.worker.kept_streams import StreamRows
@@ -114,12 +115,12 @@ class RequestRecord:
             here = probe == i
             self.streams[i].put(positions[here], covered[here], x[here], asked[here])
 
-    def pooled(self, probe: int, d_sae: int, device: torch.device) -> Pooled:
+    def pooled(self, probe: int, card: SAECard, device: torch.device) -> Pooled:
         """Where a probe's activations are summed up."""
         if probe not in self.pools:
             planned = self.plan.probes[probe]
             assert isinstance(planned, PlannedPool)
-            self.pools[probe] = Pooled(planned, d_sae, device)
+            self.pools[probe] = Pooled(planned, card.d_sae, device, signed=card.signed)
         return self.pools[probe]
 
     def put_stop(self, position: int, gate: int, activation: float) -> None:

@@ -29,6 +29,7 @@ SCRIPTS: Final = (
     "over_http",
     "reports",
     "studies",
+    "contrast",
     "peers",
 )
 

@@ -146,11 +146,13 @@ def _prepare(d_in: int, tokens: int, edits: int, configurations: int) -> Callabl
         is_special=torch.zeros(10, dtype=torch.bool, device="cuda"),
         slots=facts,
         table=table,
+        reads=EditTable(configurations, "cuda"),
         gates=GateTable(configurations, "cuda"),
         gate_state=GateState(configurations, tokens, "cuda"),
         rows=rows,
         f=torch.empty(tokens, MAX_ENTRIES, device="cuda"),
         share=torch.empty(tokens, device="cuda"),
+        carried=None,
         counters=torch.zeros(2, dtype=torch.int64, device="cuda"),
     )
     return partial(triton_kernel.steer_tokens, hidden, residual, buffers)

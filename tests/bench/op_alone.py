@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import thread_time
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ from steering.worker.rows import RowPool
 from steering.worker.site import Site
 from steering.worker.slots import EditTable, SlotFacts
 from steering.worker.step import Step
+from steering.worker.whole_outputs import WholeOutputs
 from tests.bench.record import Plot, Record, arguments, spread
 
 DECODE: Final = 256
@@ -117,18 +119,22 @@ class Case:
             is_special=torch.zeros(VOCAB_SIZE, dtype=torch.bool),
             slots=slots,
             table=table,
+            reads=EditTable(requests + 1, "cpu"),
             gates=gates,
             gate_state=state,
             rows=rows,
             f=torch.zeros(tokens, MAX_ENTRIES),
             share=torch.zeros(tokens),
+            carried=None,
             counters=self.touched,
         )
         nowhere = Residency({}, rows.W_enc.device, None)
         kernel = cpu_kernel.bound(buffers)
+        # All that is asked of it: that it reads and writes here.
+        sae: Any = SimpleNamespace(card=SimpleNamespace(one_place=True))
         self.site = Site(
-            "blocks.0.hook_resid_post", {}, buffers, nowhere, PassReports(), kernel,
-            graphs=kind.gates > 0,
+            "blocks.0.hook_resid_post", {0: sae}, {0: sae}, buffers, nowhere, PassReports(),
+            WholeOutputs(), kernel, graphs=kind.gates > 0,
         )  # fmt: skip
         everywhere = COVERS_PROMPT | COVERS_GENERATION
         for slot in range(requests):

@@ -21,6 +21,7 @@ ORDER: Final = (
     "over_http",
     "reports",
     "studies",
+    "contrast",
     "idle",
     "op_share",
     "op_alone",

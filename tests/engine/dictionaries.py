@@ -114,7 +114,7 @@ def write(folder: Path, dictionary: Dictionary) -> str:
     """Write it as circuit-tracer does; the source that opens it."""
     folder.mkdir(parents=True)
     one, layer = dictionary, dictionary.layer
-    config = {
+    config: dict[str, Any] = {
         "model_name": "tiny",
         "model_kind": "transcoder_set",
         "feature_input_hook": one.reads,
@@ -239,7 +239,8 @@ class EditedPass:
         ]
 
     def _change(self, layer: int, kind: str, y: Tensor) -> Tensor:
-        total, touched = torch.zeros_like(y), torch.zeros(len(y), dtype=torch.bool)
+        total: Tensor = torch.zeros_like(y)
+        touched = torch.zeros(len(y), dtype=torch.bool)
         for name, one in self.dictionaries.items():
             place = layer - one.layer
             if one.writes != kind or not 0 <= place < len(one.W_dec) or not self._items(name):
@@ -254,8 +255,9 @@ class EditedPass:
         if not touched.any():
             return total
         share = total.norm(dim=-1) / y.norm(dim=-1)
-        most = self.steering.get("max_share", torch.inf)
-        total = total * (most / share).clamp(max=1.0).nan_to_num(1.0)[:, None]
+        most: float = self.steering.get("max_share", torch.inf)
+        kept: Tensor = (most / share).clamp(max=1.0).nan_to_num(1.0)
+        total = total * kept[:, None]
         self.shares[f"blocks.{layer}.{kind}"] = share.clamp(max=most).masked_fill(
             ~touched, torch.nan
         )

@@ -172,7 +172,7 @@ MUTATIONS = {
         "if False:",
         SPLIT_OPS + "test_a_sink_is_judged_where_it_is_read[cpu]",
     ),
-    "conditions are looked at where an edit is read": Mutation(
+    "an edit is read where it is added": Mutation(
         "steering/worker/site.py",
         "carried=carried,",
         "",

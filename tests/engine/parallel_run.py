@@ -13,13 +13,16 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
 
-#: Of the tiny Llama: four of 32.
-WIDTH_OF_HEADS: Final = 128
-
 from steering.request.accepted import accept
+from steering.request.probe import EVERY_TOKEN, Pool
+from steering.studies.changes import Changes, Steered, changes, covered_by
+from steering.studies.reading import Pooled, pooled
 from steering.studies.scoring import Figures, Scorer, Side
 from steering.vllm.door import catalog_for
-from steering.vllm.reader import OfflineReader
+from steering.vllm.reader import OfflineReader, Text
+
+#: Of the tiny Llama: four of 32.
+WIDTH_OF_HEADS: Final = 128
 
 
 def main() -> None:
@@ -80,6 +83,7 @@ def main() -> None:
     result.append(
         {"tokens": scored.top_steered.tolist(), "logprobs": _columns(scored), "steering": None}
     )
+    result.append(read_on(engine, tokens(702, 30), tokens(703, 20)[1:], both))
     print("RESULT " + json.dumps(result), flush=True)
     engine.shut_down()
 
@@ -98,6 +102,31 @@ def scored_on(engine: Any, prompt: list[int], text: list[int], field: dict[str, 
             return await anext(figures async for _, figures in found)
 
     return asyncio.run(run())
+
+
+def read_on(
+    engine: Any, prompt: list[int], text: list[int], field: dict[str, Any]
+) -> dict[str, Any]:
+    """What one steered text does to the features of SAEs at both ends of the model."""
+    catalog = catalog_for(engine.llm.llm_engine.vllm_config)
+    accepted = accept({"interventions": field["interventions"]}, catalog)
+    reader, whole = OfflineReader(engine.llm), Text(tuple(prompt), tuple(text))
+    steered = [Steered(whole, covered_by(accepted.spec), accepted)]
+
+    async def run() -> tuple[list[Changes], list[Pooled]]:
+        async with aclosing(changes(reader, catalog, [(whole, steered)], ["a", "b"])) as found:
+            changed = await anext(of_saes async for _, _, of_saes in found)
+        pools = [Pool(sae, EVERY_TOKEN, "max") for sae in "ab"]
+        return changed, [(await pooled(reader, catalog, [whole], pool))[0] for pool in pools]
+
+    changed, read = asyncio.run(run())
+    figures = [value for one in changed for value in (one.before, one.after)]
+    figures += [one.dense(one.pooled) for one in read]
+    return {
+        "tokens": [one.tokens for one in (*changed, *read)],
+        "logprobs": [value for column in figures for value in column.tolist()],
+        "steering": None,
+    }
 
 
 def _columns(scored: Figures) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def reference(tiny_model: Callable[[str], Path]) -> Any:
 
 
 @torch.no_grad()
-def answered(model: Any, ids: list[int], edits: dict[int, Callable[[Tensor], Tensor]]) -> Any:
+def answered(model: Any, ids: list[int], edits: Mapping[int, Callable[[Tensor], Tensor]]) -> Any:
     """Greedy tokens and their log-probabilities, each layer's output edited at every token."""
 
     def hook(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
@@ -101,7 +102,7 @@ def test_adding_its_maximum_is_adding_the_vector_to_the_block_s_output(
         {"sae": f"calm.{layer}", "feature": 0, "op": "add", "value": times, "unit": "max_act"}
         for layer in layers
     ]
-    added = {layer: (lambda x, v=vectors[layer]: x + times * v) for layer in layers}
+    added = {layer: partial(torch.add, alpha=times, other=vectors[layer]) for layer in layers}
     assert_same(generated(llm, ids, edits), answered(reference, ids, added))
     assert generated(llm, ids, edits) != generated(llm, ids, [])
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from steering.worker.ops import triton_kernel
-from steering.worker.ops.buffers import Buffers
-from steering.worker.ops.layout import NO_SLOT
-from tests.steering.batches import Batch, full_batch, random_batch
+from steering.worker.ops.buffers import Buffers, InputNorm
+from steering.worker.ops.layout import INPUT_RMS, NO_SLOT
+from tests.steering.batches import Batch, full_batch, random_batch, split_batch
 from tests.steering.versions import Edited, assert_agrees, run
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +32,7 @@ def back(buffers: Buffers) -> Buffers:
     return buffers._replace(
         f=buffers.f.cpu(),
         share=buffers.share.cpu(),
+        carried=None if buffers.carried is None else buffers.carried.cpu(),
         counters=buffers.counters.cpu(),
         gate_state=state,
     )
@@ -44,6 +45,19 @@ def test_device_agrees_with_the_reference(d_in: int, dtype: torch.dtype, residua
     for seed in range(3):
         batch = random_batch(
             seed, d_in=d_in, dtype=dtype, residual=residual, tokens=RAGGED, steered=0.8,
+            max_edits=16, max_gates=8, padding=3,
+        )  # fmt: skip
+        assert_agrees(on_device, batch)
+
+
+@pytest.mark.parametrize("norm", [None, InputNorm(INPUT_RMS, 1e-5)], ids=["plain", "rms"])
+@pytest.mark.parametrize("d_in", [24, 576, 2304, 4096, 8192])
+def test_both_halves_agree_with_the_reference_on_the_device(
+    d_in: int, norm: InputNorm | None
+) -> None:
+    for seed in range(3):
+        batch = split_batch(
+            seed, norm=norm, d_in=d_in, dtype=torch.bfloat16, tokens=RAGGED, steered=0.8,
             max_edits=16, max_gates=8, padding=3,
         )  # fmt: skip
         assert_agrees(on_device, batch)
@@ -69,7 +83,7 @@ def tensors(batch: Batch, buffers: Buffers) -> Iterator[torch.Tensor]:
     for part in buffers:
         if isinstance(part, torch.Tensor):
             yield part
-        else:
+        elif part is not None and not isinstance(part, InputNorm):
             yield from (t for t in vars(part).values() if isinstance(t, torch.Tensor))
 
 
@@ -77,7 +91,7 @@ def tensors(batch: Batch, buffers: Buffers) -> Iterator[torch.Tensor]:
 def test_captured_launch_follows_slots_tables_and_streams_written_later(d_in: int) -> None:
     # As vLLM does it: captured over a padded batch in which no token has a slot, then replayed.
     batches = [
-        random_batch(
+        split_batch(
             seed,
             d_in=d_in,
             dtype=torch.bfloat16,
@@ -89,13 +103,14 @@ def test_captured_launch_follows_slots_tables_and_streams_written_later(d_in: in
         for seed in range(4)
     ]
     held = batches[0].on("cuda")
-    buffers = replace(held, edits={}, gates={}).buffers()
+    buffers = replace(held, edits={}, gates={}, elsewhere={}).buffers()
     buffers.token_slot.fill_(NO_SLOT)
 
     kernel = triton_kernel.bound(buffers)
 
     def launch() -> None:
         kernel.read_gates(held.hidden_states, held.residual)
+        kernel.read_edits(held.hidden_states, held.residual)
         kernel.steer(held.hidden_states, held.residual)
 
     launch()  # compiles; a capture may not
@@ -112,5 +127,6 @@ def test_captured_launch_follows_slots_tables_and_streams_written_later(d_in: in
         graph.replay()
         return Edited(held.hidden_states.cpu(), back(buffers))
 
-    for batch in (*batches, replace(batches[1], edits={}, gates={}), batches[2]):
+    nothing = replace(batches[1], edits={}, gates={}, elsewhere={})
+    for batch in (*batches, nothing, batches[2]):
         assert_agrees(replayed, batch)

@@ -34,7 +34,7 @@ from sae.errors import SAEError
 from sae.hook_names import parse_hook
 from sae.sae import SAE, open_sae
 from sae.source import ResolvedSAE
-from tests.sae.registry_layouts import D_IN, Layouts
+from tests.sae.registry_layouts import D_IN, D_SAE, Layouts
 
 #: By how a repository's name begins, or by the release's.
 SUITES: Final = (
@@ -175,12 +175,16 @@ def difference_from_sae_lens(entry: Entry, mine: SAE) -> str:
         return f"reads {card.reads} and writes {card.writes[0]}, SAELens {reads} and {writes}"
     x = torch.randn(7, D_IN, generator=torch.Generator().manual_seed(3)) * 3
     x -= x.mean(dim=1, keepdim=True)
-    f, their_f = mine.encode(x), theirs.encode(x)
+    # It reads heads apart, of which there may be any number.
+    their_x = x.view(len(x), 2, -1) if theirs.cfg.reshape_activations == "hook_z" else x
+    f, their_f = mine.encode(x), theirs.encode(their_x)
     if not bool((f != 0).any()) or not _close(f, their_f):
         return f"activations differ by {float((f - their_f).abs().max()):.2g}"
     # Of a cross-layer transcoder SAELens makes one that writes the sum at one place.
-    if card.kind != "clt" and not _close(mine.decode(f, x), _output(theirs, their_f, x)):
-        return "the output differs"
+    if card.kind != "clt":
+        out = mine.decode(f, x)
+        if not _close(out, _output(theirs, their_f, their_x).reshape(out.shape)):
+            return "the output differs"
     return ""
 
 
@@ -191,9 +195,10 @@ def _theirs(entry: Entry) -> tuple[Any, dict[str, Any]]:
     said: dict[str, Any] = {}
 
     def converter(**arguments: Any) -> Any:
-        cfg, state, sparsity = loaders.NAMED_PRETRAINED_SAE_LOADERS[entry.loader](**arguments)
         # The widths that it knows are those of the published files.
-        cfg["d_in"], cfg["d_sae"] = state["W_enc"].shape
+        widths = {"d_in": D_IN, "d_sae": D_SAE}
+        arguments["cfg_overrides"] = {**(arguments.get("cfg_overrides") or {}), **widths}
+        cfg, state, sparsity = loaders.NAMED_PRETRAINED_SAE_LOADERS[entry.loader](**arguments)
         if "d_out" in cfg:
             cfg["d_out"] = state["W_dec"].shape[1]
         said.update(cfg)

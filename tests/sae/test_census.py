@@ -1,4 +1,4 @@
-"""Of SAELens' registry every entry opens as what SAELens says it is, but for those that cannot be."""
+"""Every entry of SAELens' registry opens as what SAELens makes of it, but those that cannot."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from steering.worker.ops.layout import (
     P_NORM,
     P_SINK,
     P_THRESHOLD,
+    SKIPPED_SINK,
 )
 from steering.worker.rows import RowPool
 from steering.worker.slots import EditTable, SlotFacts
@@ -36,6 +37,9 @@ VOCAB = 32
 SPECIAL_IDS = (0, 1, 2)
 #: What buffers hold before: whatever nobody writes still does afterwards.
 UNWRITTEN = 7.0
+
+#: Column of the first edit that is read here and added elsewhere: any that the others leave free.
+FIRST_ELSEWHERE = 20
 
 
 @dataclass(frozen=True)
@@ -303,6 +307,30 @@ def random_batch(
         reread=frozenset(slot for slot, pick in enumerate(picks) if pick == 0),
         max_share={slot: 0.3 for slot, pick in enumerate(picks) if pick == 1},
     )
+
+
+def split_batch(seed: int, *, norm: InputNorm | None = None, **options: Any) -> Batch:
+    """A random batch in which some edits were read elsewhere, and others are read for elsewhere.
+
+    Behind an input norm nothing is added.
+    """
+    batch = random_batch(seed, **options)
+    rng = torch.Generator().manual_seed(seed)
+    shape = (batch.num_tokens, MAX_INTERVENTIONS)
+    carried = torch.randn(shape, generator=rng)
+    carried[torch.rand(shape, generator=rng) < 0.3] = SKIPPED_SINK
+    elsewhere = {
+        slot: {FIRST_ELSEWHERE + i: each for i, each in enumerate(reversed(edits))}
+        for slot, edits in batch.edits.items()
+        if edits and torch.rand((), generator=rng) < 0.7
+    }
+    was_read = {
+        slot: frozenset(i for i in range(len(edits)) if torch.rand((), generator=rng) < 0.5)
+        for slot, edits in batch.edits.items()
+        if slot not in batch.reread
+    }
+    batch = replace(batch, elsewhere=elsewhere, was_read=was_read, carried=carried)
+    return batch if norm is None else replace(batch, edits={}, input_norm=norm)
 
 
 def full_batch(seed: int, d_in: int, dtype: torch.dtype, tokens: int) -> Batch:

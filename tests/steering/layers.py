@@ -48,8 +48,8 @@ class WithHeads(nn.Module):
         self.o_proj: Any = Projection()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        q, _ = hidden_states, None
-        attn_output = self.attn(q)
+        attn_output = self.attn(hidden_states)
+        output: Tensor
         output, _ = self.o_proj(attn_output)
         return output
 
@@ -59,6 +59,7 @@ class GatedHeads(WithHeads):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         attn_output = self.attn(hidden_states)
+        output: Tensor
         output, _ = self.o_proj(attn_output * hidden_states[..., :6].sigmoid())
         return output
 

@@ -42,37 +42,11 @@ from tests.steering.batches import (
     one_request,
     plain_params,
     pool,
-    random_batch,
+    split_batch,
 )
 from tests.steering.versions import Version, assert_agrees, bits, fast_versions, versions
 
 EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
-#: Column of the first edit that is read here and added elsewhere: any that the others leave free.
-FIRST = 20
-
-
-def split_batch(seed: int, *, norm: InputNorm | None = None, **options: Any) -> Batch:
-    """A random batch in which some edits were read elsewhere, and others are read for elsewhere.
-
-    Behind an input norm nothing is added.
-    """
-    batch = random_batch(seed, **options)
-    rng = torch.Generator().manual_seed(seed)
-    shape = (batch.num_tokens, MAX_INTERVENTIONS)
-    carried = torch.randn(shape, generator=rng)
-    carried[torch.rand(shape, generator=rng) < 0.3] = SKIPPED_SINK
-    elsewhere = {
-        slot: {FIRST + i: each for i, each in enumerate(reversed(edits))}
-        for slot, edits in batch.edits.items()
-        if edits and torch.rand((), generator=rng) < 0.7
-    }
-    was_read = {
-        slot: frozenset(i for i in range(len(edits)) if torch.rand((), generator=rng) < 0.5)
-        for slot, edits in batch.edits.items()
-        if slot not in batch.reread
-    }
-    batch = replace(batch, elsewhere=elsewhere, was_read=was_read, carried=carried)
-    return batch if norm is None else replace(batch, edits={}, input_norm=norm)
 
 
 @fast_versions

@@ -287,6 +287,8 @@ def test_scaled_sums_are_times_the_output_scale_of_each_token(
         found.dense(found.total), (f * g).double().sum(dim=0).numpy(), rtol=1e-5, atol=1e-5
     )
     np.testing.assert_allclose(found.dense(found.pooled), f.amax(dim=0).numpy(), rtol=1e-5)
+    firing = f.double().sum(dim=0).numpy()
+    np.testing.assert_allclose(found.dense(found.firing), firing, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
