@@ -143,13 +143,17 @@ def _activation(read: Sequence[Pooled]) -> Float64Array:
     """``[d_sae]`` mean activation over the tokens where a feature fires, 0 where it never does."""
     total, count = np.zeros(read[0].d_sae), np.zeros(read[0].d_sae)
     for one in read:
-        total += one.dense(one.total)
+        total += one.dense(one.firing)
         count += one.dense(one.count)
     mean: Float64Array = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
     return mean
 
 
 def _norms(context: Context, sae: str) -> Float64Array:
-    """``[d_sae]`` norms of the decoder rows."""
-    norms: Float64Array = context.catalog.sae(sae).decoder_row_norms().numpy().astype(np.float64)
+    """``[d_sae]`` norms of what one unit of each feature writes."""
+    opened = context.catalog.sae(sae)
+    norms = np.empty(opened.card.d_sae, dtype=np.float64)
+    for start, stop in opened.chunks(16 * opened.card.d_in):
+        rows = opened.rows(range(start, stop))
+        norms[start:stop] = (rows.W_dec.norm(dim=1) * rows.decoder_scale).numpy()
     return norms
