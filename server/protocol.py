@@ -8,34 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, Field, PrivateAttr
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from steering.errors import SteeringError
-from steering.request.shape import SteeringShape
+from steering.request.unvalidated import UnvalidatedSteering
 
-
-class _SteeringSchema:
-    """Any value at run time; in OpenAPI, the shape that is validated later."""
-
-    @staticmethod
-    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.any_schema()
-
-    @staticmethod
-    def __get_pydantic_json_schema__(
-        schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        shape = handler(SteeringShape.__pydantic_core_schema__)
-        return {"anyOf": [shape, {"type": "null"}]}
-
-
-SteeringField = Annotated[Any, _SteeringSchema]
+SteeringField = Annotated[Any, UnvalidatedSteering(optional=True)]
 
 
 class Steerable(BaseModel):

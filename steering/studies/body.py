@@ -6,20 +6,12 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, TypeVar, get_args
 
-from pydantic import (
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    StrictBool,
-    StrictStr,
-    ValidationError,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, StrictBool, StrictStr, ValidationError
 
 from steering.errors import ErrorCode, SteeringError
-from steering.request.shape import Shape, SteeringShape
+from steering.request.shape import Shape
 from steering.request.shape_errors import refusal
+from steering.request.unvalidated import UnvalidatedSteering
 
 #: Members of a body that are lists of texts.
 TEXT_LISTS: Final = ("texts", "positive", "negative", "neutral")
@@ -30,23 +22,8 @@ _LENGTH_CODES: Final[Mapping[tuple[int | str, ...], ErrorCode]] = {
 B = TypeVar("B", bound="StudyBody")
 
 
-class _SteeringSchema:
-    """Any value at run time; in OpenAPI, the shape that is validated later."""
-
-    @staticmethod
-    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.any_schema()
-
-    @staticmethod
-    def __get_pydantic_json_schema__(
-        schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        shape: JsonSchemaValue = handler(SteeringShape.__pydantic_core_schema__)
-        return shape
-
-
 #: A `steering` object inside a body, which `Context.accept` validates.
-SteeringValue = Annotated[Any, _SteeringSchema]
+SteeringValue = Annotated[Any, UnvalidatedSteering()]
 
 
 class StudyBody(Shape):

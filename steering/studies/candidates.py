@@ -43,18 +43,14 @@ class _Pull:
     more: bool
     activation: float
 
-    def interventions(self, sae: str) -> list[Intervention]:
-        """Edits that pull that way, each with a strength to be calibrated.
+    def intervention(self, sae: str) -> Intervention:
+        """The edit that pulls that way on every token, with a strength to be calibrated.
 
-        One writes the feature's direction on every token; the other changes the feature where it
-        fires, from nothing at strength 0 to twice or none of it at strength 1.
+        One that changes the feature only where it fires would cost nothing on texts where it does
+        not, so that no budget would bound it.
         """
-        edit = {"sae": sae, "feature": self.feature}
         value = self.activation if self.more else -self.activation
-        return [
-            {**edit, "op": "add", "value": value},
-            {**edit, "op": "scale", "value": 2.0 if self.more else 0.0},
-        ]
+        return {"sae": sae, "feature": self.feature, "op": "add", "value": value}
 
 
 async def candidates(
@@ -88,8 +84,7 @@ async def candidates(
     for pull in chain.from_iterable(zip_longest(*pulls)):
         if pull is not None:
             found.setdefault(pull.feature, pull)
-    made = chain.from_iterable(pull.interventions(sae) for pull in found.values())
-    return list(made)[:number]
+    return [pull.intervention(sae) for pull in found.values()][:number]
 
 
 def _parting(
@@ -148,13 +143,17 @@ def _activation(read: Sequence[Pooled]) -> Float64Array:
     """``[d_sae]`` mean activation over the tokens where a feature fires, 0 where it never does."""
     total, count = np.zeros(read[0].d_sae), np.zeros(read[0].d_sae)
     for one in read:
-        total += one.dense(one.total)
+        total += one.dense(one.firing)
         count += one.dense(one.count)
     mean: Float64Array = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
     return mean
 
 
 def _norms(context: Context, sae: str) -> Float64Array:
-    """``[d_sae]`` norms of the decoder rows."""
-    norms: Float64Array = context.catalog.sae(sae).decoder_row_norms().numpy().astype(np.float64)
+    """``[d_sae]`` norms of what one unit of each feature writes."""
+    opened = context.catalog.sae(sae)
+    norms = np.empty(opened.card.d_sae, dtype=np.float64)
+    for start, stop in opened.chunks(16 * opened.card.d_in):
+        rows = opened.rows(range(start, stop))
+        norms[start:stop] = (rows.W_dec.norm(dim=1) * rows.decoder_scale).numpy()
     return norms

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 import steering
-from server.__main__ import main
 from steering.errors import SteeringError
 from tests.engine.engine import SPECIAL_TOKEN_IDS
 from tests.engine.reference import ReferenceModel, ReferenceSAE
@@ -319,22 +317,6 @@ def test_answer_of_a_conversation_begins_where_the_model_would_answer(llm: Any) 
     answer = llm.contrast("a", body)
     of_ids = {"prompt": rendered, "completion": more}
     assert answer == llm.contrast("a", {**body, "positive": [of_ids]})
-
-
-def test_command_runs_the_studies_of_a_file_on_an_engine_of_its_own(
-    llm: Any, tiny_model: Callable[[str], Path], sae: Path, tmp_path: Path
-) -> None:
-    body = {"positive": POSITIVE, "negative": NEGATIVE, "top_k": 3}
-    file, out = tmp_path / "study.json", tmp_path / "answer.json"
-    file.write_text(json.dumps({"route": "/v1/saes/a/contrast", "body": body}))
-    words = ["study", str(file), "-o", str(out), "--model", str(tiny_model("llama"))]
-    flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
-    memory = ["--kv-cache-memory-bytes", str(64 * 2**20), "--max-num-seqs", "8"]
-    assert main([*words, "--sae", f"a={sae}", *flags, *memory]) == 0
-    answer, wanted = json.loads(out.read_text()), llm.contrast("a", body)
-    for side in ("positive", "negative"):
-        found = [(one["feature"], one["auroc"]) for one in answer[side]]
-        assert found == [(one["feature"], one["auroc"]) for one in wanted[side]]
 
 
 def test_model_that_the_engine_does_not_run_is_refused(llm: Any) -> None:
