@@ -175,6 +175,8 @@ def multipliers(accepted: Accepted) -> tuple[float, float]:
         if size > 0:
             changes = True
             highest = min(highest, limit / size, FLOAT32_MAX / (abs(edit.effective_value) or 1))
+    if highest < HIGHEST:  # rounded, the limit itself could be beyond; the edit as it is never is
+        highest = max(highest * (1 - 1e-9), 1.0)
     return (LOWEST, highest) if changes else (1.0, 1.0)
 
 

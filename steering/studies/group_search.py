@@ -16,7 +16,7 @@ from typing import Final
 WANTED: Final = 4
 #: A group is left alone if its effect is below this share of that of the `WANTED`-th strongest
 #: candidate: of several effects in it some may have opposite signs.
-LEFT_BELOW: Final = 0.7
+LEFT_BELOW: Final = 0.85
 #: An effect that may be rounding, in nats.
 NOTHING: Final = 1e-4
 #: Groups in the beginning, so that strong effects of opposite sign seldom meet; then halves.

@@ -97,18 +97,24 @@ def rank(studies: OfflineStudies, prompts: int, record: Record) -> None:
             answers.append({entry["feature"]: entry for entry in answer["features"]})
         for figure in ("kl", "output_score", "delta_confidence"):
             means = {f: mean(answer[f][figure] for answer in answers) for f in features}
-            record.add(part="rank", what=what, figure=figure, auroc=_told(means, tried))
+            record.add(part="rank", what=what, figure=figure, **_told(means, tried))
     table = FeatureTable.open(SAE, D_SAE)
     density = {feature: table.get(feature).density or 0.0 for feature in features}
-    record.add(part="rank", what="recorded", figure="density", auroc=_told(density, tried))
+    record.add(part="rank", what="recorded", figure="density", **_told(density, tried))
 
 
-def _told(figures: dict[int, float], works: dict[int, bool]) -> float:
+def _told(figures: dict[int, float], works: dict[int, bool]) -> dict[str, float]:
+    """How well a figure tells what works, and how much of its top fifth does."""
     first, second = (
         np.array([[figures[f]] for f in figures if works[f] == wanted], dtype=np.float32)
         for wanted in (True, False)
     )
-    return float(auroc(first, second)[0])
+    top = sorted(figures, key=lambda f: -figures[f])[: len(figures) // 5]
+    return {
+        "auroc": float(auroc(first, second)[0]),
+        "works_of_top_fifth": mean(works[f] for f in top),
+        "works_of_all": mean(works.values()),
+    }
 
 
 def attribute(engine: Engine, studies: OfflineStudies, texts: int, record: Record) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steering.errors import SteeringError
 from steering.request.accepted import Accepted
@@ -57,6 +60,13 @@ def test_multipliers_keep_values_within_their_limits(
     items: list[dict[str, Any]], expected: tuple[float, float]
 ) -> None:
     assert multipliers(accepted(*items)) == pytest.approx(expected)
+
+
+@given(value=st.floats(1e-3, 1e6), op=st.sampled_from(["clamp", "scale"]))
+def test_edit_at_the_largest_multiplier_is_a_valid_one(value: float, op: str) -> None:
+    _, highest = multipliers(accepted({"op": op, "value": value}))
+    steering = {"interventions": [{"feature": 7, "op": op, "value": value}]}
+    parse_spec(scaled(steering, 2.0 ** math.log2(highest)), ONE)
 
 
 def test_edit_without_a_strength_cannot_be_calibrated() -> None:
