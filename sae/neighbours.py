@@ -18,13 +18,16 @@ def nearest(sae: SAE, latent: int, count: int = 10) -> list[tuple[int, float]]:
     Best first, ties by lower index; rows without a direction are near to nothing. One pass over
     W_dec in parts of the workspace. IndexError where the latent is not in [0, d_sae).
     """
-    direction = sae.rows([latent]).W_dec[0]  # [d_in] float32
+    if not 0 <= latent < sae.card.d_sae:
+        raise IndexError(f"latent {latent} not in [0, {sae.card.d_sae})")
+    # Of a dictionary that writes at several places, what it writes in all.
+    direction = sae.decoder_rows(latent, latent + 1)[0]  # [d_out] float32
     length = direction.norm()
     if length == 0:
         return []
     best_cosines, best_latents = torch.empty(0), torch.empty(0, dtype=torch.long)
     for start, stop in sae.chunks():
-        rows = sae.decoder_rows(start, stop)  # [stop - start, d_in] float32
+        rows = sae.decoder_rows(start, stop)  # [stop - start, d_out] float32
         cosines = rows @ (direction / length) / rows.norm(dim=1)
         latents = torch.arange(start, stop)
         # A row without a direction gave 0 / 0.

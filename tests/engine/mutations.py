@@ -185,10 +185,10 @@ MUTATIONS = {
         SPLIT_STATE
         + "test_a_cross_layer_transcoder_edits_every_later_place_with_rows_of_its_own[kernel]",
     ),
-    "the self-check looks where a transcoder reads": Mutation(
+    "the self-check counts what no read covers, where a transcoder writes": Mutation(
         "steering/worker/full_path.py",
-        "if record.fit is not None and sae.card.one_place:",
-        "if record.fit is not None:",
+        "output.covered[token],",
+        "output.covered[token] | True,",
         SPLIT_STATE + "test_the_self_check_holds_the_reconstruction_against_what_stands_where_it_"
         "writes[kernel]",
     ),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae.errors import SAEError
 from sae.layers import resolve_all
+from sae.neighbours import nearest
 from sae.sae import SAE, check_fits, open_sae
 from sae.source import SAEReference
 from tests.sae.oracles import assert_same_sae, oracle
@@ -509,6 +510,17 @@ def test_qresearch_sae_has_its_layer_in_its_name(tmp_path: Path, load: Load) -> 
 
 
 # Places
+
+
+def test_neighbours_in_a_clt_are_by_what_is_written_in_all(tmp_path: Path, load: Load) -> None:
+    sae = load(write_circuit_tracer_clt(tmp_path), layer="4")
+    written = torch.nn.functional.normalize(decoders(2, seed=4).sum(dim=1), dim=1)
+    cosines = written @ written[7]
+    cosines[7] = -2
+    best = cosines.topk(3)
+    found = nearest(sae, 7, 3)
+    assert [latent for latent, _ in found] == best.indices.tolist()
+    assert [cosine for _, cosine in found] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
 def test_stated_places_must_be_those_of_the_files(tmp_path: Path, load: Load) -> None:
