@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from sae.self_check import Measured, Outcome, Stated
@@ -18,6 +19,7 @@ from server.start import checked_sae
 from server.start.checked_sae import check_reference
 from server.start.errors import RefusedStartError
 from tests.models import make_tiny_model, make_tiny_sae
+from tests.sae.test_direction import write_gguf
 
 
 @pytest.fixture
@@ -113,6 +115,29 @@ def test_source_is_printed_as_it_is_and_in_one_piece_where_nobody_looks_on(
     out = capsys.readouterr().out
     assert str(folder) in out
     assert "[v2]" not in name or "SAE [v2]" in out
+
+
+def test_every_layer_of_a_control_vector_has_a_card_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_gguf(tmp_path / "calm.gguf", {layer: torch.ones(8) for layer in (1, 4)})
+    assert main(["inspect-sae", f"{path},layer=all"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("│ direction") == 3 * 2  # kind, architecture and format
+    for layer in (1, 4):
+        assert f"calm.gguf.{layer}" in out
+        assert f"blocks.{layer}.hook_resid_post" in out
+    assert main(["inspect-sae", f"{path},layer=2"]) == 1
+    assert "has no direction of layer 2, but of 1, 4" in capsys.readouterr().err
+
+
+def test_direction_has_nothing_to_measure_on_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspecting, "check_on_model", lambda *_: pytest.fail("it was checked"))
+    path = write_gguf(tmp_path / "calm.gguf", {1: torch.ones(8)})
+    assert main(["inspect-sae", str(path), "--model", "some/model"]) == 0
+    assert "a direction reconstructs nothing" in capsys.readouterr().out
 
 
 def outcome_of(sae: Path, **stated: Any) -> Outcome:
