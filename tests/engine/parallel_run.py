@@ -126,7 +126,7 @@ def read_on(
     figures = [value for one in changed for value in (one.before, one.after)]
     figures += [one.dense(one.pooled) for one in read]
     return {
-        "tokens": [one.tokens for one in (*changed, *read)],
+        "tokens": [*(one.tokens for one in changed), *(one.tokens for one in read)],
         "logprobs": [value for column in figures for value in column.tolist()],
         "steering": None,
     }
