@@ -1,4 +1,5 @@
-"""A server as others set it up: two front ends, a root path, priorities, float16, full rows.
+"""A server as others set it up: two front ends, a root path, priorities, float16, full rows, an
+adapter, n-gram speculation.
 
 One server has all of these settings; what each of them may break is asked of it.
 """
@@ -15,7 +16,10 @@ import httpx
 import pytest
 
 from tests.engine import server
+from tests.engine.reference import ReferenceModel
 from tests.engine.server import LiveServer
+from tests.engine.test_lora import RANK, make_adapter
+from tests.engine.test_speculative import SPECULATIVE
 from tests.models import make_tiny_sae
 
 # The first test to ask waits for the server.
@@ -30,6 +34,8 @@ FLAGS: Final = (
     *("--api-server-count", str(FRONT_ENDS), "--scheduling-policy", "priority"),
     *("--steering-max-rows", str(MAX_ROWS), "--no-steering-self-check"),
     *("--distributed-executor-backend", "uni"),
+    *("--enable-lora", "--max-lora-rank", str(RANK)),
+    *("--speculative-config", json.dumps(SPECULATIVE)),
 )
 CLAMP: Final = {"feature": 3, "op": "clamp", "value": 6}
 REPORTED: Final[dict[str, Any]] = {"interventions": [CLAMP], "report": True}
@@ -51,8 +57,12 @@ def settled(
 ) -> Iterator[LiveServer]:
     """The server with all the settings."""
     folder = tmp_path_factory.mktemp("settings")
-    saes = {"a": make_tiny_sae(folder / "a")}
-    running = server.start(tiny_model("llama"), saes, folder / "server.log", *FLAGS)
+    saes, model = {"a": make_tiny_sae(folder / "a")}, tiny_model("llama")
+    adapter = make_adapter(ReferenceModel(model, ()), folder / "adapter")
+    preset = folder / "clamped.json"
+    preset.write_text(json.dumps({"interventions": [CLAMP]}))
+    flags = ("--lora-modules", f"adapter={adapter}", "--steering-preset", f"clamped={preset}")
+    running = server.start(model, saes, folder / "server.log", *FLAGS, *flags)
     try:
         server.wait_until_ready(running)
         yield running
@@ -212,3 +222,61 @@ def test_null_content_beside_a_tool_call_is_answered(settled: LiveServer) -> Non
     assert answer.status_code in (200, 400), answer.text
     if answer.status_code == 200:
         assert edited(answer) > 2
+
+
+# --- an adapter -----------------------------------------------------------------------------------
+
+
+@routes
+def test_adapter_by_its_name_is_steered_by_the_field_and_by_no_preset(
+    settled: LiveServer, path: str
+) -> None:
+    # One after the other: vLLM's CPU build mixes up an adapter and the base in one batch.
+    adapted = fresh(settled, path, {**BODIES[path], "model": "adapter", "steering": REPORTED})
+    assert edited(adapted) > 2
+    assert adapted.json()["model"] == "adapter"
+    plain = fresh(settled, path, {**BODIES[path], "model": "adapter"})
+    assert plain.status_code == 200
+    assert "steering" not in plain.json()
+    reported = {**BODIES[path], "model": "clamped", "steering": {"report": True}}
+    preset = fresh(settled, path, reported)
+    assert edited(preset) > 2
+    assert preset.json()["model"] == "clamped"
+
+
+def test_adapter_and_edit_both_make_a_difference(settled: LiveServer) -> None:
+    found = []
+    for model in (server.MODEL, "adapter"):
+        for more in ({}, {"steering": REPORTED}):
+            body = {**BODIES["/v1/completions"], "model": model, "logprobs": 1, **more}
+            answer = fresh(settled, "/v1/completions", body).json()
+            found.append(answer["choices"][0]["logprobs"]["token_logprobs"][0])
+    assert len({round(logprob, 3) for logprob in found}) == 4
+    listed = fresh_models(settled)
+    assert listed == {server.MODEL: None, "adapter": server.MODEL, "clamped": server.MODEL}
+
+
+def fresh_models(settled: LiveServer) -> dict[str, str | None]:
+    """The models that are listed, and their parents."""
+    listed = httpx.get(f"{settled.base_url}/v1/models", timeout=60).json()["data"]
+    return {model["id"]: model["parent"] for model in listed}
+
+
+# --- speculation ----------------------------------------------------------------------------------
+
+
+def test_steered_tokens_are_counted_once_under_speculation(settled: LiveServer) -> None:
+    before = drafted(settled)
+    ids = [50 + i % 4 for i in range(40)]
+    body = {"prompt": ids, "max_tokens": 60, "ignore_eos": True}
+    steering = {"interventions": [CLAMP], **EVERYWHERE}
+    answer = fresh(settled, "/v1/completions", {**body, "steering": steering})
+    assert edited(answer) == len(ids) + 60 - 1
+    assert drafted(settled) > before
+
+
+def drafted(settled: LiveServer) -> float:
+    """Tokens that were proposed so far."""
+    text = httpx.get(f"{settled.base_url}/metrics", timeout=60).text
+    name = "vllm:spec_decode_num_draft_tokens_total"
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
