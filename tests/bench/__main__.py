@@ -28,6 +28,8 @@ SCRIPTS: Final = (
     "throughput",
     "over_http",
     "reports",
+    "reacting",
+    "streamed_reads",
     "studies",
     "contrast",
     "peers",

@@ -20,6 +20,8 @@ ORDER: Final = (
     "throughput",
     "over_http",
     "reports",
+    "reacting",
+    "streamed_reads",
     "studies",
     "contrast",
     "idle",
@@ -29,14 +31,15 @@ ORDER: Final = (
     "label_search",
     "peers",
     "startup",
+    "read_again",
 )
 
 HEAD: Final = """\
 # What steering costs
 
 Made by `python -m tests.bench.table` from `results/*.json`, which `make bench` writes (a short set;
-`make bench ARGS=--full` runs every case), but for `bfloat16`, `steering_effect` and `fuzz`, which
-are run by themselves. Each script explains itself: `python -m tests.bench.NAME --help`.
+`make bench ARGS=--full` runs every case), but for `bfloat16`, `read_again`,
+`steering_effect` and `fuzz`, which are run by themselves. Each script explains itself: `python -m tests.bench.NAME --help`.
 
 Measured runs stand between runs of a reference, ratios are taken against the mean of the two, and
 "control" is the reference measured against itself: its distance from 1 is the noise of the rest.
