@@ -253,6 +253,7 @@ class FakeEngine:
             model_config=SimpleNamespace(max_model_len=256),
             parallel_config=SimpleNamespace(pipeline_parallel_size=1),
             speculative_config=None,
+            kv_transfer_config=None,
         )
         self.model_config = model_config or SimpleNamespace(
             model="/nowhere", revision=None, max_model_len=256
