@@ -29,6 +29,7 @@ SCRIPTS: Final = (
     "over_http",
     "reports",
     "reacting",
+    "dictionaries",
     "streamed_reads",
     "studies",
     "contrast",

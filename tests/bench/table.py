@@ -21,6 +21,7 @@ ORDER: Final = (
     "over_http",
     "reports",
     "reacting",
+    "dictionaries",
     "streamed_reads",
     "studies",
     "contrast",
