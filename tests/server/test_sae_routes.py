@@ -363,6 +363,9 @@ def test_openapi_documents_refusals(labelled: Server) -> None:
         "/v1/saes/{sae}/features": ["get"],
         "/v1/saes/{sae}/features/{feature}": ["get"],
         "/v1/saes/{sae}/inspect": ["post"],
+        "/v1/saes/{sae}/contrast": ["post"],
+        "/v1/saes/{sae}/rank": ["post"],
+        "/v1/saes/{sae}/attribute": ["post"],
     }
     for path, (method,) in ours.items():
         assert {"400", "404"} <= paths[path][method]["responses"].keys()
