@@ -120,8 +120,9 @@ def compile_kernel(
         "BLOCK_D": layout.block_d,
         "BLOCK_E": layout.block_e,
     }
-    if name == "edit":
+    if kernel is steer_kernel:
         constants["LIMIT"] = FLOAT16_LIMIT if dtype == "fp16" else None
+    if name == "edit":
         constants["carried_ptr"] = None
     if name in ("gates", "reads"):
         constants["INPUT_NORM"] = INPUT_PLAIN
