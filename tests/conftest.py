@@ -29,7 +29,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "vllm-sae")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device, and `network` unless asked for.
+    """Skip tests marked `gpu` where torch sees no CUDA device, `network` or `nightly` unless asked.
 
     The families of models come last: vLLM's backend for transformers changes the classes of some
     for the rest of the process, and they cannot be made outside of an engine then.
@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reasons["gpu"] = "no CUDA device"
     if "network" not in config.option.markexpr:
         reasons["network"] = "run with: HF_HUB_OFFLINE=0 pytest -m network"
+    if "nightly" not in config.option.markexpr:
+        reasons["nightly"] = "takes minutes; run with: pytest -m nightly"
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):

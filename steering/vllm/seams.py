@@ -807,6 +807,17 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.engine.llm_engine", "LLMEngine", fields=("engine_core",)),
         Seam("v1.engine.core_client", "EngineCoreClient.shutdown", parameters=("timeout",)),
     ),
+    "server/commands/study.py": (
+        Seam("", "LLM"),
+        Seam("", "EngineArgs"),
+        Seam("utils.argparse_utils", "FlexibleArgumentParser"),
+        Seam("entrypoints.llm", "LLM.from_engine_args", first=("engine_args",)),
+        Seam("engine.arg_utils", "EngineArgs.add_cli_args", first=("parser",)),
+        Seam("engine.arg_utils", "EngineArgs.create_engine_config"),
+        Seam("engine.arg_utils", "EngineArgs", fields=("disable_log_stats", "from_cli_args")),
+        Seam("v1.engine.llm_engine", "LLMEngine", fields=("engine_core",)),
+        Seam("v1.engine.core_client", "EngineCoreClient.shutdown", parameters=("timeout",)),
+    ),
     "server/start/engine_death.py": (
         Seam("v1.engine.async_llm", "AsyncLLM", fields=("errored", "shutdown")),
         Seam(

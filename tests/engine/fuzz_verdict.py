@@ -102,7 +102,7 @@ def _misshaped(shot: Shot, answer: Answer) -> str | None:
     """A refusal that is not as the contract says."""
     body = json.loads(answer.text)
     error = answer.error
-    expected = {"error", "type"} if shot.path == "/v1/messages" else {"error"}
+    expected = {"error", "type"} if shot.path.startswith("/v1/messages") else {"error"}
     param = error.get("param")
     message = error.get("message")
     unreadable = error.get("code") == "invalid_value" and param is None

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import steering
-from tests.engine.test_offline import ARGUMENTS
-from tests.engine.test_traps import tokens
+from tests.engine.offline_arguments import ARGUMENTS
+from tests.engine.outputs import tokens
 from tests.models import D_MODEL
-from tests.sae.test_direction import write_gguf
+from tests.sae.control_vectors import write_gguf
 
 NUM_NEW = 6
 EVERYWHERE = {"special_tokens": True}

@@ -17,7 +17,7 @@ from steering.vllm.reader import OfflineReader
 from steering.vllm.vocabulary import OfflineVocabulary
 from tests.engine.engine import tiny_engine
 from tests.engine.outputs import tokens
-from tests.engine.test_scoring import SAES, TOLERANCE, Scored
+from tests.engine.scored import SAES, TOLERANCE, Scored
 from tests.models import make_tiny_model
 
 PAIR: dict[str, Any] = {

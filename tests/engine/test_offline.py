@@ -10,18 +10,11 @@ import pytest
 
 import steering
 from sae.errors import SAEError
+from tests.engine.offline_arguments import ARGUMENTS
 from tests.engine.outputs import tokens
 from tests.models import make_tiny_sae
 
 EDIT = {"interventions": [{"feature": 3, "op": "clamp", "value": 6}], "report": True}
-ARGUMENTS: dict[str, Any] = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 256,
-    "max_num_seqs": 8,
-    "kv_cache_memory_bytes": 64 * 2**20,
-    "distributed_executor_backend": "uni",
-}
 
 
 @pytest.fixture(scope="module")

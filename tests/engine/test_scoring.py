@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -12,22 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from steering.request.accepted import Accepted, accept
 from steering.studies import scoring
-from steering.studies.scoring import Comparison, Figures, Scorer, Side
-from steering.vllm.door import catalog_for
-from steering.vllm.reader import OfflineReader
-from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, tiny_engine
+from steering.studies.scoring import Comparison, Figures, Side
+from tests.engine.engine import tiny_engine
 from tests.engine.outputs import tokens
-from tests.engine.reference import ReferenceModel, ReferenceSAE
+from tests.engine.scored import SAES, TOLERANCE, WATCHED, Scored
 from tests.models import make_tiny_model
 
-#: In nats; transformers and vLLM round differently.
-TOLERANCE = 3e-5
-SAES: tuple[dict[str, Any], ...] = (
-    {"architecture": "standard", "layer": 1},
-    {"architecture": "standard", "layer": 2, "seed": 1},
-)
 FIELDS: tuple[dict[str, Any], ...] = (
     {"interventions": [{"sae": "a", "feature": 3, "op": "clamp", "value": 6}]},
     {
@@ -44,54 +35,7 @@ FIELDS: tuple[dict[str, Any], ...] = (
         "max_share": 0.2,
     },
 )
-WATCHED = (11, 70, 200)
 PROMPT, COMPLETION = tuple(tokens(1, 40)), tuple(tokens(2, 31)[1:])
-
-
-class Scored:
-    """An engine, and the reference of its model."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.reader = OfflineReader(engine.llm)
-        self.scorer = Scorer(self.reader)
-        self.model = ReferenceModel(engine.model, SPECIAL_TOKEN_IDS)
-        self.saes = {name: ReferenceSAE(path) for name, path in engine.saes.items()}
-
-    def accepted(self, field: Mapping[str, Any] | None) -> Accepted | None:
-        config = self.engine.llm.llm_engine.vllm_config
-        return None if field is None else accept(dict(field), catalog_for(config))
-
-    def sides(
-        self, fields: Sequence[Mapping[str, Any]], prompt: Sequence[int], text: Sequence[int]
-    ) -> list[tuple[Side, Sequence[int]]]:
-        of_each = (Side(tuple(prompt), tuple(text), self.accepted(field)) for field in fields)
-        return [(side, WATCHED) for side in of_each]
-
-    def compared(self, comparison: Comparison) -> list[Figures]:
-        return self.all_compared([comparison])[0]
-
-    def all_compared(self, comparisons: Sequence[Comparison]) -> list[list[Figures]]:
-        async def run() -> dict[tuple[int, int], Figures]:
-            async with aclosing(self.scorer.compare_all(comparisons)) as found:
-                return {(place, side): figures async for place, side, figures in found}
-
-        found = asyncio.run(run())
-        return [
-            [found[i, j] for j in range(len(comparison.steered))]
-            for i, comparison in enumerate(comparisons)
-        ]
-
-    def reference(
-        self, prompt: Sequence[int], text: Sequence[int], field: Mapping[str, Any] | None
-    ) -> Tensor:
-        """``[n, vocabulary]`` log p of what predicts each token of ``text``."""
-        return self.model.logprobs(prompt, text, self.saes, field).double()
-
-    @property
-    def held(self) -> int:
-        """What the worker keeps."""
-        return len(self.engine.state.captures)
 
 
 def expected(before: Tensor, after: Tensor, ids: Sequence[int]) -> dict[str, Any]:

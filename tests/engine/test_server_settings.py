@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from tests.engine import server
+from tests.engine.adapters import RANK, make_adapter
 from tests.engine.reference import ReferenceModel
 from tests.engine.server import LiveServer
-from tests.engine.test_lora import RANK, make_adapter
-from tests.engine.test_speculative import SPECULATIVE
+from tests.engine.speculative import SPECULATIVE
 from tests.models import make_tiny_sae
 
 # The first test to ask waits for the server.

@@ -17,15 +17,10 @@ import pytest
 
 from tests.engine.engine import Engine
 from tests.engine.outputs import GENERATION_ONLY, OTHER, reporting, tokens
+from tests.engine.speculative import SPECULATIVE
 
 CHILD: Final = "STEERING_TEST_SPECULATIVE_CHILD"
 GENERATED: Final = 80
-SPECULATIVE: Final = {
-    "method": "ngram",
-    "num_speculative_tokens": 3,
-    "prompt_lookup_max": 3,
-    "prompt_lookup_min": 1,
-}
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -16,8 +16,8 @@ import pytest
 import steering
 from steering.errors import SteeringError
 from tests.engine.engine import SPECIAL_TOKEN_IDS
+from tests.engine.offline_arguments import ARGUMENTS
 from tests.engine.reference import ReferenceModel, ReferenceSAE
-from tests.engine.test_offline import ARGUMENTS
 from tests.models import make_tiny_sae
 
 D_SAE: Final = 48

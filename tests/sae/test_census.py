@@ -24,7 +24,7 @@ def test_a_sample_of_every_release_is_what_sae_lens_makes_of_it(tmp_path: Path) 
     assert "| **all** |" in table(found)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_every_entry_is_what_sae_lens_makes_of_it(tmp_path: Path) -> None:
     oracle("sae_lens", "sae-lens")

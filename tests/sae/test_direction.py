@@ -19,6 +19,7 @@ from sae.layers import resolve_all
 from sae.sae import SAE, open_sae
 from sae.solve import solve
 from sae.source import SAEReference, parse_source
+from tests.sae.control_vectors import write_gguf
 from tests.sae.suites import D_IN, HOOK, inputs
 
 Load = Callable[..., SAE]
@@ -27,20 +28,6 @@ Load = Callable[..., SAE]
 def vectors(*layers: int) -> dict[int, Tensor]:
     random = torch.Generator().manual_seed(5)
     return {layer: 3 * torch.randn(D_IN, generator=random) for layer in layers}
-
-
-def write_gguf(path: Path, by_layer: Mapping[int, Tensor], dtype: Any = np.float32) -> Path:
-    """A control vector as repeng's `export_gguf` writes it."""
-    writer = gguf.GGUFWriter(path, "controlvector")
-    writer.add_string("controlvector.model_hint", "llama")
-    writer.add_uint32("controlvector.layer_count", len(by_layer))
-    for layer, vector in by_layer.items():
-        writer.add_tensor(f"direction.{layer}", vector.numpy().astype(dtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def write_named(path: Path, by_layer: Mapping[int, Tensor]) -> Path:

@@ -7,7 +7,7 @@ from typing import Any, Final
 import pytest
 
 from tests.server.conftest import StartServer
-from tests.server.test_studies import refused
+from tests.server.refusals import refused
 
 EVALUATE: Final = "/v1/steering/evaluate"
 EDIT: Final = {"sae": "a", "feature": 5, "op": "clamp", "value": 2.0}

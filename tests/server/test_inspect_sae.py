@@ -19,7 +19,7 @@ from server.start import checked_sae
 from server.start.checked_sae import check_reference
 from server.start.errors import RefusedStartError
 from tests.models import make_tiny_model, make_tiny_sae
-from tests.sae.test_direction import write_gguf
+from tests.sae.control_vectors import write_gguf
 
 
 @pytest.fixture

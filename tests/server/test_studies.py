@@ -19,6 +19,7 @@ from steering.studies.registry import STUDIES
 from steering.studies.study import MAX_STUDY_TOKENS
 from tests.server.conftest import Server, StartServer
 from tests.server.fakes import FakeEngine
+from tests.server.refusals import refused
 
 FORECAST = "/v1/steering/forecast"
 CONTRAST = "/v1/saes/a/contrast"
@@ -32,13 +33,6 @@ SIDES = {"positive": [TEXT], "negative": [TEXT]}
 @pytest.fixture
 def labelled(start: StartServer) -> Server:
     return start(saes={"a": {"features": FEATURES}})
-
-
-def refused(response: Any, status: int = 400) -> tuple[str, str | None]:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    return error["code"], error["param"]
 
 
 def events(text: str) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Server, StartServer
-from tests.server.test_studies import refused
+from tests.server.refusals import refused
 
 CALIBRATE = "/v1/steering/calibrate"
 RANK = "/v1/saes/a/rank"

@@ -10,68 +10,34 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.card import KIND_CLT, KIND_TRANSCODER
-from sae.sae import SAE, LatentRows, open_sae
-from sae.source import ResolvedSAE
 from steering.request.plan import (
-    COVERS_GENERATION,
     COVERS_PROMPT,
     GATE_ABOVE,
     OP_ADD,
-    OP_CLAMP,
     SCOPE_TOKEN,
-    PlannedEdit,
     PlannedGate,
     PlannedRead,
     SteeringPlan,
 )
 from steering.worker.ops import cpu_kernel
-from tests.models import D_MODEL, make_tiny_sae
+from tests.models import D_MODEL
+from tests.steering.split import (
+    CLAMP,
+    EVERYWHERE,
+    LENGTH,
+    PROMPT,
+    READS,
+    WRITES,
+    Transcoder,
+    streams,
+)
 from tests.steering.tiny_worker import TinyWorker, tied_sae
-
-EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
-PROMPT, LENGTH = 6, 10
-READS = "blocks.1.mlp.hook_in"
-WRITES = ("blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out")
-CLAMP = PlannedEdit(0, 3, OP_CLAMP, 5.0, EVERYWHERE, 0, 99)
-
-
-class Transcoder(SAE):
-    """An SAE's weights, read at one place and written at others, each with rows of its own."""
-
-    def __init__(self, folder: Path, writes: Sequence[str], **options: Any) -> None:
-        path = make_tiny_sae(folder, **options)
-        inner = open_sae(ResolvedSAE("t", str(path), path=str(path)))
-        vars(self).update(vars(inner))
-        kind = KIND_TRANSCODER if len(writes) == 1 else KIND_CLT
-        self._card = replace(
-            inner.card,
-            kind=kind,
-            reads=READS,
-            writes=tuple(writes),
-            hook=writes[0],
-            error_term=len(writes) == 1,
-        )
-        self.weights = {
-            name: tensor.float()
-            for name, tensor in load_file(path / "sae_weights.safetensors").items()
-        }
-
-    def rows(self, latents: Sequence[int], write: int = 0) -> LatentRows:
-        rows = super().rows(latents)
-        return replace(rows, W_dec=rows.W_dec * (write + 1) ** 2)
 
 
 def plan(key: str = "k", **more: Any) -> SteeringPlan:
     return replace(SteeringPlan(key, 1, PROMPT, (CLAMP,), True, True, None), **more)
-
-
-def streams(seed: int, hooks: int) -> list[Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(LENGTH, D_MODEL, generator=rng) * 2 for _ in range(hooks)]
 
 
 @pytest.fixture(params=[cpu_kernel, None], ids=["kernel", "torch"])

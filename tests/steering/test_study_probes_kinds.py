@@ -18,7 +18,7 @@ from steering.studies.changes import Changes
 from steering.studies.reading import Pooled
 from steering.worker.ops import cpu_kernel
 from tests.models import D_MODEL
-from tests.steering.test_split_state import CLAMP, EVERYWHERE, LENGTH, WRITES, Transcoder, streams
+from tests.steering.split import CLAMP, EVERYWHERE, LENGTH, WRITES, Transcoder, streams
 from tests.steering.tiny_worker import TinyWorker
 
 ALL = Window(EVERYWHERE, 0, LENGTH)
