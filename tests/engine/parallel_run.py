@@ -24,9 +24,6 @@ from steering.vllm.reader import OfflineReader, Text
 #: Of the tiny Llama: four of 32.
 WIDTH_OF_HEADS: Final = 128
 
-#: Of the tiny Llama: four of 32.
-WIDTH_OF_HEADS: Final = 128
-
 
 def main() -> None:
     """Arguments: model folder, scratch folder, JSON of extra engine arguments."""
