@@ -38,11 +38,9 @@ GOALS: Final = {"sae": 0.98, "transcoder": 0.98, "heads": 0.98, "direction": 0.9
 
 def sources(folder: Path) -> list[str]:
     """Every dictionary as ``--sae`` takes it."""
-    transcoder = made(LAYER, f"blocks.{LAYER}.mlp.hook_in", D_MODEL, threshold=0.5)
+    transcoder = made(LAYER, "mlp.hook_in", D_MODEL, threshold=0.5)
     clt_layer = NUM_LAYERS - CLT_PLACES
-    clt = made(
-        clt_layer, f"blocks.{clt_layer}.mlp.hook_in", D_MODEL, places=CLT_PLACES, threshold=0.5
-    )
+    clt = made(clt_layer, "mlp.hook_in", D_MODEL, places=CLT_PLACES, threshold=0.5)
     heads = make_tiny_sae(
         folder / "heads", d_in=D_MODEL, d_sae=D_SAE, layer=LAYER, hook_kind="attn.hook_z"
     )
