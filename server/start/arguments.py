@@ -13,6 +13,7 @@ from typing import Any
 from sae.errors import SAEError
 from server.allow_list import NotInstalledError, allow_ours, installed_entry_points
 from server.presets.store import open_store
+from server.seams import SEAMS
 from server.start.checked_sae import CheckedSAE, check, refuse_equal_names
 from server.start.cpu_memory import leave_memory
 from server.start.engine import steering_arguments
@@ -26,7 +27,7 @@ from server.start.flags import (
     split_flag,
 )
 from steering.config import CONFIG_KEY, SteeringConfig
-from steering.vllm.seams import refuse_missing_seams
+from steering.vllm.seams import refuse_missing, refuse_missing_seams
 from steering.vllm.support import UnsupportedEngineError
 
 
@@ -42,6 +43,7 @@ def start_arguments(argv: Sequence[str], command: Any) -> Namespace:
     """
     try:
         refuse_missing_seams()
+        refuse_missing(SEAMS)
         allow_ours(os.environ, installed_entry_points())
         flags, rest = split_flag(SAE_FLAG, "NAME=SOURCE", argv)
         presets, rest = split_flag(PRESET_FLAG, "NAME=FILE", rest)

@@ -15,10 +15,12 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from steering.vllm.seams import SEAMS
+from server import seams as of_server
+from steering.vllm import seams as of_steering
 from steering.vllm.source import Source
 
 PACKAGE = "vllm"
+SEAMS = of_steering.SEAMS | of_server.SEAMS
 
 
 def main(given: Sequence[str]) -> int:

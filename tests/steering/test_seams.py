@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from steering.vllm.seams import SEAMS
+from server import seams as of_server
+from steering.vllm import seams as of_steering
 from steering.vllm.source import Source
 
 ROOT = Path(__file__).parents[2]
+SEAMS = of_steering.SEAMS | of_server.SEAMS
 
 spec = importlib.util.find_spec("vllm")
 assert spec is not None and spec.origin is not None
