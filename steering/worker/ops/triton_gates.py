@@ -11,16 +11,17 @@ from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.triton_parts import (
     FIRST_GATE_COLUMN,
     GATE_INTS,
-    LAYER,
     MAX_ENTRIES,
     MAX_GATES,
-    NORM,
     NUM_PARAMS,
     SINK,
     input_normed,
+    launch,
     layout_for,
-    moments,
+    moments_if_asked,
+    norms,
     read_latents,
+    with_residual,
 )
 
 _ROW, _INDEX, _SCOPE = (
@@ -35,39 +36,25 @@ _STOP = tl.constexpr(layout.SCOPE_STOP)
 
 def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Same as :func:`steering.worker.ops.reference.read_gates`, as one kernel launch."""
-    num_tokens, d_in = hidden_states.shape
-    assert hidden_states.stride(1) == 1, hidden_states.stride()
-    assert residual is None or residual.stride(1) == 1, residual.stride()
-    if not num_tokens:
-        return
-    shape = layout_for(d_in, hidden_states.element_size())
     gates, state, rows = buffers.gates, buffers.gate_state, buffers.rows
-    gate_kernel[(num_tokens,)](
+    launch(
+        gate_kernel,
         hidden_states,
         residual,
-        buffers.token_slot,
-        buffers.positions,
-        buffers.input_ids,
-        buffers.is_special,
-        buffers.slots.prompt_len,
-        gates.count,
-        gates.ints,
-        gates.threshold,
-        state.events,
-        state.first_held,
-        rows.W_enc,
-        rows.params,
-        buffers.f,
-        hidden_states.stride(0),
-        0 if residual is None else residual.stride(0),
-        buffers.input_norm.eps,
+        buffers,
+        pointers=(
+            gates.count,
+            gates.ints,
+            gates.threshold,
+            state.events,
+            state.first_held,
+            rows.W_enc,
+            rows.params,
+            buffers.f,
+        ),
+        numbers=(buffers.input_norm.eps,),
+        shape=layout_for(hidden_states.shape[1], hidden_states.element_size()),
         INPUT_NORM=buffers.input_norm.kind,
-        D_IN=d_in,
-        ROW_STRIDE=rows.W_enc.stride(0),
-        BLOCK_D=shape.block_d,
-        BLOCK_E=shape.block_e,
-        num_warps=shape.num_warps,
-        enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
 
 
@@ -120,24 +107,16 @@ def gate_kernel(  # type: ignore[no-untyped-def]
 
     d = tl.arange(0, BLOCK_D)
     inside = d < D_IN
-    x = tl.load(hidden_ptr + token * hidden_stride + d, mask=inside, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + token * residual_stride + d, mask=inside, other=0.0)
-        x += residual.to(tl.float32)
+    hidden = tl.load(hidden_ptr + token * hidden_stride + d, mask=inside, other=0.0)
+    x = with_residual(hidden, residual_ptr, token * residual_stride + d, inside)
     x = input_normed(x, inside, input_eps, INPUT_NORM, D_IN)
-    square = tl.sum(x * x)
-    norm = tl.sqrt_rn(square)
-    rms = tl.sqrt_rn(square / D_IN)
+    norm, rms = norms(x, D_IN)
 
     every = tl.arange(0, MAX_GATES)
     exists = every < count
     ints = ints_ptr + slot * MAX_GATES * GATE_INTS
     row = tl.load(ints + every * GATE_INTS + _ROW, mask=exists, other=0).to(tl.int64)
-    layer = tl.load(params_ptr + row * NUM_PARAMS + NORM, mask=exists, other=0.0) == LAYER
-    mean = 0.0
-    std = 0.0
-    if tl.max(layer.to(tl.int32)) != 0:
-        mean, std = moments(x, inside, D_IN)
+    mean, std = moments_if_asked(x, inside, params_ptr + row * NUM_PARAMS, exists, D_IN)
 
     bits = 0
     for first in range(0, count, BLOCK_E):

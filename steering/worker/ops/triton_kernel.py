@@ -18,29 +18,25 @@ from steering.worker.ops.triton_gates import read_gates
 from steering.worker.ops.triton_parts import (
     DECODER_SCALE,
     EDIT_INTS,
-    LAYER,
     MAX_EDITS,
     MAX_ENTRIES,
     MAX_GATES,
-    NORM,
     NUM_PARAMS,
     SINK,
+    SINKS,
     applied,
+    coverage_at,
+    launch,
     layout_for,
-    moments,
+    moments_if_asked,
+    norms,
     read_latents,
+    with_residual,
 )
 from steering.worker.ops.triton_reads import read_edits
 
-_PROMPT, _GENERATION = tl.constexpr(layout.COVERS_PROMPT), tl.constexpr(layout.COVERS_GENERATION)
-_SPECIAL, _SINKS = tl.constexpr(layout.COVERS_SPECIAL), tl.constexpr(layout.COVERS_SINKS)
 _ADD = tl.constexpr(layout.OP_ADD)
-_ROW, _OP, _COVERAGE = (
-    tl.constexpr(layout.E_ROW),
-    tl.constexpr(layout.E_OP),
-    tl.constexpr(layout.E_COVERAGE),
-)
-_START, _END = tl.constexpr(layout.E_START), tl.constexpr(layout.E_END)
+_ROW, _OP = tl.constexpr(layout.E_ROW), tl.constexpr(layout.E_OP)
 _COLUMN, _GATES = tl.constexpr(layout.E_COLUMN), tl.constexpr(layout.E_GATES)
 _FLAGS, _REREAD = tl.constexpr(layout.E_FLAGS), tl.constexpr(layout.REREAD)
 _CARRIED = tl.constexpr(layout.CARRIED)
@@ -61,47 +57,33 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
     Every address it reads is fixed but those of ``hidden_states`` and ``residual``, so a captured
     launch follows whatever the next step writes into ``token_slot`` and the tables.
     """
-    num_tokens, d_in = hidden_states.shape
-    assert hidden_states.stride(1) == 1, hidden_states.stride()
-    assert residual is None or residual.stride(1) == 1, residual.stride()
     assert buffers.f.is_contiguous()
-    if not num_tokens:
-        return
-    shape = layout_for(d_in, hidden_states.element_size())
     slots, table, state, rows = buffers.slots, buffers.table, buffers.gate_state, buffers.rows
-    steer_kernel[(num_tokens,)](
+    launch(
+        steer_kernel,
         hidden_states,
         residual,
-        buffers.token_slot,
-        buffers.positions,
-        buffers.input_ids,
-        buffers.is_special,
-        slots.prompt_len,
-        slots.max_share,
-        slots.reports,
-        table.count,
-        table.ints,
-        table.value,
-        state.kind,
-        state.first_held,
-        state.events,
-        rows.W_enc,
-        rows.W_dec,
-        rows.params,
-        buffers.f,
-        buffers.share,
-        buffers.carried,
-        buffers.counters,
-        hidden_states.stride(0),
-        0 if residual is None else residual.stride(0),
-        buffers.share.stride(0),
-        D_IN=d_in,
-        ROW_STRIDE=rows.W_enc.stride(0),
-        BLOCK_D=shape.block_d,
-        BLOCK_E=shape.block_e,
+        buffers,
+        pointers=(
+            slots.max_share,
+            slots.reports,
+            table.count,
+            table.ints,
+            table.value,
+            state.kind,
+            state.first_held,
+            state.events,
+            rows.W_enc,
+            rows.W_dec,
+            rows.params,
+            buffers.f,
+            buffers.share,
+            buffers.carried,
+            buffers.counters,
+        ),
+        numbers=(buffers.share.stride(0),),
+        shape=layout_for(hidden_states.shape[1], hidden_states.element_size()),
         LIMIT=None if buffers.limit == math.inf else buffers.limit,
-        num_warps=shape.num_warps,
-        enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
 
 
@@ -177,9 +159,6 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     position = tl.load(positions_ptr + token)
     special = (tl.load(is_special_ptr + tl.load(input_ids_ptr + token)) != 0) | (position == 0)
     prompt_len = tl.load(prompt_len_ptr + slot)
-    phase = tl.where(position < prompt_len, _PROMPT, _GENERATION)
-    # Bits that an edit's coverage must have on this token.
-    needed = phase | tl.where(special, _SPECIAL, 0)
     reports = tl.load(reports_ptr + slot) != 0
     reported = tl.where(reports, count, 0)  # edits whose activations are recorded
     share_at = share_ptr + token * share_stride
@@ -191,10 +170,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     exists = every < count
     ints = ints_ptr + (slot * MAX_EDITS + every) * EDIT_INTS
     f_at = f_ptr + token * MAX_ENTRIES
-    coverage = tl.load(ints + _COVERAGE, mask=exists, other=0)
-    covered = exists & (coverage & needed == needed)
-    covered &= position >= tl.load(ints + _START, mask=exists, other=0)
-    covered &= position < tl.load(ints + _END, mask=exists, other=0)
+    coverage, covered = coverage_at(ints, exists, position, special, prompt_len)
     report_at = f_at + tl.load(ints + _COLUMN, mask=every < reported, other=0)
     tl.store(report_at, _NOT_COVERED, mask=~covered & (every < reported))
     if tl.max(covered.to(tl.int32)) == 0:
@@ -217,16 +193,12 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     inside = d < D_IN
     hidden_at = hidden_ptr + token * hidden_stride + d
     hidden = tl.load(hidden_at, mask=inside, other=0.0)
-    x = hidden.to(tl.float32)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + token * residual_stride + d, mask=inside, other=0.0)
-        x += residual.to(tl.float32)
-    square = tl.sum(x * x)
-    norm = tl.sqrt_rn(square)
-    rms = tl.sqrt_rn(square / D_IN)
+    residual_at = token * residual_stride + d
+    x = with_residual(hidden, residual_ptr, residual_at, inside)
+    norm, rms = norms(x, D_IN)
 
     params = params_ptr + tl.load(ints + _ROW, mask=covered, other=0).to(tl.int64) * NUM_PARAMS
-    sink = (norm > tl.load(params + SINK, mask=covered, other=0.0)) & (coverage & _SINKS == 0)
+    sink = (norm > tl.load(params + SINK, mask=covered, other=0.0)) & (coverage & SINKS == 0)
     carried_at = None
     if carried_ptr is not None:
         carried_at = carried_ptr + token * MAX_EDITS
@@ -245,11 +217,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         return
     tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
-    mean = 0.0
-    std = 0.0
-    layer = tl.load(params + NORM, mask=active, other=0.0) == LAYER
-    if tl.max(layer.to(tl.int32)) != 0:
-        mean, std = moments(x, inside, D_IN)
+    mean, std = moments_if_asked(x, inside, params, active, D_IN)
 
     delta = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, count, BLOCK_E):
@@ -263,8 +231,8 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     if LIMIT is not None:
         if residual_ptr is not None:
             # Asked for again, and not held all the while.
-            again = tl.load(residual_ptr + token * residual_stride + d, mask=inside, other=0.0)
-            delta = _bounded(delta, before + again.to(tl.float32), LIMIT)
+            again = with_residual(hidden, residual_ptr, residual_at, inside)
+            delta = _bounded(delta, again, LIMIT)
         delta = _bounded(delta, before, LIMIT)
     most = tl.load(max_share_ptr + slot)
     if reports | (most < _UNLIMITED):

@@ -1,13 +1,15 @@
-"""What both Triton kernels are made of: the columns and codes, and one latent read on one token."""
+"""What the Triton kernels are made of: columns, codes, a token's stream, a latent read on it."""
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from steering.worker.ops import layout
+from steering.worker.ops.buffers import Buffers
 
 # A kernel sees only those globals that are constexpr.
 MAX_EDITS = tl.constexpr(layout.MAX_INTERVENTIONS)
@@ -22,6 +24,10 @@ DECODER_SCALE, ENC_SUM = tl.constexpr(layout.P_DECODER_SCALE), tl.constexpr(layo
 SINK, NORM = tl.constexpr(layout.P_SINK), tl.constexpr(layout.P_NORM)
 LAYER = tl.constexpr(float(layout.NORM_LAYER))
 CONSTANT = tl.constexpr(float(layout.NORM_CONSTANT))
+PROMPT, GENERATION = tl.constexpr(layout.COVERS_PROMPT), tl.constexpr(layout.COVERS_GENERATION)
+SPECIAL, SINKS = tl.constexpr(layout.COVERS_SPECIAL), tl.constexpr(layout.COVERS_SINKS)
+COVERAGE = tl.constexpr(layout.E_COVERAGE)
+START, END = tl.constexpr(layout.E_START), tl.constexpr(layout.E_END)
 EPS = tl.constexpr(layout.LAYER_NORM_EPS)
 PLAIN, CENTRED = tl.constexpr(layout.INPUT_PLAIN), tl.constexpr(layout.INPUT_LAYER)
 _CLAMP, _SCALE = tl.constexpr(layout.OP_CLAMP), tl.constexpr(layout.OP_SCALE)
@@ -57,6 +63,96 @@ def layout_for(d_in: int, itemsize: int) -> Launch:
     if itemsize == 4 and block_d >= 4096:
         block_e //= 2
     return Launch(block_d, max(1, block_e), num_warps)
+
+
+def launch(
+    kernel: Any,
+    hidden_states: Tensor,
+    residual: Tensor | None,
+    buffers: Buffers,
+    pointers: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    shape: Launch,
+    **constants: Any,
+) -> None:
+    """Run one program a token.
+
+    Args:
+        kernel: whose first arguments are the stream and what each token is, as all kernels have
+            them.
+        hidden_states: ``[num_tokens, d_in]``.
+        residual: the same shape, or None.
+        buffers: of the hook point.
+        pointers: what it takes behind ``prompt_len``.
+        numbers: what it takes behind the two strides of the stream.
+        shape: of a program.
+        constants: its own, beside those of ``shape``.
+    """
+    num_tokens, d_in = hidden_states.shape
+    assert hidden_states.stride(1) == 1, hidden_states.stride()
+    assert residual is None or residual.stride(1) == 1, residual.stride()
+    if not num_tokens:
+        return
+    kernel[(num_tokens,)](
+        hidden_states,
+        residual,
+        buffers.token_slot,
+        buffers.positions,
+        buffers.input_ids,
+        buffers.is_special,
+        buffers.slots.prompt_len,
+        *pointers,
+        hidden_states.stride(0),
+        0 if residual is None else residual.stride(0),
+        *numbers,
+        D_IN=d_in,
+        ROW_STRIDE=buffers.rows.W_enc.stride(0),
+        BLOCK_D=shape.block_d,
+        BLOCK_E=shape.block_e,
+        num_warps=shape.num_warps,
+        enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
+        **constants,
+    )
+
+
+@triton.jit
+def coverage_at(ints, exists, position, special, prompt_len):  # type: ignore[no-untyped-def]
+    """Coverage of a slot's edits, and which of them cover a token, sinks apart."""
+    phase = tl.where(position < prompt_len, PROMPT, GENERATION)
+    # Bits that an edit's coverage must have on this token.
+    needed = phase | tl.where(special, SPECIAL, 0)
+    coverage = tl.load(ints + COVERAGE, mask=exists, other=0)
+    covered = exists & (coverage & needed == needed)
+    covered &= position >= tl.load(ints + START, mask=exists, other=0)
+    covered &= position < tl.load(ints + END, mask=exists, other=0)
+    return coverage, covered
+
+
+@triton.jit
+def with_residual(hidden, residual_ptr, at, inside):  # type: ignore[no-untyped-def]
+    """A token's stream in float32; the residual at ``at`` is part of it, if there is one."""
+    x = hidden.to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def norms(x, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``|x|`` and ``|x| / sqrt(d_in)``."""
+    square = tl.sum(x * x)
+    return tl.sqrt_rn(square), tl.sqrt_rn(square / D_IN)
+
+
+@triton.jit
+def moments_if_asked(x, inside, params, wanted, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`moments`, if one of the wanted latents has a layer norm before it; else zeros."""
+    mean = 0.0
+    std = 0.0
+    layer = tl.load(params + NORM, mask=wanted, other=0.0) == LAYER
+    if tl.max(layer.to(tl.int32)) != 0:
+        mean, std = moments(x, inside, D_IN)
+    return mean, std
 
 
 @triton.jit

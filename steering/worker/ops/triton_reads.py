@@ -11,26 +11,26 @@ from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.triton_parts import (
     DECODER_SCALE,
     EDIT_INTS,
-    LAYER,
     MAX_EDITS,
     MAX_ENTRIES,
-    NORM,
     NUM_PARAMS,
     SINK,
+    SINKS,
     Launch,
     applied,
+    coverage_at,
     input_normed,
+    launch,
     layout_for,
-    moments,
+    moments_if_asked,
+    norms,
     read_latents,
+    with_residual,
 )
 
-_PROMPT, _GENERATION = tl.constexpr(layout.COVERS_PROMPT), tl.constexpr(layout.COVERS_GENERATION)
-_SPECIAL, _SINKS = tl.constexpr(layout.COVERS_SPECIAL), tl.constexpr(layout.COVERS_SINKS)
 _ADD = tl.constexpr(layout.OP_ADD)
 _ROW, _OP = tl.constexpr(layout.E_ROW), tl.constexpr(layout.E_OP)
-_COVERAGE, _COLUMN = tl.constexpr(layout.E_COVERAGE), tl.constexpr(layout.E_COLUMN)
-_START, _END = tl.constexpr(layout.E_START), tl.constexpr(layout.E_END)
+_COLUMN = tl.constexpr(layout.E_COLUMN)
 _SKIPPED_SINK = tl.constexpr(layout.SKIPPED_SINK)
 
 
@@ -44,41 +44,27 @@ def reads_layout_for(d_in: int, itemsize: int) -> Launch:
 
 def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Same as :func:`steering.worker.ops.reference.read_edits`, as one kernel launch."""
-    num_tokens, d_in = hidden_states.shape
-    assert hidden_states.stride(1) == 1, hidden_states.stride()
-    assert residual is None or residual.stride(1) == 1, residual.stride()
     assert buffers.carried is not None
     assert buffers.f.is_contiguous() and buffers.carried.is_contiguous()
-    if not num_tokens:
-        return
-    shape = reads_layout_for(d_in, hidden_states.element_size())
-    slots, table, rows = buffers.slots, buffers.reads, buffers.rows
-    read_kernel[(num_tokens,)](
+    table, rows = buffers.reads, buffers.rows
+    launch(
+        read_kernel,
         hidden_states,
         residual,
-        buffers.token_slot,
-        buffers.positions,
-        buffers.input_ids,
-        buffers.is_special,
-        slots.prompt_len,
-        slots.reports,
-        table.count,
-        table.ints,
-        table.value,
-        rows.W_enc,
-        rows.params,
-        buffers.f,
-        buffers.carried,
-        hidden_states.stride(0),
-        0 if residual is None else residual.stride(0),
-        buffers.input_norm.eps,
+        buffers,
+        pointers=(
+            buffers.slots.reports,
+            table.count,
+            table.ints,
+            table.value,
+            rows.W_enc,
+            rows.params,
+            buffers.f,
+            buffers.carried,
+        ),
+        numbers=(buffers.input_norm.eps,),
+        shape=reads_layout_for(hidden_states.shape[1], hidden_states.element_size()),
         INPUT_NORM=buffers.input_norm.kind,
-        D_IN=d_in,
-        ROW_STRIDE=rows.W_enc.stride(0),
-        BLOCK_D=shape.block_d,
-        BLOCK_E=shape.block_e,
-        num_warps=shape.num_warps,
-        enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
 
 
@@ -122,35 +108,26 @@ def read_kernel(  # type: ignore[no-untyped-def]
         return
     position = tl.load(positions_ptr + token)
     special = (tl.load(is_special_ptr + tl.load(input_ids_ptr + token)) != 0) | (position == 0)
-    phase = tl.where(position < tl.load(prompt_len_ptr + slot), _PROMPT, _GENERATION)
-    # Bits that an edit's coverage must have on this token.
-    needed = phase | tl.where(special, _SPECIAL, 0)
     # Edits whose activations are recorded: all or none.
     reported = tl.where(tl.load(reports_ptr + slot) != 0, count, 0)
 
     every = tl.arange(0, MAX_EDITS)
     exists = every < count
     ints = ints_ptr + (slot * MAX_EDITS + every) * EDIT_INTS
-    coverage = tl.load(ints + _COVERAGE, mask=exists, other=0)
-    covered = exists & (coverage & needed == needed)
-    covered &= position >= tl.load(ints + _START, mask=exists, other=0)
-    covered &= position < tl.load(ints + _END, mask=exists, other=0)
+    prompt_len = tl.load(prompt_len_ptr + slot)
+    coverage, covered = coverage_at(ints, exists, position, special, prompt_len)
     if tl.max(covered.to(tl.int32)) == 0:
         return
 
     d = tl.arange(0, BLOCK_D)
     inside = d < D_IN
-    x = tl.load(hidden_ptr + token * hidden_stride + d, mask=inside, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + token * residual_stride + d, mask=inside, other=0.0)
-        x += residual.to(tl.float32)
+    hidden = tl.load(hidden_ptr + token * hidden_stride + d, mask=inside, other=0.0)
+    x = with_residual(hidden, residual_ptr, token * residual_stride + d, inside)
     x = input_normed(x, inside, input_eps, INPUT_NORM, D_IN)
-    square = tl.sum(x * x)
-    norm = tl.sqrt_rn(square)
-    rms = tl.sqrt_rn(square / D_IN)
+    norm, rms = norms(x, D_IN)
 
     params = params_ptr + tl.load(ints + _ROW, mask=covered, other=0).to(tl.int64) * NUM_PARAMS
-    sink = (norm > tl.load(params + SINK, mask=covered, other=0.0)) & (coverage & _SINKS == 0)
+    sink = (norm > tl.load(params + SINK, mask=covered, other=0.0)) & (coverage & SINKS == 0)
     carried_at = carried_ptr + token * MAX_EDITS
     column = tl.load(ints + _COLUMN, mask=covered, other=0)
     tl.store(carried_at + column, _SKIPPED_SINK, mask=covered & sink)
@@ -158,11 +135,7 @@ def read_kernel(  # type: ignore[no-untyped-def]
     active_bits = tl.sum(tl.where(active, tl.full([MAX_EDITS], 1, tl.int64) << every, 0))
     if active_bits == 0:
         return
-    mean = 0.0
-    std = 0.0
-    layer = tl.load(params + NORM, mask=active, other=0.0) == LAYER
-    if tl.max(layer.to(tl.int32)) != 0:
-        mean, std = moments(x, inside, D_IN)
+    mean, std = moments_if_asked(x, inside, params, active, D_IN)
     for first in range(0, count, BLOCK_E):
         _read_block(
             x, mean, std, rms, first + tl.arange(0, BLOCK_E), active_bits, reported,
