@@ -12,16 +12,16 @@ from steering.worker.ops.cpu_parts import (
     LOAD,
     ZERO,
     Kernels,
-    add,
+    activation,
     compiled,
     encode,
     input_normed,
     launcher,
     moments,
-    normed,
-    preactivation,
     rows_array,
     square,
+    stream_reader,
+    token_arrays,
 )
 from steering.worker.ops.layout import (
     FIRST_GATE_COLUMN,
@@ -30,10 +30,8 @@ from steering.worker.ops.layout import (
     G_SCOPE,
     NO_SLOT,
     NORM_LAYER,
-    P_GATE_BIAS,
     P_NORM,
     P_SINK,
-    P_THRESHOLD,
     QUIET,
     SCOPE_PROMPT,
     SCOPE_STOP,
@@ -43,6 +41,8 @@ from steering.worker.ops.layout import (
 
 def _kernel(load: Any, load_residual: Any) -> Any:
     """The loop over tokens for one pair of dtypes, which these two know."""
+
+    read_stream = stream_reader(load, load_residual)
 
     @compiled
     def read(  # type: ignore[no-untyped-def]
@@ -61,10 +61,7 @@ def _kernel(load: Any, load_residual: Any) -> Any:
             if position == 0 or is_special[input_ids[token]]:
                 continue
             in_prompt = position < prompt_len[slot]
-            load(hidden, token * hidden_stride, x)
-            if residual.shape[0] > 0:
-                load_residual(residual, token * residual_stride, other)
-                add(other, x)
+            read_stream(hidden, token * hidden_stride, residual, token * residual_stride, x, other)
             input_normed(x, norm_kind, norm_eps)
             norm = np.sqrt(square(x))
             rms = norm / np.sqrt(np.float32(d_in))
@@ -85,10 +82,7 @@ def _kernel(load: Any, load_residual: Any) -> Any:
                     if norm > param[P_SINK]:
                         continue
                     index, scope = ints[slot, i, G_INDEX], ints[slot, i, G_SCOPE]
-                    read_z = normed(z[k], param, mean, std, rms)
-                    p = preactivation(read_z, param)
-                    fires = p > param[P_THRESHOLD] and read_z + param[P_GATE_BIAS] > ZERO
-                    f = p if fires else ZERO
+                    _, f = activation(z[k], param, mean, std, rms)
                     f_out[token, FIRST_GATE_COLUMN + index] = f
                     if f <= threshold[slot, i]:
                         bits |= 1 << (QUIET + index)
@@ -117,11 +111,7 @@ def bound(buffers: Buffers) -> OnStream:
     """`reference.read_gates` of buffers that stay where they are, for float32 and bfloat16."""
     gates, state, rows = buffers.gates, buffers.gate_state, buffers.rows
     arrays = (
-        buffers.token_slot.numpy(),
-        buffers.positions.numpy(),
-        buffers.input_ids.numpy(),
-        buffers.is_special.numpy(),
-        buffers.slots.prompt_len.numpy(),
+        *token_arrays(buffers),
         gates.count.numpy(),
         gates.ints.numpy(),
         gates.threshold.numpy(),

@@ -16,10 +16,10 @@ from steering.worker.ops.buffers import BoundKernel, Buffers, OnStream
 from steering.worker.ops.cpu_parts import (
     BLOCK,
     LOAD,
-    ONE,
     STORE,
     ZERO,
     Kernels,
+    activation,
     add,
     applied,
     carried_array,
@@ -29,18 +29,17 @@ from steering.worker.ops.cpu_parts import (
     encode,
     launcher,
     moments,
-    normed,
-    preactivation,
+    needed_coverage,
+    output_scale,
     rows_array,
     square,
+    stream_reader,
+    token_arrays,
 )
 from steering.worker.ops.layout import (
     ANY_GATE,
     CARRIED,
-    COVERS_GENERATION,
-    COVERS_PROMPT,
     COVERS_SINKS,
-    COVERS_SPECIAL,
     E_COLUMN,
     E_COVERAGE,
     E_FLAGS,
@@ -55,13 +54,11 @@ from steering.worker.ops.layout import (
     MAX_GATES,
     MAX_INTERVENTIONS,
     NO_SLOT,
-    NORM_CONSTANT,
     NORM_LAYER,
     NOT_COVERED,
     NOT_EDITED,
     OP_ADD,
     P_DECODER_SCALE,
-    P_GATE_BIAS,
     P_NORM,
     P_SINK,
     P_THRESHOLD,
@@ -114,6 +111,8 @@ def _is_open(open_bits, gates):  # type: ignore[no-untyped-def]
 def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
     """The loop over tokens for one pair of dtypes, which these three know."""
 
+    read_stream = stream_reader(load, load_residual)
+
     @compiled
     def steer(  # type: ignore[no-untyped-def]
         hidden, hidden_stride,  # 1-D storage of [num_tokens, d_in], read and written
@@ -133,10 +132,8 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
             if slot == NO_SLOT or count[slot] == 0:
                 continue
             position = positions[token]
-            # Bits that an edit's coverage must have on this token.
-            needed = COVERS_PROMPT if position < prompt_len[slot] else COVERS_GENERATION
-            if position == 0 or is_special[input_ids[token]]:
-                needed |= COVERS_SPECIAL
+            special = position == 0 or is_special[input_ids[token]]
+            needed = needed_coverage(position, prompt_len[slot], special)
             reported = reports[slot] != 0
             if reported:
                 share_out[token] = _NOT_EDITED
@@ -161,10 +158,7 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
             if num_open == 0 and not (reported and num_covered > 0):
                 continue
 
-            load(hidden, token * hidden_stride, x)
-            if residual.shape[0] > 0:
-                load_residual(residual, token * residual_stride, other)
-                add(other, x)
+            read_stream(hidden, token * hidden_stride, residual, token * residual_stride, x, other)
             norm = np.sqrt(square(x))
             num_active = 0
             any_layer_norm = False
@@ -213,12 +207,9 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
                         factor[k] = carried[token, ints[slot, i, E_COLUMN]]
                         continue
                     param = params[row[k]]
-                    f = p = ZERO
+                    p = f = ZERO
                     if reads:
-                        read_z = normed(z[k], param, mean, std, rms)
-                        p = preactivation(read_z, param)
-                        if p > param[P_THRESHOLD] and read_z + param[P_GATE_BIAS] > ZERO:
-                            f = p
+                        p, f = activation(z[k], param, mean, std, rms)
                     if reported:
                         f_out[token, ints[slot, i, E_COLUMN]] = f
                     op, operand = ints[slot, i, E_OP], value[slot, i]
@@ -228,8 +219,7 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
                         change = operand
                     else:
                         change = applied(f, op, operand) - f
-                    layer, constant = param[P_NORM] == NORM_LAYER, param[P_NORM] == NORM_CONSTANT
-                    g = std if layer else rms if constant else ONE
+                    g = output_scale(param, std, rms)
                     factor[k] = change * param[P_DECODER_SCALE] * g
                 decode(w_dec, row, factor, delta)
             if reported or max_share[slot] < np.inf:
@@ -271,11 +261,7 @@ def bound(buffers: Buffers) -> BoundKernel:
 def _bound_edit(buffers: Buffers) -> OnStream:
     slots, table, state, rows = buffers.slots, buffers.table, buffers.gate_state, buffers.rows
     arrays = (
-        buffers.token_slot.numpy(),
-        buffers.positions.numpy(),
-        buffers.input_ids.numpy(),
-        buffers.is_special.numpy(),
-        slots.prompt_len.numpy(),
+        *token_arrays(buffers),
         slots.max_share.numpy(),
         slots.reports.numpy(),
         table.count.numpy(),

@@ -1,4 +1,4 @@
-"""What both halves of the CPU's kernel are made of: loads and stores, products, one activation."""
+"""What the CPU's kernels are made of: loads and stores, products, one activation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from steering.worker.ops.buffers import Buffers, OnStream
 from steering.worker.ops.layout import (
+    COVERS_GENERATION,
+    COVERS_PROMPT,
+    COVERS_SPECIAL,
     E_COVERAGE,
     E_END,
     E_START,
@@ -29,7 +32,9 @@ from steering.worker.ops.layout import (
     P_BIAS,
     P_ENC_SUM,
     P_GAIN,
+    P_GATE_BIAS,
     P_NORM,
+    P_THRESHOLD,
 )
 
 
@@ -189,6 +194,29 @@ def applied(f, op, value):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def activation(z, param, mean, std, rms):  # type: ignore[no-untyped-def]
+    """Pre-activation and activation from ``z = W_enc @ x``."""
+    read_z = normed(z, param, mean, std, rms)
+    p = preactivation(read_z, param)
+    return p, p if p > param[P_THRESHOLD] and read_z + param[P_GATE_BIAS] > ZERO else ZERO
+
+
+@compiled
+def output_scale(param, std, rms):  # type: ignore[no-untyped-def]
+    """g, by which the output of an SAE with a normalised input is multiplied."""
+    if param[P_NORM] == NORM_LAYER:
+        return std
+    return rms if param[P_NORM] == NORM_CONSTANT else ONE
+
+
+@compiled
+def needed_coverage(position, prompt_len, special):  # type: ignore[no-untyped-def]
+    """Bits that an edit's coverage must have on a token."""
+    needed = COVERS_PROMPT if position < prompt_len else COVERS_GENERATION
+    return needed | COVERS_SPECIAL if special else needed
+
+
+@compiled
 def covers(edit, needed, position):  # type: ignore[no-untyped-def]
     return edit[E_COVERAGE] & needed == needed and edit[E_START] <= position < edit[E_END]
 
@@ -199,6 +227,19 @@ Kernels: TypeAlias = dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]
 #: By dtype of the stream.
 LOAD: Final = {torch.float32: load_float32, torch.bfloat16: load_bfloat16}
 STORE: Final = {torch.float32: store_float32, torch.bfloat16: store_bfloat16}
+
+
+def stream_reader(load: Any, load_residual: Any) -> Any:
+    """What puts a token's stream into ``x``, for one pair of dtypes, which these two know."""
+
+    @compiled
+    def read_stream(hidden, start, residual, residual_start, x, other):  # type: ignore[no-untyped-def]
+        load(hidden, start, x)
+        if residual.shape[0] > 0:
+            load_residual(residual, residual_start, other)
+            add(other, x)
+
+    return read_stream
 
 
 def storage(stream: Tensor) -> Any:
@@ -228,6 +269,17 @@ def carried_array(buffers: Buffers) -> Any:
     if buffers.carried is None:
         return np.zeros((1, MAX_INTERVENTIONS), dtype=np.float32)
     return buffers.carried.numpy()
+
+
+def token_arrays(buffers: Buffers) -> tuple[Any, ...]:
+    """What every kernel takes behind the stream: what each token is, and the prompts' lengths."""
+    return (
+        buffers.token_slot.numpy(),
+        buffers.positions.numpy(),
+        buffers.input_ids.numpy(),
+        buffers.is_special.numpy(),
+        buffers.slots.prompt_len.numpy(),
+    )
 
 
 def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:

@@ -10,10 +10,9 @@ from steering.worker.ops.buffers import Buffers, OnStream
 from steering.worker.ops.cpu_parts import (
     BLOCK,
     LOAD,
-    ONE,
     ZERO,
     Kernels,
-    add,
+    activation,
     applied,
     carried_array,
     compiled,
@@ -22,30 +21,26 @@ from steering.worker.ops.cpu_parts import (
     input_normed,
     launcher,
     moments,
-    normed,
-    preactivation,
+    needed_coverage,
+    output_scale,
     rows_array,
     square,
+    stream_reader,
+    token_arrays,
 )
 from steering.worker.ops.layout import (
-    COVERS_GENERATION,
-    COVERS_PROMPT,
     COVERS_SINKS,
-    COVERS_SPECIAL,
     E_COLUMN,
     E_COVERAGE,
     E_OP,
     E_ROW,
     MAX_INTERVENTIONS,
     NO_SLOT,
-    NORM_CONSTANT,
     NORM_LAYER,
     OP_ADD,
     P_DECODER_SCALE,
-    P_GATE_BIAS,
     P_NORM,
     P_SINK,
-    P_THRESHOLD,
     SKIPPED_SINK,
 )
 
@@ -54,6 +49,8 @@ _SKIPPED_SINK = np.float32(SKIPPED_SINK)
 
 def _kernel(load: Any, load_residual: Any) -> Any:
     """The loop over tokens for one pair of dtypes, which these two know."""
+
+    read_stream = stream_reader(load, load_residual)
 
     @compiled
     def read(  # type: ignore[no-untyped-def]
@@ -70,9 +67,8 @@ def _kernel(load: Any, load_residual: Any) -> Any:
             if slot == NO_SLOT or count[slot] == 0:
                 continue
             position = positions[token]
-            needed = COVERS_PROMPT if position < prompt_len[slot] else COVERS_GENERATION
-            if position == 0 or is_special[input_ids[token]]:
-                needed |= COVERS_SPECIAL
+            special = position == 0 or is_special[input_ids[token]]
+            needed = needed_coverage(position, prompt_len[slot], special)
             num_covered = 0
             for i in range(count[slot]):
                 if covers(ints[slot, i], needed, position):
@@ -80,10 +76,7 @@ def _kernel(load: Any, load_residual: Any) -> Any:
                     num_covered += 1
             if num_covered == 0:
                 continue
-            load(hidden, token * hidden_stride, x)
-            if residual.shape[0] > 0:
-                load_residual(residual, token * residual_stride, other)
-                add(other, x)
+            read_stream(hidden, token * hidden_stride, residual, token * residual_stride, x, other)
             input_normed(x, norm_kind, norm_eps)
             norm = np.sqrt(square(x))
             num_active = 0
@@ -116,10 +109,7 @@ def _kernel(load: Any, load_residual: Any) -> Any:
                     param = params[row[k]]
                     f = ZERO
                     if reads:
-                        read_z = normed(z[k], param, mean, std, rms)
-                        p = preactivation(read_z, param)
-                        if p > param[P_THRESHOLD] and read_z + param[P_GATE_BIAS] > ZERO:
-                            f = p
+                        _, f = activation(z[k], param, mean, std, rms)
                     column, op, operand = (
                         ints[slot, i, E_COLUMN],
                         ints[slot, i, E_OP],
@@ -128,8 +118,7 @@ def _kernel(load: Any, load_residual: Any) -> Any:
                     if reported:
                         f_out[token, column] = f
                     change = operand if op == OP_ADD else applied(f, op, operand) - f
-                    layer, constant = param[P_NORM] == NORM_LAYER, param[P_NORM] == NORM_CONSTANT
-                    g = std if layer else rms if constant else ONE
+                    g = output_scale(param, std, rms)
                     carried[token, column] = change * param[P_DECODER_SCALE] * g
 
     return read
@@ -146,11 +135,7 @@ def bound(buffers: Buffers) -> OnStream:
     """`reference.read_edits` of buffers that stay where they are, for float32 and bfloat16."""
     slots, table, rows = buffers.slots, buffers.reads, buffers.rows
     arrays = (
-        buffers.token_slot.numpy(),
-        buffers.positions.numpy(),
-        buffers.input_ids.numpy(),
-        buffers.is_special.numpy(),
-        slots.prompt_len.numpy(),
+        *token_arrays(buffers),
         slots.reports.numpy(),
         table.count.numpy(),
         table.ints.numpy(),
