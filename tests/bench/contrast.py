@@ -25,12 +25,14 @@ from tests.bench.alternate import Run as Timed
 from tests.bench.alternate import alternate
 from tests.bench.cases import SAE_NAME
 from tests.bench.demo_engine import D_MODEL, SAE, demo_engine, prompts
-from tests.bench.record import Record, arguments, spread
+from tests.bench.record import Record, Rounds, arguments, spread
 from tests.engine.engine import Engine
 
 TEXTS: Final = 128  # of either side
 TOKENS: Final = 64
 CONTROL: Final = "prefills and one encode (control)"
+
+ROUNDS: Final = Rounds(short=3, full=8)
 
 
 def context_of(engine: Engine) -> Context:
@@ -63,9 +65,9 @@ def prefilled_and_encoded(engine: Engine, texts: Sequence[Sequence[int]]) -> Tim
 def main() -> None:
     """Start the engine, compare and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, help="default: 3, with --full 8")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (8 if args.full else 3)
+    rounds = ROUNDS.of(args)
     record = Record(
         "contrast",
         f"A contrast of 2 x {TEXTS} texts of {TOKENS} tokens, beside plain prefills of them and "

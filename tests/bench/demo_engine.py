@@ -39,27 +39,33 @@ SPECIAL_TOKENS: Final = 17  # the first ids of the vocabulary
 SAE: Final = Path(__file__).parents[2] / "sae" / "demo" / "smollm2-135m-l14"
 
 
-def demo_engine(saes: Mapping[str, Path], *, eager: bool = False, **arguments: Any) -> Engine:
-    """The demo model in float32, as ``vllm-sae demo`` serves it; without SAEs plain vLLM.
+def settings(*, eager: bool = False) -> dict[str, Any]:
+    """vLLM's arguments for the demo model in float32, as ``vllm-sae demo`` serves it.
 
     The prefix cache is off: repeated prompts would be found in it and nothing would be measured.
     """
-    settings = {
+    return {
+        "dtype": "float32",
         "enforce_eager": eager,
         "max_model_len": MAX_TOKENS,
         "max_num_seqs": REQUESTS,
         "max_num_batched_tokens": MAX_TOKENS,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
+        "distributed_executor_backend": "uni",
         "kv_cache_memory_bytes": 2 * 2**30,
     }
+
+
+def demo_engine(saes: Mapping[str, Path], *, eager: bool = False, **arguments: Any) -> Engine:
+    """An engine with these `settings`; without SAEs plain vLLM."""
     return start(
         ensure_demo_model(),
         saes,
         d_model=D_MODEL,
         num_layers=NUM_LAYERS,
         special_token_ids=range(SPECIAL_TOKENS),
-        **{**settings, **arguments},
+        **{**settings(eager=eager), **arguments},
     )
 
 

@@ -14,15 +14,15 @@ import random
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from server.commands.demo_model import ensure_demo_model
 from tests.bench.alternate import Run, alternate, ratios
 from tests.bench.cases import REQUESTS, SHAPES, Field, Shape
-from tests.bench.demo_engine import D_MODEL, MAX_TOKENS, NUM_LAYERS, SAE, prompts, run
-from tests.bench.record import Record, arguments
+from tests.bench.demo_engine import D_MODEL, NUM_LAYERS, SAE, prompts, run, settings
+from tests.bench.record import Record, Rounds, arguments
 from tests.engine.dictionaries import D_SAE, made, write
 from tests.engine.engine import Engine
 from tests.models import make_tiny_sae
@@ -34,6 +34,8 @@ CLT_PLACES: Final = 15
 CONTROL: Final = "unsteered (control)"
 #: Names of the dictionaries, and the least ratio of throughputs that each should keep.
 GOALS: Final = {"sae": 0.98, "transcoder": 0.98, "heads": 0.98, "direction": 0.98, "clt": 0.95}
+
+ROUNDS: Final = Rounds(short=4, full=10)
 
 
 def sources(folder: Path) -> list[str]:
@@ -75,9 +77,9 @@ def main() -> None:
     """Run every case of both shapes and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--rounds", type=int, help="default: 4, with --full 10")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (10 if args.full else 4)
+    rounds = ROUNDS.of(args)
     record = Record(
         "dictionaries",
         "Each kind of dictionary, steered against unsteered, 32 requests: medians (quartiles).",
@@ -87,18 +89,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         model = ensure_demo_model()
-        settings: dict[str, Any] = {
-            "dtype": "float32",
-            "enforce_eager": args.eager,
-            "max_model_len": MAX_TOKENS,
-            "max_num_seqs": REQUESTS,
-            "max_num_batched_tokens": MAX_TOKENS,
-            "enable_prefix_caching": False,
-            "disable_log_stats": False,
-            "distributed_executor_backend": "uni",
-            "kv_cache_memory_bytes": 2 * 2**30,
-        }
-        engine = Engine(SteeringLLM(str(model), sources(Path(name)), **settings), model, {})
+        engine = Engine(
+            SteeringLLM(str(model), sources(Path(name)), **settings(eager=args.eager)), model, {}
+        )
 
         def run_case(shape: Shape, case: str) -> Run:
             return run(engine, prompts(REQUESTS, shape.prompt), fields(case), shape.generated)

@@ -9,22 +9,25 @@ the engine without SAE against itself.
 from __future__ import annotations
 
 from functools import partial
+from typing import Final
 
 from tests.bench.alternate import alternate, ratios
 from tests.bench.cases import REQUESTS, SAE_NAME, SHAPES
 from tests.bench.demo_engine import SAE, demo_engine, prompts, run
-from tests.bench.record import Record, arguments
+from tests.bench.record import Record, Rounds, arguments
 
 LOADED = "SAE loaded, unused"
+
+ROUNDS: Final = Rounds(short=6, full=12)
 
 
 def main() -> None:
     """Run both and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--rounds", type=int, help="default: 6, with --full 12")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (12 if args.full else 6)
+    rounds = ROUNDS.of(args)
     memory = {"kv_cache_memory_bytes": 2**29}
     plain = demo_engine({}, eager=args.eager, **memory)
     loaded = demo_engine({SAE_NAME: SAE}, eager=args.eager, **memory)

@@ -27,7 +27,7 @@ from server.commands.demo_model import ensure_demo_model
 from tests.bench.alternate import Run
 from tests.bench.cases import FULL, REQUESTS, SAE_NAME, SHORT, TOPK_NAME, Field, Shape, compare
 from tests.bench.demo_engine import MAX_TOKENS, SAE, prompts, topk_sae
-from tests.bench.record import Plot, Record, arguments
+from tests.bench.record import Plot, Record, Rounds, arguments
 from tests.engine.server import MODEL, LiveServer, wait_until_ready
 
 FLAGS: Final = (
@@ -37,6 +37,8 @@ FLAGS: Final = (
     "--no-enable-prefix-caching",
     *("--served-model-name", MODEL, "--host", "127.0.0.1"),
 )
+
+ROUNDS: Final = Rounds(short=3, full=8)
 
 
 def serve(saes: dict[str, Path], log: Path, *flags: str) -> LiveServer:
@@ -126,9 +128,9 @@ def edited_tokens(server: LiveServer) -> float:
 def main() -> None:
     """Start the server, run every case and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, help="default: 3, with --full 8")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (8 if args.full else 3)
+    rounds = ROUNDS.of(args)
     record = Record(
         "over_http",
         "Steered against unsteered over HTTP, 32 requests at once: medians (quartiles).",

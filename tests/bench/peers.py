@@ -32,11 +32,13 @@ from server.commands.demo_model import default_cache_dir, ensure_demo_model
 from tests.bench.alternate import Compared, Run, alternate
 from tests.bench.cases import DECODE, REQUESTS, SAE_NAME, Field, dealt, steering
 from tests.bench.demo_engine import SAE, demo_engine, prompts, run
-from tests.bench.record import Record, arguments, spread
+from tests.bench.record import Record, Rounds, arguments, spread
 
 EDITS: Final = 8
 BENCH: Final = Path(__file__).parent
 CONSTRAINTS: Final = BENCH.parents[1] / "constraints.txt"
+
+ROUNDS: Final = Rounds(short=2, full=4)
 
 
 class Peer:
@@ -112,9 +114,9 @@ def saelens_python() -> str:
 def main() -> None:
     """Run every peer in turn with ours and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, help="default: 2, with --full 4")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (4 if args.full else 2)
+    rounds = ROUNDS.of(args)
     record = Record(
         "peers",
         "Others' time for the same 32 requests, as a multiple of ours: medians (quartiles).",

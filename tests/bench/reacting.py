@@ -19,7 +19,7 @@ from sae.source import SAEReference
 from tests.bench.alternate import Run, alternate, paired, ratios
 from tests.bench.cases import D_SAE, REQUESTS, SAE_NAME, SHAPES, Field, Shape
 from tests.bench.demo_engine import SAE, demo_engine, prompts, run
-from tests.bench.record import Record, arguments, spread
+from tests.bench.record import Record, Rounds, arguments, spread
 
 EDITS: Final = 8
 #: A feature that is read again as so much of what was written; `reread` needs 0.2.
@@ -32,6 +32,8 @@ DELTA: Final = "8 edits"
 CONDITIONS: Final = "8 edits, 8 conditions"
 REREAD: Final = "8 edits, reread"
 MAX_SHARE: Final = "8 edits, max_share"
+
+ROUNDS: Final = Rounds(short=4, full=10)
 
 
 def features() -> list[int]:
@@ -68,9 +70,9 @@ def fields(case: str, of_features: list[int]) -> list[Field]:
 def main() -> None:
     """Run every case of both shapes and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, help="default: 4, with --full 10")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (10 if args.full else 4)
+    rounds = ROUNDS.of(args)
     record = Record(
         "reacting",
         "Conditions, reread and max_share in one engine, 32 requests at once: medians (quartiles).",

@@ -136,6 +136,24 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """How often a script that compares by turns does so, unless told: ``--rounds N``."""
+
+    short: int
+    full: int
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Add the flag."""
+        said = f"default: {self.short}, with --full {self.full}"
+        parser.add_argument("--rounds", type=int, help=said)
+
+    def of(self, args: argparse.Namespace) -> int:
+        """What the command line says."""
+        rounds: int = args.rounds or (self.full if args.full else self.short)
+        return rounds
+
+
 def shown_value(value: Any) -> str:
     """A number with the digits that mean something; a spread as median and quartiles."""
     if isinstance(value, dict):

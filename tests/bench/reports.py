@@ -18,13 +18,15 @@ from tests.bench.alternate import alternate, ratios
 from tests.bench.cases import SAE_NAME, Field, Shape
 from tests.bench.demo_engine import SAE
 from tests.bench.over_http import ask, serve
-from tests.bench.record import Record, arguments
+from tests.bench.record import Record, Rounds, arguments
 from tests.engine.server import wait_until_ready
 
 REQUESTS: Final = 256
 SHAPES: Final = (Shape("short answers", 16, 4), Shape("longer answers", 16, 24))
 WITHOUT: Final = "no report (control)"
 WITH: Final = "report"
+
+ROUNDS: Final = Rounds(short=4, full=10)
 
 
 def fields(report: bool) -> list[Field]:
@@ -41,9 +43,9 @@ def fields(report: bool) -> list[Field]:
 def main() -> None:
     """Start the server, run every shape with and without and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, help="default: 4, with --full 10")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (10 if args.full else 4)
+    rounds = ROUNDS.of(args)
     record = Record(
         "reports",
         "Reports against none over HTTP, 256 steered requests at once: medians (quartiles).",

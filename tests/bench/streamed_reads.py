@@ -18,12 +18,14 @@ from tests.bench.alternate import alternate, ratios
 from tests.bench.cases import DECODE, REQUESTS, SAE_NAME, Field
 from tests.bench.demo_engine import SAE
 from tests.bench.over_http import ask, serve
-from tests.bench.record import Record, arguments
+from tests.bench.record import Record, Rounds, arguments
 from tests.engine.server import wait_until_ready
 
 PLAIN: Final = "read at the end (control)"
 STREAMED: Final = "streamed read"
 NONE: Final = "no read"
+
+ROUNDS: Final = Rounds(short=4, full=10)
 
 
 def fields(case: str) -> list[Field]:
@@ -39,9 +41,9 @@ def fields(case: str) -> list[Field]:
 def main() -> None:
     """Start the server, run every case and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, help="default: 4, with --full 10")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (10 if args.full else 4)
+    rounds = ROUNDS.of(args)
     record = Record(
         "streamed_reads",
         "Streamed reads against reads at the end over HTTP, 32 requests: medians (quartiles).",

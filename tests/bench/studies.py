@@ -27,13 +27,15 @@ from tests.bench.alternate import Run as Timed
 from tests.bench.alternate import alternate
 from tests.bench.cases import SAE_NAME
 from tests.bench.demo_engine import SAE, demo_engine, prompts
-from tests.bench.record import Record, arguments, spread
+from tests.bench.record import Record, Rounds, arguments, spread
 from tests.engine.engine import Engine
 
 CONFIGURATIONS: Final = 4
 TEXTS: Final = 4
 CONTROL: Final = "plain prefills (control)"
 FEATURE: Final = 1234
+
+ROUNDS: Final = Rounds(short=3, full=8)
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ def prefilled(engine: Engine, texts: Sequence[Mapping[str, list[int]]]) -> Timed
 def main() -> None:
     """Start the engine, run every shape and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, help="default: 3, with --full 8")
+    ROUNDS.add_to(parser)
     parser.add_argument("--only", help="the shape of this name alone")
     args = parser.parse_args()
-    rounds = args.rounds or (8 if args.full else 3)
+    rounds = ROUNDS.of(args)
     record = Record(
         "studies",
         f"An evaluation of {CONFIGURATIONS} configurations on {TEXTS} texts of 192 tokens, beside "

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from tests.bench.alternate import Run
 from tests.bench.cases import FULL, REQUESTS, SAE_NAME, SHORT, TOPK_NAME, Field, Shape, compare
 from tests.bench.demo_engine import SAE, demo_engine, edited_tokens, prompts, run, topk_sae
-from tests.bench.record import Plot, Record, arguments
+from tests.bench.record import Plot, Record, Rounds, arguments
+
+ROUNDS: Final = Rounds(short=3, full=8)
 
 
 def main() -> None:
     """Run every case and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--rounds", type=int, help="default: 3, with --full 8")
+    ROUNDS.add_to(parser)
     args = parser.parse_args()
-    rounds = args.rounds or (8 if args.full else 3)
+    rounds = ROUNDS.of(args)
     record = Record(
         "throughput",
         "Steered against unsteered in one engine, 32 requests at once: medians (quartiles).",
