@@ -25,8 +25,8 @@ from steering.request.plan import (
     PlannedEdit,
     PlannedGate,
     SteeringPlan,
-    make_plan,
 )
+from steering.request.planning import make_plan
 from steering.request.positions import Positions
 from steering.request.probe import COMPLETION_TOKENS, EVERY_TOKEN, PROMPT_TOKENS, Keep, Pool, Probe
 from steering.request.probe_plan import PlannedCapture, PlannedPool, Window
