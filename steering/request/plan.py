@@ -9,11 +9,12 @@ from typing import Any, Final, NamedTuple
 from steering.request.keep import Keep
 from steering.request.limits import POSITION_LIMIT
 from steering.request.probe_plan import (
-    PlannedCapture,
     PlannedPool,
     PlannedProbe,
+    PlannedStream,
     Window,
     probe_from_wire,
+    probe_to_wire,
 )
 
 # Bits of an edit's coverage.
@@ -194,9 +195,12 @@ class SteeringPlan:
         return frozenset(found if self.read is None else found | {self.read.sae})
 
     @property
-    def captured(self) -> frozenset[int]:
-        """The SAEs whose stream is kept: such passes are full ones, though nothing is encoded."""
-        return frozenset(probe.sae for probe in self.probes if isinstance(probe, PlannedCapture))
+    def kept_streams(self) -> frozenset[int]:
+        """The SAEs at which the stream is kept.
+
+        Such passes are full ones, though nothing is encoded.
+        """
+        return frozenset(probe.sae for probe in self.probes if isinstance(probe, PlannedStream))
 
     def encoded_until(self, exact_from_row: Callable[[int], bool]) -> int:
         """The position from which on no token needs a full pass.
@@ -267,7 +271,7 @@ class SteeringPlan:
             "max_share": self.max_share,
             "internal": self.internal,
             "keep": None if self.keep is None else self.keep.to_wire(),
-            "probes": [_fields(probe) for probe in self.probes],
+            "probes": [probe_to_wire(probe) for probe in self.probes],
         }
 
     @classmethod
@@ -311,6 +315,6 @@ class Inspection:
         return self.aggregate is None
 
 
-def _fields(item: PlannedEdit | PlannedGate | PlannedRead | PlannedProbe) -> list[Any]:
+def _fields(item: PlannedEdit | PlannedGate | PlannedRead) -> list[Any]:
     """The values in the order of the fields; `dataclasses.astuple` would copy each deeply."""
     return list(vars(item).values())

@@ -35,7 +35,7 @@ from steering.request.plan import (
 )
 from steering.request.positions import Positions
 from steering.request.probe import Pool, Probe, Tokens
-from steering.request.probe_plan import PlannedCapture, PlannedPool, PlannedProbe, Window
+from steering.request.probe_plan import PlannedPool, PlannedProbe, PlannedStream, Window
 from steering.request.spec import SteeringSpec
 
 _OP_CODES: Final = {
@@ -134,7 +134,7 @@ def _planned_probe(
     sae, windows = sae_index[probe.sae], _windows(probe.tokens, prompt_len, length)
     if isinstance(probe, Pool):
         return PlannedPool(sae, windows, probe.pool, probe.scaled, probe.peaks)
-    return PlannedCapture(sae, windows, probe.key)
+    return PlannedStream(sae, windows, probe.key)
 
 
 def _windows(tokens: Tokens, prompt_len: int, length: int) -> tuple[Window, ...]:

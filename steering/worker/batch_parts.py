@@ -22,14 +22,14 @@ from steering.request.plan import (
     PlannedGate,
     PlannedRead,
 )
-from steering.request.probe_plan import PlannedCapture, PlannedPool, PlannedProbe
+from steering.request.probe_plan import PlannedPool, PlannedProbe, PlannedStream
 from steering.worker.ops import compiled
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.compiled import CompiledEdits, CompiledGates, CompiledReads, Covers
 from steering.worker.probed_tokens import (
-    CapturedTokens,
+    KeptTokens,
     PooledTokens,
-    captured_tokens,
+    kept_tokens,
     pooled_tokens,
 )
 from steering.worker.record import RequestRecord
@@ -168,7 +168,7 @@ class BatchPart:
         replaced: ``(SAE, [m] int64 index in the part)`` of tokens whose stream becomes what an SAE
             that was read elsewhere makes of them.
         fits: tokens that are compared with that.
-        captures: tokens whose stream is kept behind the edits.
+        kept: tokens whose stream is kept behind the edits.
     """
 
     token: slice | Tensor
@@ -178,7 +178,7 @@ class BatchPart:
     full: list[FullPart]
     replaced: list[tuple[int, Tensor]]
     fits: list[FitTokens]
-    captures: list[CapturedTokens]
+    kept: list[KeptTokens]
 
 
 @dataclass
@@ -263,15 +263,15 @@ class BatchParts:
                 if (fit := self.work[slot].fit) is not None
                 and (record := self.work[slot].record) is not None
             ],
-            captures=[
-                captured_tokens(
+            kept=[
+                kept_tokens(
                     *(record, probe, planned, work.edits, work.elsewhere),
                     *(token_np[here], here, device),
                 )
                 for slot, here in slots.items()
                 if (record := (work := self.work[slot]).record) is not None
                 for probe, planned in work.probes
-                if isinstance(planned, PlannedCapture)
+                if isinstance(planned, PlannedStream)
             ],
         )
 

@@ -263,7 +263,7 @@ class SteeringState:
         for site in self.hooks.values():
             site.set_slot(slot, plan, row_of, full, record)
         request = RunningRequest(plan, slot, plan.encoded_until(self._exact_from_row))
-        if full or plan.captured:
+        if full or plan.kept_streams:
             self._full[req_id] = request
         self._running[req_id] = request
         self._internal += plan.internal
@@ -425,6 +425,11 @@ class SteeringState:
             for req_id, record in streaming.items()
             if record.top is not None and (rows := record.top.unsent()) is not None
         }
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Forget what is kept of studies' runs under these keys."""
+        self.captures.forget(keys)
+        self.probes.kept.forget(keys)
 
     def touched_tokens(self) -> tuple[int, int]:
         """Tokens edited, and kept off by a sink, since the last `take_stats`, on either path."""

@@ -28,8 +28,15 @@ from steering.request.plan import (
 )
 from steering.request.planning import make_plan
 from steering.request.positions import Positions
-from steering.request.probe import COMPLETION_TOKENS, EVERY_TOKEN, PROMPT_TOKENS, Keep, Pool, Probe
-from steering.request.probe_plan import PlannedCapture, PlannedPool, Window
+from steering.request.probe import (
+    COMPLETION_TOKENS,
+    EVERY_TOKEN,
+    PROMPT_TOKENS,
+    KeepStream,
+    Pool,
+    Probe,
+)
+from steering.request.probe_plan import PlannedPool, PlannedStream, Window
 from steering.request.spec import SteeringSpec
 from steering.studies.changes import Changes
 from steering.studies.reading import Pooled
@@ -307,7 +314,7 @@ def test_activations_that_are_not_finite_take_no_part(bad: float, kind: str) -> 
 
 
 def test_a_request_that_is_forgotten_leaves_nothing(worker: TinyWorker) -> None:
-    probes = (pool(0), PlannedCapture(0, (ALL,), "a text"))
+    probes = (pool(0), PlannedStream(0, (ALL,), "a text"))
     worker.state.add_request("a", plan("ka", *probes, awaited=True))
     worker.forward([("a", 0, LENGTH)], {"a": streams(1)})
     worker.state.remove_request("a")
@@ -322,8 +329,8 @@ CLAMP = PlannedEdit(0, 3, OP_CLAMP, 5.0, EVERYWHERE, 0, 99)
 ADD = PlannedEdit(0, 9, OP_ADD, -1.5, COVERS_GENERATION, 0, 99)
 
 
-def capture(sae: int, key: str, *windows: Window) -> PlannedCapture:
-    return PlannedCapture(sae, windows or (ALL,), key)
+def keep_stream(sae: int, key: str, *windows: Window) -> PlannedStream:
+    return PlannedStream(sae, windows or (ALL,), key)
 
 
 def run(
@@ -336,7 +343,7 @@ def run(
     **more: Any,
 ) -> list[Tensor]:
     """Run one text alone and fetch its results; the streams as its edits left them."""
-    probes = [capture(sae, key) for sae in saes]
+    probes = [keep_stream(sae, key) for sae in saes]
     worker.state.add_request(key, plan(key, *probes, edits=edits, **more))
     made = [worker.forward([(key, start, stop)], {key: given})[0] for start, stop in bounds]
     worker.state.remove_request(key)
@@ -428,7 +435,7 @@ def test_a_recomputed_position_replaces_itself_and_a_recycled_slot_knows_nothing
     given, other = streams(1), streams(3)
     run(worker, "other", other, in_parts(0, LENGTH))
     run(worker, "clean", given, in_parts(0, LENGTH))
-    its_plan = plan("steered", capture(0, "steered"), edits=(CLAMP,))
+    its_plan = plan("steered", keep_stream(0, "steered"), edits=(CLAMP,))
     worker.state.add_request("a", its_plan)
     worker.forward([("a", 0, 8)], {"a": given})
     worker.state.pause_request("a")
@@ -477,7 +484,7 @@ def test_completions_behind_different_prompts_are_compared_token_by_token(
     completion = Window(COVERS_GENERATION, 0, 99)
     short, long = streams(1), streams(2, LENGTH + longer)
     for key, given, prompt_len in (("clean", short, PROMPT), ("steered", long, PROMPT + longer)):
-        its_plan = plan(key, capture(0, key, completion), prompt_len=prompt_len)
+        its_plan = plan(key, keep_stream(0, key, completion), prompt_len=prompt_len)
         worker.state.add_request(key, its_plan)
         worker.forward([(key, 0, len(given[0]))], {key: given})
         worker.state.take_results(key, {0: len(given[0])})
@@ -543,9 +550,9 @@ def test_released_streams_are_gone(worker: TinyWorker) -> None:
         run(worker, key, streams(1), in_parts(0, LENGTH), (0, 1))
     assert len(worker.state.probes.kept) == 2
     assert worker.state.probes.kept.nbytes > 4 * LENGTH * D_MODEL * 4 * 0.9
-    worker.state.probes.kept.release(["clean", "unknown"])
+    worker.state.probes.kept.forget(["clean", "unknown"])
     assert worker.state.probes.compare("clean", "steered", [0], 0, 9) == [None]
-    worker.state.probes.kept.release(["steered"])
+    worker.state.probes.kept.forget(["steered"])
     assert worker.state.probes.kept.nbytes == 0
 
 
@@ -559,19 +566,19 @@ def planned(*probes: Probe, prompt_len: int = PROMPT, length: int = LENGTH) -> S
 
 
 def test_no_probe_looks_behind_the_text() -> None:
-    made = planned(Pool("b", EVERY_TOKEN, "max"), Keep("a", PROMPT_TOKENS, "key"))
+    made = planned(Pool("b", EVERY_TOKEN, "max"), KeepStream("a", PROMPT_TOKENS, "key"))
     pooled, kept = made.probes
     assert pooled == PlannedPool(1, (ALL,), "max", scaled=False, peaks=False)
-    assert kept == PlannedCapture(0, (Window(COVERS_PROMPT, 0, LENGTH),), "key")
+    assert kept == PlannedStream(0, (Window(COVERS_PROMPT, 0, LENGTH),), "key")
     assert made.encoded(lambda sae: True) == {1}
-    assert made.captured == {0}
+    assert made.kept_streams == {0}
     assert made.encoded_until(lambda sae: True) == LENGTH
     assert made.wants_results
 
 
 def test_positions_from_the_prompts_end_are_those_of_this_prompt() -> None:
     tokens = (Positions(start=-2), Positions(start=3), *COMPLETION_TOKENS)
-    [kept] = planned(Keep("a", tokens, "key")).probes
+    [kept] = planned(KeepStream("a", tokens, "key")).probes
     assert kept.windows == (
         Window(EVERYWHERE, 3, LENGTH),
         Window(COVERS_GENERATION, 0, LENGTH),
@@ -582,7 +589,7 @@ def test_a_passes_copies_are_taken_apart_once_they_are_many_bytes(
     worker: TinyWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pass_reports, "_MOST_BYTES", 4 * D_MODEL * 3)
-    worker.state.add_request("a", plan("ka", capture(0, "a text")))
+    worker.state.add_request("a", plan("ka", keep_stream(0, "a text")))
     given = {"a": streams(1)}
     for start, stop in in_parts(*range(0, LENGTH + 1, 4)):
         worker.forward([("a", start, stop)], given)
