@@ -78,6 +78,12 @@ class Site:
     def __post_init__(self) -> None:
         self._parts = BatchParts(self.saes, self.buffers, self.work)
 
+    @cached_property
+    def width(self) -> int:
+        """Elements of a token's stream that this worker holds here."""
+        width = self.buffers.rows.W_enc.shape[1]
+        return width if self.heads is None else width // self.heads.ranks
+
     def edits_of(self, plan: SteeringPlan) -> list[int]:
         """The indices of a request's edits that are added here."""
         return [i for i, edit in enumerate(plan.edits) if edit.sae in self.written]
