@@ -23,7 +23,7 @@ from steering.request.plan import (
     PlannedRead,
 )
 from steering.request.probe_plan import PlannedPool, PlannedProbe, PlannedStream
-from steering.worker.ops import compiled
+from steering.worker.ops import compilation
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.compiled import CompiledEdits, CompiledGates, CompiledReads, Covers
 from steering.worker.probed_tokens import (
@@ -243,13 +243,13 @@ class BatchParts:
         num_gates = int(buffers.gates.count_np[slot_np].max())
         return BatchPart(
             token=slice(first, last + 1) if dense else torch.from_numpy(token_np).to(device),
-            edits=compiled.compile_edits(slot_np, token_np, num_edits, buffers)
+            edits=compilation.compile_edits(slot_np, token_np, num_edits, buffers)
             if num_edits
             else None,
-            reads=compiled.compile_reads(slot_np, token_np, num_reads, buffers)
+            reads=compilation.compile_reads(slot_np, token_np, num_reads, buffers)
             if num_reads
             else None,
-            gates=compiled.compile_gates(slot_np, token_np, num_gates, buffers)
+            gates=compilation.compile_gates(slot_np, token_np, num_gates, buffers)
             if num_gates
             else None,
             full=[
@@ -345,7 +345,7 @@ class BatchParts:
         def column(values: list[int]) -> Tensor:
             return torch.from_numpy(np.repeat(values, lengths)).to(device)[:, None]
 
-        low, high = compiled.window(
+        low, high = compilation.window(
             column([read.coverage for _, read, _ in found]),
             column([read.start for _, read, _ in found]),
             column([read.end for _, read, _ in found]),
