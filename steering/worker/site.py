@@ -164,18 +164,18 @@ class Site:
             if sae is not None and _decodes_elsewhere(sae):
                 fit = plan.read.sae
         return SlotWork(
-            edits,
-            gates,
-            full & self.saes.keys(),
-            decode,
-            read,
-            plan.prompt_len,
-            record,
-            elsewhere,
-            frozenset(leaves),
-            replaced,
-            fit,
-            [(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes],
+            edits=edits,
+            gates=gates,
+            full=full & self.saes.keys(),
+            decode=decode,
+            read=read,
+            prompt_len=plan.prompt_len,
+            record=record,
+            elsewhere=elsewhere,
+            leaves_output=frozenset(leaves),
+            replaced=replaced,
+            fit=fit,
+            probes=[(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes],
         )
 
     def clear_slot(self, slot: int, *, rewritten: bool = False) -> None:
