@@ -131,7 +131,7 @@ class SteeringPlan:
         max_share: the largest share of the stream's norm that a token's whole change at one hook
             point may be; None for no limit.
         internal: no client sent this; metrics leave it out.
-        keep: streams that a study compares.
+        keep: the final hidden states that a study has kept.
         probes: what a study wants to know of the text.
     """
 
