@@ -19,7 +19,7 @@ from sae.self_check import TEXT, Measured, Outcome, reconstructs, stated_by
 from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.request.accepted import Accepted, accept
-from steering.request.plan import SELF_CHECK, Inspection
+from steering.request.plan import Inspection
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import Finished, Reader, Run, Text, run_offline
 
@@ -121,7 +121,7 @@ async def _check(engine: Any, reference: ResolvedSAE) -> Outcome:
 
 def _accepted(vllm_config: Any, reference: ResolvedSAE) -> Accepted:
     field = {"positions": {"generation": False}, "read": {"sae": reference.name, "top_k": 1}}
-    return accept(field, catalog_for(vllm_config), Inspection(SELF_CHECK, special_tokens=False))
+    return accept(field, catalog_for(vllm_config), Inspection(None, special_tokens=False))
 
 
 def _run(tokenizer: Any, vllm_config: Any, accepted: Accepted) -> Run:

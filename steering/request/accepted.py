@@ -28,7 +28,7 @@ class Accepted:
             whole text there, of which a part counts as generated.
         ticket: where the reports go; None if nobody asked for any, or if they are fetched by hand.
         awaited: whether what is recorded will be fetched, or forgotten by name, in any case.
-        keep: streams that a study compares.
+        keep: the final hidden states that a study has kept.
         probes: what a study wants to know of the text.
     """
 

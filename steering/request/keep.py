@@ -1,4 +1,4 @@
-"""What a worker keeps of a study's run until it is compared with another."""
+"""Final hidden states that a worker keeps of a study's run until it is compared with another."""
 
 from __future__ import annotations
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from steering.request.conditions import ABOVE, PROMPT, SO_FAR, STOP, TOKEN, Condition
-from steering.request.edits import Edit
-from steering.request.float32 import float32
 from steering.request.keep import Keep
-from steering.request.limits import OPS, POSITION_LIMIT
-from steering.request.positions import Positions
-from steering.request.probe import Pool, Probe, Tokens
+from steering.request.limits import POSITION_LIMIT
 from steering.request.probe_plan import (
-    PlannedCapture,
     PlannedPool,
     PlannedProbe,
+    PlannedStream,
     Window,
     probe_from_wire,
+    probe_to_wire,
 )
-from steering.request.spec import SteeringSpec
 
 # Bits of an edit's coverage.
 COVERS_PROMPT: Final = 1
@@ -30,33 +24,14 @@ COVERS_SPECIAL: Final = 4
 #: Only `inspect` sets it: sinks are read like any other token.
 COVERS_SINKS: Final = 8
 
-#: `Inspection.aggregate` by which an engine checks an SAE itself (`sae.self_check`); no client's.
-SELF_CHECK: Final = "self_check"
-
 # Codes of the operations on the device. `ablate` arrives as a clamp to zero.
 OP_CLAMP, OP_SCALE, OP_ADD, OP_FLOOR, OP_CAP = range(5)
-_OP_CODES: Final = {
-    "clamp": OP_CLAMP,
-    "ablate": OP_CLAMP,
-    "scale": OP_SCALE,
-    "add": OP_ADD,
-    "floor": OP_FLOOR,
-    "cap": OP_CAP,
-}
-assert set(_OP_CODES) == set(OPS)
-
 
 # What a gate asks of an activation f.
 GATE_ABOVE, GATE_BELOW = range(2)  # f > threshold, f <= threshold
 
 # Over which tokens a gate decides: see `PlannedGate`.
 SCOPE_TOKEN, SCOPE_SO_FAR, SCOPE_PROMPT, SCOPE_STOP = range(4)
-_SCOPE_CODES: Final = {
-    TOKEN: SCOPE_TOKEN,
-    SO_FAR: SCOPE_SO_FAR,
-    PROMPT: SCOPE_PROMPT,
-    STOP: SCOPE_STOP,
-}
 
 
 @dataclass(frozen=True)
@@ -156,7 +131,7 @@ class SteeringPlan:
         max_share: the largest share of the stream's norm that a token's whole change at one hook
             point may be; None for no limit.
         internal: no client sent this; metrics leave it out.
-        keep: streams that a study compares.
+        keep: the final hidden states that a study has kept.
         probes: what a study wants to know of the text.
     """
 
@@ -220,9 +195,12 @@ class SteeringPlan:
         return frozenset(found if self.read is None else found | {self.read.sae})
 
     @property
-    def captured(self) -> frozenset[int]:
-        """The SAEs whose stream is kept: such passes are full ones, though nothing is encoded."""
-        return frozenset(probe.sae for probe in self.probes if isinstance(probe, PlannedCapture))
+    def kept_streams(self) -> frozenset[int]:
+        """The SAEs at which the stream is kept.
+
+        Such passes are full ones, though nothing is encoded.
+        """
+        return frozenset(probe.sae for probe in self.probes if isinstance(probe, PlannedStream))
 
     def encoded_until(self, exact_from_row: Callable[[int], bool]) -> int:
         """The position from which on no token needs a full pass.
@@ -293,7 +271,7 @@ class SteeringPlan:
             "max_share": self.max_share,
             "internal": self.internal,
             "keep": None if self.keep is None else self.keep.to_wire(),
-            "probes": [_fields(probe) for probe in self.probes],
+            "probes": [probe_to_wire(probe) for probe in self.probes],
         }
 
     @classmethod
@@ -320,134 +298,23 @@ class SteeringPlan:
 
 @dataclass(frozen=True)
 class Inspection:
-    """How `inspect` reads: strongest features over the whole text."""
+    """How a whole text is read: `inspect`'s strongest features over it, or an engine's self-check.
 
-    aggregate: str
+    Attributes:
+        aggregate: the figure by which features are the strongest; None in a self-check, which asks
+            instead how well the SAE reconstructs the text.
+        special_tokens: whether special tokens, and sinks with them, are read too.
+    """
+
+    aggregate: str | None
     special_tokens: bool
 
-
-def make_plan(
-    spec: SteeringSpec,
-    sae_index: dict[str, int],
-    key: str,
-    children: int,
-    prompt_len: int,
-    inspection: Inspection | None = None,
-    *,
-    awaited: bool = False,
-    keep: Keep | None = None,
-    probes: Sequence[Probe] = (),
-    length: int = POSITION_LIMIT,
-    writes: Mapping[str, int] = MappingProxyType({}),
-) -> SteeringPlan:
-    """Compile a validated spec: names become indices, values float32, positions bits.
-
-    Args:
-        spec: what was accepted.
-        sae_index: indices of the SAEs by name.
-        key: see `SteeringPlan`.
-        children: see `SteeringPlan`.
-        prompt_len: see `SteeringPlan`.
-        inspection: how `inspect` reads.
-        awaited: see `SteeringPlan`.
-        probes: what a study asks for beside the field.
-        length: of the text, behind which no probe looks.
-        writes: at how many hook points an SAE of this name writes; left out, at one.
-
-    Raises:
-        SteeringError: ``duplicate_intervention``, see `SteeringSpec.at`.
-    """
-    spec = spec.at(prompt_len)
-    gates = spec.gates
-    bits = {condition: 1 << i for i, condition in enumerate(gates)}
-    read = None
-    fit = inspection is not None and inspection.aggregate == SELF_CHECK
-    if spec.read is not None:
-        coverage = _coverage(spec.positions)
-        if inspection is not None and inspection.special_tokens:
-            coverage |= COVERS_SPECIAL | COVERS_SINKS
-        read = PlannedRead(
-            sae=sae_index[spec.read.sae],
-            top_k=spec.read.top_k,
-            coverage=coverage,
-            start=spec.positions.start,
-            end=spec.positions.end,
-            aggregate=None if inspection is None or fit else inspection.aggregate,
-            stream=spec.read.stream,
-            fit=fit,
-        )
-    return SteeringPlan(
-        key,
-        children,
-        prompt_len,
-        tuple(
-            _planned_edit(edit, sae_index[edit.sae], bits, writes.get(edit.sae, 1))
-            for edit in spec.edits
-        ),
-        spec.error_term,
-        spec.report,
-        read,
-        awaited,
-        gates=tuple(_planned_gate(gate, sae_index[gate.sae]) for gate in gates),
-        reread=spec.reread,
-        protect=tuple((sae_index[name], feature) for name, feature in spec.protect),
-        max_share=None if spec.max_share is None else float32(spec.max_share),
-        internal=fit,
-        keep=keep,
-        probes=tuple(_planned_probe(probe, sae_index, prompt_len, length) for probe in probes),
-    )
+    @property
+    def fit(self) -> bool:
+        """Whether it is a self-check."""
+        return self.aggregate is None
 
 
-def _planned_probe(
-    probe: Probe, sae_index: Mapping[str, int], prompt_len: int, length: int
-) -> PlannedProbe:
-    sae, windows = sae_index[probe.sae], _windows(probe.tokens, prompt_len, length)
-    if isinstance(probe, Pool):
-        return PlannedPool(sae, windows, probe.pool, probe.scaled, probe.peaks)
-    return PlannedCapture(sae, windows, probe.key)
-
-
-def _windows(tokens: Tokens, prompt_len: int, length: int) -> tuple[Window, ...]:
-    at = [where.at(prompt_len) for where in tokens]
-    return tuple(
-        dict.fromkeys(Window(_coverage(where), where.start, min(where.end, length)) for where in at)
-    )
-
-
-def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int], writes: int) -> PlannedEdit:
-    conditions = () if edit.when is None else edit.when.conditions
-    return PlannedEdit(
-        sae=sae,
-        latent=edit.feature,
-        op=_OP_CODES[edit.op],
-        value=float32(edit.effective_value),
-        coverage=_coverage(edit.positions),
-        start=edit.positions.start,
-        end=edit.positions.end,
-        gates=sum(bits[condition] for condition in conditions),
-        any_gate=edit.when is not None and edit.when.any,
-        writes=writes,
-    )
-
-
-def _planned_gate(condition: Condition, sae: int) -> PlannedGate:
-    return PlannedGate(
-        sae=sae,
-        latent=condition.feature,
-        sense=GATE_ABOVE if condition.sense == ABOVE else GATE_BELOW,
-        threshold=condition.threshold,
-        scope=_SCOPE_CODES[condition.scope],
-    )
-
-
-def _fields(item: PlannedEdit | PlannedGate | PlannedRead | PlannedProbe) -> list[Any]:
+def _fields(item: PlannedEdit | PlannedGate | PlannedRead) -> list[Any]:
     """The values in the order of the fields; `dataclasses.astuple` would copy each deeply."""
     return list(vars(item).values())
-
-
-def _coverage(where: Positions) -> int:
-    return (
-        COVERS_PROMPT * where.prompt
-        | COVERS_GENERATION * where.generation
-        | COVERS_SPECIAL * where.special_tokens
-    )

@@ -41,7 +41,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepStream:
     """Keep the stream where an SAE reads it, behind all edits that are made there, until it is
     compared with another run's.
 
@@ -56,4 +56,4 @@ class Keep:
     key: str
 
 
-Probe = Pool | Keep
+Probe = Pool | KeepStream

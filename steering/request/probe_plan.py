@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 
 class Window(NamedTuple):
@@ -35,8 +35,8 @@ class PlannedPool:
 
 
 @dataclass(frozen=True)
-class PlannedCapture:
-    """What `steering.request.probe.Keep` asks for.
+class PlannedStream:
+    """What `steering.request.probe.KeepStream` asks for.
 
     Attributes:
         sae: index of the SAE.
@@ -49,11 +49,17 @@ class PlannedCapture:
     key: str
 
 
-PlannedProbe = PlannedPool | PlannedCapture
+PlannedProbe = PlannedPool | PlannedStream
+_KINDS: Final[dict[str, type[PlannedProbe]]] = {"pool": PlannedPool, "stream": PlannedStream}
 
 
-def probe_from_wire(fields: Sequence[Any]) -> PlannedProbe:
-    """A probe of the values of its fields, in their order."""
-    sae, windows, *rest = fields
-    made = tuple(Window(*window) for window in windows)
-    return PlannedPool(sae, made, *rest) if len(rest) == 3 else PlannedCapture(sae, made, *rest)
+def probe_to_wire(probe: PlannedProbe) -> list[Any]:
+    """Plain types for a plan: the kind, and the values of the fields in their order."""
+    (kind,) = (kind for kind, cls in _KINDS.items() if isinstance(probe, cls))
+    return [kind, *vars(probe).values()]
+
+
+def probe_from_wire(wire: Sequence[Any]) -> PlannedProbe:
+    """The inverse of `probe_to_wire`."""
+    kind, sae, windows, *rest = wire
+    return _KINDS[kind](sae, tuple(Window(*window) for window in windows), *rest)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
-from steering.request.probe import COMPLETION_TOKENS, Keep, Tokens
+from steering.request.probe import COMPLETION_TOKENS, KeepStream, Tokens
 from steering.request.spec import SteeringSpec
 from steering.studies.kept_runs import UNSTEERED, Held, KeptRun, in_groups
 from steering.studies.study import Reader
@@ -230,7 +230,7 @@ class _StreamRun(KeptRun):
     tokens: Tokens = ()
 
     def run(self, reader: Reader) -> Run:
-        probes = tuple(Keep(sae, self.tokens, self.key) for sae in self.saes)
+        probes = tuple(KeepStream(sae, self.tokens, self.key) for sae in self.saes)
         run = Run.of(
             self.text,
             replace(self.accepted or UNSTEERED, probes=probes),

@@ -82,7 +82,7 @@ class Figures:
 
     @classmethod
     def of(cls, parts: Sequence[dict[str, bytes]], report: Report | None) -> Figures:
-        """What `steering.worker.scores.packed` made of consecutive rows."""
+        """What `steering.worker.scored_texts.ScoredTexts.compare` says of consecutive rows."""
         columns = {name: _unpacked(name, parts) for name in parts[0]}
         n = len(columns["kl"])
         for name in _WATCHED:

@@ -60,6 +60,8 @@ def _language_model(model: nn.Module) -> nn.Module:
     if get_language_model is None:
         return model
     try:
+        # A model that takes images has the method, and raises where vLLM cannot tell which of its
+        # modules the language model is; then it is looked for in all of them.
         found = get_language_model()
     except (NotImplementedError, AttributeError):
         return model

@@ -19,7 +19,8 @@ from steering.request.accepted import Accepted, accept
 from steering.request.cache_salt import cache_salt, unsteered_salt
 from steering.request.catalog import Catalog
 from steering.request.engine_limits import EngineLimits
-from steering.request.plan import SELF_CHECK, SteeringPlan, make_plan
+from steering.request.plan import SteeringPlan
+from steering.request.planning import make_plan
 from steering.vllm.tracing import SPAN, span_attributes
 
 #: `SamplingParams.extra_args` key of the public field: its JSON value, or what was `Accepted`.
@@ -237,7 +238,7 @@ def _refuse_long_report(accepted: Accepted, params: Any, length: int) -> None:
 
 def _refuse_long_read(accepted: Accepted, params: Any, length: int, limit: int) -> None:
     spec, inspection = accepted.spec, accepted.inspection
-    if spec.read is None or (inspection is not None and inspection.aggregate == SELF_CHECK):
+    if spec.read is None or (inspection is not None and inspection.fit):
         return
     prompt_len = length if accepted.prompt_len is None else accepted.prompt_len
     tokens = spec.positions.count(prompt_len, length + params.max_tokens)

@@ -68,7 +68,7 @@ class PassGuard:
         """A stream is ``[num_tokens, d]``, or that with a leading axis of one."""
         shape = tuple(hidden_states.shape)
         plain = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
-        width = self._state.width_here(hook)
+        width = self._state.hooks[hook].width
         if not plain or shape[-1] != width or shape[-2] > self._state.max_num_tokens:
             return (
                 f"{hook}: the stream there is of shape {list(shape)}, not [tokens, "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
@@ -42,7 +42,8 @@ from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import registered
 from steering.worker.ops.buffers import Kernel
 from steering.worker.ops.layout import FLOAT16_LIMIT
-from steering.worker.scores import Scores, SteeredSide, packed
+from steering.worker.scored_texts import ScoredTexts
+from steering.worker.scores import Scores
 from steering.worker.step import Step
 from steering.worker.worker_state import SteeringState
 
@@ -63,7 +64,7 @@ class SteeringWorker(PlatformWorker):
 
     steering: SteeringState | None = None
     _guard: PassGuard | None = None
-    _scores: Scores | None = None
+    _scored: ScoredTexts | None = None
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, then put the op at every hook point that this worker holds."""
@@ -106,6 +107,12 @@ class SteeringWorker(PlatformWorker):
             return None
         return self.steering.take_results(key, limits)
 
+    def steering_take_stats(self) -> dict[str, float] | None:
+        """RPC: gauges, and counters since the last call; None from all but one worker a stage."""
+        if self.steering is None or not self._keeps_records:
+            return None
+        return self.steering.take_stats()
+
     def steering_compare_features(
         self,
         unsteered: str,
@@ -115,32 +122,18 @@ class SteeringWorker(PlatformWorker):
         stop: int,
         then_forget: list[str],
     ) -> list[dict[str, Any] | None] | None:
-        """RPC: what became of features; see `StudyProbes.compare`.
+        """RPC: what became of features, by `StudyProbes.compare`.
 
-        Args:
-            unsteered: key of the run to compare with.
-            steered: key of the other.
-            saes: indices of the SAEs.
-            start: the first of the steered run's kept tokens that this is about.
-            stop: one past the last.
-            then_forget: keys of what is not needed any more.
+        What is kept under the keys ``then_forget`` is forgotten, here as below.
 
         Returns:
             of each SAE; None from workers that keep no records.
         """
-        found = None
-        if self.steering is not None and self._keeps_records:
-            found = self.steering.probes.compare(unsteered, steered, saes, start, stop)
-        self.steering_forget(then_forget)
-        return found
+        with self._forgetting(then_forget):
+            if self.steering is None or not self._keeps_records:
+                return None
+            return self.steering.probes.compare(unsteered, steered, saes, start, stop)
 
-    def steering_take_stats(self) -> dict[str, float] | None:
-        """RPC: gauges, and counters since the last call; None from all but one worker a stage."""
-        if self.steering is None or not self._keeps_records:
-            return None
-        return self.steering.take_stats()
-
-    @torch.inference_mode()
     def steering_compare(
         self,
         unsteered: str,
@@ -149,73 +142,31 @@ class SteeringWorker(PlatformWorker):
         start: int,
         stop: int,
         then_forget: list[str],
-    ) -> list[Any] | None:
-        """RPC: figures of steered texts beside an unsteered one; see `Scores.compare`.
+    ) -> list[dict[str, bytes] | None] | None:
+        """RPC: figures of steered texts beside an unsteered one, by `ScoredTexts.compare`."""
+        with self._forgetting(then_forget):
+            if self._scored is None:
+                return None
+            return self._scored.compare(unsteered, steered, targets, start, stop)
 
-        Args:
-            unsteered: key of what was kept of it.
-            steered: keys of the others, and the ids that each watches.
-            targets: the actual tokens of the rows asked for, or none.
-            start: the first of the kept rows that this is about.
-            stop: one past the last.
-            then_forget: keys of what is not needed any more.
-
-        Returns:
-            of each steered text what `packed` makes of it, or None if rows are missing; None from
-            workers that hold no final hidden states, or do not report.
-        """
-        rows = [self._kept(key, start, stop) for key in (unsteered, *(key for key, _ in steered))]
-        self.steering_forget(then_forget)
-        if self._scores is None or rows[0] is None:
-            return None
-        whole = [
-            (i, SteeredSide(kept, watched))
-            for i, (kept, (_, watched)) in enumerate(zip(rows[1:], steered, strict=True))
-            if kept is not None
-        ]
-        found = self._scores.compare(rows[0], [side for _, side in whole], targets)
-        if found is None:
-            return None
-        by_place = {i: packed(columns) for (i, _), columns in zip(whole, found, strict=True)}
-        return [by_place.get(i) for i in range(len(steered))]
-
-    @torch.inference_mode()
     def steering_log_probabilities(
         self, texts: list[tuple[str, int, list[int]]], then_forget: list[str]
-    ) -> list[Any] | None:
-        """RPC: log p of texts' tokens; see `Scores.log_probabilities`.
-
-        Args:
-            texts: the key of what was kept of each, the first of the rows that this is about, and
-                the actual tokens of these rows.
-            then_forget: keys of what is not needed any more.
-
-        Returns:
-            float32 bytes of each text, None if rows are missing; None as from `steering_compare`.
-        """
-        rows = [self._kept(key, start, start + len(ids)) for key, start, ids in texts]
-        self.steering_forget(then_forget)
-        whole = [kept for kept in rows if kept is not None]
-        if self._scores is None or not whole:
-            return None
-        there = zip(rows, texts, strict=True)
-        targets = [i for kept, (_, _, ids) in there if kept is not None for i in ids]
-        found = self._scores.log_probabilities(torch.cat(whole), targets)
-        if found is None:
-            return None
-        of_each = iter(torch.split(found, [len(kept) for kept in whole]))
-        return [None if kept is None else next(of_each).numpy().tobytes() for kept in rows]
+    ) -> list[bytes | None] | None:
+        """RPC: log p of texts' tokens, by `ScoredTexts.log_probabilities`."""
+        with self._forgetting(then_forget):
+            return None if self._scored is None else self._scored.log_probabilities(texts)
 
     def steering_forget(self, keys: list[str]) -> None:
         """RPC: forget what was kept under these keys."""
         if self.steering is not None:
-            self.steering.captures.forget(keys)
-            self.steering.probes.kept.release(keys)
+            self.steering.forget(keys)
 
-    def _kept(self, key: str, start: int, stop: int) -> Tensor | None:
-        assert self.steering is not None
-        kept = self.steering.captures.rows(key)
-        return None if kept is None else kept[start:stop]
+    @contextmanager
+    def _forgetting(self, keys: list[str]) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.steering_forget(keys)
 
     @property
     def _keeps_records(self) -> bool:
@@ -227,7 +178,7 @@ class SteeringWorker(PlatformWorker):
             return config.special_token_ids
         return special_token_ids(cached_tokenizer_from_config(self.vllm_config.model_config))
 
-    def _scores_of(self, model: nn.Module, device: torch.device) -> Scores:
+    def _scores(self, model: nn.Module, device: torch.device) -> Scores:
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         return Scores(OutputHead(model), vocab_size, device, reports=self._keeps_records)
 
@@ -311,7 +262,7 @@ class SteeringWorker(PlatformWorker):
         registered.make_current(state)
         adapter.attach(runner, state)
         keep_logits_finite(model, state)
-        self._scores = self._scores_of(model, runner.device)
+        self._scored = ScoredTexts(state.captures, self._scores(model, runner.device))
         if runner.device.type == "cuda":
             rehearse_full_passes(runner, state)
         self._guard = PassGuard(state, model, replayed=state.graphs)

@@ -22,14 +22,14 @@ from steering.request.plan import (
     PlannedGate,
     PlannedRead,
 )
-from steering.request.probe_plan import PlannedCapture, PlannedPool, PlannedProbe
-from steering.worker.ops import compiled
+from steering.request.probe_plan import PlannedPool, PlannedProbe, PlannedStream
+from steering.worker.ops import compilation
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.compiled import CompiledEdits, CompiledGates, CompiledReads, Covers
 from steering.worker.probed_tokens import (
-    CapturedTokens,
+    KeptTokens,
     PooledTokens,
-    captured_tokens,
+    kept_tokens,
     pooled_tokens,
 )
 from steering.worker.record import RequestRecord
@@ -168,7 +168,7 @@ class BatchPart:
         replaced: ``(SAE, [m] int64 index in the part)`` of tokens whose stream becomes what an SAE
             that was read elsewhere makes of them.
         fits: tokens that are compared with that.
-        captures: tokens whose stream is kept behind the edits.
+        kept: tokens whose stream is kept behind the edits.
     """
 
     token: slice | Tensor
@@ -178,7 +178,7 @@ class BatchPart:
     full: list[FullPart]
     replaced: list[tuple[int, Tensor]]
     fits: list[FitTokens]
-    captures: list[CapturedTokens]
+    kept: list[KeptTokens]
 
 
 @dataclass
@@ -243,13 +243,13 @@ class BatchParts:
         num_gates = int(buffers.gates.count_np[slot_np].max())
         return BatchPart(
             token=slice(first, last + 1) if dense else torch.from_numpy(token_np).to(device),
-            edits=compiled.compile_edits(slot_np, token_np, num_edits, buffers)
+            edits=compilation.compile_edits(slot_np, token_np, num_edits, buffers)
             if num_edits
             else None,
-            reads=compiled.compile_reads(slot_np, token_np, num_reads, buffers)
+            reads=compilation.compile_reads(slot_np, token_np, num_reads, buffers)
             if num_reads
             else None,
-            gates=compiled.compile_gates(slot_np, token_np, num_gates, buffers)
+            gates=compilation.compile_gates(slot_np, token_np, num_gates, buffers)
             if num_gates
             else None,
             full=[
@@ -263,15 +263,15 @@ class BatchParts:
                 if (fit := self.work[slot].fit) is not None
                 and (record := self.work[slot].record) is not None
             ],
-            captures=[
-                captured_tokens(
+            kept=[
+                kept_tokens(
                     *(record, probe, planned, work.edits, work.elsewhere),
                     *(token_np[here], here, device),
                 )
                 for slot, here in slots.items()
                 if (record := (work := self.work[slot]).record) is not None
                 for probe, planned in work.probes
-                if isinstance(planned, PlannedCapture)
+                if isinstance(planned, PlannedStream)
             ],
         )
 
@@ -345,7 +345,7 @@ class BatchParts:
         def column(values: list[int]) -> Tensor:
             return torch.from_numpy(np.repeat(values, lengths)).to(device)[:, None]
 
-        low, high = compiled.window(
+        low, high = compilation.window(
             column([read.coverage for _, read, _ in found]),
             column([read.start for _, read, _ in found]),
             column([read.end for _, read, _ in found]),

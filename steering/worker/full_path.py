@@ -56,8 +56,8 @@ def apply(
             _read(stream, full, f_all, sae, reports, outputs)
         for pooled in full.pools:
             pooled.observe(stream, f_all, sae)
-    for captured in part.captures:
-        captured.keep(hidden_states, residual, asked, buffers, reports)
+    for kept in part.kept:
+        kept.keep(hidden_states, residual, asked, buffers, reports)
 
 
 def _read_for_elsewhere(
@@ -76,7 +76,7 @@ def _read_for_elsewhere(
     for full, f_all in encoded:
         _put_exact(read.f, full, full.elsewhere, f_all)
     batched.carry(read, coverage, reads, buffers)
-    if not part.captures:
+    if not part.kept:
         return None
     return torch.where(coverage.covered, batched.asked(read.f, reads.edits), 0.0)
 
@@ -165,7 +165,7 @@ def _edit(
     buffers.counters[0] += touched.sum()
     if skipped is not None:
         buffers.counters[1] += skipped.any(dim=1).sum()
-    if not part.captures:
+    if not part.kept:
         return None
     return torch.where(active, batched.asked(read.f, edits), 0.0)
 

@@ -1,7 +1,9 @@
 """The stream where an SAE reads it, of one run of a text: kept to be compared with another's.
 
-Streams lie in the host's memory: they go there by the copies that every pass makes for its records.
-A study names each run by a key of its own, and releases it.
+Streams lie in the host's memory: they go there by the copies that every pass makes for its records,
+since only the device knows which tokens are special. (Rows of `captures` the host knows before the
+pass, which is then an unsteered one but for the copy behind it.)
+A study names each run by a key of its own, and has it forgotten.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class StreamRows:
 
 
 class KeptStreams:
-    """Streams by the key of their run and the index of the SAE, until the key is released."""
+    """Streams by the key of their run and the index of the SAE, until the key is forgotten."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[int, KeptStream]] = {}
@@ -77,10 +79,10 @@ class KeptStreams:
         self._kept.setdefault(key, {})[sae] = stream
 
     def get(self, key: str, sae: int) -> KeptStream | None:
-        """What was kept; None if nothing is, or if it was released."""
+        """What was kept; None if nothing is, or if it was forgotten."""
         return self._kept.get(key, {}).get(sae)
 
-    def release(self, keys: Iterable[str]) -> None:
+    def forget(self, keys: Iterable[str]) -> None:
         """Forget what is kept under these keys, if anything is."""
         for key in keys:
             self._kept.pop(key, None)

@@ -79,7 +79,7 @@ class PassReports:
         """Start copying rows to the host.
 
         Args:
-            put: how a record takes them, `RequestRecord.put_edits` or `put_reads`.
+            put: how a record takes them: `RequestRecord.put_edits`, `put_reads` or `put_stream`.
             record_np: ``[n]`` the record of each row, by number.
             columns: ``[n, ...]`` on the device, positions first; not written to any more.
         """

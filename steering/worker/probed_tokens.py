@@ -20,7 +20,7 @@ from steering.request.plan import (
     COVERS_SPECIAL,
     PlannedEdit,
 )
-from steering.request.probe_plan import PlannedCapture, PlannedPool, Window
+from steering.request.probe_plan import PlannedPool, PlannedStream, Window
 from steering.worker.ops import batched
 from steering.worker.ops.batched import Stream
 from steering.worker.ops.buffers import Buffers
@@ -79,7 +79,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class CapturedTokens:
+class KeptTokens:
     """One request's tokens, whose stream is kept.
 
     Attributes:
@@ -93,7 +93,7 @@ class CapturedTokens:
 
     record: RequestRecord
     probe: int
-    planned: PlannedCapture
+    planned: PlannedStream
     in_batch: Tensor
     in_part: slice | Tensor
     columns: Tensor
@@ -147,16 +147,16 @@ def pooled_tokens(
     return PooledTokens(record, probe, planned, _index(in_encode, device), _index(in_part, device))
 
 
-def captured_tokens(
+def kept_tokens(
     record: RequestRecord,
     probe: int,
-    planned: PlannedCapture,
+    planned: PlannedStream,
     edits: Sequence[tuple[int, PlannedEdit]],
     elsewhere: Sequence[tuple[int, PlannedEdit]],
     in_batch: IntArray,
     in_part: IntArray,
     device: torch.device,
-) -> CapturedTokens:
+) -> KeptTokens:
     """Lay out one request's tokens: ``[r]`` each.
 
     Its own edits are by column: ``edits`` that are added here, and those that are added
@@ -166,7 +166,7 @@ def captured_tokens(
         [column for column, (_, edit) in enumerate(of_place) if edit.sae == planned.sae]
         for of_place in (edits, elsewhere)
     )
-    return CapturedTokens(
+    return KeptTokens(
         record,
         probe,
         planned,

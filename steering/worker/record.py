@@ -17,7 +17,7 @@ import torch
 from sae.arrays import BoolArray, FloatArray, IntArray
 from sae.card import SAECard
 from steering.request.plan import SteeringPlan
-from steering.request.probe_plan import PlannedCapture, PlannedPool
+from steering.request.probe_plan import PlannedPool, PlannedStream
 from steering.worker.kept_streams import StreamRows
 from steering.worker.ops.layout import HELD_BACK, NOT_EDITED, SKIPPED_SINK
 from steering.worker.pooled import Pooled
@@ -74,7 +74,7 @@ class RequestRecord:
                 tuple(edit.latent for edit in plan.edits if edit.sae == probe.sae),
             )
             for i, probe in enumerate(plan.probes)
-            if isinstance(probe, PlannedCapture)
+            if isinstance(probe, PlannedStream)
         }
 
     @property

@@ -211,10 +211,5 @@ def _ranks(log_p: Tensor, of: Tensor) -> Tensor:
     return torch.stack(ranks, -1) if ranks else torch.zeros_like(of, dtype=torch.int64)
 
 
-def packed(columns: Columns) -> dict[str, bytes]:
-    """Plain types, for an RPC: float32 and int64 in C order."""
-    return {name: column.numpy().tobytes() for name, column in columns.items()}
-
-
 def _joined(parts: Sequence[Columns]) -> Columns:
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}

@@ -78,6 +78,12 @@ class Site:
     def __post_init__(self) -> None:
         self._parts = BatchParts(self.saes, self.buffers, self.work)
 
+    @cached_property
+    def width(self) -> int:
+        """Elements of a token's stream that this worker holds here."""
+        width = self.buffers.rows.W_enc.shape[1]
+        return width if self.heads is None else width // self.heads.ranks
+
     def edits_of(self, plan: SteeringPlan) -> list[int]:
         """The indices of a request's edits that are added here."""
         return [i for i, edit in enumerate(plan.edits) if edit.sae in self.written]
@@ -158,18 +164,18 @@ class Site:
             if sae is not None and _decodes_elsewhere(sae):
                 fit = plan.read.sae
         return SlotWork(
-            edits,
-            gates,
-            full & self.saes.keys(),
-            decode,
-            read,
-            plan.prompt_len,
-            record,
-            elsewhere,
-            frozenset(leaves),
-            replaced,
-            fit,
-            [(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes],
+            edits=edits,
+            gates=gates,
+            full=full & self.saes.keys(),
+            decode=decode,
+            read=read,
+            prompt_len=plan.prompt_len,
+            record=record,
+            elsewhere=elsewhere,
+            leaves_output=frozenset(leaves),
+            replaced=replaced,
+            fit=fit,
+            probes=[(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes],
         )
 
     def clear_slot(self, slot: int, *, rewritten: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from steering.request.probe_plan import PlannedCapture
+from steering.request.probe_plan import PlannedStream
 from steering.worker.changes import compare
 from steering.worker.kept_streams import KeptStreams
 from steering.worker.record import RequestRecord
@@ -53,7 +53,7 @@ class StudyProbes:
 
     def _result(self, record: RequestRecord, probe: int, limit: int) -> dict[str, Any] | None:
         planned = record.plan.probes[probe]
-        if not isinstance(planned, PlannedCapture):
+        if not isinstance(planned, PlannedStream):
             pooled = record.pools.get(probe)
             return None if pooled is None else pooled.summary()
         stream = record.streams[probe].below(limit)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from sae.sae import SAE
 from steering.request.limits import MAX_INTERVENTIONS
 from steering.request.plan import RowKey, SteeringPlan
 from steering.worker.captures import Captures
+from steering.worker.full_requests import FullRequests
 from steering.worker.gates import GateState, GateTable
 from steering.worker.ops.buffers import Buffers, InputNorm, Kernel
 from steering.worker.ops.layout import MAX_ENTRIES, NO_SLOT
@@ -43,30 +43,11 @@ from steering.worker.whole_outputs import WholeOutputs
 SPARE_TOKEN_IDS: Final = 1024
 
 
-@dataclass
-class RunningRequest:
-    """A steered request that is in the batch now.
-
-    Attributes:
-        encoded_until: the position from which on none of its tokens needs a full pass.
-        next_position: no later pass computes a position before this one.
-    """
+class RunningRequest(NamedTuple):
+    """A steered request that is in the batch now."""
 
     plan: SteeringPlan
     slot: int
-    encoded_until: int = 0
-    next_position: int = 0
-
-    def advance(self, num_tokens: int) -> None:
-        """A pass over so many of its tokens is over.
-
-        All tokens of the prompt are kept; behind it, where a pass may be speculative, one is.
-        """
-        reached = self.next_position + num_tokens
-        prompt_len = self.plan.prompt_len
-        self.next_position = (
-            reached if reached <= prompt_len else max(prompt_len, self.next_position + 1)
-        )
 
 
 class SteeringState:
@@ -159,14 +140,9 @@ class SteeringState:
         }
         self._owned_saes = {i for site in self.hooks.values() for i in site.saes}
         self.probes = StudyProbes(residency, self._owned_saes, device)
-        self._widths = {hook: self.width_here(hook) for hook in self.hooks}
         self._running: dict[str, RunningRequest] = {}
-        # Those of the running that need a whole encode, here or in another pipeline stage: all
-        # stages must choose the same kind of pass.
-        self._full: dict[str, RunningRequest] = {}
+        self._full = FullRequests()
         self._paused_gates: dict[str, Tensor] = {}
-        # Tokens that those have in the pass under way.
-        self._in_pass: list[tuple[str, int]] = []
         self._internal = 0  # those of the running that no client sent
 
     def _site(
@@ -221,12 +197,6 @@ class SteeringState:
         assert len(widths) <= 1, widths
         return widths.pop() if widths else self.d_in
 
-    def width_here(self, hook: str) -> int:
-        """Elements of a token's stream that this worker holds at a hook point."""
-        site = self.hooks[hook]
-        width = site.buffers.rows.W_enc.shape[1]
-        return width if site.heads is None else width // site.heads.ranks
-
     def compile_kernel(self, dtype: torch.dtype, hidden_dtypes: Iterable[torch.dtype]) -> None:
         """Have the kernel compiled before the first steered request, on a token without a slot.
 
@@ -262,10 +232,10 @@ class SteeringState:
         full = plan.encoded(self._exact_from_row)
         for site in self.hooks.values():
             site.set_slot(slot, plan, row_of, full, record)
-        request = RunningRequest(plan, slot, plan.encoded_until(self._exact_from_row))
-        if full or plan.captured:
-            self._full[req_id] = request
-        self._running[req_id] = request
+        if full or plan.kept_streams:
+            until = plan.encoded_until(self._exact_from_row)
+            self._full.add(req_id, plan.prompt_len, until)
+        self._running[req_id] = RunningRequest(plan, slot)
         self._internal += plan.internal
 
     def remove_request(self, req_id: str) -> None:
@@ -291,7 +261,7 @@ class SteeringState:
         request = self._running.pop(req_id, None)
         if request is None:
             return
-        self._full.pop(req_id, None)
+        self._full.remove(req_id)
         self._internal -= request.plan.internal
         for site in self.hooks.values():
             site.clear_slot(request.slot)
@@ -319,7 +289,7 @@ class SteeringState:
             first_positions: see `Captures.begin`.
         """
         self.captures.begin(req_ids, query_start_loc, first_positions)
-        self._in_pass = []
+        self._full.begin(req_ids, query_start_loc)
         if not self._running:
             self.step.begin((), query_start_loc[:1])
             self._gated.begin(self.step, self._gate_state)
@@ -327,38 +297,22 @@ class SteeringState:
         self.reports.settle()
         self.step.begin([self.slot_of(req_id) for req_id in req_ids], query_start_loc)
         self._gated.begin(self.step, self._gate_state)
-        if self._full:
-            starts = query_start_loc.tolist()
-            lengths = zip(req_ids, starts, starts[1:], strict=False)
-            self._in_pass = [
-                (req_id, stop - start) for req_id, start, stop in lengths if req_id in self._full
-            ]
 
     def end_step(self) -> None:
         """The forward pass is over."""
         self.captures.end()
         if self.step.active:
             self._reported.collect(self.step, self.reports)
-            for req_id, num_tokens in self._in_pass:
-                self._advance(req_id, num_tokens)
-        self._in_pass = []
+        for req_id in self._full.end():
+            for site in self.hooks.values():
+                site.encode_no_more(self._running[req_id].slot)
         self._outputs.forget()
         # A replay for nobody would have events at positions of the last pass.
         self.step.end(wipe=self._always_launch and self._gated.in_pass)
 
-    def _advance(self, req_id: str, num_tokens: int) -> None:
-        request = self._full.get(req_id)
-        if request is None:
-            return
-        request.advance(num_tokens)
-        if request.next_position >= request.encoded_until:
-            del self._full[req_id]
-            for site in self.hooks.values():
-                site.encode_no_more(request.slot)
-
     def needs_full(self, req_ids: Iterable[str]) -> bool:
         """Whether a pass over these requests must run outside CUDA graphs."""
-        return bool(self._full) and any(req_id in self._full for req_id in req_ids)
+        return self._full.any(req_ids)
 
     def stops(self) -> Stops | None:
         """Which requests of the last pass a ``stop_when`` ends, and where; see `Stops`.
@@ -380,7 +334,7 @@ class SteeringState:
         num_tokens, width = hidden_states.shape
         # A stream that is not whole here (sharded by tokens, say) would be edited in wrong rows.
         assert num_tokens >= self.step.num_tokens, (num_tokens, self.step.num_tokens)
-        assert width == self._widths[hook], (hook, width)
+        assert width == self.hooks[hook].width, (hook, width)
         assert num_tokens <= self.max_num_tokens, (num_tokens, self.max_num_tokens)
         self.hooks[hook].apply(hidden_states, residual, self.step)
         # Beside a self-check nearly all of the time is that one's, and no client asked for it.
@@ -425,6 +379,11 @@ class SteeringState:
             for req_id, record in streaming.items()
             if record.top is not None and (rows := record.top.unsent()) is not None
         }
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Forget what is kept of studies' runs under these keys."""
+        self.captures.forget(keys)
+        self.probes.kept.forget(keys)
 
     def touched_tokens(self) -> tuple[int, int]:
         """Tokens edited, and kept off by a sink, since the last `take_stats`, on either path."""

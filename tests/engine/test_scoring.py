@@ -136,8 +136,8 @@ def test_many_texts_of_many_lengths_are_not_mixed_up(
     # Groups, calls and blocks of a few rows each.
     monkeypatch.setattr("steering.studies.kept_runs.MAX_HELD_ROWS", 40)
     monkeypatch.setattr(scoring, "MAX_CALL_ROWS", 16)
-    monkeypatch.setattr(scored.engine.worker._scores, "_block", 5)
-    monkeypatch.setattr(scored.engine.worker._scores, "_reduced", 2)
+    monkeypatch.setattr(scored.engine.worker._scored.scores, "_block", 5)
+    monkeypatch.setattr(scored.engine.worker._scored.scores, "_reduced", 2)
     texts = [(tuple(tokens(20 + i, 3 + 7 * i)), COMPLETION[: 1 + 5 * i]) for i in range(5)]
     found = scored.all_compared(
         [Comparison(Side(*text), scored.sides(FIELDS[:2], *text)) for text in texts]

@@ -43,6 +43,9 @@ UNWRITTEN = 7.0
 #: Column of the first edit that is read here and added elsewhere: any that the others leave free.
 FIRST_ELSEWHERE = 20
 
+#: Options of a batch whose requests have unequal lengths, one of them none, all of them edits.
+RAGGED: dict[str, Any] = {"tokens": (3, 0, 2, 1), "steered": 1, "max_edits": 7, "max_gates": 3}
+
 
 @dataclass(frozen=True)
 class Gates:

@@ -23,17 +23,9 @@ from steering.request.plan import (
 from tests.models import D_MODEL, make_tiny_sae
 
 EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
-
-
 PROMPT, LENGTH = 6, 10
-
-
 READS = "blocks.1.mlp.hook_in"
-
-
 WRITES = ("blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out")
-
-
 CLAMP = PlannedEdit(0, 3, OP_CLAMP, 5.0, EVERYWHERE, 0, 99)
 
 
@@ -64,5 +56,6 @@ class Transcoder(SAE):
 
 
 def streams(seed: int, hooks: int) -> list[Tensor]:
+    """At so many hook points."""
     rng = torch.Generator().manual_seed(seed)
     return [torch.randn(LENGTH, D_MODEL, generator=rng) * 2 for _ in range(hooks)]

@@ -18,7 +18,7 @@ from steering.errors import SteeringError
 from steering.report import Ticket
 from steering.request.accepted import Accepted, accept
 from steering.request.catalog import Catalog
-from steering.request.plan import SELF_CHECK, Inspection
+from steering.request.plan import Inspection
 from steering.vllm.door import (
     MAX_REPORT_VALUES,
     catalog_for,
@@ -151,7 +151,7 @@ def test_what_has_a_ticket_is_awaited(config: Engine) -> None:
 def test_inspection_is_counted_and_a_self_check_is_not(config: Engine) -> None:
     field = {**READ, "positions": {"generation": False}}
 
-    def inspected(vllm_config: Any, aggregate: str) -> Any:
+    def inspected(vllm_config: Any, aggregate: str | None) -> Any:
         saes = catalog(vllm_config)
         return request(params(accept(field, saes, Inspection(aggregate, True)))), saes
 
@@ -159,7 +159,7 @@ def test_inspection_is_counted_and_a_self_check_is_not(config: Engine) -> None:
     with pytest.raises(SteeringError, match="lower top_k, or send less text") as refused:
         complete(*inspected(config(69), "max"))
     assert refused.value.param == "top_k"
-    complete(*inspected(config(64), SELF_CHECK))
+    complete(*inspected(config(64), None))
 
 
 def test_of_a_whole_text_that_is_the_prompt_a_part_may_count_as_generation(config: Engine) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from steering.request.plan import (
@@ -36,6 +35,7 @@ from steering.worker.ops.layout import (
 )
 from steering.worker.rows import RowPool
 from tests.steering.batches import (
+    RAGGED,
     UNWRITTEN,
     edit,
     full_batch,
@@ -44,7 +44,7 @@ from tests.steering.batches import (
     pool,
     random_batch,
 )
-from tests.steering.versions import Version, assert_agrees, fast_versions, versions
+from tests.steering.versions import TABLES, Version, assert_agrees, fast_versions, versions
 
 EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
 
@@ -59,26 +59,14 @@ EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
 def test_ragged_batches_agree(
     version: Version, d_in: int, dtype: torch.dtype, residual: bool
 ) -> None:
-    batch = random_batch(
-        d_in, d_in=d_in, dtype=dtype, residual=residual, tokens=(3, 0, 2, 1), steered=1,
-        max_edits=7, max_gates=3,
-    )  # fmt: skip
+    batch = random_batch(d_in, d_in=d_in, dtype=dtype, residual=residual, **RAGGED)
     _, _, counters = assert_agrees(version, batch)
     assert counters[0] > 0
 
 
 @fast_versions
 @settings(max_examples=40)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    d_in=st.integers(2, 40),
-    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=3),
-    steered=st.sampled_from([0.0, 0.7, 1.0]),
-    max_edits=st.integers(0, 9),
-    max_gates=st.sampled_from([0, 3, 8]),
-    padding=st.integers(0, 2),
-    residual=st.booleans(),
-)
+@given(**TABLES)
 def test_random_tables_agree(version: Version, seed: int, **options: Any) -> None:
     assert_agrees(version, random_batch(seed, **options))
 

@@ -21,8 +21,8 @@ from steering.request.plan import (
     SCOPE_TOKEN,
     PlannedGate,
     SteeringPlan,
-    make_plan,
 )
+from steering.request.planning import make_plan
 from steering.request.positions import Positions
 from tests.steering.specs import EDIT, TWO, Facts
 

@@ -18,7 +18,8 @@ from steering.report import (
     response_object,
 )
 from steering.request.parse import parse_spec
-from steering.request.plan import PlannedEdit, PlannedRead, SteeringPlan, make_plan
+from steering.request.plan import PlannedEdit, PlannedRead, SteeringPlan
+from steering.request.planning import make_plan
 from steering.request.spec import SteeringSpec
 from steering.worker.record import RequestRecord
 

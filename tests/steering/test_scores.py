@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from steering.request.keep import Keep
 from steering.studies.scoring import Figures
 from steering.worker import scores
-from steering.worker.scores import Scores, SteeredSide, packed
+from steering.worker.captures import Captures
+from steering.worker.scored_texts import ScoredTexts
+from steering.worker.scores import Scores, SteeredSide
 
 VOCABULARY, D = 50, 8
 CPU = torch.device("cpu")
@@ -36,6 +39,17 @@ def weights(seed: int = 0) -> Tensor:
 
 def hidden(seed: int, n: int) -> Tensor:
     return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
+
+
+def captures(**texts: Tensor) -> Captures:
+    """Five rows of each text are asked for, and as many are kept as there are."""
+    kept = Captures()
+    for key, rows in texts.items():
+        kept.open(key, Keep(key, 0, 5))
+        kept.begin([key], np.array([0, len(rows)]), lambda key=key: {key: 0})  # type: ignore[misc]
+        kept.put(rows)
+        kept.end()
+    return kept
 
 
 def made(head: Head, block: int | None = None, reduced: int | None = None) -> Scores:
@@ -173,13 +187,34 @@ def test_figures_survive_their_way_to_the_front_end_in_parts() -> None:
     side = SteeredSide(hidden(2, 5), [7, 8])
     whole = made(Head(W)).compare(u, [side], range(5))
     assert whole is not None
+    kept = ScoredTexts(captures(before=u, after=side.hidden), made(Head(W)))
     parts = []
-    for rows in (slice(0, 2), slice(2, 5)):
-        found = made(Head(W)).compare(
-            u[rows], [SteeredSide(side.hidden[rows], [7, 8])], range(5)[rows]
-        )
-        assert found is not None
-        parts.append(packed(found[0]))
+    for start, stop in ((0, 2), (2, 5)):
+        found = kept.compare("before", [("after", [7, 8])], [*range(start, stop)], start, stop)
+        assert found is not None and found[0] is not None
+        parts.append(found[0])
     figures = Figures.of(parts, None)
     for name, column in whole[0].items():
         np.testing.assert_allclose(getattr(figures, name), column.numpy(), atol=2e-6)
+
+
+def test_text_that_is_not_whole_has_no_figures_and_those_beside_it_do() -> None:
+    W, u, v = weights(), hidden(1, 5), hidden(2, 5)
+    rows = captures(before=u, after=v, short=v[:3])
+    kept = ScoredTexts(rows, made(Head(W)))
+    sides: list[tuple[str, list[int]]] = [("short", []), ("after", []), ("nobody", [])]
+    figures = kept.compare("before", sides, [*range(5)], 0, 5)
+    assert figures is not None
+    assert figures[0] is figures[2] is None
+    alone = made(Head(W)).compare(u, [SteeredSide(v)], range(5))
+    assert alone is not None and figures[1] is not None
+    assert figures[1]["kl"] == alone[0]["kl"].numpy().tobytes()
+    assert kept.compare("short", sides, [], 0, 5) is None
+
+    found = kept.log_probabilities([("short", 0, [1, 2]), ("after", 2, [3, 4]), ("nobody", 0, [5])])
+    assert found is not None
+    assert found[0] is found[2] is None
+    wanted = made(Head(W)).log_probabilities(v[2:4], [3, 4])
+    assert wanted is not None and found[1] is not None
+    np.testing.assert_allclose(np.frombuffer(found[1], np.float32), wanted.numpy(), atol=2e-6)
+    assert kept.log_probabilities([("short", 0, [1])]) is None

@@ -35,6 +35,7 @@ from steering.worker.ops.layout import (
     SKIPPED_SINK,
 )
 from tests.steering.batches import (
+    RAGGED,
     UNWRITTEN,
     Batch,
     Gates,
@@ -44,7 +45,7 @@ from tests.steering.batches import (
     pool,
     split_batch,
 )
-from tests.steering.versions import Version, assert_agrees, bits, fast_versions, versions
+from tests.steering.versions import TABLES, Version, assert_agrees, bits, fast_versions, versions
 
 EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
 
@@ -56,10 +57,7 @@ EVERYWHERE = COVERS_PROMPT | COVERS_GENERATION
 def test_ragged_batches_agree(
     version: Version, d_in: int, dtype: torch.dtype, residual: bool
 ) -> None:
-    batch = split_batch(
-        d_in, d_in=d_in, dtype=dtype, residual=residual, tokens=(3, 0, 2, 1), steered=1,
-        max_edits=7, max_gates=3,
-    )  # fmt: skip
+    batch = split_batch(d_in, d_in=d_in, dtype=dtype, residual=residual, **RAGGED)
     assert batch.elsewhere and any(batch.was_read.values())
     assert_agrees(version, batch)
 
@@ -67,13 +65,7 @@ def test_ragged_batches_agree(
 @fast_versions
 @settings(max_examples=40)
 @given(
-    seed=st.integers(0, 2**32 - 1),
-    d_in=st.integers(2, 40),
-    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=3),
-    max_edits=st.integers(0, 9),
-    max_gates=st.sampled_from([0, 3, 8]),
-    padding=st.integers(0, 2),
-    residual=st.booleans(),
+    **TABLES,
     norm=st.sampled_from([None, InputNorm(INPUT_RMS, 1e-5), InputNorm(INPUT_LAYER, 1e-3)]),
 )
 def test_random_tables_agree(version: Version, seed: int, **options: Any) -> None:

@@ -13,7 +13,7 @@ from sae.sae import open_sae
 from sae.source import ResolvedSAE
 from steering.request.plan import OP_ADD, PlannedEdit, SteeringPlan
 from steering.request.probe import Pool
-from steering.request.probe_plan import PlannedCapture, PlannedPool, Window
+from steering.request.probe_plan import PlannedPool, PlannedStream, Window
 from steering.studies.changes import Changes
 from steering.studies.reading import Pooled
 from steering.worker.ops import cpu_kernel
@@ -29,7 +29,7 @@ def compared(
 ) -> tuple[Changes, list[Tensor]]:
     """What became of the features, and the streams as the edit left them."""
     for key, edits in (("clean", ()), ("steered", (edit,))):
-        probes = (PlannedCapture(0, (ALL,), key),)
+        probes = (PlannedStream(0, (ALL,), key),)
         worker.state.add_request(
             key, SteeringPlan(key, 1, 4, edits, True, False, None, probes=probes)
         )

@@ -10,9 +10,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Final
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from steering.worker.batch_parts import SlotWork
@@ -132,6 +134,18 @@ versions = pytest.mark.parametrize(
     "version", [pytest.param(v, id=k) for k, v in ({"reference": by_reference} | FAST).items()]
 )
 fast_versions = pytest.mark.parametrize("version", [pytest.param(v, id=k) for k, v in FAST.items()])
+
+#: Strategies of random batches: the options of `batches.random_batch`, and its seed.
+TABLES: Final[dict[str, st.SearchStrategy[Any]]] = {
+    "seed": st.integers(0, 2**32 - 1),
+    "d_in": st.integers(2, 40),
+    "tokens": st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    "steered": st.sampled_from([0.0, 0.7, 1.0]),
+    "max_edits": st.integers(0, 9),
+    "max_gates": st.sampled_from([0, 3, 8]),
+    "padding": st.integers(0, 2),
+    "residual": st.booleans(),
+}
 
 
 def assert_agrees(version: Version, batch: Batch) -> Edited:

@@ -1,0 +1,100 @@
+"""Figures of a study's texts, of the final hidden states that were kept of them.
+
+A text of which rows are missing has none, and those beside it do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steering.worker.captures import Captures
+from steering.worker.scores import Columns, Scores, SteeredSide
+
+
+class ScoredTexts:
+    """What `Scores` say of texts by the keys under which they were kept, in plain types.
+
+    Args:
+        captures: what is kept.
+        scores: of the model's head. On a rank whose head has no logits, or that does not report,
+            both methods return None; they are called on all ranks alike.
+    """
+
+    def __init__(self, captures: Captures, scores: Scores) -> None:
+        self.scores = scores
+        self._captures = captures
+
+    @torch.inference_mode()
+    def compare(
+        self,
+        unsteered: str,
+        steered: Sequence[tuple[str, list[int]]],
+        targets: list[int],
+        start: int,
+        stop: int,
+    ) -> list[dict[str, bytes] | None] | None:
+        """Compare steered texts with an unsteered one.
+
+        Args:
+            unsteered: key of what was kept of it.
+            steered: keys of the others, and the ids that each watches.
+            targets: the actual tokens of the rows asked for, or none.
+            start: the first of the kept rows that this is about.
+            stop: one past the last.
+
+        Returns:
+            Of each steered text the columns of `Scores.compare` as bytes, float32 or int64 in C
+            order; None of one that is not whole. None also if the unsteered one is not.
+        """
+        before = self._rows(unsteered, start, stop)
+        if before is None:
+            return None
+        sides = {
+            i: SteeredSide(rows, watched)
+            for i, (key, watched) in enumerate(steered)
+            if (rows := self._rows(key, start, stop)) is not None
+        }
+        found = self.scores.compare(before, list(sides.values()), targets)
+        if found is None:
+            return None
+        of_side = dict(zip(sides, map(_packed, found), strict=True))
+        return [of_side.get(i) for i in range(len(steered))]
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self, texts: Sequence[tuple[str, int, list[int]]]
+    ) -> list[bytes | None] | None:
+        """Log p of texts' tokens.
+
+        Args:
+            texts: the key of what was kept of each, the first of the rows that this is about, and
+                the actual tokens of these rows.
+
+        Returns:
+            Float32 bytes of each text; None of one that is not whole. None also if none is.
+        """
+        kept = {
+            i: rows
+            for i, (key, start, ids) in enumerate(texts)
+            if (rows := self._rows(key, start, start + len(ids))) is not None
+        }
+        if not kept:
+            return None
+        targets = [token for i in kept for token in texts[i][2]]
+        found = self.scores.log_probabilities(torch.cat(list(kept.values())), targets)
+        if found is None:
+            return None
+        parts = torch.split(found, [len(rows) for rows in kept.values()])
+        of_text = {i: part.numpy().tobytes() for i, part in zip(kept, parts, strict=True)}
+        return [of_text.get(i) for i in range(len(texts))]
+
+    def _rows(self, key: str, start: int, stop: int) -> Tensor | None:
+        kept = self._captures.rows(key)
+        return None if kept is None else kept[start:stop]
+
+
+def _packed(columns: Columns) -> dict[str, bytes]:
+    return {name: column.numpy().tobytes() for name, column in columns.items()}
