@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 
-from sae.formats.layout import SAEFiles, SAELayout, Stored
-from sae.formats.places import choose_hook
+from sae.formats.layout import SAEFiles, SAELayout, linear_layers
+from sae.formats.places import choose_layer_output
 from sae.source import ResolvedSAE
 
 NAME = "goodfire"
+
+_LAYER = re.compile(r"-SAE-l(\d+)\b")
 
 
 def matches(files: SAEFiles) -> bool:
@@ -20,19 +22,12 @@ def matches(files: SAEFiles) -> bool:
 
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     d_sae, d_in = files.shape("encoder_linear.weight", rank=2)
-    layer = files.search(ref, re.compile(r"-SAE-l(\d+)\b"))
-    guessed = None if layer is None else f"blocks.{layer}.hook_resid_post"
     return SAELayout(
         format=NAME,
         architecture="standard",
-        hook=choose_hook(files.path, ref, stated=None, guessed=guessed),
+        hook=choose_layer_output(files, ref, _LAYER),
         d_in=d_in,
         d_sae=d_sae,
-        tensors={
-            "W_enc": Stored("encoder_linear.weight"),
-            "W_dec": Stored("decoder_linear.weight", transposed=True),
-            "b_enc": Stored("encoder_linear.bias"),
-            "b_dec": Stored("decoder_linear.bias"),
-        },
+        tensors=linear_layers("encoder_linear", "decoder_linear"),
         apply_b_dec_to_input=False,
     )
