@@ -138,9 +138,11 @@ def write_gemma_scope_2(
     return folder
 
 
-def linear_tensors(encoder: str = "encoder", decoder: str = "decoder") -> dict[str, Tensor]:
+def linear_tensors(
+    encoder: str = "encoder", decoder: str = "decoder", canonical: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The state of two `torch.nn.Linear` of these names."""
-    canonical = weights()
+    canonical = weights() if canonical is None else canonical
     return {
         f"{encoder}.weight": canonical["W_enc"],
         f"{encoder}.bias": canonical["b_enc"],
@@ -224,14 +226,13 @@ DICTIONARY_CLASSES = (
 )
 
 
-def dictionary_tensors(dict_class: str) -> dict[str, Tensor]:
+def dictionary_tensors(
+    dict_class: str, canonical: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """A state dictionary as that class of dictionary_learning saves it."""
-    w = weights()
-    linear = {
-        "encoder.weight": w["W_enc"],
-        "encoder.bias": w["b_enc"],
-        "decoder.weight": w["W_dec"].T.contiguous(),
-    }
+    w = weights() if canonical is None else canonical
+    linear = linear_tensors(canonical=w)
+    del linear["decoder.bias"]
     parameters = {"W_enc": w["W_enc"].T.contiguous(), "W_dec": w["W_dec"], "b_enc": w["b_enc"]}
     k = torch.tensor(5, dtype=torch.int)
     return {
@@ -256,7 +257,7 @@ def dictionary_tensors(dict_class: str) -> dict[str, Tensor]:
             "b_dec": w["b_dec"],
             "k": k,
             "threshold": torch.tensor(0.7),
-            "group_sizes": torch.tensor([10, 30]),
+            "group_sizes": torch.tensor([10, len(w["W_enc"]) - 10]),
         },
         "JumpReluAutoEncoder": {
             **parameters, "b_dec": w["b_dec"], "threshold": w["threshold"],
