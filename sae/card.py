@@ -48,7 +48,7 @@ _HOOK_POINT = re.compile(r"blocks\.(\d{1,5})\.([\w.]+)", re.ASCII)
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place in the residual stream, named as the field names it: `blocks.15.hook_resid_post`."""
+    """A place in the model, named as the field names it: `blocks.15.hook_resid_post`."""
 
     layer: int
     kind: str

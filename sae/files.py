@@ -190,9 +190,19 @@ def find_weights(path: Path, layer: int | None = None) -> Path:
     return path / choose_weights(str(path), names, layer)
 
 
+def clt_decoder(weights: str) -> str | None:
+    """The decoder's file beside the encoder's of a cross-layer transcoder; None of any other."""
+    return weights.replace("W_enc", "W_dec") if CLT_ENCODER.fullmatch(weights) else None
+
+
+def own_config(weights: str) -> str | None:
+    """What the configuration of a torch file alone is called; None of any other weight file."""
+    stem = weights.removesuffix(".pt")
+    return None if stem == weights else f"{stem}{OWN_CONFIG}"
+
+
 def companions(weights: str) -> tuple[str, ...]:
     """Names of files that may lie beside a weight file and belong to it."""
-    own = (f"{weights.partition('.pt')[0]}{OWN_CONFIG}",) if weights.endswith(".pt") else ()
-    decoder = (weights.replace("W_enc", "W_dec"),) if CLT_ENCODER.fullmatch(weights) else ()
-    described = (*CONFIG_NAMES, SET_CONFIG, *own)
-    return (*described, *decoder, FEATURES_NAME, f"{weights}.{FEATURES_NAME}")
+    for_it_alone = filter(None, (own_config(weights), clt_decoder(weights)))
+    features = (FEATURES_NAME, f"{weights}.{FEATURES_NAME}")
+    return (*CONFIG_NAMES, SET_CONFIG, *for_it_alone, *features)

@@ -37,10 +37,7 @@ def layers(ref: SAEReference) -> list[int]:
     """
     if ref.source.startswith(hub.SCHEME) and (found := hub.layers(ref.source)):
         return found
-    path = Path(ref.source).expanduser()
-    if path.is_dir() and (
-        by_layer := layers_of(str(path.absolute()), (file.name for file in path.iterdir()))
-    ):
+    path = Path(resolve(replace(ref, layer=None)).path)
+    if path.is_dir() and (by_layer := layers_of(str(path), (file.name for file in path.iterdir()))):
         return [*by_layer]
-    resolved = resolve(replace(ref, layer=None))
-    return [*direction.layers(open_tensors(find_weights(Path(resolved.path))).headers)]
+    return [*direction.layers(open_tensors(find_weights(path)).headers)]

@@ -194,20 +194,20 @@ class SAE:
 
     @property
     def matrix_bytes(self) -> int:
-        """Size of W_enc and W_dec as they are stored."""
+        """Size of what full passes read, as it is stored: W_enc, and W_dec if it decodes."""
         return self._weights.matrix_bytes
 
     @property
     def place_bytes(self) -> int:
-        """Size of a place for W_enc and W_dec as they are stored, one after the other."""
+        """Size of a place for what full passes read, as it is stored, one after the other."""
         return self._weights.place_bytes
 
     def resident(self, device: torch.device | str, place: Tensor | None = None) -> None:
-        """Put W_enc and W_dec on a device in their stored dtype, for full passes there.
+        """Put what full passes read on a device in its stored dtype.
 
         Args:
             device: where to.
-            place: uint8 [at least place_bytes] on that device, to be overwritten with them; None
+            place: uint8 [at least place_bytes] on that device, to be overwritten with it; None
                 for memory of their own.
         """
         self._weights.make_resident(_indexed(device), place)

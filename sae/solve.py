@@ -76,7 +76,7 @@ def solve(
             condition number above `MOST_CONDITION`.
     """
     W_enc, W_dec = _folded(sae, latents)
-    kept = W_dec if not protected else _orthogonal(W_dec, protected)
+    kept = _orthogonal(W_dec, protected)
     found = _reread_rows(sae.card.id, latents, W_enc, kept) if reread else kept
     return Solved(
         found.float(),
@@ -98,9 +98,10 @@ def gain_matrix(
     Returns:
         None if the SAE reads another width than it writes.
     """
-    W_enc, _ = _folded(sae, latents)
-    W_dec = written_rows(sae, latents, protected)
-    return None if W_enc.shape[1] != W_dec.shape[1] else W_enc @ W_dec.T
+    W_enc, W_dec = _folded(sae, latents)
+    if W_enc.shape[1] != W_dec.shape[1]:
+        return None
+    return W_enc @ _orthogonal(W_dec, protected).T
 
 
 def written_rows(sae: SAE, latents: Sequence[int], protected: Sequence[LatentOf] = ()) -> Tensor:
@@ -109,11 +110,11 @@ def written_rows(sae: SAE, latents: Sequence[int], protected: Sequence[LatentOf]
     The decoder's scale is folded in, and the rows are made orthogonal to what is ``protected``.
     """
     _, W_dec = _folded(sae, latents)
-    return W_dec if not protected else _orthogonal(W_dec, protected)
+    return _orthogonal(W_dec, protected)
 
 
 def _folded(sae: SAE, latents: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Encoder rows times their gain, and decoder rows times theirs: ``[n, d_in]`` float64."""
+    """Encoder rows [n, d_in] and decoder rows [n, d_out], each times its gain; float64."""
     rows = sae.rows(latents)
     return (
         rows.W_enc.double() * rows.gain.double()[:, None],
@@ -123,6 +124,8 @@ def _folded(sae: SAE, latents: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def _orthogonal(W_dec: Tensor, protected: Sequence[LatentOf]) -> Tensor:
     """The part of each row that is orthogonal to the protected encoder rows."""
+    if not protected:
+        return W_dec
     W_enc = torch.cat([sae.rows([latent]).W_enc for sae, latent in protected]).double()
     # Rows that are nearly the same span fewer directions than there are rows: those that singular
     # values say are there, and no direction made of rounding errors.

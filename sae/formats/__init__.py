@@ -9,11 +9,12 @@ from typing import Protocol
 from sae.errors import SAEError
 from sae.files import (
     CHECKPOINTS,
-    CLT_ENCODER,
     CONFIG_NAMES,
     OWN_CONFIG,
     SET_CONFIG,
+    clt_decoder,
     find_weights,
+    own_config,
 )
 from sae.formats import (
     attention_saes,
@@ -83,11 +84,12 @@ def open_layout(ref: ResolvedSAE) -> tuple[SAEFiles, SAELayout]:
 
 def _tensors(weights: Path) -> TensorFile:
     """The weight file, or the two of a layer of a cross-layer transcoder."""
-    if not CLT_ENCODER.fullmatch(weights.name):
+    name = clt_decoder(weights.name)
+    if name is None:
         return open_tensors(weights)
-    decoder = weights.with_name(weights.name.replace("W_enc", "W_dec"))
+    decoder = weights.with_name(name)
     if not decoder.is_file():
-        raise SAEError(f"{weights}: no {decoder.name} beside it, which holds the decoder")
+        raise SAEError(f"{weights}: no {name} beside it, which holds the decoder")
     return JoinedFile([open_tensors(weights), open_tensors(decoder)])
 
 
@@ -101,9 +103,9 @@ def _configs(weights: Path) -> dict[str, Config]:
         for name in CONFIG_NAMES
         if (folder / name).is_file()
     }
-    own = weights.with_name(f"{weights.name.partition('.pt')[0]}{OWN_CONFIG}")
-    if own.is_file():
-        found[OWN_CONFIG] = read_config(own)
+    own = own_config(weights.name)
+    if own is not None and weights.with_name(own).is_file():
+        found[OWN_CONFIG] = read_config(weights.with_name(own))
     described = weights.with_name(SET_CONFIG)
     if described.is_file():
         found[SET_CONFIG] = read_yaml(described)

@@ -30,7 +30,7 @@ _INPUT, _OUTPUT = "feature_input_hook", "feature_output_hook"
 # The sets of Qwen3 14B lack the configuration that those of its kin have.
 _QWEN3 = re.compile(r"(qwen3-[\d.]+b-transcoders)")
 _QWEN3_HOOKS = ("mlp.hook_in", "hook_mlp_out")
-_OPTIONAL = ("activation", "activation_fn", "activation_function")
+_ACTIVATION_KEYS = ("activation", "activation_fn", "activation_function")
 
 
 def matches(files: SAEFiles) -> bool:
@@ -116,7 +116,7 @@ def _places(files: SAEFiles, ref: ResolvedSAE, layer: int | None) -> tuple[HookP
 def _activation(files: SAEFiles) -> tuple[str, int | None]:
     """The architecture, and k of a TopK."""
     config = files.configs.get(SET_CONFIG, Config(files.path, {}))
-    stated = next((config.text(key).lower() for key in _OPTIONAL if key in config), None)
+    stated = next((config.text(key).lower() for key in _ACTIVATION_KEYS if key in config), None)
     if _THRESHOLD in files.names:
         return "jumprelu", None
     if stated in ("topk", "top_k") or "k" in files.names or "k" in config:

@@ -14,18 +14,14 @@ from dataclasses import dataclass
 
 from sae.card import HOOK_KINDS
 from sae.errors import SAEError
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, linear_layers
 from sae.formats.places import choose_hook
 from sae.hook_names import UnknownHookError, parse_hook
 from sae.source import ResolvedSAE
 
 NAME = "dictionary_learning"
 
-_LINEAR = {
-    "W_enc": Stored("encoder.weight"),
-    "W_dec": Stored("decoder.weight", transposed=True),
-    "b_enc": Stored("encoder.bias"),
-}
+_LINEAR = linear_layers()
 _PARAMETERS = {
     "W_enc": Stored("W_enc", transposed=True),
     "W_dec": Stored("W_dec"),
@@ -50,9 +46,7 @@ _CLASSES = {
     "AutoEncoder": _Class(
         "standard", {**_LINEAR, "b_dec": Stored("bias")}, rescale_acts_by_decoder_norm=True
     ),
-    "AutoEncoderNew": _Class(
-        "standard", {**_LINEAR, "b_dec": Stored("decoder.bias")}, apply_b_dec_to_input=False
-    ),
+    "AutoEncoderNew": _Class("standard", _LINEAR, apply_b_dec_to_input=False),
     "GatedAutoEncoder": _Class(
         "gated",
         {

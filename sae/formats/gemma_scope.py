@@ -47,12 +47,12 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
         guessed = [None if layer is None else f"blocks.{layer}.{kind}" for kind in _PLACES]
         reads, hook = choose_places(files.path, ref, *guessed, guessed=True)
     else:
-        known = site is not None and layer is not None
+        guess = None if site is None or layer is None else f"blocks.{layer}.{_HOOKS[site]}"
         hook = reads = choose_hook(
             files.path,
             ref,
             stated=_EMBEDDING_HOOK if embedding else None,
-            guessed=f"blocks.{layer}.{_HOOKS[site]}" if known and site is not None else None,
+            guessed=guess,
         )
     return SAELayout(
         format=NAME,

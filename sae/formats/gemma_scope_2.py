@@ -70,7 +70,7 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
         format=NAME,
         architecture="jumprelu",
         kind=_kind(files, ref, config, names),
-        hook=HookPoint(0, "hook_resid_post"),
+        hook=HookPoint(0, "hook_resid_post"),  # replaced below, by kind
         d_in=d_in,
         d_sae=d_sae,
         tensors=jumprelu_tensors(names),
@@ -84,9 +84,8 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
         return _transcoder(files, ref, plain, names)
     path = config.path if config else files.path
     stated = None if config is None else config.words("hf_hook_point_in")
-    layer, site = files.search(ref, _LAYER), files.search(ref, _FOLDER)
-    known = site in _FOLDERS and layer is not None
-    guessed = f"blocks.{layer}.{_FOLDERS[site]}" if known and site is not None else None
+    layer, place = files.search(ref, _LAYER), _FOLDERS.get(files.search(ref, _FOLDER) or "")
+    guessed = None if layer is None or place is None else f"blocks.{layer}.{place}"
     return replace(plain, hook=choose_hook(path, ref, stated, guessed))
 
 

@@ -4,12 +4,16 @@ subtracted. The layer is only in its name (`Llama-3.1-8B-Instruct-SAE-l19`)."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from sae.formats.layout import SAEFiles, SAELayout, Stored
-from sae.formats.places import choose_hook
+from sae.formats.layout import SAEFiles, SAELayout, Stored, linear_layers
+from sae.formats.places import choose_layer_output
 from sae.source import ResolvedSAE
 
 NAME = "goodfire"
+
+#: What both Goodfire and qresearch name a file or a repository by.
+LAYER = re.compile(r"-SAE-l(\d+)\b")
 
 
 def matches(files: SAEFiles) -> bool:
@@ -19,20 +23,24 @@ def matches(files: SAEFiles) -> bool:
 
 
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
-    d_sae, d_in = files.shape("encoder_linear.weight", rank=2)
-    layer = files.search(ref, re.compile(r"-SAE-l(\d+)\b"))
-    guessed = None if layer is None else f"blocks.{layer}.hook_resid_post"
+    return relu_layout(NAME, files, ref, linear_layers("encoder_linear", "decoder_linear"))
+
+
+def relu_layout(
+    name: str, files: SAEFiles, ref: ResolvedSAE, tensors: Mapping[str, Stored]
+) -> SAELayout:
+    """A ReLU SAE of a layer's output, of two linear layers, which only `LAYER` places.
+
+    Raises:
+        SAEError: W_enc is missing or no matrix, or the layer is stated nowhere.
+    """
+    d_sae, d_in = files.shape(tensors["W_enc"].name, rank=2)
     return SAELayout(
-        format=NAME,
+        format=name,
         architecture="standard",
-        hook=choose_hook(files.path, ref, stated=None, guessed=guessed),
+        hook=choose_layer_output(files, ref, LAYER),
         d_in=d_in,
         d_sae=d_sae,
-        tensors={
-            "W_enc": Stored("encoder_linear.weight"),
-            "W_dec": Stored("decoder_linear.weight", transposed=True),
-            "b_enc": Stored("encoder_linear.bias"),
-            "b_dec": Stored("decoder_linear.bias"),
-        },
+        tensors=tensors,
         apply_b_dec_to_input=False,
     )

@@ -20,9 +20,9 @@ from sae.tensors import FLOAT_DTYPES, TensorFile
 MAX_CONFIG_BYTES = 16 * 2**20
 #: Of rows or columns; what is larger is no shape of a tensor.
 MAX_COUNT = 2**31 - 1
-#: Objects of a configuration that may hold a sink_norm; "trainer" is dictionary_learning's.
 #: Folders around a weight file that a publisher names; above them lies somebody's disk.
 PUBLISHED_FOLDERS = 4
+#: Objects of a configuration that may hold a sink_norm; "trainer" is dictionary_learning's.
 _SINK_NORM_SECTIONS = ("metadata", "trainer")
 #: Kinds that messages call otherwise than cards do.
 _KIND_WORDS = {"sae": "SAE", "clt": "CLT"}
@@ -30,7 +30,7 @@ _KIND_WORDS = {"sae": "SAE", "clt": "CLT"}
 
 @dataclass(frozen=True)
 class Config:
-    """A JSON object beside the weights, with reads that say which file they complain about."""
+    """A configuration beside the weights, with reads that say which file they complain about."""
 
     path: Path
     values: Mapping[str, Any]
@@ -100,7 +100,7 @@ class Config:
 
 @dataclass(frozen=True)
 class SAEFiles:
-    """A weight file, opened, and the JSON configurations beside it by file name."""
+    """A weight file, opened, and the configurations beside it by file name."""
 
     tensors: TensorFile
     configs: Mapping[str, Config]
@@ -278,6 +278,16 @@ class SAELayout:
         if canonical == "b_dec":
             return [(self.width_out,)]
         return [(), (1,)] if stored.scalar else [(self.d_sae,)]
+
+
+def linear_layers(encoder: str = "encoder", decoder: str = "decoder") -> dict[str, Stored]:
+    """The four tensors of an SAE of two `torch.nn.Linear` of these names."""
+    return {
+        "W_enc": Stored(f"{encoder}.weight"),
+        "W_dec": Stored(f"{decoder}.weight", transposed=True),
+        "b_enc": Stored(f"{encoder}.bias"),
+        "b_dec": Stored(f"{decoder}.bias"),
+    }
 
 
 def check_scaling_factor(files: SAEFiles, name: str, d_sae: int) -> tuple[str, ...]:

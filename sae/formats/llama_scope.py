@@ -19,10 +19,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from sae.card import KIND_SAE, KIND_TRANSCODER
+from sae.card import KIND_SAE
 from sae.errors import SAEError
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored
-from sae.formats.places import choose_hook, choose_places
+from sae.formats.layout import Config, SAEFiles, SAELayout, linear_layers
+from sae.formats.places import choose_stated
 from sae.source import ResolvedSAE
 
 NAME = "llama_scope"
@@ -49,34 +49,29 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("hyperparams.json")
     _check_activation(config)
     d_in = config.count("d_model")
-    reads, writes = config.words("hook_point_in"), config.words("hook_point_out")
-    is_transcoder = writes is not None and writes != reads
     scale = dataset_scale(config, d_in, "in")
-    if is_transcoder:
-        read_point, hook = choose_places(config.path, ref, reads, writes)
-    else:
-        hook = read_point = choose_hook(config.path, ref, reads, guessed=None)
-    has_b_dec = config.flag("use_decoder_bias", True)
+    kind, reads, hook = choose_stated(
+        config, ref, config.words("hook_point_in"), config.words("hook_point_out")
+    )
+    tensors = linear_layers()
+    constants = {"threshold": config.number("jump_relu_threshold") * scale}
+    if not config.flag("use_decoder_bias", True):
+        del tensors["b_dec"]
+        constants["b_dec"] = 0.0
     return SAELayout(
         format=NAME,
         architecture="jumprelu",
-        kind=KIND_TRANSCODER if is_transcoder else KIND_SAE,
+        kind=kind,
         hook=hook,
-        reads=read_point,
+        reads=reads,
         d_in=d_in,
         d_sae=config.count("d_sae"),
-        tensors={
-            "W_enc": Stored("encoder.weight"),
-            "W_dec": Stored("decoder.weight", transposed=True),
-            "b_enc": Stored("encoder.bias"),
-        }
-        | ({"b_dec": Stored("decoder.bias")} if has_b_dec else {}),
-        constants={"threshold": config.number("jump_relu_threshold") * scale}
-        | ({} if has_b_dec else {"b_dec": 0.0}),
+        tensors=tensors,
+        constants=constants,
         threshold_over_decoder_norm=config.flag("sparsity_include_decoder_norm", False),
         apply_b_dec_to_input=config.flag("apply_decoder_bias_to_pre_encoder", False),
         scale=scale,
-        scale_out=dataset_scale(config, d_in, "out") if is_transcoder else None,
+        scale_out=None if kind == KIND_SAE else dataset_scale(config, d_in, "out"),
     )
 
 
@@ -99,9 +94,14 @@ def scale_of_norm(path: Path, norm: float, d: int) -> float:
     return math.sqrt(d) / norm
 
 
-def _check_activation(config: Config) -> None:
+def refuse_glu_encoder(config: Config) -> None:
+    """Raises SAEError if the encoder is a gated linear unit, of which no suite was published."""
     if config.flag("use_glu_encoder", False):
         raise SAEError(f"{config.path}: unknown architecture, use_glu_encoder is true")
+
+
+def _check_activation(config: Config) -> None:
+    refuse_glu_encoder(config)
     for key, expected in (("act_fn", "jumprelu"), ("norm_activation", "dataset-wise")):
         stated = config.text(key, expected)
         if stated != expected:

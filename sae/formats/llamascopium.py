@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import re
 
-from sae.card import KIND_SAE, KIND_TRANSCODER
 from sae.errors import SAEError
-from sae.formats.layout import Config, SAEFiles, SAELayout, Stored
-from sae.formats.llama_scope import scale_of_norm
-from sae.formats.places import choose_hook, choose_places
+from sae.formats.layout import Config, SAEFiles, SAELayout, Stored, linear_layers
+from sae.formats.llama_scope import refuse_glu_encoder, scale_of_norm
+from sae.formats.places import choose_stated
 from sae.source import ResolvedSAE
 
 NAME = "llamascopium"
@@ -32,12 +31,6 @@ _PARAMETERS = {
     "W_dec": Stored("W_D"),
     "b_enc": Stored("b_E"),
     "b_dec": Stored("b_D"),
-}
-_LINEAR = {
-    "W_enc": Stored("encoder.weight"),
-    "W_dec": Stored("decoder.weight", transposed=True),
-    "b_enc": Stored("encoder.bias"),
-    "b_dec": Stored("decoder.bias"),
 }
 _SIDES = ("in", "out")
 _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk"}
@@ -51,19 +44,14 @@ def matches(files: SAEFiles) -> bool:
 
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("config.json")
-    kind = config.text("sae_type", "sae")
-    if kind not in ("sae", "transcoder"):
-        raise SAEError(f"{config.path}: unknown sae_type {kind!r:.60}, expected sae or transcoder")
-    if config.flag("use_glu_encoder", False):
-        raise SAEError(f"{config.path}: unknown architecture, use_glu_encoder is true")
+    said = config.text("sae_type", "sae")
+    if said not in ("sae", "transcoder"):
+        raise SAEError(f"{config.path}: unknown sae_type {said!r:.60}, expected sae or transcoder")
+    refuse_glu_encoder(config)
     reads, writes = config.words("hook_point_in"), config.words("hook_point_out")
-    is_transcoder = writes is not None and writes != reads
-    if is_transcoder:
-        read_point, hook = choose_places(config.path, ref, reads, writes)
-    else:
-        hook = read_point = choose_hook(config.path, ref, reads, guessed=None)
+    kind, read_point, hook = choose_stated(config, ref, reads, writes)
     architecture = _architecture(config)
-    tensors = dict(_PARAMETERS if "W_E" in files.names else _LINEAR)
+    tensors = dict(_PARAMETERS) if "W_E" in files.names else linear_layers()
     has_b_dec = config.flag("use_decoder_bias", True)
     if not has_b_dec:
         del tensors["b_dec"]
@@ -75,7 +63,7 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     return SAELayout(
         format=NAME,
         architecture=architecture,
-        kind=KIND_TRANSCODER if is_transcoder else KIND_SAE,
+        kind=kind,
         hook=hook,
         reads=read_point,
         d_in=d_in,

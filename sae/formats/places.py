@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from sae.card import READ_ONLY_KINDS, HookPoint
+from sae.card import KIND_SAE, KIND_TRANSCODER, READ_ONLY_KINDS, HookPoint
 from sae.errors import SAEError
-from sae.formats.layout import PUBLISHED_FOLDERS
+from sae.formats.layout import PUBLISHED_FOLDERS, Config, SAEFiles
 from sae.hook_names import UnknownHookError, parse_hook
 from sae.source import ResolvedSAE
 from sae.unserved import refuse_by_name, refuse_word_of_another_kind
@@ -46,6 +47,42 @@ def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str |
         )
     _refuse_read_only(path, hook)
     return hook
+
+
+def choose_layer_output(files: SAEFiles, ref: ResolvedSAE, pattern: re.Pattern[str]) -> HookPoint:
+    """The output of a layer that only names tell, for an SAE without a configuration.
+
+    Args:
+        files: of the SAE.
+        ref: what the user said; `hook=` goes before the names.
+        pattern: whose first group is the layer, in the file's name, a folder's or the source's.
+
+    Raises:
+        SAEError: naming the file, and what to write.
+    """
+    layer = files.search(ref, pattern)
+    guessed = None if layer is None else f"blocks.{layer}.hook_resid_post"
+    return choose_hook(files.path, ref, stated=None, guessed=guessed)
+
+
+def choose_stated(
+    config: Config, ref: ResolvedSAE, reads: str | None, writes: str | None
+) -> tuple[str, HookPoint, HookPoint]:
+    """The kind, and where it reads and writes, by a configuration that has room for both.
+
+    Args:
+        config: what the messages name.
+        ref: what the user said.
+        reads: what the configuration says of where it reads, in any spelling.
+        writes: the same of where it writes; None, or what `reads` says, for an SAE.
+
+    Raises:
+        SAEError: naming the file, and what to write.
+    """
+    if writes is None or writes == reads:
+        hook = choose_hook(config.path, ref, reads, guessed=None)
+        return KIND_SAE, hook, hook
+    return KIND_TRANSCODER, *choose_places(config.path, ref, reads, writes)
 
 
 def choose_places(

@@ -3,43 +3,24 @@ subtracted. The layer is only in its name (`DeepSeek-R1-Distill-Llama-8B-SAE-l19
 
 from __future__ import annotations
 
-import re
-
-from sae.formats.layout import SAEFiles, SAELayout, Stored
-from sae.formats.places import choose_hook
+from sae.formats.goodfire import LAYER, relu_layout
+from sae.formats.layout import SAEFiles, SAELayout, linear_layers
 from sae.source import ResolvedSAE
 
 NAME = "qresearch"
 
-_TENSORS = {
-    "W_enc": Stored("encoder.weight"),
-    "W_dec": Stored("decoder.weight", transposed=True),
-    "b_enc": Stored("encoder.bias"),
-    "b_dec": Stored("decoder.bias"),
-}
-_LAYER = re.compile(r"-SAE-l(\d+)\b")
+_TENSORS = linear_layers()
 
 
 def matches(files: SAEFiles) -> bool:
-    named = _LAYER.search(files.path.name) is not None
     return (
         files.tensors.container == "torch"
         and files.names == {stored.name for stored in _TENSORS.values()}
         and "config.json" not in files.configs
-        and named
+        # dictionary_learning's have these names too: a file of any other name is taken for theirs.
+        and LAYER.search(files.path.name) is not None
     )
 
 
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
-    d_sae, d_in = files.shape("encoder.weight", rank=2)
-    layer = files.search(ref, _LAYER)
-    guessed = None if layer is None else f"blocks.{layer}.hook_resid_post"
-    return SAELayout(
-        format=NAME,
-        architecture="standard",
-        hook=choose_hook(files.path, ref, stated=None, guessed=guessed),
-        d_in=d_in,
-        d_sae=d_sae,
-        tensors=_TENSORS,
-        apply_b_dec_to_input=False,
-    )
+    return relu_layout(NAME, files, ref, _TENSORS)

@@ -11,10 +11,13 @@ import re
 
 from sae.errors import SAEError
 from sae.formats.layout import SAEFiles, SAELayout, Stored
-from sae.formats.places import choose_hook
+from sae.formats.places import choose_layer_output
 from sae.source import ResolvedSAE
 
 NAME = "qwen_scope"
+
+_LAYER = re.compile(r"\blayer(\d+)\.sae\b")
+_K = re.compile(r"-L0_(\d+)\b")
 
 
 def matches(files: SAEFiles) -> bool:
@@ -27,12 +30,10 @@ def matches(files: SAEFiles) -> bool:
 
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     d_sae, d_in = files.shape("W_enc", rank=2)
-    layer = files.search(ref, re.compile(r"\blayer(\d+)\.sae\b"))
-    guessed = None if layer is None else f"blocks.{layer}.hook_resid_post"
     return SAELayout(
         format=NAME,
         architecture="topk",
-        hook=choose_hook(files.path, ref, stated=None, guessed=guessed),
+        hook=choose_layer_output(files, ref, _LAYER),
         d_in=d_in,
         d_sae=d_sae,
         tensors={
@@ -50,7 +51,7 @@ def _k(files: SAEFiles, ref: ResolvedSAE) -> int:
     config = files.configs.get("config.json")
     if config is not None and "k" in config:
         return config.count("k")
-    k = files.search(ref, re.compile(r"-L0_(\d+)\b"))
+    k = files.search(ref, _K)
     if k is None or int(k) < 1:
         raise SAEError(
             f'{files.path}: k is stated nowhere; put {{"k": 50}} into a config.json beside it, '

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 from sae.errors import SAEError
 from sae.tensors import gguf_file, npy_file
+from sae.tensors.archive import archive_members
 from sae.tensors.joined_file import JoinedFile
 from sae.tensors.npz_file import NpzFile
 from sae.tensors.safetensors_file import SafetensorsFile
@@ -40,11 +40,7 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def _open_archive(path: Path) -> TensorFile:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise SAEError(f"{path}: truncated or damaged archive: {error}") from error
+    names = [member.filename for member in archive_members(path)]
     if any(name.endswith(".npy") for name in names):
         return NpzFile(path)
     if any(name.endswith("data.pkl") for name in names):

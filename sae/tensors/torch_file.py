@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import SAEError
+from sae.tensors.archive import archive_members
 from sae.tensors.tensor_file import TensorFile, TensorHeader
 
 MAX_PICKLE_BYTES = 16 * 2**20
@@ -66,12 +67,7 @@ class TorchFile(TensorFile):
 
 def _check_archive(path: Path) -> None:
     """A memory map needs members as they are; a compressed one would be read as numbers."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise SAEError(f"{path}: truncated or damaged archive: {error}") from error
-    for member in members:
+    for member in archive_members(path):
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise SAEError(f"{path}: {member.filename} is compressed, as torch.save never does")
         if member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE_BYTES:

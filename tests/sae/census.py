@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from sae.errors import SAEError
 from sae.hook_names import parse_hook
 from sae.sae import SAE, open_sae
 from sae.source import ResolvedSAE
+from tests.sae.oracles import quiet
 from tests.sae.registry_layouts import D_IN, D_SAE, Layouts
 
 #: By how a repository's name begins, or by the release's.
@@ -156,12 +155,7 @@ def sae_lens_reading(layouts: Layouts) -> Iterator[None]:
     loaders.hf_hub_download = download
     loaders.get_safetensors_tensor_shapes = shapes
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            torch.no_grad(),
-        ):
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
         for name, value in kept.items():

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
+from tests.sae import oracles
 
 
 @pytest.fixture
@@ -18,3 +19,10 @@ def load() -> Callable[..., SAE]:
         return open_sae(SAEReference.parse(f"l3={path}{options}"))
 
     return open_path
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """What the libraries of the formats warn and print is left out, and no gradients are kept."""
+    with oracles.quiet():
+        yield

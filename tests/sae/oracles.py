@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +29,27 @@ def oracle(module: str, package: str) -> ModuleType:
         )
     _undo_nnsight()
     return imported
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The libraries warn, print and keep gradients."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def sparsify_oracle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The SparseCoder of sparsify's own that lies in a folder."""
+    module = oracle("sparsify.sparse_coder", "eai-sparsify")
+    # Its decoder in PyTorch; the other needs a GPU.
+    eager = oracle("sparsify.utils", "eai-sparsify").eager_decode
+    monkeypatch.setattr(module, "decoder_impl", eager)
+    return module.SparseCoder.load_from_disk(folder)
 
 
 def _undo_nnsight() -> None:

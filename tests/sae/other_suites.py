@@ -11,7 +11,15 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.sae.suites import D_IN, D_SAE, weights, write_llama_scope
+from tests.sae.suites import (
+    D_IN,
+    D_SAE,
+    gemma_scope_2_tensors,
+    linear_tensors,
+    sae_lens_tensors,
+    weights,
+    write_llama_scope,
+)
 
 LAYERS = 6
 
@@ -31,13 +39,7 @@ def write_sae_lens_transcoder(
 ) -> Path:
     """As SAELens 6 saves one."""
     folder.mkdir(parents=True, exist_ok=True)
-    w = weights()
-    tensors = {
-        "W_enc": w["W_enc"].T.contiguous(),
-        **{name: w[name] for name in ("W_dec", "b_enc", "b_dec")},
-    }
-    if "jumprelu" in architecture:
-        tensors["threshold"] = w["threshold"]
+    tensors = sae_lens_tensors("jumprelu" if "jumprelu" in architecture else "standard")
     if "skip" in architecture:
         tensors["W_skip"] = skip()
     save_file(tensors, folder / "sae_weights.safetensors")
@@ -63,14 +65,9 @@ def write_sae_lens_transcoder(
     return folder
 
 
-def gemma_scope_2_tensors(w_dec: Tensor, *, affine: bool = False) -> dict[str, Tensor]:
-    w = weights()
-    tensors = {
-        "w_enc": w["W_enc"].T.contiguous(),
-        "w_dec": w_dec.contiguous(),
-        **{name: w[name] for name in ("b_enc", "b_dec", "threshold")},
-    }
-    return tensors | ({"affine_skip_connection": skip().T.contiguous()} if affine else {})
+def affine_tensors(affine: bool) -> dict[str, Tensor]:
+    """The skip connection of Gemma Scope 2's transcoders, where there is one."""
+    return {"affine_skip_connection": skip().T.contiguous()} if affine else {}
 
 
 def write_gemma_scope_2_transcoder(
@@ -80,7 +77,8 @@ def write_gemma_scope_2_transcoder(
     folder = root / "gemma-scope-2-270m-pt" / site / f"layer_3_width_16k_l0_small{end}"
     folder.mkdir(parents=True)
     save_file(
-        gemma_scope_2_tensors(weights()["W_dec"], affine=affine), folder / "params.safetensors"
+        gemma_scope_2_tensors(weights()["W_dec"]) | affine_tensors(affine),
+        folder / "params.safetensors",
     )
     if config:
         said = {
@@ -100,7 +98,7 @@ def write_gemma_scope_2_clt(root: Path, *, config: bool = True, affine: bool = T
     folder.mkdir(parents=True)
     for layer in range(LAYERS):
         save_file(
-            gemma_scope_2_tensors(decoders(LAYERS, seed=layer), affine=affine),
+            gemma_scope_2_tensors(decoders(LAYERS, seed=layer)) | affine_tensors(affine),
             folder / f"params_layer_{layer}.safetensors",
         )
     if config:
@@ -191,15 +189,8 @@ def write_llama_scope_transcoder(root: Path) -> Path:
 def write_llama_scope_r1(root: Path, repository: str = "R1", **changes: Any) -> Path:
     folder = root / repository / "800M-Slimpajama-0-OpenR1-Math-220k" / "L3R"
     folder.mkdir(parents=True)
-    w = weights()
-    tensors = {
-        "encoder.weight": w["W_enc"],
-        "encoder.bias": w["b_enc"],
-        "decoder.weight": w["W_dec"].T.contiguous(),
-        "decoder.bias": w["b_dec"],
-        "log_jumprelu_threshold": (w["threshold"] + 0.1).log(),
-    }
-    save_file(tensors, folder / "sae_weights.safetensors")
+    threshold = {"log_jumprelu_threshold": (weights()["threshold"] + 0.1).log()}
+    save_file(linear_tensors() | threshold, folder / "sae_weights.safetensors")
     point = "blocks.3.hook_resid_post"
     said = {
         "sae_type": "sae",
@@ -244,30 +235,14 @@ def write_llamascopium(folder: Path, *, norms: tuple[float, float], **changes: A
 
 def write_attention_sae(root: Path, **changes: Any) -> Path:
     """One of Kissane and Krzyzanowski's."""
-    w = weights()
     path = root / "gpt2-small_L3_Hcat_z_lr1.20e-03_v9.pt"
-    torch.save(
-        {
-            "W_enc": w["W_enc"].T.contiguous(),
-            **{name: w[name] for name in ("W_dec", "b_enc", "b_dec")},
-        },
-        path,
-    )
+    torch.save(sae_lens_tensors("standard"), path)
     said = {"act_size": D_IN, "dict_size": D_SAE, "act_name": "blocks.3.attn.hook_z"}
     path.with_name(path.name.replace(".pt", "_cfg.json")).write_text(json.dumps(said | changes))
     return path
 
 
 def write_qresearch(root: Path) -> Path:
-    w = weights()
     path = root / "DeepSeek-R1-Distill-Llama-8B-SAE-l3.pt"
-    torch.save(
-        {
-            "encoder.weight": w["W_enc"],
-            "encoder.bias": w["b_enc"],
-            "decoder.weight": w["W_dec"].T.contiguous(),
-            "decoder.bias": w["b_dec"],
-        },
-        path,
-    )
+    torch.save(linear_tensors(), path)
     return path

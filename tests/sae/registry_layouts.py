@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sae.registry import RegistryEntry
+from tests.sae import suites
+from tests.sae.suites import dictionary_tensors, linear_tensors
 
 D_IN: Final = 6
 #: The largest k is 100.
@@ -108,7 +110,9 @@ class Layouts:
         assert name is not None, entry
         hook = f"blocks.{name[1]}.{_SITES[name[2]]}"
         self._link(
-            "linear", lambda to: _save(_linear(), to), place / "checkpoints" / "final.safetensors"
+            "linear",
+            lambda to: _save(linear_tensors(canonical=weights()), to),
+            place / "checkpoints" / "final.safetensors",
         )
         factor = entry.facts.norm_scaling_factor
         assert factor is not None
@@ -127,7 +131,9 @@ class Layouts:
         return place
 
     def _llama_scope_r1(self, place: Path, entry: RegistryEntry) -> Path:
-        tensors = _linear() | {"log_jumprelu_threshold": weights()["threshold"].log()}
+        tensors = linear_tensors(canonical=weights()) | {
+            "log_jumprelu_threshold": weights()["threshold"].log()
+        }
         self._link("r1", lambda to: _save(tensors, to), place / "sae_weights.safetensors")
         layer = re.search(r"L(\d+)R", entry.path)
         assert layer is not None, entry
@@ -146,7 +152,11 @@ class Layouts:
 
     def _dictionary_learning(self, place: Path, entry: RegistryEntry) -> Path:
         kind = _dictionary_class(entry.path)
-        self._link(kind, lambda to: torch.save(_dictionary(kind), to), place / "ae.pt")
+        self._link(
+            kind,
+            lambda to: torch.save(dictionary_tensors(kind, weights()), to),
+            place / "ae.pt",
+        )
         layer = re.search(r"resid_post_layer_(\d+)", entry.path)
         assert layer is not None, entry
         trainer = {
@@ -197,12 +207,14 @@ class Layouts:
         return place
 
     def _goodfire(self, place: Path, entry: RegistryEntry) -> Path:
-        renamed = {n.replace(".", "_linear."): t for n, t in _linear().items()}
-        self._link("goodfire", lambda to: torch.save(renamed, to), place)
+        tensors = linear_tensors("encoder_linear", "decoder_linear", weights())
+        self._link("goodfire", lambda to: torch.save(tensors, to), place)
         return place
 
     def _linear(self, place: Path, entry: RegistryEntry) -> Path:
-        self._link("qresearch", lambda to: torch.save(_linear(), to), place)
+        self._link(
+            "qresearch", lambda to: torch.save(linear_tensors(canonical=weights()), to), place
+        )
         return place
 
     def _qwen_scope(self, place: Path, entry: RegistryEntry) -> Path:
@@ -222,18 +234,11 @@ _SIDES = ("in", "out")
 
 def weights() -> dict[str, Tensor]:
     """Random weights, matrices [d_sae, d_in], decoder rows of norm 1."""
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
-
-    return {
-        "W_enc": normal(D_SAE, D_IN),
-        "W_dec": nn.functional.normalize(normal(D_SAE, D_IN), dim=1),
-        "b_enc": normal(D_SAE) * 0.5,
-        "b_dec": normal(D_IN),
-        "threshold": normal(D_SAE).abs() + 0.1,
-    }
+    w = suites.weights(d_in=D_IN, d_sae=D_SAE)
+    w["W_dec"] = nn.functional.normalize(w["W_dec"], dim=1)
+    # Its logarithm is stored, too.
+    w["threshold"] += 0.1
+    return w
 
 
 def _save(tensors: dict[str, Tensor], to: Path) -> None:
@@ -248,16 +253,6 @@ def _gemma(encoder: str, decoder: str) -> dict[str, Tensor]:
     w = weights()
     rest = {name: w[name] for name in ("b_enc", "b_dec", "threshold")}
     return {encoder: w["W_enc"].T.contiguous(), decoder: w["W_dec"], **rest}
-
-
-def _linear() -> dict[str, Tensor]:
-    w = weights()
-    return {
-        "encoder.weight": w["W_enc"],
-        "encoder.bias": w["b_enc"],
-        "decoder.weight": w["W_dec"].T,
-        "decoder.bias": w["b_dec"],
-    }
 
 
 def _set_config(folder: Path, reads: str) -> None:
@@ -276,30 +271,3 @@ def _dictionary_class(path: str) -> str:
     if "gated" in name:
         return "GatedAutoEncoder"
     return "JumpReluAutoEncoder" if "jumprelu" in name else "AutoEncoder"
-
-
-def _dictionary(kind: str) -> dict[str, Tensor]:
-    w = weights()
-    linear = {
-        name: _linear()[name] for name in ("encoder.weight", "encoder.bias", "decoder.weight")
-    }
-    rows = {"W_enc": w["W_enc"].T.contiguous(), "W_dec": w["W_dec"], "b_enc": w["b_enc"]}
-    k, threshold = torch.tensor(5), torch.tensor(0.7)
-    gated = {name: w["b_enc"] for name in ("gate_bias", "mag_bias", "r_mag")}
-    found: dict[str, dict[str, Tensor]] = {
-        "AutoEncoder": {**linear, "bias": w["b_dec"]},
-        "GatedAutoEncoder": {
-            "encoder.weight": w["W_enc"],
-            "decoder.weight": w["W_dec"].T,
-            "decoder_bias": w["b_dec"],
-            **gated,
-        },
-        "AutoEncoderTopK": {**linear, "b_dec": w["b_dec"], "k": k, "threshold": threshold},
-        "BatchTopKSAE": {**linear, "b_dec": w["b_dec"], "k": k, "threshold": threshold},
-        "MatryoshkaBatchTopKSAE": {
-            **rows, "b_dec": w["b_dec"], "k": k, "threshold": threshold,
-            "group_sizes": torch.tensor([12, 100]),
-        },
-        "JumpReluAutoEncoder": {**rows, "b_dec": w["b_dec"], "threshold": w["threshold"]},
-    }  # fmt: skip
-    return found[kind]

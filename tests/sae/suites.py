@@ -118,34 +118,43 @@ def gemma_scope_2_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def gemma_scope_2_tensors(w_dec: Tensor) -> dict[str, Tensor]:
+    canonical = weights()
+    return {
+        "w_enc": canonical["W_enc"].T.contiguous(),
+        "w_dec": w_dec,
+        **{name: canonical[name] for name in ("b_enc", "b_dec", "threshold")},
+    }
+
+
 def write_gemma_scope_2(
     root: Path, *, config: dict[str, Any] | None = None, site: str = "resid_post"
 ) -> Path:
     folder = root / "gemma-scope-2-270m-pt" / site / "layer_3_width_16k_l0_small"
     folder.mkdir(parents=True)
-    canonical = weights()
-    tensors = {
-        "w_enc": canonical["W_enc"].T.contiguous(),
-        "w_dec": canonical["W_dec"],
-        **{name: canonical[name] for name in ("b_enc", "b_dec", "threshold")},
-    }
-    save_file(tensors, folder / "params.safetensors")
+    save_file(gemma_scope_2_tensors(weights()["W_dec"]), folder / "params.safetensors")
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
+def linear_tensors(
+    encoder: str = "encoder", decoder: str = "decoder", canonical: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state of two `torch.nn.Linear` of these names."""
+    canonical = weights() if canonical is None else canonical
+    return {
+        f"{encoder}.weight": canonical["W_enc"],
+        f"{encoder}.bias": canonical["b_enc"],
+        f"{decoder}.weight": canonical["W_dec"].T.contiguous(),
+        f"{decoder}.bias": canonical["b_dec"],
+    }
+
+
 def write_llama_scope(root: Path, **changes: Any) -> Path:
     folder = root / "Llama3_1-8B-Base-L3R-8x"
     (folder / "checkpoints").mkdir(parents=True)
-    canonical = weights()
-    tensors = {
-        "encoder.weight": canonical["W_enc"],
-        "encoder.bias": canonical["b_enc"],
-        "decoder.weight": canonical["W_dec"].T.contiguous(),
-        "decoder.bias": canonical["b_dec"],
-    }
-    save_file(tensors, folder / "checkpoints" / "final.safetensors")
+    save_file(linear_tensors(), folder / "checkpoints" / "final.safetensors")
     config = {
         "hook_point_in": HOOK,
         "hook_point_out": HOOK,
@@ -176,14 +185,7 @@ def write_qwen_scope(root: Path, repository: str = "SAE-Res-Qwen3-1.7B-Base-W32K
 
 
 def write_goodfire(root: Path, name: str = "Llama-3.1-8B-Instruct-SAE-l3.pth") -> Path:
-    canonical = weights()
-    tensors = {
-        "encoder_linear.weight": canonical["W_enc"],
-        "encoder_linear.bias": canonical["b_enc"],
-        "decoder_linear.weight": canonical["W_dec"].T.contiguous(),
-        "decoder_linear.bias": canonical["b_dec"],
-    }
-    torch.save(tensors, root / name)
+    torch.save(linear_tensors("encoder_linear", "decoder_linear"), root / name)
     return root / name
 
 
@@ -224,14 +226,13 @@ DICTIONARY_CLASSES = (
 )
 
 
-def dictionary_tensors(dict_class: str) -> dict[str, Tensor]:
+def dictionary_tensors(
+    dict_class: str, canonical: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """A state dictionary as that class of dictionary_learning saves it."""
-    w = weights()
-    linear = {
-        "encoder.weight": w["W_enc"],
-        "encoder.bias": w["b_enc"],
-        "decoder.weight": w["W_dec"].T.contiguous(),
-    }
+    w = weights() if canonical is None else canonical
+    linear = linear_tensors(canonical=w)
+    del linear["decoder.bias"]
     parameters = {"W_enc": w["W_enc"].T.contiguous(), "W_dec": w["W_dec"], "b_enc": w["b_enc"]}
     k = torch.tensor(5, dtype=torch.int)
     return {
@@ -256,7 +257,7 @@ def dictionary_tensors(dict_class: str) -> dict[str, Tensor]:
             "b_dec": w["b_dec"],
             "k": k,
             "threshold": torch.tensor(0.7),
-            "group_sizes": torch.tensor([10, 30]),
+            "group_sizes": torch.tensor([10, len(w["W_enc"]) - 10]),
         },
         "JumpReluAutoEncoder": {
             **parameters, "b_dec": w["b_dec"], "threshold": w["threshold"],

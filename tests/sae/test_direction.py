@@ -215,6 +215,18 @@ def test_damaged_gguf_is_refused_wherever_it_ends(tmp_path: Path, load: Load) ->
             load(path)
 
 
+def test_gguf_whose_keys_declare_more_than_it_holds_is_refused(tmp_path: Path, load: Load) -> None:
+    content = write_gguf(tmp_path / "v.gguf", vectors(3)).read_bytes()
+    _, _, tensors, keys = struct.unpack_from("<4sIQQ", content)
+    array, uint8, string = 9, 0, 8
+    for element in (uint8, string):
+        key = struct.pack("<Q1sIIQ", 1, b"k", array, element, 2**40)
+        broken = struct.pack("<4sIQQ", b"GGUF", 3, tensors, keys + 1) + key + content[24:]
+        (tmp_path / "v.gguf").write_bytes(broken)
+        with pytest.raises(SAEError, match="damaged GGUF file"):
+            load(tmp_path / "v.gguf")
+
+
 def test_quantised_gguf_is_refused_by_its_type(tmp_path: Path, load: Load) -> None:
     content = bytearray(write_gguf(tmp_path / "v.gguf", vectors(3)).read_bytes())
     name = content.index(b"direction.3") + len(b"direction.3")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.sae import SAE
-from tests.sae.oracles import assert_same_sae, oracle
+from tests.sae.oracles import assert_same_sae, oracle, sparsify_oracle
 from tests.sae.suites import (
     D_IN,
     D_SAE,
@@ -30,27 +27,14 @@ from tests.sae.suites import (
 Load = Callable[..., SAE]
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """The libraries warn, print and keep gradients."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        torch.no_grad(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def test_sparsify_agrees_with_its_library(
     tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_sparsify(tmp_path)
-    module = oracle("sparsify.sparse_coder", "eai-sparsify")
-    # Its decoder in PyTorch; the other needs a GPU.
-    eager = oracle("sparsify.utils", "eai-sparsify").eager_decode
-    monkeypatch.setattr(module, "decoder_impl", eager)
-    theirs = module.SparseCoder.load_from_disk(folder)
+    theirs = sparsify_oracle(folder, monkeypatch)
 
     def encode(x: Tensor) -> Tensor:
         out = theirs.encode(x)

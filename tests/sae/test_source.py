@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.errors import SAEError
+from sae.layers import resolve_all
 from sae.registry import RegistryFacts
 from sae.source import FORMATS, ResolvedSAE, SAEReference, parse_source, resolve
 
@@ -160,8 +161,9 @@ def test_local_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [("~nosuchuser/x", "home directory"), ("/tmp/" + "x" * 300, "File name too long")],
 )
 def test_path_that_cannot_be_looked_up_is_refused(source: str, message: str) -> None:
-    with pytest.raises(SAEError, match=rf"^{source}: .*{message}"):
-        resolve(SAEReference.parse(f"a={source}"))
+    for stated in ("", ",layer=all"):
+        with pytest.raises(SAEError, match=rf"^{source}: .*{message}"):
+            resolve_all(SAEReference.parse(f"a={source}{stated}"))
 
 
 def test_missing_local_path_is_refused() -> None:

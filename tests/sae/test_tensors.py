@@ -144,6 +144,15 @@ def test_compressed_torch_archive_is_refused(tmp_path: Path) -> None:
     assert "is compressed, as torch.save never does" in refusal(path)
 
 
+def test_archive_of_a_later_version_of_zip_is_refused(tmp_path: Path) -> None:
+    for path in (write_goodfire(tmp_path), write_gemma_scope(tmp_path) / "params.npz"):
+        content = bytearray(path.read_bytes())
+        entry = content.index(b"PK\x01\x02")
+        content[entry + 6] = 99  # "version needed to extract" of the first entry
+        path.write_bytes(content)
+        assert "damaged archive: zip file version 9.9" in refusal(path)
+
+
 def test_archive_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     with zipfile.ZipFile(path, "w") as archive:
