@@ -13,8 +13,10 @@ A study is a module of this folder by its name, with
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -41,6 +43,11 @@ class Study:
     def of_sae(self) -> bool:
         """Whether it is a study of one SAE, which its route names."""
         return "{sae}" in self.route
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Of the paths that are its route's; in one of an SAE, the group `sae` is its name."""
+        return re.compile(re.escape(self.route).replace(re.escape("{sae}"), "(?P<sae>.+)"))
 
     @property
     def body(self) -> type[StudyBody]:
