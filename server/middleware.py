@@ -89,7 +89,8 @@ class ForeignSteering:
 
 def _steers(path: str) -> bool:
     """Whether a route reads `steering` itself, in its own body or inside a study's."""
-    return path in ROUTES or _STUDY.fullmatch(path) is not None
+    # Studies refuse what they do not know, wherever it stands.
+    return path in ROUTES or any(study.pattern.fullmatch(path) for study in STUDIES.values())
 
 
 def refuse_foreign(body: bytes, catalog: Catalog) -> None:
@@ -157,10 +158,6 @@ GENERATES_ELSEWHERE: Final = frozenset(
 #: an adapter may not be loaded under it.
 _RUNS_UNSTEERED: Final = re.compile(
     r"/(?:de)?tokenize|/v1/messages/count_tokens|/v1/saes/.+/inspect|/v1/load_lora_adapter"
-)
-#: Studies refuse what they do not know, wherever it stands.
-_STUDY: Final = re.compile(
-    "|".join(re.escape(s.route).replace(re.escape("{sae}"), ".+") for s in STUDIES.values())
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,8 +82,7 @@ class Task:
 def _of_route(route: object) -> tuple[str | None, str | None]:
     """The study and the SAE that a path names; nothing if it names none."""
     for study in STUDIES.values():
-        pattern = re.escape(study.route).replace(re.escape("{sae}"), "(?P<sae>.+)")
-        if found := re.fullmatch(pattern, route if isinstance(route, str) else ""):
+        if found := study.pattern.fullmatch(route if isinstance(route, str) else ""):
             return study.name, unquote(found["sae"]) if study.of_sae else None
     return None, None
 

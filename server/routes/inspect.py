@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http import HTTPStatus
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.admission import accept
@@ -21,6 +18,7 @@ from server.models import InspectAnswer, answers
 from server.protocol import SteerableChatCompletionRequest, SteerableCompletionRequest
 from server.rendering import rendered
 from server.routes.parameters import known_sae
+from server.routes.posted import json_body, refuse_to_get
 from server.state import SteeringState, steering_state
 from steering.errors import SteeringError
 from steering.vllm.door import FIELD
@@ -43,7 +41,7 @@ router = APIRouter(tags=["saes"], responses=REFUSALS)
 async def inspect(raw_request: Request, sae: str) -> Response | None:
     state = steering_state(raw_request)
     known_sae(state, sae)
-    inspection = Inspection.parse(sae, await _json(raw_request))
+    inspection = Inspection.parse(sae, await json_body(raw_request))
     request = _to_request(inspection)
     with _naming_no_steering():
         answer = await unless_disconnected(
@@ -62,11 +60,7 @@ async def inspect(raw_request: Request, sae: str) -> Response | None:
     return TolerantJSONResponse({"sae": sae, "tokens": tokens, "features": features})
 
 
-# Without it, /v1/saes/{sae} would take the last word for part of a name.
-@router.get("/v1/saes/{sae:path}/inspect", include_in_schema=False)
-async def refuse_to_get_inspect(raw_request: Request, sae: str) -> Response:
-    known_sae(steering_state(raw_request), sae)
-    raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "POST"})
+router.get("/v1/saes/{sae:path}/inspect", include_in_schema=False)(refuse_to_get)
 
 
 async def _read(
@@ -105,10 +99,3 @@ def _naming_no_steering() -> Iterator[None]:
         if error.param is None or not error.param.startswith(FIELD):
             raise
         raise SteeringError(error.code, error.message) from None
-
-
-async def _json(raw_request: Request) -> object:
-    try:
-        return json.loads(await raw_request.body())
-    except (ValueError, RecursionError):
-        raise SteeringError("invalid_value", "the body is not valid JSON") from None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.disconnect import unless_disconnected
@@ -17,6 +15,7 @@ from server.errors import REFUSALS
 from server.json_response import TolerantJSONResponse
 from server.presets.models import PresetModels
 from server.routes.parameters import known_sae
+from server.routes.posted import json_body, refuse_to_get
 from server.state import steering_state
 from server.study_stream import RunningStudy, StudyStream
 from steering.errors import SteeringError
@@ -38,15 +37,9 @@ def _endpoint(study: Study) -> Callable[..., Awaitable[Response | None]]:
     return of_sae if study.of_sae else of_texts
 
 
-async def refuse_to_get(raw_request: Request, sae: str) -> Response:
-    """Without it, /v1/saes/{sae} would take the last word for part of a name."""
-    known_sae(steering_state(raw_request), sae)
-    raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "POST"})
-
-
 async def _answer(study: Study, raw_request: Request, sae: str | None) -> Response | None:
     state = steering_state(raw_request)
-    body = await _json(raw_request)
+    body = await json_body(raw_request)
     if isinstance(body, Mapping):
         unknown = _refuse_other_model(state.models, body.get("model"))
         if unknown is not None:
@@ -85,13 +78,6 @@ def _refuse_other_model(models: PresetModels, model: object) -> Response | None:
         "code": HTTPStatus.NOT_FOUND.value,
     }
     return TolerantJSONResponse({"error": error}, HTTPStatus.NOT_FOUND)
-
-
-async def _json(raw_request: Request) -> object:
-    try:
-        return json.loads(await raw_request.body())
-    except (ValueError, RecursionError):
-        raise SteeringError("invalid_value", "the body is not valid JSON") from None
 
 
 def _schema(model: type[BaseModel], mode: Any) -> dict[str, Any]:

@@ -10,6 +10,19 @@ import { explain } from "./tokens.js";
 
 /** @typedef {import("./tokens.js").Token} Token */
 
+/** What has come of an answer: at first, nothing. */
+const nothing = () => ({
+  prompt: /** @type {Token[]} */ ([]),
+  tokens: /** @type {Token[]} */ ([]),
+  byPosition: /** @type {Map<number, Token>} */ (new Map()),
+  report: /** @type {any} */ (null),
+  promptLength: 0,
+  generated: 0,
+  finished: "",
+  /** The largest activation of the feature that colours it. */
+  strongest: 0,
+});
+
 export class AnswerView {
   /** @param {string} name of the column @param {Omit<import("./tokens.js").Acts, "sae">} acts */
   constructor(name, acts) {
@@ -23,31 +36,14 @@ export class AnswerView {
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.words = h("ul", { class: "report", "aria-label": `What was done in ${name}` });
     this.root = h("div", { class: "result" }, this.promptDetails, this.body, this.error, this.status, this.words);
-    explain(this.body, () => this.tokens, { ...acts, sae: () => this.sae });
-    explain(this.promptTokens, () => this.prompt, { ...acts, sae: () => this.sae });
-    /** @type {Token[]} */
-    this.prompt = [];
-    /** @type {Token[]} */
-    this.tokens = [];
-    /** @type {Map<number, Token>} */
-    this.byPosition = new Map();
-    /** @type {any} */
-    this.report = null;
-    this.promptLength = 0;
-    this.generated = 0;
-    this.finished = "";
-    this.strongest = 0;
+    explain(this.body, () => this.received.tokens, { ...acts, sae: () => this.sae });
+    explain(this.promptTokens, () => this.received.prompt, { ...acts, sae: () => this.sae });
+    this.received = nothing();
     this.reset();
   }
 
   reset() {
-    this.prompt = [];
-    this.tokens = [];
-    this.byPosition = new Map();
-    this.report = null;
-    this.promptLength = 0;
-    this.generated = 0;
-    this.finished = "";
+    this.received = nothing();
     fill(this.body, h("span", { class: "hint" }, "No answer yet."));
     fill(this.promptTokens);
     fill(this.words);
@@ -65,29 +61,34 @@ export class AnswerView {
     this.status.textContent = "Waiting …";
   }
 
+  /** How many tokens have come. */
+  get generated() {
+    return this.received.generated;
+  }
+
   get text() {
-    return this.tokens.map(({ text }) => text).join("");
+    return this.received.tokens.map(({ text }) => text).join("");
   }
 
   /** Tokens that entered the model: all but the last that was sampled. */
   get entered() {
-    return this.generated ? this.promptLength + this.generated - 1 : null;
+    return this.generated ? this.received.promptLength + this.generated - 1 : null;
   }
 
   /** @param {number[]} ids */
   setPrompt(ids) {
-    this.promptLength = ids.length;
+    this.received.promptLength = ids.length;
   }
 
   /** @param {string} text @param {number} count of its tokens */
   addPiece(text, count) {
-    const position = this.promptLength + this.generated;
+    const position = this.received.promptLength + this.generated;
     const { space, span } = spanOf(text);
     /** @type {Token} */
     const token = { span, text, position, features: null };
-    this.tokens.push(token);
-    for (let i = 0; i < Math.max(count, 1); i++) this.byPosition.set(position + i, token);
-    this.generated += count;
+    this.received.tokens.push(token);
+    for (let i = 0; i < Math.max(count, 1); i++) this.received.byPosition.set(position + i, token);
+    this.received.generated += count;
     this.body.append(space, span);
     this.status.textContent = counted(this.generated);
   }
@@ -95,7 +96,7 @@ export class AnswerView {
   /** @param {{position: number, text: string, phase: string, features: [number, number][]}[]} read */
   addRead(read) {
     for (const { position, text, phase, features } of read) {
-      const token = phase === "prompt" ? this.addPromptToken(position, text) : this.byPosition.get(position);
+      const token = phase === "prompt" ? this.addPromptToken(position, text) : this.received.byPosition.get(position);
       if (!token) continue;
       token.features = merged(token.features, features);
       this.colourOne(token);
@@ -104,11 +105,11 @@ export class AnswerView {
 
   /** @param {number} position @param {string} text @returns {Token} */
   addPromptToken(position, text) {
-    const before = this.prompt.at(-1)?.position ?? -1;
+    const before = this.received.prompt.at(-1)?.position ?? -1;
     if (position > before + 1) this.promptTokens.append(h("span", { class: "gap", title: "special tokens are not read" }, "⋯"));
     const { space, span } = spanOf(text);
     const token = { span, text, position, features: null };
-    this.prompt.push(token);
+    this.received.prompt.push(token);
     this.promptTokens.append(space, span);
     this.promptDetails.hidden = false;
     return token;
@@ -116,24 +117,24 @@ export class AnswerView {
 
   /** @param {any} report */
   setReport(report) {
-    this.report = report;
+    this.received.report = report;
     this.showReport();
   }
 
   showReport() {
-    if (this.report) fill(this.words, ...inWords(this.report, this.entered));
+    if (this.received.report) fill(this.words, ...inWords(this.received.report, this.entered));
   }
 
   /** @param {string} reason @param {unknown} stopped */
   finish(reason, stopped) {
     const why = stopped === "steering" ? "stopped by a feature" : { length: "as many as allowed", stop: "ended by itself" }[reason] ?? reason;
-    this.finished = why;
+    this.received.finished = why;
   }
 
   /** Nothing more will come. */
   end() {
     this.root.removeAttribute("aria-busy");
-    this.status.textContent = `${counted(this.generated)}, ${this.finished || "stopped by you"}`;
+    this.status.textContent = `${counted(this.generated)}, ${this.received.finished || "stopped by you"}`;
     this.showReport();
     announce(`${this.name}: ${this.status.textContent}`);
   }
@@ -146,11 +147,10 @@ export class AnswerView {
     this.error.hidden = false;
   }
 
-  /** Colour every token by the feature that is chosen now. @returns {number} its largest activation */
+  /** Colour every token by the feature that is chosen now. */
   colour() {
-    this.strongest = 0;
-    for (const token of [...this.prompt, ...this.tokens]) this.colourOne(token);
-    return this.strongest;
+    this.received.strongest = 0;
+    for (const token of [...this.received.prompt, ...this.received.tokens]) this.colourOne(token);
   }
 
   /** @param {Token} token */
@@ -158,8 +158,8 @@ export class AnswerView {
     const { sae, feature } = setup.colour;
     const found = sae === this.sae ? token.features?.find(([each]) => each === feature) : undefined;
     const activation = found?.[1] ?? 0;
-    this.strongest = Math.max(this.strongest, activation);
-    const most = (sae !== null && feature !== null && recall(sae, feature)?.max_activation) || this.strongest || 1;
+    this.received.strongest = Math.max(this.received.strongest, activation);
+    const most = (sae !== null && feature !== null && recall(sae, feature)?.max_activation) || this.received.strongest || 1;
     token.span.classList.toggle("active", activation > 0);
     token.span.style.setProperty("--heat", activation > 0 ? String(Math.min(1, 0.12 + 0.88 * activation / most)) : "0");
   }

@@ -6,7 +6,7 @@ import { byId, fill, h } from "./dom.js";
 import { editCard, say, tellShare } from "./edits.js";
 import { known } from "./known.js";
 import { columnSettings } from "./settings.js";
-import { placeOf } from "./spec.js";
+import { columnOf, placeOf } from "./spec.js";
 import { NAMES, UNSTEERED, addColumn, changed, changes, colourBy, newEdit, openFeature, saeOf, served, setup } from "./state.js";
 
 /** @type {Map<string, AnswerView>} */
@@ -67,6 +67,17 @@ export async function addFeature(sae, feature) {
   const card = sectionOf(column.name)?.querySelector(`[data-edit="${there < 0 ? column.edits.length - 1 : there}"]`);
   card?.scrollIntoView({ block: "nearest" });
   card?.classList.add("fresh");
+}
+
+export const NO_ROOM = "Three columns are as many as there can be: remove one first.";
+
+/** Open a spec as a column of its own. @param {any} steering @returns {import("./state.js").Column | null} null if there is no room */
+export function openColumn(steering) {
+  const column = addColumn();
+  if (!column) return null;
+  Object.assign(column, columnOf(steering));
+  changed("shape");
+  return column;
 }
 
 function draw() {

@@ -102,6 +102,9 @@ export function percent(share) {
   return `${Number(hundredths.toFixed(hundredths < 10 ? 1 : 0))} %`;
 }
 
+/** A token whose spaces and line ends are to be seen. @param {string} text */
+export const visible = (text) => text.replace(/\n/g, "↵").replace(/^ /, "␣");
+
 /** Say something to who listens rather than looks. @param {string} text */
 export function announce(text) {
   byId("spoken").textContent = text;

@@ -3,7 +3,7 @@
 
 import { json, part } from "./api.js";
 import { addFeature } from "./columns.js";
-import { byId, figure, fill, h } from "./dom.js";
+import { byId, figure, fill, h, visible } from "./dom.js";
 import { learn, nameOf, showName } from "./known.js";
 import { colourBy, openFeature } from "./state.js";
 
@@ -35,6 +35,15 @@ export async function showFeature(sae, feature) {
   }
 }
 
+/** One of a list of features, to be looked at or added. @param {string} sae @param {any} feature @param {string} told of it */
+export function resultRow(sae, feature, told) {
+  const name = nameOf(feature);
+  return h("li", { class: "result-row" },
+    h("button", { type: "button", class: feature.label ? "link name" : "link name nameless", on: { click: () => openFeature(sae, feature.feature) } }, name),
+    h("span", { class: "id" }, told),
+    h("button", { type: "button", class: "small", "aria-label": `Add ${name}`, on: { click: () => { void addFeature(sae, feature.feature); } } }, "Add"));
+}
+
 /** @param {any} detail */
 function figures(detail) {
   const facts = [
@@ -59,7 +68,7 @@ function tokens(title, scored) {
   if (!scored.length) return null;
   return h("section", {}, h("h4", {}, title),
     h("ul", { class: "chips" }, scored.map(([text, score]) =>
-      h("li", { title: figure(score) }, text.replace(/\n/g, "↵").replace(/^ /, "␣")))));
+      h("li", { title: figure(score) }, visible(text)))));
 }
 
 /** @param {string} title @param {string} sae @param {[number, number][]} scored @param {string} unit */

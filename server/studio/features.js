@@ -2,10 +2,10 @@
 /** Finding features: by their labels, in order, or in the prompt. */
 
 import { GoneError, json, part } from "./api.js";
-import { addFeature, aimAt, aimedAt } from "./columns.js";
+import { aimAt, aimedAt } from "./columns.js";
 import { announce, byId, figure, fill, h, settled } from "./dom.js";
-import { showFeature } from "./feature.js";
-import { learn, nameOf } from "./known.js";
+import { resultRow, showFeature } from "./feature.js";
+import { learn } from "./known.js";
 import { textOfRequest } from "./run.js";
 import { changes, served, setup } from "./state.js";
 import { openTab } from "./tabs.js";
@@ -102,14 +102,8 @@ function note(text) {
 
 /** @param {string} sae @param {any} feature @param {string} [figureText] */
 function row(sae, feature, figureText) {
-  const name = nameOf(feature);
   const told = figureText ?? (feature.density === null || feature.density === undefined ? "" : `${figure(feature.density * 100, 2)} % of tokens`);
-  return h("li", { class: "result-row" },
-    h("button", { type: "button", class: feature.label ? "link name" : "link name nameless", on: { click: () => {
-      changes.dispatchEvent(new CustomEvent("open-feature", { detail: { sae, feature: feature.feature } }));
-    } } }, name),
-    h("span", { class: "id" }, feature.label ? `${feature.feature} · ${told}` : told),
-    h("button", { type: "button", class: "small", "aria-label": `Add ${name}`, on: { click: () => { void addFeature(sae, feature.feature); } } }, "Add"));
+  return resultRow(sae, feature, feature.label ? `${feature.feature} · ${told}` : told);
 }
 
 /** The strongest features of the prompt. */

@@ -2,11 +2,10 @@
 /** Finding the features, or a whole spec, that tell two lists of examples apart. */
 
 import { part } from "./api.js";
-import { addFeature } from "./columns.js";
+import { NO_ROOM, openColumn } from "./columns.js";
 import { announce, field, figure, h, select } from "./dom.js";
-import { nameOf } from "./known.js";
-import { columnOf } from "./spec.js";
-import { addColumn, changed, openFeature, served } from "./state.js";
+import { resultRow } from "./feature.js";
+import { served } from "./state.js";
 
 const ARROW = "=>";
 const CONTRAST = "/v1/saes/{sae}/contrast";
@@ -56,10 +55,8 @@ export function contrast() {
 
 /** @param {string} title @param {string} sae @param {any[]} features */
 function side(title, sae, features) {
-  const rows = features.map((each) => h("li", { class: "result-row" },
-    h("button", { type: "button", class: "link name", on: { click: () => openFeature(sae, each.feature) } }, nameOf(each)),
-    h("span", { class: "id" }, `${each.feature} · ${figure(each.score)} · ${figure(each.mean_positive)} against ${figure(each.mean_negative)}`),
-    h("button", { type: "button", class: "small", "aria-label": `Add ${nameOf(each)}`, on: { click: () => { void addFeature(sae, each.feature); } } }, "Add")));
+  const rows = features.map((each) => resultRow(sae, each,
+    `${each.feature} · ${figure(each.score)} · ${figure(each.mean_positive)} against ${figure(each.mean_negative)}`));
   return h("section", {}, h("h4", {}, title), rows.length ? h("ul", { class: "plain" }, rows) : h("p", { class: "hint" }, "None."));
 }
 
@@ -98,9 +95,6 @@ function outcome({ steering, fit, held_out, kl, tried }) {
 /** @param {any} steering */
 function open(steering) {
   return h("button", { type: "button", class: "small", on: { click: () => {
-    const column = addColumn();
-    if (!column) return announce("Three columns are as many as there can be: remove one first.");
-    Object.assign(column, columnOf(steering));
-    changed("shape");
+    if (!openColumn(steering)) announce(NO_ROOM);
   } } }, "Open as a column");
 }

@@ -2,10 +2,11 @@
 /** Keeping a column: as a preset of the server, a file, a command line, a link. */
 
 import { json, key, call, part } from "./api.js";
+import { NO_ROOM, openColumn } from "./columns.js";
 import { announce, byId, fill, h } from "./dom.js";
 import { linkToSetup } from "./link.js";
-import { columnOf, steeringOf } from "./spec.js";
-import { addColumn, changed, changes, served, setup } from "./state.js";
+import { steeringOf } from "./spec.js";
+import { changes, served, setup } from "./state.js";
 import { curl, presetFile, python } from "./snippets.js";
 
 export function start() {
@@ -65,10 +66,8 @@ async function list() {
 /** @param {any} entry */
 function preset({ name, description, steering }) {
   const open = h("button", { type: "button", class: "small", "aria-label": `Open ${name} as a column`, on: { click: () => {
-    const column = addColumn();
-    if (!column) return say("Three columns are as many as there can be: remove one first.", true);
-    Object.assign(column, columnOf(steering));
-    changed("shape");
+    const column = openColumn(steering);
+    if (!column) return say(NO_ROOM, true);
     announce(`${name} opened as ${column.name}`);
   } } }, "Open");
   const drop = h("button", { type: "button", class: "small", "aria-label": `Delete ${name}`, on: { click: async () => {

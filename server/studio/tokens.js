@@ -1,7 +1,7 @@
 // @ts-check
 /** The strongest features of a token, shown where the pointer or the arrow keys are. */
 
-import { announce, byId, figure, fill, h } from "./dom.js";
+import { announce, byId, figure, fill, h, visible } from "./dom.js";
 import { known, nameOf, showName } from "./known.js";
 
 const SHOWN = 8;
@@ -102,7 +102,7 @@ function leave() {
 function show(token, acts) {
   clearTimeout(leaving);
   const sae = acts.sae();
-  const head = h("p", { class: "token-head" }, h("q", {}, visible(token.text)), h("span", { class: "id" }, `position ${token.position}`));
+  const head = h("p", { class: "token-head" }, h("q", {}, shown(token)), h("span", { class: "id" }, `position ${token.position}`));
   const strongest = token.features?.[0]?.[1] ?? 1;
   const rows = (token.features ?? []).slice(0, SHOWN).map(([feature, activation]) => {
     const name = h("button", { type: "button", class: "link", title: "Colour the tokens by it", on: { click: () => { hide(); acts.colour(sae, feature); } } });
@@ -131,13 +131,13 @@ function place(element, span) {
   element.style.top = `${top}px`;
 }
 
+/** Its text; pieces without any are tokens too. @param {Token} token */
+const shown = ({ text }) => visible(text) || "∅";
+
 /** Say a token and its strongest features. @param {Token} token @param {string} sae */
 async function tell(token, sae) {
   const features = (token.features ?? []).slice(0, 3);
   const named = await Promise.all(features.map(async ([feature, activation]) =>
     `${nameOf(await known(sae, feature).catch(() => ({ feature })))} ${figure(activation)}`));
-  announce(`${visible(token.text)}: ${named.join(", ") || "no features read"}`);
+  announce(`${shown(token)}: ${named.join(", ") || "no features read"}`);
 }
-
-/** @param {string} text a token whose spaces and line ends are to be seen */
-const visible = (text) => text.replace(/\n/g, "↵").replace(/^ /, "␣") || "∅";

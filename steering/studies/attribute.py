@@ -16,7 +16,7 @@ from steering.request.accepted import Accepted, accept
 from steering.request.limits import MAX_INTERVENTIONS, Match
 from steering.request.probe import EVERY_TOKEN, Pool
 from steering.request.shape_errors import shown
-from steering.studies.body import StudyBody, parse_body
+from steering.studies.body import StudyBody
 from steering.studies.group_search import Members, most_measurements, strongest
 from steering.studies.reading import Pooled, pooled
 from steering.studies.scoring import Scorer, Side
@@ -37,17 +37,11 @@ def _candidates(raw: Any) -> list[int] | int:
     return _LISTED.validate_python(raw) if isinstance(raw, list) else _NUMBER.validate_python(raw)
 
 
-class Body(StudyBody):
-    """The body of an attribution."""
+class Body(StudyBody, TextBody):
+    """The body of an attribution, which is a text itself."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringAttributionRequest")
 
-    messages: Annotated[list[dict[Any, Any]], Strict()] | None = Field(
-        default=None, description="A conversation, up to its answer. Either this or `prompt`."
-    )
-    prompt: StringOrIds | None = Field(
-        default=None, description="A text, or its token ids. Either this or `messages`."
-    )
     completion: StringOrIds | None = Field(default=None, description="What follows; required.")
     span: Annotated[list[StrictInt], Strict()] | None = Field(
         default=None,
@@ -145,18 +139,8 @@ class _Study:
         return found
 
 
-async def attribute(context: Context, sae: str, body: object) -> dict[str, Any]:
-    """POST /v1/saes/{sae}/attribute.
-
-    Args:
-        context: this study's own.
-        sae: name of a loaded SAE.
-        body: the JSON value of the body.
-
-    Raises:
-        SteeringError: with the code and the path of what is wrong.
-    """
-    asked = parse_body(Body, body)
+async def attribute(context: Context, sae: str, asked: Body) -> dict[str, Any]:
+    """POST /v1/saes/{sae}/attribute."""
     study = await _study(context, sae, asked)
     listed = await asyncio.to_thread(_listed, study, asked)
     number = asked.candidates if isinstance(asked.candidates, int) else NUM_CANDIDATES
@@ -164,7 +148,7 @@ async def attribute(context: Context, sae: str, body: object) -> dict[str, Any]:
     if asked.search == "groups":
         runs = most_measurements(runs)
     # Beside one for each candidate there are that of the text as it is, and one that reads it.
-    tokens = (runs + 2) * (len(study.text.prompt) + len(study.text.completion) - 1)
+    tokens = (runs + 2) * (study.text.length - 1)
     context.charge(tokens, None if asked.candidates is None else "candidates")
     context.progress.expect(2)
     (log_p,) = await study.log_probabilities([None])
@@ -222,8 +206,7 @@ async def _effects(
 async def _study(context: Context, sae: str, body: Body) -> _Study:
     if body.completion is None:
         raise SteeringError("invalid_value", "completion is required", "completion")
-    text = TextBody(messages=body.messages, prompt=body.prompt, completion=body.completion)
-    tokens = await context.tokens(text, "")
+    tokens = await context.tokens(body, "")
     length = len(tokens.completion)
     span = [0, length] if body.span is None else body.span
     if len(span) != 2 or not 0 <= span[0] < span[1] <= length:
@@ -257,18 +240,13 @@ def _listed(study: _Study, body: Body) -> list[int] | None:
     """The candidates that the body lists, each once; None if it lists none."""
     if not isinstance(body.candidates, list):
         return None
-    d_sae = study.context.catalog.card(study.sae).d_sae
-    for i, feature in enumerate(body.candidates):
-        path = f"candidates[{i}]"
-        if not 0 <= feature < d_sae:
-            raise SteeringError(
-                "feature_out_of_range", f"feature {shown(feature)} not in [0, {d_sae})", path
-            )
+    places = study.context.features(study.sae, body.candidates, "candidates")
+    for feature, path in places.items():
         try:
             study.ablation([feature])
         except SteeringError as error:
             raise SteeringError(error.code, error.message, path) from None
-    return list(dict.fromkeys(body.candidates))
+    return list(places)
 
 
 def _written(context: Context, sae: str, read: Pooled) -> dict[int, float]:

@@ -15,9 +15,15 @@ from steering.errors import BudgetNotMetError, SteeringError
 from steering.request.accepted import Accepted
 from steering.request.limits import FLOAT32_MAX, VALUE_LIMIT
 from steering.request.shape import Number, Shape
-from steering.studies.body import SteeringValue, StudyBody, parse_body
-from steering.studies.budget_search import HIGHEST, LOWEST, MAX_TRIES, BudgetSearch
-from steering.studies.neutral import neutral_texts
+from steering.studies.body import SteeringValue, StudyBody
+from steering.studies.budget_search import (
+    HIGHEST,
+    LEAST_SHARE,
+    LOWEST,
+    MAX_TRIES,
+    BudgetSearch,
+)
+from steering.studies.neutral import texts_of_budget
 from steering.studies.scoring import Comparison, Scorer, Side
 from steering.studies.study import Context
 from steering.studies.texts import Texts
@@ -94,22 +100,16 @@ class Cost:
     mean_share: float | None
 
 
-async def calibrate(context: Context, body: object) -> dict[str, Any]:
+async def calibrate(context: Context, asked: Body) -> dict[str, Any]:
     """POST /v1/steering/calibrate.
 
-    Args:
-        context: this study's own.
-        body: the JSON value of the body.
-
     Raises:
-        SteeringError: with the code and the path of what is wrong; ``budget_not_met``, with the
-            curve, if no multiplier that was tried meets the budget.
+        BudgetNotMetError: with the curve, if no multiplier that was tried meets the budget.
     """
-    asked = parse_body(Body, body)
     accepted = await context.accept(asked.steering, "steering", report=True)
     lowest, highest = multipliers(accepted)
-    texts = await _texts(context, asked)
-    length = sum(len(text.prompt) + len(text.completion) for text in texts)
+    texts = await texts_of_budget(context, asked.texts, "texts")
+    length = sum(text.length for text in texts)
     # Each try needs both sides.
     context.charge(2 * MAX_TRIES * length, None if asked.texts is None else "texts")
     metric, value = "kl", DEFAULT_BUDGET
@@ -127,7 +127,8 @@ async def calibrate(context: Context, body: object) -> dict[str, Any]:
     if search.found is None:
         raise BudgetNotMetError(
             f"none of {len(points)} multipliers from {lowest:.4g} to {highest:.4g} costs between "
-            f"{0.9 * value:.4g} and {value:.4g} nats of {metric}: state another budget or edit",
+            f"{LEAST_SHARE * value:.4g} and {value:.4g} nats of {metric}: state another budget or "
+            "edit",
             "budget",
             points,
         )
@@ -208,18 +209,6 @@ async def cost(context: Context, texts: Sequence[Text], accepted: Accepted) -> C
         float(np.concatenate(rise).mean()),
         share / edited if edited else None,
     )
-
-
-async def _texts(context: Context, body: Body) -> list[Text]:
-    if body.texts is None:
-        return await neutral_texts(context)
-    texts = [await context.tokens(text, f"texts[{i}]") for i, text in enumerate(body.texts)]
-    for i, text in enumerate(texts):
-        if len(text.prompt) == 1 and not text.completion:
-            raise SteeringError(
-                "invalid_value", "a text of one token has nothing to score", f"texts[{i}]"
-            )
-    return texts
 
 
 def _point(multiplier: float, cost: Cost) -> dict[str, Any]:

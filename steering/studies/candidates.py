@@ -9,22 +9,21 @@ from itertools import chain, zip_longest
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from sae.arrays import DoubleArray
 from sae.discovery import strongest
 from steering.errors import SteeringError
 from steering.request.accepted import Accepted, accept
 from steering.request.probe import COMPLETION_TOKENS, EVERY_TOKEN, Pool
 from steering.studies.contrast import Contrasted, contrasted
 from steering.studies.halves import Half, log_odds
-from steering.studies.reading import Pooled, pooled
+from steering.studies.reading import Pooled, mean_where_it_fires, pooled
 from steering.studies.study import Context
 from steering.vllm.reader import Text
 
 #: Features whose ablation is tried: those that write most over the texts.
 NUM_ATTRIBUTED: Final = 16
 
-Float64Array = npt.NDArray[np.float64]
 #: One intervention of a `steering` object.
 Intervention = dict[str, Any]
 
@@ -96,7 +95,7 @@ def _parting(
     score = figures.auroc - 0.5 if more else 0.5 - figures.auroc
     score = np.where(score > 0, score, np.nan)
     side = read.positive if more else read.negative
-    activation = _activation(side)
+    activation = mean_where_it_fires(side)
     for feature in strongest(score, written, number).tolist():
         if activation[feature] > 0:
             yield _Pull(feature, more, float(activation[feature]))
@@ -109,7 +108,7 @@ async def _carrying(context: Context, sae: str, half: Half, number: int) -> list
     read = await pooled(context.reader, context.catalog, entering, pool, done=context.progress.step)
     edits = await asyncio.to_thread(_ablations, context, sae, read, number)
     before, *after = await log_odds(context, half, [None, *edits.values()])
-    activation = _activation(read)
+    activation = mean_where_it_fires(read)
     effects = {
         feature: before - odds for feature, odds in zip(edits, after, strict=True) if odds != before
     }
@@ -139,17 +138,7 @@ def _ablations(
     return found
 
 
-def _activation(read: Sequence[Pooled]) -> Float64Array:
-    """``[d_sae]`` mean activation over the tokens where a feature fires, 0 where it never does."""
-    total, count = np.zeros(read[0].d_sae), np.zeros(read[0].d_sae)
-    for one in read:
-        total += one.dense(one.firing)
-        count += one.dense(one.count)
-    mean: Float64Array = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
-    return mean
-
-
-def _norms(context: Context, sae: str) -> Float64Array:
+def _norms(context: Context, sae: str) -> DoubleArray:
     """``[d_sae]`` norms of what one unit of each feature writes."""
     opened = context.catalog.sae(sae)
     norms = np.empty(opened.card.d_sae, dtype=np.float64)

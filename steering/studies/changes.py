@@ -9,17 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from sae.arrays import DoubleArray
 from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
 from steering.request.probe import COMPLETION_TOKENS, KeepStream, Tokens
 from steering.request.spec import SteeringSpec
 from steering.studies.kept_runs import UNSTEERED, Held, KeptRun, in_groups
 from steering.studies.study import Reader
-from steering.vllm.reader import Run, Text
-
-DoubleArray = npt.NDArray[np.float64]
+from steering.vllm.reader import Text
 
 #: Tokens that one call of the workers compares: served traffic waits behind it.
 MAX_CALL_TOKENS: Final = 2**10
@@ -229,16 +227,9 @@ class _StreamRun(KeptRun):
     saes: tuple[str, ...] = ()
     tokens: Tokens = ()
 
-    def run(self, reader: Reader) -> Run:
+    def carried(self) -> Accepted:
         probes = tuple(KeepStream(sae, self.tokens, self.key) for sae in self.saes)
-        run = Run.of(
-            self.text,
-            replace(self.accepted or UNSTEERED, probes=probes),
-            last_enters=self.last_enters,
-            # A block that another engine computed would come without its stream.
-            salt=self.key if reader.external_blocks else None,
-        )
-        return replace(run, engine=self.engine if reader.engines > 1 else None)
+        return replace(self.accepted or UNSTEERED, probes=probes)
 
     @property
     def kept(self) -> int:
@@ -269,7 +260,7 @@ class _Text:
                 side.text,
                 side.accepted,
                 start=0,
-                rows=len(saes) * (len(side.text.prompt) + len(side.text.completion)),
+                rows=len(saes) * side.text.length,
                 last_enters=last_enters,
                 engine=engine,
                 saes=saes,

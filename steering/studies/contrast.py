@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, Strict, StrictInt
 
-from sae.arrays import FloatArray
+from sae.arrays import BoolArray, DoubleArray, FloatArray
 from sae.discovery import Contrast as Figures
 from sae.discovery import contrast as compared
 from sae.discovery import strongest
 from sae.features import FeatureTable
+from sae.numbers import finite
 from steering.errors import SteeringError
 from steering.request.probe import (
     COMPLETION_TOKENS,
@@ -26,8 +25,8 @@ from steering.request.probe import (
     Pooling,
 )
 from steering.request.shape import Number
-from steering.studies.body import StudyBody, parse_body
-from steering.studies.reading import Pooled, pooled
+from steering.studies.body import StudyBody
+from steering.studies.reading import Pooled, mean_where_it_fires, pooled
 from steering.studies.study import Context
 from steering.studies.texts import TextBody, Texts
 from steering.vllm.reader import Text
@@ -41,7 +40,6 @@ _TOKENS: Final = {"completion": COMPLETION_TOKENS, "prompt": PROMPT_TOKENS, "all
 #: A score above it is of the positive texts, one below it of the negative ones.
 _NEUTRAL: Final[dict[str, float]] = {"auroc": 0.5, "difference": 0.0, "d": 0.0}
 
-Float64Array = npt.NDArray[np.float64]
 _Density = Annotated[list[Annotated[Number, Field(ge=0, le=1)]], Strict(), Field(max_length=2)]
 
 
@@ -115,23 +113,13 @@ class Contrasted:
     negative: Sequence[Pooled]
 
 
-async def contrast(context: Context, sae: str, body: object) -> dict[str, Any]:
-    """POST /v1/saes/{sae}/contrast.
-
-    Args:
-        context: this study's own.
-        sae: name of a loaded SAE.
-        body: the JSON value of the body.
-
-    Raises:
-        SteeringError: with the code and the path of what is wrong.
-    """
-    asked = parse_body(Body, body)
+async def contrast(context: Context, sae: str, asked: Body) -> dict[str, Any]:
+    """POST /v1/saes/{sae}/contrast."""
     bounds = _bounds(asked.density)
     texts = {name: getattr(asked, name) for name in ("positive", "negative")}
     over = asked.over or _default_over([*asked.positive, *asked.negative])
     made = {name: await texts_to_read(context, name, given, over) for name, given in texts.items()}
-    context.charge(sum(_length(text) for side in made.values() for text in side))
+    context.charge(sum(text.length for side in made.values() for text in side))
     context.progress.expect(sum(map(len, made.values())))
     pool = Pool(sae, _TOKENS[over], asked.pool or "mean")
     paths = [f"{name}[{i}]" for name, side in made.items() for i in range(len(side))]
@@ -223,10 +211,6 @@ def _takes_part(context: Context, text: Text, over: Over) -> bool:
     return any(token not in special for token in ids[max(start, 1) : end])
 
 
-def _length(text: Text) -> int:
-    return len(text.prompt) + len(text.completion)
-
-
 def _bounds(density: Sequence[float] | None) -> tuple[float, float] | None:
     if density is None:
         return None
@@ -255,24 +239,24 @@ def _answer(
         ranked = sign * (score - _NEUTRAL[by])
         ranked[excluded | ~(ranked > 0)] = np.nan
         best = strongest(ranked, found.figures.difference, top_k)
-        values = _mean_where_it_fires(read, best)
+        values = mean_where_it_fires(read)[best]
         sides[name] = [
-            _feature(found.figures, table, by, feature, value)
-            for feature, value in zip(best.tolist(), values, strict=True)
+            _feature(found.figures, table, by, feature, finite(value))
+            for feature, value in zip(best.tolist(), values.tolist(), strict=True)
         ]
     return sides
 
 
-def _score(figures: Figures, by: By) -> Float64Array:
+def _score(figures: Figures, by: By) -> DoubleArray:
     """``[d_sae]``, NaN for a feature that has none, as d where the deviations are 0."""
-    score: Float64Array = getattr(figures, by).copy()
+    score: DoubleArray = getattr(figures, by).copy()
     score[~np.isfinite(score)] = np.nan
     return score
 
 
 def _excluded(
     found: Contrasted, table: FeatureTable, bounds: tuple[float, float] | None
-) -> npt.NDArray[np.bool_]:
+) -> BoolArray:
     """``[d_sae]`` which features are left out because of how often they fire."""
     d_sae = len(found.figures.auroc)
     if bounds is None:
@@ -286,29 +270,20 @@ def _excluded(
         recorded = table.density(feature)
         if recorded is not None:
             density[feature] = recorded
-    left_out: npt.NDArray[np.bool_] = ~((density >= bounds[0]) & (density <= bounds[1]))
+    left_out: BoolArray = ~((density >= bounds[0]) & (density <= bounds[1]))
     return left_out
-
-
-def _mean_where_it_fires(read: Sequence[Pooled], features: npt.NDArray[Any]) -> list[float | None]:
-    total, count = np.zeros(len(features)), np.zeros(len(features), dtype=np.int64)
-    for one in read:
-        total += one.dense(one.firing)[features]
-        count += one.dense(one.count)[features]
-    return [float(t / n) if n else None for t, n in zip(total, count, strict=True)]
 
 
 def _feature(
     figures: Figures, table: FeatureTable, by: By, feature: int, value: float | None
 ) -> dict[str, Any]:
-    d = float(figures.d[feature])
     return {
         "feature": feature,
         "label": table.label(feature),
         "score": float(_score(figures, by)[feature]),
         "auroc": float(figures.auroc[feature]),
         "difference": float(figures.difference[feature]),
-        "d": d if math.isfinite(d) else None,
+        "d": finite(float(figures.d[feature])),
         "mean_positive": float(figures.mean_first[feature]),
         "mean_negative": float(figures.mean_second[feature]),
         "suggested_value": value,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from sae.numbers import finite
-from steering.studies.body import parse_body
 from steering.studies.cases import Case, Configuration, cases_of, charge, configurations_of
 from steering.studies.changes import Steered, changes, covered_by
 from steering.studies.evaluate_body import DEFAULT_MAX_TOKENS, DEFAULT_TOP_K, Body
@@ -21,17 +20,8 @@ from steering.studies.study import Context
 from steering.vllm.reader import Run, Text
 
 
-async def evaluate(context: Context, body: object) -> dict[str, Any]:
-    """POST /v1/steering/evaluate.
-
-    Args:
-        context: this study's own.
-        body: the JSON value of the body.
-
-    Raises:
-        SteeringError: with the code and the path of what is wrong.
-    """
-    asked = parse_body(Body, body)
+async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
+    """POST /v1/steering/evaluate."""
     configurations = await configurations_of(context, asked)
     saes = await _saes(context, asked)
     max_tokens = asked.max_tokens or DEFAULT_MAX_TOKENS

@@ -16,7 +16,7 @@ from sae.solve import gain_matrix, written_rows
 from steering.request.catalog import Catalog
 from steering.request.edits import Edit
 from steering.request.spec import SteeringSpec
-from steering.studies.body import SteeringValue, StudyBody, parse_body
+from steering.studies.body import SteeringValue, StudyBody
 from steering.studies.study import Context
 
 #: Features shown that an edit moves and that no edit names.
@@ -68,14 +68,9 @@ class Answer(BaseModel):
     gains: list[ForecastGains]
 
 
-async def forecast(context: Context, body: object) -> dict[str, Any]:
-    """What the edits of `steering` do, from the weights of their SAEs.
-
-    Raises:
-        SteeringError: as a request with this `steering` would be refused.
-    """
-    parsed = parse_body(Body, body)
-    spec = (await context.accept(parsed.steering, "steering")).spec
+async def forecast(context: Context, asked: Body) -> dict[str, Any]:
+    """POST /v1/steering/forecast."""
+    spec = (await context.accept(asked.steering, "steering")).spec
     context.progress.expect(len(spec.saes))
     edits: dict[int, dict[str, Any]] = {}
     gains = []

@@ -33,7 +33,7 @@ class Half:
     @property
     def length(self) -> int:
         """Tokens of all of them."""
-        return sum(len(text.prompt) + len(text.completion) for text in self.texts)
+        return sum(text.length for text in self.texts)
 
     @classmethod
     def of(cls, positive: Sequence[Text], negative: Sequence[Text], first: int) -> Half:

@@ -54,17 +54,20 @@ class KeptRun:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     report: Report | None = None
 
-    def run(self, reader: Reader) -> Run:
-        """What the reader is to run."""
+    def carried(self) -> Accepted:
+        """How it is steered, with what the workers are to keep of it."""
         accepted = self.accepted
         if accepted is None or not (accepted.spec.edits or accepted.spec.read or accepted.probes):
             accepted = UNSTEERED
-        keep = Keep(self.key, self.start, self.start + self.rows)
+        return replace(accepted, keep=Keep(self.key, self.start, self.start + self.rows))
+
+    def run(self, reader: Reader) -> Run:
+        """What the reader is to run."""
         run = Run.of(
             self.text,
-            replace(accepted, keep=keep),
+            self.carried(),
             last_enters=self.last_enters,
-            # A block that another engine computed would come without hidden states.
+            # A block that another engine computed would come with nothing of it kept.
             salt=self.key if reader.external_blocks else None,
         )
         return replace(run, engine=self.engine if reader.engines > 1 else None)

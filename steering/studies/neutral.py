@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,30 @@ def neutral_passages() -> list[str]:
 async def neutral_texts(context: Context) -> list[Text]:
     """The passages' tokens; of one that a short context cannot hold, the beginning."""
     return [await _beginning(context, passage) for passage in neutral_passages()]
+
+
+async def texts_of_budget(
+    context: Context, given: Sequence[TextBody] | None, path: str
+) -> list[Text]:
+    """The texts on which the cost of an edit is measured: those of the body, or the passages.
+
+    Args:
+        context: the study's.
+        given: the body's; None if it has none.
+        path: of their list in the body.
+
+    Raises:
+        SteeringError: as `Context.tokens`; ``invalid_value`` for a text with nothing to score.
+    """
+    if given is None:
+        return await neutral_texts(context)
+    texts = [await context.tokens(text, f"{path}[{i}]") for i, text in enumerate(given)]
+    for i, text in enumerate(texts):
+        if text.length == 1:
+            raise SteeringError(
+                "invalid_value", "a text of one token has nothing to score", f"{path}[{i}]"
+            )
+    return texts
 
 
 async def _beginning(context: Context, passage: str) -> Text:

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictInt, StrictStr
 
 from sae.numbers import finite
 from steering.errors import SteeringError
-from steering.request.shape_errors import shown
-from steering.studies.body import StudyBody, parse_body
+from steering.studies.body import StudyBody
 from steering.studies.rank_edits import EditBody, RankEdit, accept_each, covering
 from steering.studies.scoring import Figures, Scorer, Side
 from steering.studies.study import Context
@@ -78,18 +77,8 @@ class Answer(BaseModel):
     features: list[RankedFeature]
 
 
-async def rank(context: Context, sae: str, body: object) -> dict[str, Any]:
-    """POST /v1/saes/{sae}/rank.
-
-    Args:
-        context: this study's own.
-        sae: name of a loaded SAE.
-        body: the JSON value of the body.
-
-    Raises:
-        SteeringError: with the code and the path of what is wrong.
-    """
-    asked = parse_body(Body, body)
+async def rank(context: Context, sae: str, asked: Body) -> dict[str, Any]:
+    """POST /v1/saes/{sae}/rank."""
     edit, by = RankEdit.of(asked.edit, last=asked.at == "last"), asked.by or "kl"
     targets = await _targets(context, asked, by)
     paths = _features(context, sae, asked, edit)
@@ -166,17 +155,7 @@ def _features(context: Context, sae: str, body: Body, edit: RankEdit) -> dict[in
                 "features",
             )
         return dict.fromkeys(labelled, "features")
-    d_sae = context.catalog.card(sae).d_sae
-    paths: dict[int, str] = {}
-    for i, feature in enumerate(body.features):
-        if not 0 <= feature < d_sae:
-            raise SteeringError(
-                "feature_out_of_range",
-                f"feature {shown(feature)} not in [0, {d_sae})",
-                f"features[{i}]",
-            )
-        paths.setdefault(feature, f"features[{i}]")
-    return paths
+    return context.features(sae, body.features, "features")
 
 
 async def _promoted(

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sae.arrays import FloatArray, IntArray
+from sae.arrays import DoubleArray, FloatArray, IntArray
 from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
 from steering.request.probe import Pool
 from steering.studies.kept_runs import UNSTEERED
 from steering.studies.study import Reader
 from steering.vllm.reader import Run, Text
-
-DoubleArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -121,3 +119,19 @@ async def pooled(
         figures = one.report.probed[0] if one.report.probed else None
         found.append(Pooled.of(figures, pool, d_sae))
     return found
+
+
+def mean_where_it_fires(read: Sequence[Pooled]) -> DoubleArray:
+    """``[d_sae]`` mean activation over the tokens of texts where a feature fires.
+
+    NaN for a feature that never does.
+
+    Args:
+        read: of at least one text.
+    """
+    total, count = np.zeros(read[0].d_sae), np.zeros(read[0].d_sae)
+    for one in read:
+        total += one.dense(one.firing)
+        count += one.dense(one.count)
+    mean: DoubleArray = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    return mean

@@ -2,9 +2,10 @@
 
 A study is a module of this folder by its name, with
 
-- a function of the same name: `async (context, body)`, or `async (context, sae, body)` for a study
-  of one SAE, which takes the JSON value of the body, validates all of it before anything runs, and
-  returns the JSON object of the answer;
+- a function of the same name: `async (context, asked)`, or `async (context, sae, asked)` for a
+  study of one loaded SAE. `context` is this study's own, `asked` its `Body`; before anything runs
+  it checks what is not a matter of shape, and raises SteeringError with the code and the path of
+  what is wrong. It returns the JSON object of the answer;
 - `Body`, the strict model of the body, a `StudyBody`;
 - `Answer`, a pydantic model that describes the answer and is never filled.
 """
@@ -12,13 +13,15 @@ A study is a module of this folder by its name, with
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from pydantic import BaseModel
 
-from steering.studies.body import StudyBody
+from steering.studies.body import StudyBody, parse_body
 from steering.studies.study import Context
 
 
@@ -40,6 +43,11 @@ class Study:
     def of_sae(self) -> bool:
         """Whether it is a study of one SAE, which its route names."""
         return "{sae}" in self.route
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Of the paths that are its route's; in one of an SAE, the group `sae` is its name."""
+        return re.compile(re.escape(self.route).replace(re.escape("{sae}"), "(?P<sae>.+)"))
 
     @property
     def body(self) -> type[StudyBody]:
@@ -64,10 +72,11 @@ class Study:
         Raises:
             SteeringError: with the code and the path of what is wrong.
         """
+        asked = parse_body(self.body, body)
         function: Callable[..., Awaitable[dict[str, Any]]] = getattr(self._module(), self.name)
         if not self.of_sae:
-            return await function(context, body)
-        return await function(context, sae, body)
+            return await function(context, asked)
+        return await function(context, sae, asked)
 
     def _module(self) -> Any:
         return importlib.import_module(f"steering.studies.{self.name}")

@@ -92,12 +92,11 @@ class Context:
         check_text(text, path)
         prompt = await self._prompt(text, path, answered)
         made = Text(tuple(prompt), tuple(await self._completion(text, path)))
-        length = len(made.prompt) + len(made.completion)
-        if length + room > self.vocabulary.max_model_len:
+        if made.length + room > self.vocabulary.max_model_len:
             beside = f", and {room} beside them," if room else ""
             raise SteeringError(
                 "invalid_value",
-                f"{length} tokens{beside} are more than the model's context of "
+                f"{made.length} tokens{beside} are more than the model's context of "
                 f"{self.vocabulary.max_model_len}",
                 path or None,
             )
@@ -178,7 +177,7 @@ class Context:
 
         Args:
             name: as it came.
-            path: of the object in the body.
+            path: of the object in the body, "" for the body itself.
 
         Raises:
             SteeringError: ``unknown_sae``, or ``sae_required`` if several are loaded.
@@ -189,8 +188,31 @@ class Context:
         if name not in loaded:
             code: ErrorCode = "sae_required" if name is None else "unknown_sae"
             said = "name one" if name is None else f"no SAE {shown(name)} is loaded"
-            raise SteeringError(code, f"{said}; there are {', '.join(loaded)}", f"{path}.sae")
+            where = within(path, "sae")
+            raise SteeringError(code, f"{said}; there are {', '.join(loaded)}", where)
         return name
+
+    def features(self, sae: str, listed: Sequence[int], path: str) -> dict[int, str]:
+        """The distinct features that a list of the body names, and where in it each stands first.
+
+        Args:
+            sae: the name of their SAE.
+            listed: as they came.
+            path: of the list in the body.
+
+        Raises:
+            SteeringError: ``feature_out_of_range``.
+        """
+        d_sae = self.catalog.card(sae).d_sae
+        places: dict[int, str] = {}
+        for i, feature in enumerate(listed):
+            place = f"{path}[{i}]"
+            if not 0 <= feature < d_sae:
+                raise SteeringError(
+                    "feature_out_of_range", f"feature {shown(feature)} not in [0, {d_sae})", place
+                )
+            places.setdefault(feature, place)
+        return places
 
     def charge(self, tokens: int, param: str | None = None) -> None:
         """Reckon with so many further tokens through the model; all of them before anything runs.

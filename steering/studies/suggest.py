@@ -19,14 +19,14 @@ from pydantic import (
 from steering.errors import SteeringError
 from steering.request.accepted import accept
 from steering.request.shape import Number
-from steering.studies.body import StudyBody, parse_body
+from steering.studies.body import StudyBody
 from steering.studies.budget_search import MAX_TRIES as ALL_TRIES
 from steering.studies.calibrate import DEFAULT_BUDGET, BudgetBody
 from steering.studies.candidates import NUM_ATTRIBUTED, Intervention, candidates
 from steering.studies.contrast import texts_to_read
 from steering.studies.edit_search import MAX_FITS, MAX_TRIES, WEAKER, EditSearch, Priced
 from steering.studies.halves import Half, log_odds
-from steering.studies.neutral import neutral_texts
+from steering.studies.neutral import texts_of_budget
 from steering.studies.study import Context
 from steering.studies.texts import Texts
 from steering.vllm.reader import Text
@@ -40,14 +40,18 @@ FEWEST: Final = 2
 #: Tokens of the neutral texts that are enough to compare edits by; the best is measured on all.
 ENOUGH_NEUTRAL: Final = 384
 
-_KL: Final = TypeAdapter(Annotated[Number, Field(gt=0)])
+_KL = Annotated[Number, Field(gt=0)]
+_KL_ADAPTER: Final = TypeAdapter(_KL)
 
 
 def _budget(raw: Any) -> BudgetBody:
     """A number stands for the KL itself."""
     if isinstance(raw, int | float) and not isinstance(raw, bool):
-        return BudgetBody(value=_KL.validate_python(raw))
+        return BudgetBody(value=_KL_ADAPTER.validate_python(raw))
     return BudgetBody.model_validate(raw)
+
+
+_Budget = Annotated[BudgetBody, PlainValidator(_budget, json_schema_input_type=BudgetBody | _KL)]
 
 
 class Body(StudyBody):
@@ -60,9 +64,7 @@ class Body(StudyBody):
     sae: StrictStr | None = Field(
         default=None, description="Of whose features; may be left out when one SAE is loaded."
     )
-    budget: (
-        Annotated[BudgetBody, PlainValidator(_budget, json_schema_input_type=BudgetBody)] | None
-    ) = Field(
+    budget: _Budget | None = Field(
         default=None,
         description="What the edit may cost on the neutral texts: a metric, which is kl, and a "
         f"value (default {DEFAULT_BUDGET}), or that value alone.",
@@ -145,18 +147,9 @@ class _Plan:
         return reads + rounds(self.first) + more + last + weaker + 2 * self.held_out.length
 
 
-async def suggest(context: Context, body: object) -> dict[str, Any]:
-    """POST /v1/steering/suggest.
-
-    Args:
-        context: this study's own.
-        body: the JSON value of the body.
-
-    Raises:
-        SteeringError: with the code and the path of what is wrong.
-    """
-    asked = parse_body(Body, body)
-    sae = _sae(context, asked.sae)
+async def suggest(context: Context, asked: Body) -> dict[str, Any]:
+    """POST /v1/steering/suggest."""
+    sae = context.sae(asked.sae, "")
     plan = await _plan(context, asked)
     (before,) = await log_odds(context, plan.fit, [None])
     found = await candidates(context, sae, plan.fit, plan.paths, plan.first, plan.attributed)
@@ -214,21 +207,6 @@ def _shares_a_feature(one: Priced, other: Priced) -> bool:
     return any(edit["feature"] in features for edit in _edits(one))
 
 
-def _sae(context: Context, name: str | None) -> str:
-    names = context.catalog.names
-    if name is None and len(names) > 1:
-        raise SteeringError(
-            "sae_required", f"{len(names)} SAEs are loaded, name one: {', '.join(names)}", "sae"
-        )
-    if name is None:
-        return names[0]
-    if name not in names:
-        raise SteeringError(
-            "unknown_sae", f"no SAE {name[:80]!r} is loaded, only {', '.join(names)}", "sae"
-        )
-    return name
-
-
 async def _plan(context: Context, body: Body) -> _Plan:
     """What is tried: as much as the limit of tokens allows. Raises SteeringError if too little."""
     sides = {}
@@ -239,15 +217,7 @@ async def _plan(context: Context, body: Body) -> _Plan:
                 "invalid_value", f"{name} needs at least 2 texts: one half is held out", name
             )
         sides[name] = await texts_to_read(context, name, given, "completion")
-    if body.neutral is None:
-        neutral = await neutral_texts(context)
-    else:
-        neutral = [await context.tokens(t, f"neutral[{i}]") for i, t in enumerate(body.neutral)]
-        for i, text in enumerate(neutral):
-            if len(text.prompt) == 1 and not text.completion:
-                raise SteeringError(
-                    "invalid_value", "a text of one token has nothing to score", f"neutral[{i}]"
-                )
+    neutral = await texts_of_budget(context, body.neutral, "neutral")
     fit, held_out = (Half.of(sides["positive"], sides["negative"], first) for first in (0, 1))
     paths = [f"{name}[{i}]" for name, side in sides.items() for i in range(0, len(side), 2)]
     max_edits = body.max_edits or DEFAULT_MAX_EDITS
@@ -283,4 +253,4 @@ def _sample(neutral: Sequence[Text]) -> list[Text]:
 
 
 def _length(texts: Sequence[Text]) -> int:
-    return sum(len(text.prompt) + len(text.completion) for text in texts)
+    return sum(text.length for text in texts)

@@ -38,6 +38,11 @@ class Text:
     prompt: tuple[int, ...]
     completion: tuple[int, ...] = ()
 
+    @property
+    def length(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.completion)
+
 
 @dataclass(frozen=True)
 class Run:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from steering.studies.contrast import contrast
+from steering.studies.registry import STUDIES
 from steering.studies.study import Context
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import IN_FLIGHT, OfflineReader, Run, Text
@@ -46,7 +46,7 @@ def contrasted(engine: Engine, asked: Mapping[str, Any]) -> Timed:
     """One contrast, from the body to the answer."""
     context = context_of(engine)
     started = perf_counter()
-    asyncio.run(contrast(context, SAE_NAME, dict(asked)))
+    asyncio.run(STUDIES["contrast"].run(context, asked, SAE_NAME))
     return Timed(perf_counter() - started)
 
 

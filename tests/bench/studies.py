@@ -18,7 +18,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
-from steering.studies.evaluate import evaluate
+from steering.studies.registry import STUDIES
 from steering.studies.study import Context
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader, Run, Text
@@ -81,7 +81,7 @@ def timed(engine: Engine, asked: Mapping[str, Any]) -> Timed:
     catalog = catalog_for(llm.llm_engine.vllm_config)
     context = Context(catalog, OfflineReader(llm), OfflineVocabulary(llm))
     started = perf_counter()
-    asyncio.run(evaluate(context, dict(asked)))
+    asyncio.run(STUDIES["evaluate"].run(context, asked))
     return Timed(perf_counter() - started)
 
 

@@ -19,8 +19,7 @@ from typing import Any, Final
 import pytest
 
 from tests.demo_sae import ELVES, ELVES_MAX_ACTIVATION
-from tests.engine import server
-from tests.engine.server import MODEL, LiveServer
+from tests.engine.server import MODEL, LiveServer, serving
 
 #: An environment of Python's for each group of clients, and npm's packages.
 CLIENTS: Final = Path(os.environ.get("STEERING_CLIENTS", Path(sys.prefix) / "clients"))
@@ -163,12 +162,8 @@ def served(
     file = folder / "elvish.json"
     file.write_text(json.dumps({"interventions": [EDIT]}))
     flags = ("--no-steering-self-check", "--steering-preset", f"{PRESET}={file}")
-    running = server.start(demo_model, {"l14": demo_sae}, folder / "server.log", *flags)
-    try:
-        server.wait_until_ready(running)
+    with serving(demo_model, {"l14": demo_sae}, folder / "server.log", *flags) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture

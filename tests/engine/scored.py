@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,9 @@ from steering.request.accepted import Accepted, accept
 from steering.studies.scoring import Comparison, Figures, Scorer, Side
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader
-from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine
+from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, tiny_engine
 from tests.engine.reference import ReferenceModel, ReferenceSAE
+from tests.models import make_tiny_model
 
 #: In nats; transformers and vLLM round differently.
 TOLERANCE = 3e-5
@@ -72,3 +74,13 @@ class Scored:
     def held(self) -> int:
         """What the worker keeps."""
         return len(self.engine.state.captures)
+
+
+@contextmanager
+def scored_engine(folder: Path, **engine_args: Any) -> Iterator[Scored]:
+    """A tiny Llama with `SAES`, shut down at the end."""
+    engine = tiny_engine(make_tiny_model(folder / "llama", "llama"), folder, SAES, **engine_args)
+    try:
+        yield Scored(engine)
+    finally:
+        engine.shut_down()

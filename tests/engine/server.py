@@ -146,7 +146,14 @@ def live_server(
     for name, how in TINY_SAES.items():
         saes[name] = make_tiny_sae(folder / name, d_in=D_IN, d_sae=TINY_D_SAE, **how)
     # Exact answers are compared, and a check beside one would change its batch.
-    server = start(demo_model, saes, folder / "server.log", "--no-steering-self-check")
+    with serving(demo_model, saes, folder / "server.log", "--no-steering-self-check") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving(model: Path, saes: Mapping[str, Path], log: Path, *flags: str) -> Iterator[LiveServer]:
+    """A server, see `start`, once it answers; stopped at the end."""
+    server = start(model, saes, log, *flags)
     try:
         wait_until_ready(server)
         yield server

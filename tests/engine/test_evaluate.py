@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steering.studies.evaluate import evaluate
 from steering.studies.progress import Progress
+from steering.studies.registry import STUDIES
 from steering.studies.study import Context
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader
 from steering.vllm.vocabulary import OfflineVocabulary
-from tests.engine.engine import tiny_engine
 from tests.engine.outputs import tokens
-from tests.engine.scored import SAES, TOLERANCE, Scored
-from tests.models import make_tiny_model
+from tests.engine.scored import TOLERANCE, Scored, scored_engine
 
 PAIR: dict[str, Any] = {
     "interventions": [
@@ -40,10 +38,8 @@ SYSTEM = "The assistant answers it."
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scored]:
-    folder = tmp_path_factory.mktemp("evaluate")
-    engine = tiny_engine(make_tiny_model(folder / "llama", "llama"), folder, SAES)
-    yield Scored(engine)
-    engine.shut_down()
+    with scored_engine(tmp_path_factory.mktemp("evaluate")) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +57,7 @@ def context(scored: Scored, told: list[tuple[int, int]] | None = None) -> Contex
 
 
 def evaluated(scored: Scored, body: Mapping[str, Any], **known: Any) -> dict[str, Any]:
-    return asyncio.run(evaluate(context(scored, **known), dict(body)))
+    return asyncio.run(STUDIES["evaluate"].run(context(scored, **known), body))
 
 
 def ids_of(scored: Scored, text: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -14,8 +14,7 @@ import pytest
 from openai import OpenAI
 
 from tests.demo_sae import ELVES
-from tests.engine import server
-from tests.engine.server import MODEL, LiveServer
+from tests.engine.server import MODEL, LiveServer, serving
 
 # The first test to ask waits for the server.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -52,12 +51,8 @@ def served(
         *("--steering-preset", f"elvish={file}", "--steering-presets", str(kept)),
         *("--steering-default", "elvish"),
     )
-    running = server.start(demo_model, {"l14": demo_sae}, folder / "server.log", *flags)
-    try:
-        server.wait_until_ready(running)
+    with serving(demo_model, {"l14": demo_sae}, folder / "server.log", *flags) as running:
         yield running
-    finally:
-        running.stop()
 
 
 def answer(served: LiveServer, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from steering.studies import scoring
 from steering.studies.scoring import Comparison, Figures, Side
-from tests.engine.engine import tiny_engine
 from tests.engine.outputs import tokens
-from tests.engine.scored import SAES, TOLERANCE, WATCHED, Scored
-from tests.models import make_tiny_model
+from tests.engine.scored import TOLERANCE, WATCHED, Scored, scored_engine
 
 FIELDS: tuple[dict[str, Any], ...] = (
     {"interventions": [{"sae": "a", "feature": 3, "op": "clamp", "value": 6}]},
@@ -74,10 +72,8 @@ def agrees(figures: Figures, before: Tensor, after: Tensor, ids: Sequence[int]) 
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scored]:
     """Prompts come in chunks of 24 tokens, so that no text is computed in one pass."""
     folder = tmp_path_factory.mktemp("scoring")
-    model = make_tiny_model(folder / "llama", "llama")
-    engine = tiny_engine(model, folder, SAES, max_num_batched_tokens=24, max_num_seqs=8)
-    yield Scored(engine)
-    engine.shut_down()
+    with scored_engine(folder, max_num_batched_tokens=24, max_num_seqs=8) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

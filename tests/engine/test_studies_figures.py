@@ -16,11 +16,9 @@ from torch import Tensor
 
 from steering.errors import BudgetNotMetError, SteeringError
 from steering.request.catalog import Catalog
-from steering.studies.attribute import attribute
-from steering.studies.calibrate import calibrate
 from steering.studies.neutral import neutral_texts
 from steering.studies.progress import Progress
-from steering.studies.rank import rank
+from steering.studies.registry import STUDIES
 from steering.studies.study import Context
 from steering.unembedding import open_unembedding
 from steering.vllm.door import catalog_for
@@ -73,13 +71,13 @@ class Studied:
         )
 
     def rank(self, body: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
-        return asyncio.run(rank(self.context(**settings), "a", dict(body)))
+        return asyncio.run(STUDIES["rank"].run(self.context(**settings), body, "a"))
 
     def attribute(self, body: Mapping[str, Any], sae: str = "a") -> dict[str, Any]:
-        return asyncio.run(attribute(self.context(), sae, dict(body)))
+        return asyncio.run(STUDIES["attribute"].run(self.context(), body, sae))
 
     def calibrate(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        return asyncio.run(calibrate(self.context(), dict(body)))
+        return asyncio.run(STUDIES["calibrate"].run(self.context(), body))
 
     def log_probs(
         self,

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from tests.engine.server import D_IN, LiveServer, start, wait_until_ready
+from tests.engine.server import D_IN, LiveServer, serving
 from tests.models import make_tiny_sae
 
 if TYPE_CHECKING:
@@ -54,18 +54,11 @@ def server(
         "description": HOSTILE,
     }
     (presets / "quiet.json").write_text(json.dumps(preset))
-    started = start(
-        demo_model,
-        {"l14": demo_sae, "hostile": hostile},
-        folder / "server.log",
-        *("--no-steering-self-check", "--api-key", KEY, "--steering-presets", str(presets)),
-    )
-    started.client.headers["Authorization"] = f"Bearer {KEY}"
-    try:
-        wait_until_ready(started)
+    saes = {"l14": demo_sae, "hostile": hostile}
+    flags = ("--no-steering-self-check", "--api-key", KEY, "--steering-presets", str(presets))
+    with serving(demo_model, saes, folder / "server.log", *flags) as started:
+        started.client.headers["Authorization"] = f"Bearer {KEY}"
         yield started
-    finally:
-        started.stop()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.server import LiveServer
 from tests.studio.conftest import Heard, OpenStudio
+from tests.studio.page import EDIT
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 # The first test waits for the server, too.
 pytestmark = pytest.mark.timeout(700)
 
-EDIT: Final = {"sae": "l14", "feature": 2417, "op": "clamp", "value": 1, "unit": "max_act"}
 WANTED: Final = "Your hobby? => I sing in a band.\nAnd then? => I went to a concert."
 UNWANTED: Final = "Your hobby? => I read books.\nAnd then? => I went to the shop."
 EVALUATE: Final = "/v1/steering/evaluate"
