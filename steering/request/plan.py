@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from steering.request.keep import Keep
@@ -151,7 +152,7 @@ class SteeringPlan:
     keep: Keep | None = None
     probes: tuple[PlannedProbe, ...] = ()
 
-    @property
+    @cached_property
     def edit_rows(self) -> tuple[RowKey, ...]:
         """The row of each edit at the first hook point where it is added, and read with."""
         with_sae: dict[int, list[int]] = {}
@@ -164,12 +165,12 @@ class SteeringPlan:
             for edit in self.edits
         )
 
-    @property
+    @cached_property
     def gate_rows(self) -> tuple[RowKey, ...]:
         """The row of each gate."""
         return tuple(RowKey(gate.sae, gate.latent) for gate in self.gates)
 
-    @property
+    @cached_property
     def rows(self) -> frozenset[RowKey]:
         """All rows that the device must hold for this request."""
         return frozenset(
@@ -182,6 +183,12 @@ class SteeringPlan:
                 ),
             ]
         )
+
+    @cached_property
+    def saes(self) -> frozenset[int]:
+        """All SAEs that have something to do with this request's tokens."""
+        found = {entry.sae for entry in (*self.edits, *self.gates, *self.probes)}
+        return frozenset(found if self.read is None else found | {self.read.sae})
 
     def encoded(self, exact_from_row: Callable[[int], bool]) -> frozenset[int]:
         """The SAEs that must encode this request's tokens in full.

@@ -28,6 +28,7 @@ class ReportedTokens:
         self._f, self._share = f, share
         self._record_np = np.full(num_slots, _NOBODY, dtype=np.int64)
         self._width_np = np.zeros(num_slots, dtype=np.int64)
+        self._reporting: set[int] = set()
         # Slots by token of the last pass, with what was worked out for them.
         self._laid_out: tuple[IntArray, Tensor, IntArray, int] | None = None
 
@@ -36,10 +37,14 @@ class ReportedTokens:
         self._laid_out = None
         self._record_np[slot] = _NOBODY if record is None else record.number
         self._width_np[slot] = 0 if record is None else len(record.plan.edits)
+        if self._width_np[slot]:
+            self._reporting.add(slot)
+        else:
+            self._reporting.discard(slot)
 
     def collect(self, step: Step, reports: PassReports) -> None:
         """After a pass: start copying what was found on its tokens."""
-        if not self._width_np[step.slots_np].any():
+        if not self._reporting or not self._width_np[step.slots_np].any():
             return
         if self._laid_out is None or self._laid_out[0] is not step.token_slot_np:
             of_token = self._record_np[step.token_slot_np]  # NO_SLOT takes the last slot's

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from sae.arrays import IntArray
 from sae.card import KINDS_THAT_DECODE
 from sae.sae import SAE
 from steering.request.limits import MAX_TOP_K
 from steering.request.plan import PlannedEdit, PlannedGate, RowKey, SteeringPlan
 from steering.worker import full_path
 from steering.worker.batch_parts import BatchParts, SlotWork
-from steering.worker.ops.buffers import BoundKernel, Buffers
+from steering.worker.ops.buffers import BoundKernel, Buffers, OnStream
 from steering.worker.pass_reports import PassReports
 from steering.worker.probes import strongest
 from steering.worker.record import RequestRecord
 from steering.worker.residency import Residency
 from steering.worker.step import Step
 from steering.worker.whole_outputs import WholeOutputs
+
+#: Parts of the kernel, in order; None where the pass, or every pass, runs in torch.
+_Launches: TypeAlias = tuple[OnStream, ...] | None
 
 
 class SharedHeads(Protocol):
@@ -71,9 +75,8 @@ class Site:
     heads: SharedHeads | None = None
     work: dict[int, SlotWork] = field(default_factory=dict)
     _full_slots: set[int] = field(default_factory=set)
-    _gated_slots: set[int] = field(default_factory=set)
-    _reading_slots: set[int] = field(default_factory=set)
     _parts: BatchParts = field(init=False)
+    _chosen: tuple[IntArray, _Launches] | None = None
 
     def __post_init__(self) -> None:
         self._parts = BatchParts(self.saes, self.buffers, self.work)
@@ -105,7 +108,7 @@ class Site:
             full: the SAEs, here or elsewhere, that must encode its tokens in full.
             record: what its activations are recorded in, if they are.
         """
-        self.clear_slot(slot, rewritten=True)
+        self.clear_slot(slot)
         buffers, edit_rows, gate_rows = self.buffers, plan.edit_rows, plan.gate_rows
         edits = [(i, plan.edits[i]) for i in self.edits_of(plan)]
         elsewhere = [
@@ -114,6 +117,13 @@ class Site:
             if edit.sae in self.saes and not self.saes[edit.sae].card.one_place
         ]
         gates = [(i, gate) for i, gate in enumerate(plan.gates) if gate.sae in self.saes]
+        work = self._work(plan, edits, elsewhere, gates, full, record)
+        if not (work.edits or work.elsewhere or work.gates or work.in_torch):
+            return
+        self._forget_passes()
+        self.work[slot] = work
+        if work.in_torch:
+            self._full_slots.add(slot)
         carried = [i for i, edit in edits if not self.written[edit.sae].card.one_place]
         buffers.table.write(
             slot,
@@ -124,15 +134,6 @@ class Site:
         )
         buffers.reads.write(slot, elsewhere, [row_of[edit_rows[i]] for i, _ in elsewhere])
         buffers.gates.write(slot, gates, [row_of[gate_rows[i]] for i, _ in gates])
-        work = self._work(plan, edits, elsewhere, gates, full, record)
-        if work.edits or work.elsewhere or work.gates or work.in_torch:
-            self.work[slot] = work
-        if work.in_torch:
-            self._full_slots.add(slot)
-        if gates:
-            self._gated_slots.add(slot)
-        if elsewhere:
-            self._reading_slots.add(slot)
 
     def _write_of(self, sae: int) -> int:
         """Which of the SAE's writes this hook point is."""
@@ -178,27 +179,25 @@ class Site:
             probes=[(i, probe) for i, probe in enumerate(plan.probes) if probe.sae in self.saes],
         )
 
-    def clear_slot(self, slot: int, *, rewritten: bool = False) -> None:
-        """Empty a slot whose request left the batch.
-
-        Args:
-            slot: the slot to empty.
-            rewritten: its entries in the tables are written over in any case.
-        """
-        self._parts.forget()
-        if not rewritten:
-            self.buffers.table.write(slot, [], [])
-            self.buffers.reads.write(slot, [], [])
-            self.buffers.gates.write(slot, [], [])
-        self.work.pop(slot, None)
+    def clear_slot(self, slot: int) -> None:
+        """Empty a slot whose request left the batch."""
+        if self.work.pop(slot, None) is None:
+            return
+        self._forget_passes()
+        self.buffers.table.write(slot, [], [])
+        self.buffers.reads.write(slot, [], [])
+        self.buffers.gates.write(slot, [], [])
         self._full_slots.discard(slot)
-        self._gated_slots.discard(slot)
-        self._reading_slots.discard(slot)
+
+    def _forget_passes(self) -> None:
+        """What was worked out for the last pass holds no more."""
+        self._parts.forget()
+        self._chosen = None
 
     def encode_no_more(self, slot: int) -> None:
         """None of the slot's tokens needs a full encode from here on."""
         if slot in self._full_slots:
-            self._parts.forget()
+            self._forget_passes()
             self._full_slots.discard(slot)
             self.work[slot] = replace(
                 self.work[slot],
@@ -229,7 +228,7 @@ class Site:
         """
         if self.heads is not None:
             assert residual is None, self.hook
-            if not (self.graphs or _any_of(self.work.keys(), step)):
+            if not self.works(step):
                 return  # the same on all ranks
             whole = self.heads.gathered(hidden_states)
             self._apply(whole, None, step)
@@ -238,7 +237,8 @@ class Site:
             self._apply(hidden_states, residual, step)
 
     def _apply(self, hidden_states: Tensor, residual: Tensor | None, step: Step) -> None:
-        if self.kernel is None or (step.active and self.runs_in_torch(step.slots_np)):
+        launches = self._launches(step)
+        if launches is None:
             for part in self._parts.of(step):
                 full_path.apply(
                     hidden_states,
@@ -250,13 +250,43 @@ class Site:
                     self.outputs,
                 )
             return
-        # What no SAE that is served could ever ask for is not launched, in graphs either.
-        if self.saes and (self.graphs or _any_of(self._gated_slots, step)):
-            self.kernel.read_gates(hidden_states, residual)
-        if self.reads_for_elsewhere and (self.graphs or _any_of(self._reading_slots, step)):
-            self.kernel.read_edits(hidden_states, residual)
-        if self.written:
-            self.kernel.steer(hidden_states, residual)
+        for launch in launches:
+            launch(hidden_states, residual)
+
+    def works(self, step: Step) -> bool:
+        """Whether anything is read or written here in a pass; always where graphs hold the op."""
+        launches = self._launches(step)
+        if launches is None:
+            return any(int(slot) in self.work for slot in step.slots_np)
+        return bool(launches)
+
+    def _launches(self, step: Step) -> _Launches:
+        """What of the kernel a pass needs, made once for as long as its batch stays."""
+        if not step.active:
+            return self._of_kernel(None)
+        if self._chosen is None or self._chosen[0] is not step.slots_np:
+            in_torch = self.runs_in_torch(step.slots_np)
+            self._chosen = step.slots_np, None if in_torch else self._of_kernel(step.slots_np)
+        return self._chosen[1]
+
+    def _of_kernel(self, slots_np: IntArray | None) -> _Launches:
+        """Its parts that some slot has entries for; all of them in graphs, or for no slots.
+
+        What no SAE that is served could ever ask for is not launched, in graphs either.
+        """
+        if self.kernel is None:
+            return None
+        buffers, every = self.buffers, self.graphs or slots_np is None
+        parts = (
+            (bool(self.saes), buffers.gates.count_np, self.kernel.read_gates),
+            (self.reads_for_elsewhere, buffers.reads.count_np, self.kernel.read_edits),
+            (bool(self.written), buffers.table.count_np, self.kernel.steer),
+        )
+        return tuple(
+            launch
+            for served, count_np, launch in parts
+            if served and (every or count_np[slots_np].any())
+        )
 
     @cached_property
     def reads_for_elsewhere(self) -> bool:
@@ -284,17 +314,8 @@ class Site:
 
     def compile_kernel(self, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Run all of the kernel on a stream in which no token has a slot."""
-        if self.kernel is not None:
-            self.kernel.read_gates(hidden_states, residual)
-            if self.reads_for_elsewhere:
-                self.kernel.read_edits(hidden_states, residual)
-            if self.written:
-                self.kernel.steer(hidden_states, residual)
-
-
-def _any_of(slots: Collection[int], step: Step) -> bool:
-    """Whether one of the slots has tokens in the pass."""
-    return bool(slots) and any(int(slot) in slots for slot in step.slots_np)
+        for launch in self._of_kernel(None) or ():
+            launch(hidden_states, residual)
 
 
 def _decodes_elsewhere(sae: SAE) -> bool:

@@ -64,6 +64,7 @@ class GatedSlots:
     def __init__(self, num_slots: int, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._gated_np = np.zeros(num_slots, dtype=np.bool_)
+        self._gated: set[int] = set()
         self._stop_np = np.zeros((num_slots, MAX_GATES), dtype=np.bool_)
         self._req_id: dict[int, str] = {}
         self.in_pass = False
@@ -76,6 +77,10 @@ class GatedSlots:
         """Rewrite a slot; no gates empty it."""
         self._laid_out = None
         self._gated_np[slot] = bool(gates)
+        if gates:
+            self._gated.add(slot)
+        else:
+            self._gated.discard(slot)
         self._stop_np[slot] = False
         for i, gate in enumerate(gates):
             self._stop_np[slot, i] = gate.scope == SCOPE_STOP
@@ -83,7 +88,9 @@ class GatedSlots:
 
     def begin(self, step: Step, state: GateState) -> None:
         """A pass is laid out: have what it finds anew forgotten."""
-        self.in_pass = step.active and bool(self._gated_np[step.slots_np].any())
+        self.in_pass = (
+            step.active and bool(self._gated) and bool(self._gated_np[step.slots_np].any())
+        )
         self._stopping = None
         if not self.in_pass:
             return

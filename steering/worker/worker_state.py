@@ -139,6 +139,15 @@ class SteeringState:
             for column, point in enumerate(owned)
         }
         self._owned_saes = {i for site in self.hooks.values() for i in site.saes}
+        # Hook points where an SAE is read, or its edits are added.
+        self._hooks_of: dict[int, set[str]] = {
+            i: {hook for hook, site in self.hooks.items() if i in site.saes or i in site.written}
+            for i in by_index
+        }
+        # Those at which something is done: in the batch as it was laid out last, with its slots,
+        # and in the pass under way.
+        self._laid_out: tuple[IntArray, frozenset[str]] | None = None
+        self._at_work: frozenset[str] = frozenset()
         self.probes = StudyProbes(residency, self._owned_saes, device)
         self._running: dict[str, RunningRequest] = {}
         self._full = FullRequests()
@@ -230,8 +239,9 @@ class SteeringState:
         self._gate_state.write(slot, plan.gates, self._paused_gates.pop(req_id, None))
         self._gated.write(slot, req_id, plan.gates)
         full = plan.encoded(self._exact_from_row)
-        for site in self.hooks.values():
-            site.set_slot(slot, plan, row_of, full, record)
+        for hook in self._hooks(plan):
+            self.hooks[hook].set_slot(slot, plan, row_of, full, record)
+        self._laid_out = None
         if full or plan.kept_streams:
             until = plan.encoded_until(self._exact_from_row)
             self._full.add(req_id, plan.prompt_len, until)
@@ -263,8 +273,9 @@ class SteeringState:
             return
         self._full.remove(req_id)
         self._internal -= request.plan.internal
-        for site in self.hooks.values():
-            site.clear_slot(request.slot)
+        for hook in self._hooks(request.plan):
+            self.hooks[hook].clear_slot(request.slot)
+        self._laid_out = None
         self._reported.write(request.slot, None)
         self._gated.write(request.slot, req_id, ())
         self.rows.release(self._rows_of(request.plan))
@@ -297,6 +308,16 @@ class SteeringState:
         self.reports.settle()
         self.step.begin([self.slot_of(req_id) for req_id in req_ids], query_start_loc)
         self._gated.begin(self.step, self._gate_state)
+        self._at_work = self._working()
+
+    def _working(self) -> frozenset[str]:
+        """The hook points at which something is done in the pass that is laid out."""
+        if not self.step.active:
+            return frozenset()
+        if self._laid_out is None or self._laid_out[0] is not self.step.slots_np:
+            hooks = frozenset(hook for hook, site in self.hooks.items() if site.works(self.step))
+            self._laid_out = self.step.slots_np, hooks
+        return self._laid_out[1]
 
     def end_step(self) -> None:
         """The forward pass is over."""
@@ -304,9 +325,12 @@ class SteeringState:
         if self.step.active:
             self._reported.collect(self.step, self.reports)
         for req_id in self._full.end():
-            for site in self.hooks.values():
-                site.encode_no_more(self._running[req_id].slot)
+            request = self._running[req_id]
+            for hook in self._hooks(request.plan):
+                self.hooks[hook].encode_no_more(request.slot)
+            self._laid_out = None
         self._outputs.forget()
+        self._at_work = frozenset()
         # A replay for nobody would have events at positions of the last pass.
         self.step.end(wipe=self._always_launch and self._gated.in_pass)
 
@@ -325,7 +349,7 @@ class SteeringState:
 
     def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Edit the pass's tokens at one hook point, in place; called by the registered op."""
-        if not (self.step.active or self._always_launch):
+        if hook not in self._at_work and not self._always_launch:
             return
         started = time.perf_counter()
         if hidden_states.dim() != 2:  # some layers carry a batch axis of one
@@ -418,6 +442,10 @@ class SteeringState:
             sorted({i for of_hook in columns.values() for i in of_hook}),
             [(hook, column) for column, (hook, of_hook) in enumerate(columns.items()) if of_hook],
         )
+
+    def _hooks(self, plan: SteeringPlan) -> set[str]:
+        """The hook points that a request may have something to do with."""
+        return set[str]().union(*(self._hooks_of[sae] for sae in plan.saes))
 
     def _rows_of(self, plan: SteeringPlan) -> list[RowKey]:
         """The rows that this worker needs of a plan."""

@@ -7,16 +7,15 @@ from typing import Any, Final
 import numpy as np
 
 from steering.worker.ops.buffers import Buffers, OnStream
+from steering.worker.ops.cpu_launch import Kernels, launcher
 from steering.worker.ops.cpu_parts import (
     BLOCK,
     LOAD,
     ZERO,
-    Kernels,
     activation,
     compiled,
     encode,
     input_normed,
-    launcher,
     moments,
     rows_array,
     square,

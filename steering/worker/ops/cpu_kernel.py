@@ -13,12 +13,12 @@ import torch
 
 from steering.worker.ops import cpu_gates, cpu_reads
 from steering.worker.ops.buffers import BoundKernel, Buffers, OnStream
+from steering.worker.ops.cpu_launch import Kernels, launcher
 from steering.worker.ops.cpu_parts import (
     BLOCK,
     LOAD,
     STORE,
     ZERO,
-    Kernels,
     activation,
     add,
     applied,
@@ -27,7 +27,6 @@ from steering.worker.ops.cpu_parts import (
     covers,
     decode,
     encode,
-    launcher,
     moments,
     needed_coverage,
     output_scale,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import llvmlite.binding.ffi
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from steering.worker.ops.buffers import Buffers, OnStream
+from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.layout import (
     COVERS_GENERATION,
     COVERS_PROMPT,
@@ -221,9 +221,6 @@ def covers(edit, needed, position):  # type: ignore[no-untyped-def]
     return edit[E_COVERAGE] & needed == needed and edit[E_START] <= position < edit[E_END]
 
 
-#: By dtype of the hidden states and of the residual; each is compiled when it is first called.
-Kernels: TypeAlias = dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]
-
 #: By dtype of the stream.
 LOAD: Final = {torch.float32: load_float32, torch.bfloat16: load_bfloat16}
 STORE: Final = {torch.float32: store_float32, torch.bfloat16: store_bfloat16}
@@ -240,18 +237,6 @@ def stream_reader(load: Any, load_residual: Any) -> Any:
             add(other, x)
 
     return read_stream
-
-
-def storage(stream: Tensor) -> Any:
-    """``[(n - 1) * stride + d_in]``: a stream from its first element to its last."""
-    if stream.is_contiguous():
-        flat = stream.view(-1)
-    else:
-        assert stream.stride(1) == 1, stream.stride()
-        n, d_in = stream.shape
-        flat = stream.as_strided(((n - 1) * stream.stride(0) + d_in,), (1,))
-    # NumPy has no name for bfloat16, hence its bits.
-    return (flat if stream.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
 
 
 def rows_array(matrix: Tensor) -> Any:
@@ -280,27 +265,3 @@ def token_arrays(buffers: Buffers) -> tuple[Any, ...]:
         buffers.is_special.numpy(),
         buffers.slots.prompt_len.numpy(),
     )
-
-
-def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:
-    """A kernel as what takes a stream.
-
-    Args:
-        kernels: by dtype of the hidden states and of the residual.
-        arrays: what it takes behind the stream; taken apart once, not in every pass.
-    """
-
-    def launch(hidden_states: Tensor, residual: Tensor | None) -> None:
-        num_tokens, d_in = hidden_states.shape
-        if not num_tokens:
-            return
-        dtype = hidden_states.dtype
-        hidden = storage(hidden_states)
-        if residual is None:
-            kernel, other, stride = kernels[dtype, dtype], hidden[:0], 0
-        else:
-            kernel = kernels[dtype, residual.dtype]
-            other, stride = storage(residual), residual.stride(0)
-        kernel(hidden, hidden_states.stride(0), other, stride, num_tokens, d_in, *arrays)
-
-    return launch

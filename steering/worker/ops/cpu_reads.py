@@ -7,11 +7,11 @@ from typing import Any, Final
 import numpy as np
 
 from steering.worker.ops.buffers import Buffers, OnStream
+from steering.worker.ops.cpu_launch import Kernels, launcher
 from steering.worker.ops.cpu_parts import (
     BLOCK,
     LOAD,
     ZERO,
-    Kernels,
     activation,
     applied,
     carried_array,
@@ -19,7 +19,6 @@ from steering.worker.ops.cpu_parts import (
     covers,
     encode,
     input_normed,
-    launcher,
     moments,
     needed_coverage,
     output_scale,

@@ -1,0 +1,144 @@
+"""A compiled loop over tokens as what takes a stream, at the least cost a call.
+
+Between two hook points a layer's weights go through the caches, so that whatever a call touches
+comes from memory: some twenty arrays, each an object of several cache lines that Numba takes apart
+anew, cost more than eight edits of 32 tokens. So what stays where it is is put down once, in the
+form that compiled code has it in, and a call brings eight integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import numba
+import numpy as np
+import torch
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from steering.worker.ops.buffers import OnStream
+from steering.worker.ops.cpu_parts import compiled
+
+#: By dtype of the hidden states and of the residual; each is compiled when it is first called.
+Kernels: TypeAlias = dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]
+
+#: NumPy has no name for bfloat16, hence its bits.
+_STORED: Final = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+#: Of an array as compiled code has it: some pointers and sizes, and two for each dimension.
+_MOST_BYTES: Final = 128
+_ENTRY: Final = types.void(*(types.int64,) * 7)
+
+
+@intrinsic
+def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """An address as a pointer."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _put(typing_context, address, kept):  # type: ignore[no-untyped-def]
+    """Put a tuple down at an address."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where = builder.inttoptr(args[0], args[1].type.as_pointer())
+        builder.store(args[1], where, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, kept), generate
+
+
+def _taker(kept: Any) -> Any:
+    """What takes a tuple of this type from an address; nothing of it is counted as in use."""
+
+    @intrinsic
+    def take(typing_context, address):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            where = builder.inttoptr(args[0], context.get_value_type(kept).as_pointer())
+            taken = builder.load(where, align=1)
+            for i, member in enumerate(kept.types):
+                if isinstance(member, types.Array):
+                    array = context.make_array(member)(
+                        context, builder, builder.extract_value(taken, i)
+                    )
+                    # Whoever bound the kernel holds the memory.
+                    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+                    array.parent = cgutils.get_null_value(array.parent.type)
+                    taken = builder.insert_value(taken, array._getvalue(), i)
+            return taken
+
+        return kept(types.int64), generate
+
+    return take
+
+
+@numba.njit
+def _put_down(address, kept):  # type: ignore[no-untyped-def]
+    _put(address, kept)
+
+
+def _entry(kernel: Any, kept: Any, hidden_dtype: torch.dtype, residual_dtype: torch.dtype) -> Any:
+    """A kernel as a function of integers."""
+    stored, residual_stored = _STORED[hidden_dtype], _STORED[residual_dtype]
+    take = _taker(kept)
+
+    @compiled
+    def enter(  # type: ignore[no-untyped-def]
+        hidden_at, hidden_stride, residual_at, residual_stride, num_tokens, d_in, kept_at
+    ):  # fmt: skip
+        last = num_tokens - 1
+        hidden = carray(_pointer(hidden_at), (last * hidden_stride + d_in,), stored)
+        length = last * residual_stride + d_in if residual_at != 0 else 0
+        residual = carray(_pointer(residual_at), (length,), residual_stored)
+        kernel(hidden, hidden_stride, residual, residual_stride, num_tokens, d_in, *take(kept_at))
+
+    enter.compile(_ENTRY)
+    return enter.get_overload(_ENTRY)
+
+
+#: By kernel and by type of what it takes behind the stream: hook points share them.
+_entries: dict[tuple[Any, Any], Any] = {}
+
+
+def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:
+    """A kernel as what takes a stream.
+
+    Args:
+        kernels: by dtype of the hidden states and of the residual.
+        arrays: what it takes behind the stream; none of it moves.
+    """
+    kept = numba.typeof(arrays)
+    room = np.zeros(len(arrays) * _MOST_BYTES, dtype=np.uint8)
+    address = room.ctypes.data
+    _put_down(address, arrays)
+    found: dict[tuple[torch.dtype, torch.dtype], Any] = {}
+
+    def entry(hidden_dtype: torch.dtype, residual_dtype: torch.dtype) -> Any:
+        kernel = kernels[hidden_dtype, residual_dtype]
+        if (kernel, kept) not in _entries:
+            _entries[kernel, kept] = _entry(kernel, kept, hidden_dtype, residual_dtype)
+        found[hidden_dtype, residual_dtype] = _entries[kernel, kept]
+        return _entries[kernel, kept]
+
+    def launch(hidden_states: Tensor, residual: Tensor | None, held: Any = (arrays, room)) -> None:
+        num_tokens, d_in = hidden_states.shape
+        if not num_tokens:
+            return
+        dtype = other_dtype = hidden_states.dtype
+        stride, one = hidden_states.stride()
+        assert one == 1 or d_in == 1, hidden_states.stride()
+        other, other_stride = 0, 0
+        if residual is not None:
+            other_dtype, other = residual.dtype, residual.data_ptr()
+            other_stride, one = residual.stride()
+            assert one == 1 or d_in == 1, residual.stride()
+        enter = found.get((dtype, other_dtype)) or entry(dtype, other_dtype)
+        enter(hidden_states.data_ptr(), stride, other, other_stride, num_tokens, d_in, address)
+
+    return launch
