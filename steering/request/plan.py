@@ -116,6 +116,10 @@ class RowKey(NamedTuple):
     protected: tuple[tuple[int, int], ...] = ()
     write: int = 0
 
+    def of_write(self, write: int) -> RowKey:
+        """The same edit's row at another of the hook points where it is added."""
+        return RowKey(self.sae, self.latent, self.solved_with, self.protected, write)
+
 
 @dataclass(frozen=True)
 class SteeringPlan:
@@ -177,7 +181,7 @@ class SteeringPlan:
             [
                 *self.gate_rows,
                 *(
-                    row._replace(write=write)
+                    row.of_write(write)
                     for row, edit in zip(self.edit_rows, self.edits, strict=True)
                     for write in range(edit.writes)
                 ),

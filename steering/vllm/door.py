@@ -28,6 +28,10 @@ FIELD: Final = "steering"
 #: Key under which the workers and the scheduler find the plan.
 PLAN: Final = "steering_plan"
 
+#: The plans that were decoded last, by the identity of what they were decoded from.
+_decoded: Final[dict[int, tuple[Any, SteeringPlan]]] = {}
+_MOST_DECODED: Final = 512
+
 #: Activations, 5 bytes each, that a report of several choices may be of.
 MAX_REPORT_VALUES: Final = 2**25
 
@@ -267,7 +271,18 @@ def plan_of(params: Any) -> SteeringPlan | None:
     """The plan in a ``SamplingParams``, None for an unsteered request."""
     extra = params.extra_args if params is not None else None
     wire = extra.get(PLAN) if extra else None
-    return None if wire is None else SteeringPlan.from_wire(wire)
+    if wire is None:
+        return None
+    # Scheduler and worker ask several times about a request, and those of one process may share
+    # the answer: what a plan's rows are is worked out once.
+    known = _decoded.get(id(wire))
+    if known is not None and known[0] is wire:
+        return known[1]
+    plan = SteeringPlan.from_wire(wire)
+    _decoded[id(wire)] = wire, plan
+    if len(_decoded) > _MOST_DECODED:
+        _decoded.pop(next(iter(_decoded)), None)
+    return plan
 
 
 def result_key(accepted: Accepted, request_id: str) -> str:

@@ -64,18 +64,18 @@ class GateTable:
             gates: ``(index in the request, gate)`` of those that are read here.
             rows: their rows in the pool.
         """
+        if not (gates or self.count_np[slot]):
+            return
         ints = np.zeros((MAX_GATES, NUM_GATE_INTS), dtype=np.int32)
         threshold = np.zeros(MAX_GATES, dtype=np.float32)
         for i, ((index, gate), row) in enumerate(zip(gates, rows, strict=True)):
             ints[i, :3] = row, index, gate.scope
             threshold[i] = gate.threshold
-        had = self.count_np[slot]
         self.count_np[slot] = len(gates)
         self.ints_np[slot] = ints
-        if gates or had:
-            copy_to_device(self.ints[slot], torch.from_numpy(ints))
-            copy_to_device(self.threshold[slot], torch.from_numpy(threshold))
-            self.count[slot] = len(gates)
+        copy_to_device(self.ints[slot], torch.from_numpy(ints))
+        copy_to_device(self.threshold[slot], torch.from_numpy(threshold))
+        self.count[slot] = len(gates)
 
 
 class GateState:
@@ -94,6 +94,7 @@ class GateState:
         self.first_held = torch.full(shape, NEVER, dtype=torch.int32, device=device)
         self.events = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
         self._found_anew = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._written: set[int] = set()  # slots that had gates last
 
     def write(self, slot: int, gates: Sequence[PlannedGate], first_held: Tensor | None) -> None:
         """Rewrite a slot whole.
@@ -103,6 +104,12 @@ class GateState:
             gates: all of the request's.
             first_held: what `saved` gave when the request was preempted; None for a new one.
         """
+        if not gates and slot not in self._written:
+            return
+        if gates:
+            self._written.add(slot)
+        else:
+            self._written.discard(slot)
         kind = np.zeros(MAX_GATES, dtype=np.int32)
         for i, gate in enumerate(gates):
             kind[i] = gate.scope * KIND_SCOPE + gate.sense

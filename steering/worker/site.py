@@ -112,9 +112,7 @@ class Site:
         buffers, edit_rows, gate_rows = self.buffers, plan.edit_rows, plan.gate_rows
         edits = [(i, plan.edits[i]) for i in self.edits_of(plan)]
         elsewhere = [
-            (i, edit)
-            for i, edit in enumerate(plan.edits)
-            if edit.sae in self.saes and not self.saes[edit.sae].card.one_place
+            (i, edit) for i, edit in enumerate(plan.edits) if edit.sae in self._read_for_elsewhere
         ]
         gates = [(i, gate) for i, gate in enumerate(plan.gates) if gate.sae in self.saes]
         work = self._work(plan, edits, elsewhere, gates, full, record)
@@ -124,20 +122,30 @@ class Site:
         self.work[slot] = work
         if work.in_torch:
             self._full_slots.add(slot)
-        carried = [i for i, edit in edits if not self.written[edit.sae].card.one_place]
+        carried = {i for i, edit in edits if edit.sae in self._write_of}
         buffers.table.write(
             slot,
             edits,
-            [row_of[edit_rows[i]._replace(write=self._write_of(edit.sae))] for i, edit in edits],
+            [row_of[edit_rows[i].of_write(self._write_of.get(edit.sae, 0))] for i, edit in edits],
             reread=plan.reread,
             carried=carried,
         )
         buffers.reads.write(slot, elsewhere, [row_of[edit_rows[i]] for i, _ in elsewhere])
         buffers.gates.write(slot, gates, [row_of[gate_rows[i]] for i, _ in gates])
 
-    def _write_of(self, sae: int) -> int:
-        """Which of the SAE's writes this hook point is."""
-        return self.written[sae].card.writes.index(self.hook)
+    @cached_property
+    def _write_of(self) -> dict[int, int]:
+        """Which of its writes this hook point is, of each SAE that is read elsewhere."""
+        return {
+            index: sae.card.writes.index(self.hook)
+            for index, sae in self.written.items()
+            if not sae.card.one_place
+        }
+
+    @cached_property
+    def _read_for_elsewhere(self) -> frozenset[int]:
+        """The SAEs that read here and write elsewhere."""
+        return frozenset(index for index, sae in self.saes.items() if not sae.card.one_place)
 
     def _work(
         self,
@@ -279,7 +287,7 @@ class Site:
         buffers, every = self.buffers, self.graphs or slots_np is None
         parts = (
             (bool(self.saes), buffers.gates.count_np, self.kernel.read_gates),
-            (self.reads_for_elsewhere, buffers.reads.count_np, self.kernel.read_edits),
+            (bool(self._read_for_elsewhere), buffers.reads.count_np, self.kernel.read_edits),
             (bool(self.written), buffers.table.count_np, self.kernel.steer),
         )
         return tuple(
@@ -287,11 +295,6 @@ class Site:
             for served, count_np, launch in parts
             if served and (every or count_np[slots_np].any())
         )
-
-    @cached_property
-    def reads_for_elsewhere(self) -> bool:
-        """Whether some SAE reads here and writes elsewhere."""
-        return any(not sae.card.one_place for sae in self.saes.values())
 
     @torch.inference_mode()
     def rehearse(self, sae: int, hidden_states: Tensor) -> None:

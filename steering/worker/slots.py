@@ -76,6 +76,7 @@ class EditTable:
         self.value = torch.zeros(shape, dtype=torch.float32, device=device)
         self.count_np = np.zeros(num_slots, dtype=np.int32)
         self.ints_np = np.zeros((*shape, NUM_EDIT_INTS), dtype=np.int32)
+        self._value_np = np.zeros(shape, dtype=np.float32)
 
     def write(
         self,
@@ -95,22 +96,32 @@ class EditTable:
             reread: the rows are solved for what is read again.
             carried: indices of edits that were read at another hook point.
         """
-        ints = np.zeros((MAX_INTERVENTIONS, NUM_EDIT_INTS), dtype=np.int32)
-        value = np.zeros(MAX_INTERVENTIONS, dtype=np.float32)
+        n, had = len(edits), int(self.count_np[slot])
+        if not (n or had):
+            return
+        ints, value = self.ints_np[slot], self._value_np[slot]
         for i, ((index, edit), row) in enumerate(zip(edits, rows, strict=True)):
-            entry = ints[i]
-            entry[E_ROW], entry[E_OP], entry[E_COVERAGE] = row, edit.op, edit.coverage
-            entry[E_START], entry[E_END], entry[E_COLUMN] = edit.start, edit.end, index
-            entry[E_GATES] = edit.gates | (ANY_GATE if edit.any_gate else 0)
-            entry[E_FLAGS] = (REREAD if reread else 0) | (CARRIED if index in carried else 0)
+            ints[i] = entry_of(
+                row, edit, index, REREAD if reread else 0, CARRIED if index in carried else 0
+            )
             value[i] = edit.value
-        had = self.count_np[slot]
-        self.count_np[slot] = len(edits)
-        self.ints_np[slot] = ints
-        if edits or had:
-            copy_to_device(self.ints[slot], torch.from_numpy(ints))
-            copy_to_device(self.value[slot], torch.from_numpy(value))
-            self.count[slot] = len(edits)
+        # Nothing is left of a longer list, which covers no token then.
+        ints[n:had], value[n:had] = 0, 0
+        self.count_np[slot] = n
+        written = max(n, had)
+        copy_to_device(self.ints[slot, :written], torch.from_numpy(ints[:written]))
+        copy_to_device(self.value[slot, :written], torch.from_numpy(value[:written]))
+        self.count[slot] = n
+
+
+def entry_of(row: int, edit: PlannedEdit, index: int, *flags: int) -> list[int]:
+    """An edit's columns in the table."""
+    entry = [0] * NUM_EDIT_INTS
+    entry[E_ROW], entry[E_OP], entry[E_COVERAGE] = row, edit.op, edit.coverage
+    entry[E_START], entry[E_END], entry[E_COLUMN] = edit.start, edit.end, index
+    entry[E_GATES] = edit.gates | (ANY_GATE if edit.any_gate else 0)
+    entry[E_FLAGS] = sum(flags)
+    return entry
 
 
 class SlotAllocator:

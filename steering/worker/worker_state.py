@@ -22,6 +22,7 @@ from steering.request.plan import RowKey, SteeringPlan
 from steering.worker.captures import Captures
 from steering.worker.full_requests import FullRequests
 from steering.worker.gates import GateState, GateTable
+from steering.worker.hooks_at_work import HooksAtWork
 from steering.worker.ops.buffers import Buffers, InputNorm, Kernel
 from steering.worker.ops.layout import MAX_ENTRIES, NO_SLOT
 from steering.worker.pass_reports import PassReports
@@ -48,6 +49,7 @@ class RunningRequest(NamedTuple):
 
     plan: SteeringPlan
     slot: int
+    rows: list[RowKey]
 
 
 class SteeringState:
@@ -139,15 +141,7 @@ class SteeringState:
             for column, point in enumerate(owned)
         }
         self._owned_saes = {i for site in self.hooks.values() for i in site.saes}
-        # Hook points where an SAE is read, or its edits are added.
-        self._hooks_of: dict[int, set[str]] = {
-            i: {hook for hook, site in self.hooks.items() if i in site.saes or i in site.written}
-            for i in by_index
-        }
-        # Those at which something is done: in the batch as it was laid out last, with its slots,
-        # and in the pass under way.
-        self._laid_out: tuple[IntArray, frozenset[str]] | None = None
-        self._at_work: frozenset[str] = frozenset()
+        self._at_work = HooksAtWork(self.hooks)
         self.probes = StudyProbes(residency, self._owned_saes, device)
         self._running: dict[str, RunningRequest] = {}
         self._full = FullRequests()
@@ -228,7 +222,8 @@ class SteeringState:
         if plan.only_keeps:
             return
         slot = self.slots.take()
-        row_of = self.rows.acquire(self._rows_of(plan))
+        rows = self._rows_of(plan)
+        row_of = self.rows.acquire(rows)
         record = None
         if plan.wants_results and self._record:
             record = self.records.open(req_id, lambda: self._new_record(plan, child))
@@ -239,13 +234,13 @@ class SteeringState:
         self._gate_state.write(slot, plan.gates, self._paused_gates.pop(req_id, None))
         self._gated.write(slot, req_id, plan.gates)
         full = plan.encoded(self._exact_from_row)
-        for hook in self._hooks(plan):
-            self.hooks[hook].set_slot(slot, plan, row_of, full, record)
-        self._laid_out = None
+        for site in self._at_work.of(plan):
+            site.set_slot(slot, plan, row_of, full, record)
+        self._at_work.forget()
         if full or plan.kept_streams:
             until = plan.encoded_until(self._exact_from_row)
             self._full.add(req_id, plan.prompt_len, until)
-        self._running[req_id] = RunningRequest(plan, slot)
+        self._running[req_id] = RunningRequest(plan, slot, rows)
         self._internal += plan.internal
 
     def remove_request(self, req_id: str) -> None:
@@ -273,12 +268,12 @@ class SteeringState:
             return
         self._full.remove(req_id)
         self._internal -= request.plan.internal
-        for hook in self._hooks(request.plan):
-            self.hooks[hook].clear_slot(request.slot)
-        self._laid_out = None
+        for site in self._at_work.of(request.plan):
+            site.clear_slot(request.slot)
+        self._at_work.forget()
         self._reported.write(request.slot, None)
         self._gated.write(request.slot, req_id, ())
-        self.rows.release(self._rows_of(request.plan))
+        self.rows.release(request.rows)
         self.slots.give_back(request.slot)
 
     def slot_of(self, req_id: str) -> int:
@@ -308,16 +303,7 @@ class SteeringState:
         self.reports.settle()
         self.step.begin([self.slot_of(req_id) for req_id in req_ids], query_start_loc)
         self._gated.begin(self.step, self._gate_state)
-        self._at_work = self._working()
-
-    def _working(self) -> frozenset[str]:
-        """The hook points at which something is done in the pass that is laid out."""
-        if not self.step.active:
-            return frozenset()
-        if self._laid_out is None or self._laid_out[0] is not self.step.slots_np:
-            hooks = frozenset(hook for hook, site in self.hooks.items() if site.works(self.step))
-            self._laid_out = self.step.slots_np, hooks
-        return self._laid_out[1]
+        self._at_work.begin(self.step)
 
     def end_step(self) -> None:
         """The forward pass is over."""
@@ -326,11 +312,11 @@ class SteeringState:
             self._reported.collect(self.step, self.reports)
         for req_id in self._full.end():
             request = self._running[req_id]
-            for hook in self._hooks(request.plan):
-                self.hooks[hook].encode_no_more(request.slot)
-            self._laid_out = None
+            for site in self._at_work.of(request.plan):
+                site.encode_no_more(request.slot)
+            self._at_work.forget()
         self._outputs.forget()
-        self._at_work = frozenset()
+        self._at_work.end()
         # A replay for nobody would have events at positions of the last pass.
         self.step.end(wipe=self._always_launch and self._gated.in_pass)
 
@@ -349,7 +335,7 @@ class SteeringState:
 
     def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Edit the pass's tokens at one hook point, in place; called by the registered op."""
-        if hook not in self._at_work and not self._always_launch:
+        if hook not in self._at_work.in_pass and not self._always_launch:
             return
         started = time.perf_counter()
         if hidden_states.dim() != 2:  # some layers carry a batch axis of one
@@ -442,10 +428,6 @@ class SteeringState:
             sorted({i for of_hook in columns.values() for i in of_hook}),
             [(hook, column) for column, (hook, of_hook) in enumerate(columns.items()) if of_hook],
         )
-
-    def _hooks(self, plan: SteeringPlan) -> set[str]:
-        """The hook points that a request may have something to do with."""
-        return set[str]().union(*(self._hooks_of[sae] for sae in plan.saes))
 
     def _rows_of(self, plan: SteeringPlan) -> list[RowKey]:
         """The rows that this worker needs of a plan."""

@@ -167,7 +167,7 @@ class Case:
             evict: what goes through the caches before.
         """
         if self.fresh:
-            self.site.clear_slot(len(self.slots))  # an empty one; what was laid out is forgotten
+            self.step.end(wipe=True)  # what was laid out is forgotten
         # Edits of edits would grow until every token is a sink, and nothing more is edited.
         if evict is not None:
             evict.add_(1)

@@ -337,3 +337,36 @@ def test_error_term_false_replaces_only_what_an_edit_touches_in_one_decode(
         wanted = decode(saes[0], f, x)
         torch.testing.assert_close(hidden[2:4], wanted[2:4], rtol=1e-4, atol=1e-4)
         assert torch.equal(hidden[[0, 1, 4, 5]], x[[0, 1, 4, 5]])
+
+
+def test_a_slot_that_another_request_took_over_is_edited_at_its_own_hook_points(
+    worker: TinyWorker, saes: list[SAE]
+) -> None:
+    # The batch looks the same to the layout: one slot, as many tokens.
+    given = streams(0)
+    for key, sae in (("a", 0), ("b", 1), ("c", 0)):
+        [latent] = saes[sae].encode(given[sae][2:3]).argmax(dim=-1).tolist()
+        edit = replace(CLAMP, sae=sae, latent=latent)
+        worker.state.add_request(key, plan(f"k{key}", edits=(edit,)))
+        [made] = worker.forward([(key, 2, 3)], {key: given})
+        for i in range(2):
+            assert torch.equal(made[i], given[i][2:3]) == (i != sae)
+        worker.state.remove_request(key)
+
+
+def test_hook_points_where_a_batch_has_nothing_to_do_are_not_gone_into(
+    worker: TinyWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visited = []
+    for hook, site in worker.state.hooks.items():
+        monkeypatch.setattr(site, "apply", lambda *_, hook=hook: visited.append(hook))
+    given = {"a": streams(0), "b": streams(1)}
+    worker.forward([("b", 0, 2)], given)
+    assert visited == []
+    worker.state.add_request("a", plan())
+    worker.forward([("a", 0, 2), ("b", 2, 4)], given)
+    worker.forward([("b", 4, 5)], given)
+    assert visited == worker.hooks[:1]
+    worker.state.add_request("b", plan("kb", read=READ))
+    worker.forward([("b", 5, 6)], given)
+    assert visited == [worker.hooks[0], *worker.hooks]

@@ -70,32 +70,35 @@ _BFLOAT16_NAN = np.uint16(0x7FC0)
 
 @compiled
 def load_float32(source, start, x):  # type: ignore[no-untyped-def]
+    # An index that may be negative, as `start + i` may to the compiler, keeps a loop from vectors.
+    row = source[start : start + x.shape[0]]
     for i in range(x.shape[0]):
-        x[i] = source[start + i]
+        x[i] = row[i]
 
 
 @compiled
 def store_float32(target, start, y):  # type: ignore[no-untyped-def]
+    row = target[start : start + y.shape[0]]
     for i in range(y.shape[0]):
-        target[start + i] = y[i]
+        row[i] = y[i]
 
 
 @compiled
 def load_bfloat16(source, start, x):  # type: ignore[no-untyped-def]
     """A bfloat16 is the upper half of a float32."""
-    bits = x.view(np.uint32)
+    bits, row = x.view(np.uint32), source[start : start + x.shape[0]]
     for i in range(bits.shape[0]):
-        bits[i] = np.uint32(source[start + i]) << _SIXTEEN
+        bits[i] = np.uint32(row[i]) << _SIXTEEN
 
 
 @compiled
 def store_bfloat16(target, start, y):  # type: ignore[no-untyped-def]
     """Round to the nearest, ties to even, as torch does."""
-    bits = y.view(np.uint32)
+    bits, row = y.view(np.uint32), target[start : start + y.shape[0]]
     for i in range(bits.shape[0]):
         rounded = bits[i] + _HALF + ((bits[i] >> _SIXTEEN) & np.uint32(1))
         upper = np.uint16(rounded >> _SIXTEEN)
-        target[start + i] = upper if y[i] == y[i] else _BFLOAT16_NAN
+        row[i] = upper if y[i] == y[i] else _BFLOAT16_NAN
 
 
 @compiled
