@@ -84,7 +84,9 @@ class Inspection:
                 raise SteeringError("invalid_value", f"{key} is empty: nothing to read", key)
         top_k = _typed(body, "top_k", int, "an integer", DEFAULT_TOP_K)
         if not 1 <= top_k <= MAX_TOP_K:
-            raise SteeringError("invalid_value", f"top_k not in [1, {MAX_TOP_K}]", "top_k")
+            raise SteeringError(
+                "invalid_value", f"top_k {str(top_k)[:40]} not in [1, {MAX_TOP_K}]", "top_k"
+            )
         aggregate = _typed(body, "aggregate", str, "a string", AGGREGATES[0])
         if aggregate not in AGGREGATES:
             raise SteeringError(

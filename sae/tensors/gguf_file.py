@@ -77,7 +77,7 @@ class GGUFFile(TensorFile):
         )
         for name, place in self._places.items():
             if self._end(place) > self.nbytes:
-                raise SAEError(f"{path}: truncated: {name} ends behind the end of the file")
+                raise SAEError(f"{path}: truncated: {name} ends past the end of the file")
 
     def tensor(self, name: str) -> Tensor:
         place = self._places[name]

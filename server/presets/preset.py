@@ -66,7 +66,8 @@ def check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name in (".", ".."):
         raise SteeringError(
             "invalid_value",
-            f"a preset's name is 1 to 64 of A-Za-z0-9._- and not . or .., got {name[:80]!r}",
+            "a preset's name is 1 to 64 characters of A-Za-z0-9._- and not . or .., "
+            f"got {name[:80]!r}",
             "name",
         )
 

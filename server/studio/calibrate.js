@@ -1,10 +1,10 @@
 // @ts-check
 /** How strong an edit may be: the dose at which the model moves as far as a budget allows. */
 
+import { budgetTexts } from "./budget.js";
 import { curve } from "./charts.js";
 import { markRefusal } from "./columns.js";
 import { field, figure, h, percent, select } from "./dom.js";
-import { textOfRequest } from "./run.js";
 import { columnOf, steeringOf } from "./spec.js";
 import { changed, served, setup } from "./state.js";
 
@@ -12,8 +12,7 @@ import { changed, served, setup } from "./state.js";
 export function calibrate() {
   const metric = select([["kl", "KL from the unsteered model"], ["nll", "rise of surprise (nll)"]], "kl");
   const budget = h("input", { type: "number", min: "0", step: "any", value: "0.1" });
-  const over = select([["shipped", "ordinary text that comes with the server"], ["prompt", "the prompt above"]], "shipped");
-  const overField = field("Over", over);
+  const over = budgetTexts("Over");
   const metricField = field("Budget of", metric);
   const budgetField = field("Budget", budget);
   let name = "";
@@ -26,13 +25,13 @@ export function calibrate() {
     controls: () => {
       name = column()?.name ?? "";
       const which = select(setup.columns.map((each) => [each.name, each.name]), name, { on: { change: () => { name = which.value; } } });
-      return [h("div", { class: "row" }, field("Column", which), metricField, budgetField), overField];
+      return [h("div", { class: "row" }, field("Column", which), metricField, budgetField), over.control];
     },
     ask: () => {
       if (!column()?.edits.length) throw new Error("This column has no edit.");
       return {
         path: "v1/steering/calibrate",
-        body: { model: served.model, steering: steeringOf(column()), budget: { metric: metric.value, value: Number(budget.value) }, ...(over.value === "prompt" ? { texts: [textOfRequest()] } : {}) },
+        body: { model: served.model, steering: steeringOf(column()), budget: { metric: metric.value, value: Number(budget.value) }, texts: over.texts() },
       };
     },
     show: (result) => [

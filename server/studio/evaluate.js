@@ -79,7 +79,7 @@ function moved({ name, features, answers }) {
 
 /** @param {any} of */
 function sentence({ sae, newly_active, silenced, leak, explained }) {
-  const parts = [`${sae}: a token has ${figure(newly_active)} other features newly active, ${figure(silenced)} silenced`];
+  const parts = [`${sae}: on an average token ${figure(newly_active)} other features become active and ${figure(silenced)} fall silent`];
   if (leak !== null && leak !== undefined) parts.push(`others moved ${figure(leak, 2)} times as much as was asked for`);
   if (explained !== null && explained !== undefined) parts.push(`the SAE explains ${percent(explained)} of the change`);
   return `${parts.join("; ")}.`;

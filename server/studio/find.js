@@ -2,10 +2,12 @@
 /** Finding the features, or a whole spec, that tell two lists of examples apart. */
 
 import { part } from "./api.js";
+import { budgetTexts } from "./budget.js";
 import { NO_ROOM, openColumn } from "./columns.js";
-import { announce, field, figure, h, select } from "./dom.js";
+import { field, figure, h, select } from "./dom.js";
 import { resultRow } from "./feature.js";
-import { served } from "./state.js";
+import { showName } from "./known.js";
+import { openFeature, served } from "./state.js";
 
 const ARROW = "=>";
 const CONTRAST = "/v1/saes/{sae}/contrast";
@@ -49,14 +51,17 @@ export function contrast() {
     verb: "Compare",
     controls: () => { sae = saeSelect(sae.value); return [wantedField, unwantedField, h("div", { class: "row" }, field("SAE", sae), byField)]; },
     ask: () => ({ path: `v1/saes/${part(sae.value)}/contrast`, body: { model: served.model, ...examples(), by: by.value, top_k: 20 } }),
-    show: ({ positive, negative }) => [side("More in the wanted", sae.value, positive), side("More in the unwanted", sae.value, negative)],
+    show: ({ positive, negative }) => [side("More in the wanted", sae.value, positive, SCORES[by.value]), side("More in the unwanted", sae.value, negative, SCORES[by.value])],
   };
 }
 
-/** @param {string} title @param {string} sae @param {any[]} features */
-function side(title, sae, features) {
+/** What the score of a row is, by how rows are ordered. @type {Record<string, string>} */
+const SCORES = { auroc: "AUROC", difference: "difference", d: "d" };
+
+/** @param {string} title @param {string} sae @param {any[]} features @param {string | undefined} score */
+function side(title, sae, features, score) {
   const rows = features.map((each) => resultRow(sae, each,
-    `${each.feature} · ${figure(each.score)} · ${figure(each.mean_positive)} against ${figure(each.mean_negative)}`));
+    `${each.feature} · ${score} ${figure(each.score)} · ${figure(each.mean_positive)} against ${figure(each.mean_negative)}`));
   return h("section", {}, h("h4", {}, title), rows.length ? h("ul", { class: "plain" }, rows) : h("p", { class: "hint" }, "None."));
 }
 
@@ -65,6 +70,7 @@ export function suggest() {
   const budget = h("input", { type: "number", min: "0", step: "any", value: "0.1" });
   const most = h("input", { type: "number", min: "1", max: "16", step: "1", value: "4" });
   const [budgetField, mostField] = [field("Budget (KL)", budget), field("Most edits", most)];
+  const over = budgetTexts("Budget over");
   let sae = saeSelect("");
   return {
     title: "Suggest edits",
@@ -74,15 +80,15 @@ export function suggest() {
     controls: () => {
       sae = saeSelect(sae.value);
       const lists = served.routes.has(CONTRAST) ? [] : [wantedField, unwantedField];
-      return [...lists, h("div", { class: "row" }, field("SAE", sae), budgetField, mostField)];
+      return [...lists, h("div", { class: "row" }, field("SAE", sae), budgetField, mostField), over.control];
     },
     ask: () => {
       const lists = examples();
       const short = [...lists.positive, ...lists.negative].find(({ completion }) => !completion?.trim());
       if (short) throw new Error(`Every line needs a prompt ${ARROW} an answer: “${short.prompt.slice(0, 40)}” has none.`);
-      return { path: "v1/steering/suggest", body: { model: served.model, ...lists, sae: sae.value, budget: { metric: "kl", value: Number(budget.value) }, max_edits: Number(most.value) } };
+      return { path: "v1/steering/suggest", body: { model: served.model, ...lists, sae: sae.value, budget: { metric: "kl", value: Number(budget.value) }, max_edits: Number(most.value), neutral: over.texts() } };
     },
-    show: (result) => [outcome(result), result.steering && open(result.steering)],
+    show: (result) => [outcome(result), ...(result.steering ? suggestion(result.steering) : [])],
   };
 }
 
@@ -92,9 +98,18 @@ function outcome({ steering, fit, held_out, kl, tried }) {
   return h("p", {}, `On the examples held out, the wanted gain ${figure(held_out.after - held_out.before)} a token over the unwanted (${figure(fit.after - fit.before)} on those fitted), for a KL of ${figure(kl)}.`);
 }
 
-/** @param {any} steering */
-function open(steering) {
-  return h("button", { type: "button", class: "small", on: { click: () => {
-    if (!openColumn(steering)) announce(NO_ROOM);
+/** Its edits, and a way to use them. @param {any} steering */
+function suggestion(steering) {
+  const edits = steering.interventions.map((/** @type {any} */ { sae, feature, op, value, unit }) => {
+    const name = h("button", { type: "button", class: "link name", on: { click: () => openFeature(sae, feature) } });
+    showName(name, sae, feature);
+    return h("li", {}, name, h("span", { class: "id" }, `${sae} · ${feature}`),
+      h("span", { class: "number" }, op === "ablate" ? op : `${op} ${figure(value)}${unit === "max_act" ? " × max" : ""}`));
+  });
+  const note = h("p", { class: "hint", role: "status" });
+  const open = h("button", { type: "button", class: "small", on: { click: () => {
+    const column = openColumn(steering);
+    note.textContent = column ? `Opened as ${column.name}.` : NO_ROOM;
   } } }, "Open as a column");
+  return [h("ul", { class: "moved", "aria-label": "Suggested edits" }, edits), h("div", { class: "row" }, open), note];
 }

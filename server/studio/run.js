@@ -53,8 +53,7 @@ function bodyOf(name) {
 async function run() {
   if (running || !served.model) return;
   if (!setup.prompt.trim()) {
-    announce("Write a prompt first.");
-    byId("prompt").focus();
+    askForPrompt();
     return;
   }
   clearMarks();
@@ -71,6 +70,15 @@ async function run() {
   if (names.some((name) => viewOf(name).generated)) {
     record(names.map((name) => ({ name, text: viewOf(name).text })));
   }
+}
+
+function askForPrompt() {
+  const prompt = byId("prompt");
+  announce("Write a prompt first.");
+  prompt.placeholder = "Write a prompt first.";
+  prompt.setAttribute("data-refused", "");
+  prompt.addEventListener("input", () => prompt.removeAttribute("data-refused"), { once: true });
+  prompt.focus();
 }
 
 /** @param {string} name @param {AbortSignal} signal */

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -15,21 +13,18 @@ from sae.card import SAECard
 from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
-from sae.solve import IllConditionedError, Solved, is_affine, solve
+from sae.solve import IllConditionedError, Solved, solve
 from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.request.condition_rules import refuse_across_stages
 from steering.request.engine_limits import EngineLimits
+from steering.request.loaded_sae import LoadedSAE
 from steering.request.parse import parse_spec
 from steering.request.spec import SteeringSpec
 
 #: Weights up to this size are scanned for non-finite values at start; larger ones row by row.
 SCAN_LIMIT_BYTES = 10**9
 
-#: What a card says that no arithmetic depends on; the rest is part of an SAE's fingerprint.
-_NO_ARITHMETIC: Final = frozenset(
-    {"id", "source", "sha256", "error_term", "has_labels", "has_max_activations"}
-)
 #: Of an engine of one pipeline stage that decodes token by token.
 NO_LIMITS: Final = EngineLimits()
 #: Sets of edits of which it is remembered that they can be solved together.
@@ -48,62 +43,6 @@ class Prepared:
 
     fingerprints: Mapping[str, str]
     protected: Mapping[str, float | None] | None = None
-
-
-@dataclass(frozen=True)
-class LoadedSAE:
-    """One opened SAE beside its features' labels and statistics.
-
-    Attributes:
-        sae: the opened SAE.
-        features: labels and statistics.
-        stated: what its reference states beside the card that its arithmetic depends on.
-    """
-
-    sae: SAE
-    features: FeatureTable
-    stated: tuple[float | str | None, ...] = ()
-
-    @property
-    def hook(self) -> str:
-        return self.sae.card.hook
-
-    @property
-    def reads(self) -> str:
-        return self.sae.card.reads
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        return self.sae.card.writes
-
-    @property
-    def d_sae(self) -> int:
-        return self.sae.card.d_sae
-
-    @property
-    def error_term(self) -> bool:
-        return self.sae.card.error_term
-
-    @property
-    def affine(self) -> bool:
-        """Whether pre-activations are affine in the stream that is edited."""
-        card = self.sae.card
-        return is_affine(card) and card.one_place
-
-    def fingerprint(self, special_token_ids: Sequence[int] | None) -> str:
-        """SHA-256 of all that this SAE's part in an edit depends on: weights, place, sinks, flags.
-
-        Raises:
-            SAEError: if the weight file has changed since it was opened.
-        """
-        sha256 = self.sae.sha256()
-        card = {k: v for k, v in asdict(self.sae.card).items() if k not in _NO_ARITHMETIC}
-        facts = [sha256, sorted(card.items()), self.stated, special_token_ids]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def max_activation(self, feature: int) -> float | None:
-        """The recorded maximum activation in raw units, None if unknown."""
-        return self.features.max_activation(feature)
 
 
 class Catalog:

@@ -55,7 +55,7 @@ def refuse_too_many(whens: Iterable[When | None], stops: tuple[Condition, ...]) 
         if len(distinct) > MAX_GATES:
             raise SteeringError(
                 "invalid_value",
-                f"more than {MAX_GATES} distinct conditions, those of stop_when among them",
+                f"more than {MAX_GATES} distinct conditions, counting those of stop_when",
                 path,
             )
 

@@ -51,8 +51,8 @@ class EngineLimits:
         if self.speculates:
             raise SteeringError(
                 "unsupported_combination",
-                "stop_when does not work with speculative decoding, which goes on behind a token "
-                "before it is read; serve without --speculative-config",
+                "stop_when does not work with speculative decoding, which computes further tokens "
+                "before the one that may stop it is read; serve without --speculative-config",
                 "steering.stop_when",
             )
         for condition in spec.stop_when:

@@ -56,7 +56,9 @@ def parse_spec(raw: object, saes: SAEs, *, empty_allowed: bool = False) -> Steer
         )
     if read is not None and positions.empty:
         raise SteeringError(
-            "invalid_value", f"a read over no token: {positions.why_empty()}", "steering.positions"
+            "invalid_value",
+            f"the read covers no token: {positions.why_empty()}",
+            "steering.positions",
         )
     refuse_too_many((when, *(edit.when for edit in edits)), stop_when)
     refuse_duplicates(edits, Positions.overlaps)
@@ -95,7 +97,9 @@ def _edit(
     value = _value(raw, path)
     if raw.unit == "max_act" and raw.op == "scale":
         raise SteeringError(
-            "invalid_value", "unit max_act has no meaning for scale, a factor", f"{path}.unit"
+            "invalid_value",
+            "unit max_act has no meaning for scale, whose value is a factor",
+            f"{path}.unit",
         )
     where = _positions(raw.positions, positions)
     if where.empty:

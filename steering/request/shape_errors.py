@@ -114,7 +114,7 @@ def _fault(kind: str, raw: object, context: Mapping[str, Any]) -> str:
         return f"{raw} is not finite"
     if kind in _LIMITS:
         words, key = _LIMITS[kind]
-        return f"{shown(raw)} is not {words} {context[key]:.10g}"
+        return f"must be {words} {context[key]:.10g}, not {shown(raw)}"
     assert kind in ("literal_error", "string_unicode"), kind
     return f"{shown(raw)} is not {context.get('expected', 'known')}"
 

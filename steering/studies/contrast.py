@@ -194,7 +194,9 @@ async def texts_to_read(
         made = await context.tokens(text, path, room=1)
         if over == "completion" and not made.completion:
             raise SteeringError(
-                "invalid_value", "over completion, every text needs one", f"{path}.completion"
+                "invalid_value",
+                "with over completion, every text needs a completion",
+                f"{path}.completion",
             )
         if not _takes_part(context, made, over):
             raise _no_token(path)

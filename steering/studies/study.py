@@ -133,7 +133,7 @@ class Context:
         with _refusing(path):
             ids = await self.vocabulary.encode(text, special_tokens=special_tokens)
             if not ids:
-                raise ValueError("a text of no token")
+                raise ValueError("the text has no tokens")
         return ids
 
     async def accept(

@@ -49,10 +49,10 @@ class Residency:
 
     def whole(self, index: int) -> SAE:
         """An SAE whose matrices are where the whole encode or decode that comes next needs them."""
-        self.bring(index)
+        self.load(index)
         return self._saes[index]
 
-    def bring(self, index: int) -> None:
+    def load(self, index: int) -> None:
         """Have an SAE's matrices on the device for the whole encode or decode that comes next."""
         if index not in self._taking_turns or index == self._in_place:
             return

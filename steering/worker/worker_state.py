@@ -126,7 +126,7 @@ class SteeringState:
             else None
         )
         # Tokens edited and kept off by a sink.
-        self._touched = torch.zeros(2, dtype=torch.int64, device=device)
+        self._token_counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._reported = ReportedTokens(num_slots, self._f, self._share)
         is_special = torch.zeros(vocab_size + SPARE_TOKEN_IDS, dtype=torch.bool)
         is_special[[t for t in special_token_ids if t < len(is_special)]] = True
@@ -156,7 +156,7 @@ class SteeringState:
         kernel: Kernel | None,
         residency: Residency,
     ) -> Site:
-        num_slots, device = self.slots.num_slots, self._touched.device
+        num_slots, device = self.slots.num_slots, self._token_counts.device
         reading = {i: sae for i, sae in saes.items() if sae.card.reads == hook}
         writing = {i: sae for i, sae in saes.items() if hook in sae.card.writes}
         width = self._width(reading, writing)
@@ -176,7 +176,7 @@ class SteeringState:
             f=self._f,
             share=self._share[:, column],
             carried=self._carried if split else None,
-            counters=self._touched,
+            counters=self._token_counts,
             limit=self._limit,
             input_norm=self._input_norms.get(hook, InputNorm()),
         )
@@ -209,7 +209,7 @@ class SteeringState:
         """
         for site in self.hooks.values():
             width = site.buffers.rows.W_enc.shape[1]
-            residual = torch.zeros(1, width, dtype=dtype, device=self._touched.device)
+            residual = torch.zeros(1, width, dtype=dtype, device=self._token_counts.device)
             for hidden_dtype in hidden_dtypes:
                 for other in (residual, None):  # a kernel each
                     site.compile_kernel(torch.zeros_like(residual, dtype=hidden_dtype), other)
@@ -395,15 +395,15 @@ class SteeringState:
         self.captures.forget(keys)
         self.probes.kept.forget(keys)
 
-    def touched_tokens(self) -> tuple[int, int]:
+    def token_counts(self) -> tuple[int, int]:
         """Tokens edited, and kept off by a sink, since the last `take_stats`, on either path."""
-        edited, skipped = self._touched.tolist()
+        edited, skipped = self._token_counts.tolist()
         return edited, skipped
 
     def take_stats(self) -> dict[str, float]:
         """Gauges now, and counters since the last call."""
-        edited, skipped = self.touched_tokens()
-        self._touched.zero_()
+        edited, skipped = self.token_counts()
+        self._token_counts.zero_()
         stats = {
             "slots_in_use": self.slots.in_use - self._internal,
             "slots_capacity": self.slots.num_slots,

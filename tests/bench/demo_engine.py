@@ -111,5 +111,5 @@ def run(engine: Engine, batch: Sequence[list[int]], fields: Sequence[Field], tok
 
 def edited_tokens(engine: Engine) -> int:
     """Tokens that the engine has edited since it started."""
-    edited: int = engine.state.touched_tokens()[0]
+    edited: int = engine.state.token_counts()[0]
     return edited

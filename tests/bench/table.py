@@ -30,6 +30,7 @@ ORDER: Final = (
     "op_alone",
     "admission",
     "label_search",
+    "first_paint",
     "peers",
     "startup",
     "read_again",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sae.errors import SAEError
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
+from tests.sae.any_json import JSON
 from tests.sae.suites import (
     D_IN,
     D_SAE,
@@ -160,18 +161,6 @@ def test_sink_norm_is_read_and_checked_in_every_format(
         state(wrong)
         with pytest.raises(SAEError, match=f"{file_name}: sink_norm must be a positive finite"):
             load(path)
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.just(10**400)
-    | st.floats()
-    | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=4,
-)
 
 
 @settings(max_examples=200, deadline=None)

@@ -17,6 +17,7 @@ import sae.weights as weights_module
 from sae.errors import SAEError
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
+from tests.sae.any_json import JSON
 from tests.sae.suites import (
     D_IN,
     D_SAE,
@@ -391,18 +392,6 @@ def test_damaged_weight_file_is_refused_or_reads_as_an_sae(
         assert "\n" not in str(error)
     else:
         sae.encode(inputs())
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.just(10**400)
-    | st.floats()
-    | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=4,
-)
 
 
 @settings(max_examples=150, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from sae.errors import SAEError
+from server.presets.preset import MAX_DESCRIPTION
 from server.presets.store import (
     LOOK_EVERY,
     MAX_PRESETS,
@@ -99,6 +101,22 @@ def test_put_is_seen_by_a_server_on_the_same_folder(tmp_path: Path) -> None:
 def test_put_leaves_nothing_but_the_file(tmp_path: Path) -> None:
     store(tmp_path).put("calm", EDIT)
     assert os.listdir(tmp_path) == ["calm.json"]
+
+
+def test_file_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
+    presets, path = store(tmp_path), tmp_path / "calm.json"
+    bodies = [{"steering": EDIT, "description": letter * MAX_DESCRIPTION} for letter in "ab"]
+    presets.put("calm", bodies[0])
+
+    def replace() -> None:
+        for i in range(100):
+            presets.put("calm", bodies[i % 2])
+
+    with ThreadPoolExecutor(1) as writer:
+        written = writer.submit(replace)
+        while not written.done():
+            assert json.loads(path.read_text())["description"] in [b["description"] for b in bodies]
+        written.result()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import tomllib
 from argparse import ArgumentParser
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from tests.server.conftest import Server, StartServer
 
 ON = {"steering_studio": True}
 FILES = sorted(file.name for file in PAGE.iterdir())
+#: What the page asks for by name; its markup and its style are one answer.
+SERVED = [name for name in FILES if not name.endswith((".html", ".css"))]
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def studio(start: StartServer) -> Server:
 
 
 def test_page_and_its_files_are_served_with_a_strict_policy(studio: Server) -> None:
-    for path in ("/studio", *(f"/studio/{name}" for name in FILES)):
+    for path in ("/studio", *(f"/studio/{name}" for name in SERVED)):
         answer = studio.client.get(path)
         assert answer.status_code == 200, path
         policy = answer.headers["content-security-policy"].split("; ")
@@ -58,7 +62,11 @@ def test_flag_leaves_the_studio_out(start: StartServer, flags: list[str], served
 
 
 @pytest.mark.parametrize(
-    "name", ["../plugin.py", "..%2fplugin.py", "%2e%2e/plugin.py", "nothing.js", "", "app.js/x"]
+    "name",
+    [
+        *("../plugin.py", "..%2fplugin.py", "%2e%2e/plugin.py", "nothing.js", "", "app.js/x"),
+        *("index.html", "studio.css"),
+    ],
 )
 def test_nothing_but_its_own_files_is_served(studio: Server, name: str) -> None:
     answer = studio.client.get(f"/studio/{name}", follow_redirects=False)
@@ -87,9 +95,20 @@ def test_no_script_makes_markup_of_a_text_or_names_another_host() -> None:
         assert hosts <= {"www.w3.org"}, name  # the namespace of drawings
 
 
-def test_page_has_no_inline_script_or_style() -> None:
-    page = (PAGE / "index.html").read_text()
-    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)
+def test_page_is_whole_in_one_answer_and_its_policy_knows_its_style(studio: Server) -> None:
+    answer = studio.client.get("/studio")
+    (style,) = re.findall(r"<style>(.*?)</style>", answer.text, flags=re.DOTALL)
+    assert style == (PAGE / "studio.css").read_text()
+    hashed = b64encode(sha256(style.encode()).digest()).decode()
+    policy = answer.headers["content-security-policy"].split("; ")
+    assert f"style-src 'sha256-{hashed}'" in policy
+    assert "stylesheet" not in answer.text
+
+
+def test_page_has_no_inline_script_and_no_style_but_its_own(studio: Server) -> None:
+    page = studio.client.get("/studio").text
+    assert not re.search(r"\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)
+    assert page.count("<style") == 1
 
 
 def test_package_data_takes_every_file_of_the_page() -> None:

@@ -52,9 +52,9 @@ def matrices(sae: SAE) -> tuple[Tensor, Tensor]:
 def test_topk_saes_are_put_on_the_device_at_once_and_stay(saes: dict[int, SAE]) -> None:
     kept = Residency(saes, HOST, RESIDENT_TURNS)
     assert on_device(saes) == {TOPK}
-    kept.bring(TOPK)
-    kept.bring(RELU)
-    kept.bring(SMALL)
+    kept.load(TOPK)
+    kept.load(RELU)
+    kept.load(SMALL)
     assert TOPK in on_device(saes)
 
 
@@ -62,7 +62,7 @@ def test_the_others_take_turns_in_one_place(saes: dict[int, SAE]) -> None:
     kept = Residency(saes, HOST, RESIDENT_TURNS)
     places = []
     for index in (RELU, SMALL, RELU):
-        kept.bring(index)
+        kept.load(index)
         assert on_device(saes) == {TOPK, index}
         W_enc, W_dec = matrices(saes[index])
         places.append(W_enc.untyped_storage().data_ptr())
@@ -79,7 +79,7 @@ def test_an_sae_reads_the_same_wherever_its_weights_are(saes: dict[int, SAE]) ->
     kept = Residency(saes, HOST, RESIDENT_TURNS)
     for _ in range(2):
         for (f, x_hat), index in zip(expected, saes, strict=True):
-            kept.bring(index)
+            kept.load(index)
             torch.testing.assert_close(saes[index].encode(x), f)
             torch.testing.assert_close(saes[index].decode(f, x), x_hat)
 
@@ -88,15 +88,15 @@ def test_nothing_is_copied_while_an_sae_keeps_its_turn(
     saes: dict[int, SAE], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Residency(saes, HOST, RESIDENT_TURNS)
-    kept.bring(RELU)
+    kept.load(RELU)
     monkeypatch.setattr(SAE, "resident", lambda *_: pytest.fail("copied again"))
-    kept.bring(RELU)
+    kept.load(RELU)
 
 
 def test_all_are_kept_where_that_is_chosen(saes: dict[int, SAE]) -> None:
     kept = Residency(saes, HOST, RESIDENT_ALL)
     assert on_device(saes) == set(saes)
-    kept.bring(RELU)
+    kept.load(RELU)
     assert kept._place is None
 
 
@@ -106,7 +106,7 @@ def test_none_is_kept_where_that_is_chosen_or_the_host_is_the_device(
 ) -> None:
     kept = Residency(saes, HOST, choice)
     for index in saes:
-        kept.bring(index)
+        kept.load(index)
     assert not on_device(saes)
 
 
@@ -120,7 +120,7 @@ def test_a_place_holds_matrices_of_two_dtypes(tmp_path: Path) -> None:
     save_file(tensors, file)
     sae = open_sae(ResolvedSAE("a", str(folder), path=str(folder)))
     kept = Residency({0: sae}, HOST, RESIDENT_TURNS)
-    kept.bring(0)
+    kept.load(0)
     W_enc, W_dec = matrices(sae)
     assert (W_enc.dtype, W_dec.dtype) == (torch.float16, torch.float32)
     assert torch.equal(W_dec, sae._weights._stored("W_dec"))

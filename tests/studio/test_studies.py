@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from tests.engine.server import LiveServer
 from tests.studio.conftest import Heard, OpenStudio
-from tests.studio.page import EDIT
+from tests.studio.page import EDIT, answer, ask
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -18,10 +19,14 @@ pytestmark = pytest.mark.timeout(700)
 
 WANTED: Final = "Your hobby? => I sing in a band.\nAnd then? => I went to a concert."
 UNWANTED: Final = "Your hobby? => I read books.\nAnd then? => I went to the shop."
+#: Texts that the demo SAE's feature of music tells apart, held out or not.
+MUSICAL: Final = "What do you like? => music and songs.\nWhat is your hobby? => music and songs."
+BOOKISH: Final = "What do you like? => books and maps.\nWhat is your hobby? => books and maps."
 EVALUATE: Final = "/v1/steering/evaluate"
 CALIBRATE: Final = "/v1/steering/calibrate"
 CONTRAST: Final = "/v1/saes/{sae}/contrast"
 SUGGEST: Final = "/v1/steering/suggest"
+CHAT: Final = "/v1/chat/completions"
 
 
 def studies(open_studio: OpenStudio, **column: Any) -> Page:
@@ -103,6 +108,46 @@ def test_features_are_found_from_two_lists_of_examples(
     rows.first.locator("button.small").click()
     added = page.locator("[data-column='A'] .edit").last
     assert str(found["positive"][0]["feature"]) in added.inner_text()
+
+
+def answered(heard: Heard, path: str) -> Any:
+    """What the page was told at the end of its latest study."""
+    response = next(each for each in reversed(heard.responses) if each.url.endswith(path))
+    lines = [line.removeprefix("data: ") for line in response.text().splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return json.loads(lines[-2])
+
+
+def test_suggested_edits_are_shown_and_opened_as_a_column_with_one_click(
+    open_studio: OpenStudio, heard: Heard
+) -> None:
+    page = studies(open_studio)
+    study(page, CONTRAST).get_by_label("Wanted", exact=False).first.fill(MUSICAL)
+    study(page, CONTRAST).get_by_label("Unwanted").fill(BOOKISH)
+    panel = study(page, SUGGEST)
+    panel.get_by_label("Budget (KL)").fill("0.3")
+    panel.get_by_label("Most edits").fill("1")
+    panel.get_by_label("Budget over").select_option("the prompt above")
+    panel.locator("button.primary").click()
+    panel.get_by_text("Done.", exact=True).wait_for()
+    found = answered(heard, SUGGEST)
+    (edit,) = found["steering"]["interventions"]
+    gains = [figure(found[half]["after"] - found[half]["before"]) for half in ("held_out", "fit")]
+    assert all(gain in panel.locator(".study-result > p").first.inner_text() for gain in gains)
+    shown = panel.get_by_label("Suggested edits").locator("li").inner_text()
+    assert f"{edit['sae']} · {edit['feature']}" in shown and edit["op"] in shown
+
+    panel.get_by_role("button", name="Open as a column").click()
+    panel.get_by_text("Opened as B.").wait_for()
+    ask(page)
+    assert answer(page, "B")
+    asked = [each.post_data_json["steering"] for each in heard.requests if CHAT in each.url]
+    assert edit in [each for steering in asked for each in steering["interventions"]]
+
+    panel.get_by_role("button", name="Open as a column").click()
+    panel.get_by_role("button", name="Open as a column").click()
+    panel.get_by_text("remove one first").wait_for()
+    assert page.locator(".column").count() == 4
 
 
 def test_running_study_tells_how_far_it_is_and_can_be_cancelled(

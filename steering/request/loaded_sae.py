@@ -1,0 +1,74 @@
+"""One SAE beside what requests need to know of it, and what makes its edits equal to another's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from sae.features import FeatureTable
+from sae.sae import SAE
+from sae.solve import is_affine
+
+#: What a card says that no arithmetic depends on; the rest is part of an SAE's fingerprint.
+_NO_ARITHMETIC: Final = frozenset(
+    {"id", "source", "sha256", "error_term", "has_labels", "has_max_activations"}
+)
+
+
+@dataclass(frozen=True)
+class LoadedSAE:
+    """One opened SAE beside its features' labels and statistics.
+
+    Attributes:
+        sae: the opened SAE.
+        features: labels and statistics.
+        stated: what its reference states beside the card that its arithmetic depends on.
+    """
+
+    sae: SAE
+    features: FeatureTable
+    stated: tuple[float | str | None, ...] = ()
+
+    @property
+    def hook(self) -> str:
+        return self.sae.card.hook
+
+    @property
+    def reads(self) -> str:
+        return self.sae.card.reads
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return self.sae.card.writes
+
+    @property
+    def d_sae(self) -> int:
+        return self.sae.card.d_sae
+
+    @property
+    def error_term(self) -> bool:
+        return self.sae.card.error_term
+
+    @property
+    def affine(self) -> bool:
+        """Whether pre-activations are affine in the stream that is edited."""
+        card = self.sae.card
+        return is_affine(card) and card.one_place
+
+    def fingerprint(self, special_token_ids: Sequence[int] | None) -> str:
+        """SHA-256 of all that this SAE's part in an edit depends on: weights, place, sinks, flags.
+
+        Raises:
+            SAEError: if the weight file has changed since it was opened.
+        """
+        sha256 = self.sae.sha256()
+        card = {k: v for k, v in asdict(self.sae.card).items() if k not in _NO_ARITHMETIC}
+        facts = [sha256, sorted(card.items()), self.stated, special_token_ids]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def max_activation(self, feature: int) -> float | None:
+        """The recorded maximum activation in raw units, None if unknown."""
+        return self.features.max_activation(feature)
