@@ -38,12 +38,13 @@ def steering_arguments(
     d_model, num_layers = check_fit(checked, vllm_config.model_config)
     try:
         refuse_unsupported(vllm_config)
-        tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+        model = vllm_config.model_config
+        tokenizer = cached_tokenizer_from_config(model)
         config = SteeringConfig(
             saes=tuple(sae.reference for sae in checked),
             d_model=d_model,
             num_layers=num_layers,
-            special_token_ids=special_token_ids(tokenizer),
+            special_token_ids=special_token_ids(tokenizer, model.hf_config),
             max_rows=options.max_rows,
             max_read_values=options.max_read_values,
             resident=options.resident,

@@ -176,7 +176,8 @@ class SteeringWorker(PlatformWorker):
     def _special_token_ids(self, config: SteeringConfig) -> tuple[int, ...]:
         if config.special_token_ids is not None:
             return config.special_token_ids
-        return special_token_ids(cached_tokenizer_from_config(self.vllm_config.model_config))
+        model = self.vllm_config.model_config
+        return special_token_ids(cached_tokenizer_from_config(model), model.hf_config)
 
     def _scores(self, model: nn.Module, device: torch.device) -> Scores:
         vocab_size = self.vllm_config.model_config.get_vocab_size()

@@ -11,7 +11,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,6 @@ from server.start.checked_sae import unforeseen_refused
 from server.start.errors import RefusedStartError
 from server.start.flags import SAE_FLAG, ServerOptions, split_flag
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
-from steering.request.special_tokens import special_token_ids
 from tests.models import make_tiny_model, make_tiny_sae
 
 
@@ -359,19 +357,6 @@ def test_sae_flags_are_taken_out_wherever_they_stand() -> None:
         ["a=1,hook=x", "b=2", "c=3"],
         ["model", "--port", "5"],
     )
-
-
-def test_special_tokens_are_all_that_are_flagged() -> None:
-    tokenizer = SimpleNamespace(
-        all_special_ids=[2, 0],
-        added_tokens_decoder={
-            7: SimpleNamespace(special=True),
-            8: SimpleNamespace(special=False),
-            2: SimpleNamespace(special=True),
-        },
-    )
-    assert special_token_ids(tokenizer) == (0, 2, 7)
-    assert special_token_ids(SimpleNamespace(all_special_ids=[1])) == (1,)
 
 
 def test_plugin_goes_by_the_name_on_the_list() -> None:

@@ -370,3 +370,19 @@ def test_hook_points_where_a_batch_has_nothing_to_do_are_not_gone_into(
     worker.state.add_request("b", plan("kb", read=READ))
     worker.forward([("b", 5, 6)], given)
     assert visited == [worker.hooks[0], *worker.hooks]
+
+
+@pytest.mark.parametrize("kernel", [cpu_kernel, None], ids=["kernel", "torch"])
+def test_tokens_past_the_vocabulary_are_ordinary_ones(saes: list[SAE], kernel: Any) -> None:
+    # As images have in models that put them behind the text's tokens.
+    worker = TinyWorker(saes, kernel)
+    worker.state.add_request("a", plan())
+    vocab_size = 100
+    ids = [vocab_size + 128 * (t % 2) for t in range(LENGTH)]
+    given = {"a": streams(0)}
+    [[made, _]] = worker.forward([("a", 0, LENGTH)], given, {"a": ids})
+    before = given["a"][0]
+    assert torch.equal(made[0], before[0])
+    assert bool((made[1:] != before[1:]).any(dim=1).all())
+    [summary] = worker.state.take_results("k", {0: LENGTH})
+    assert summary["edits"][0]["tokens_edited"] == LENGTH - 1
