@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from tests.bench import table
 from tests.bench.alternate import Compared, Run, alternate, paired, ratios
 from tests.bench.cases import CONTROL, FULL, REQUESTS, TOPK, Case, steering
+from tests.bench.direction import FRENCH_SHARE, french_share
 from tests.bench.op_alone import Case as OpCase
 from tests.bench.peer_saelens import by_row, one_configuration
 from tests.bench.record import RESULTS, Plot, Record, Target, shown_value, spread
@@ -155,3 +157,17 @@ def test_the_page_in_the_repository_is_that_of_the_results_beside_it(folder: Pat
         plot.relative_to(page.parent).as_posix(),
     )
     assert page.read_text() == made
+
+
+def test_french_is_told_from_english_and_spanish() -> None:
+    here = RESULTS.parent
+    french, english = (
+        [french_share(line) for line in (here / f"{name}.txt").read_text().splitlines()]
+        for name in ("french", "english")
+    )
+    assert len(french) == len(english) == 16
+    assert mean(french) > 2 * FRENCH_SHARE
+    assert max(english) < FRENCH_SHARE
+    assert french_share("La casa de mi hermana es un lugar que se encuentra en el centro") == 0
+    assert french_share("") == 0
+    assert french_share("Il dort.") == 0.5

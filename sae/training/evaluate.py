@@ -1,15 +1,17 @@
-"""How good an SAE is on text kept out of its training, and what each feature fires on.
+"""How good a dictionary is on text kept out of its training, and what each feature fires on.
 
     python -m sae.training.evaluate --model FOLDER --work FOLDER --sae FOLDER [--statistics]
 
-prints the figures as JSON and writes ``contexts.txt`` to the work folder: the strongest contexts
-of every feature, for a person to label them from. Losses are taken in ``--loss-windows`` windows,
-since each takes four passes of the whole model. With ``--statistics`` the maximum activations and
-densities over the training text go to ``features.jsonl`` beside the weights, and the fraction of
-variance unexplained and L0 into their configuration, for a server to check itself against.
+prints the figures as JSON and writes ``contexts.HOOK.txt`` to the work folder, HOOK being where it
+writes: the strongest contexts of every feature, for a person to label them from. Losses are taken
+in ``--loss-windows`` windows, since each takes four passes of the whole model. With
+``--statistics`` the maximum activations and densities over the training text go to
+``features.jsonl`` beside the weights, and the fraction of variance unexplained and L0 into their
+configuration, for a server to check itself against.
 
+What is reconstructed is what passes where the dictionary writes: of a transcoder the MLP's output.
 Every figure is over the tokens that `sae.training.activations` records: not a sequence's first,
-no special tokens, no sinks. In float32 on bfloat16 activations.
+no special tokens, no sinks of the stream. In float32 on bfloat16 activations.
 """
 
 from __future__ import annotations
@@ -25,10 +27,21 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import cross_entropy
 
+from sae.card import HookPoint
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
-from sae.training.activations import Window, batches, places, recorded, stored, windows
+from sae.training.activations import (
+    Window,
+    batches,
+    places,
+    recorded,
+    sink_norm,
+    stored,
+    stored_pairs,
+    windows,
+)
 from sae.training.corpus import read
+from sae.training.model_hooks import watch
 
 CHUNK: Final = 2048  # rows encoded at a time
 CONTEXTS: Final = 12
@@ -38,11 +51,12 @@ AFTER: Final = 6
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well and with how much an SAE says what a stream is.
+    """How well and with how much a dictionary says what passes where it writes.
 
     Attributes:
         tokens: measured on.
-        fvu: fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean x|^2.
+        fvu: fraction of variance unexplained, sum |y - y_hat|^2 / sum |y - mean y|^2; an SAE's y is
+            its x.
         l0: mean number of active features.
         silent: share of features that no token activates.
     """
@@ -55,11 +69,11 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean next-token cross-entropy in nats after the stream of recorded tokens is replaced.
+    """Mean next-token cross-entropy in nats after something stands in for recorded tokens.
 
     Attributes:
         clean: nothing replaced.
-        reconstructed: by what the SAE makes of it.
+        reconstructed: by what the dictionary makes of it.
         zero: by zero.
         mean: by a mean over recorded tokens.
     """
@@ -91,14 +105,21 @@ def encoded(sae: SAE, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.
         yield x, sae.encode(x)
 
 
-def reconstruction(sae: SAE, rows: torch.Tensor) -> Reconstruction:
-    """`Reconstruction` of `rows` `[num_rows, d_in]`."""
-    mean = rows.float().mean(dim=0)
+def reconstruction(
+    sae: SAE, rows: torch.Tensor, targets: torch.Tensor | None = None
+) -> Reconstruction:
+    """`Reconstruction` of `targets` `[num_rows, d_out]` from `rows` `[num_rows, d_in]`.
+
+    Without targets, of the rows themselves.
+    """
+    targets = rows if targets is None else targets
+    mean = targets.float().mean(dim=0)
     unexplained = variance = active = 0.0
     fired = torch.zeros(sae.card.d_sae, dtype=torch.bool)
-    for x, f in encoded(sae, rows):
-        unexplained += float((x - sae.decode(f, x)).square().sum())
-        variance += float((x - mean).square().sum())
+    for (x, f), part in zip(encoded(sae, rows), targets.split(CHUNK), strict=True):
+        y = part.float()
+        unexplained += float((y - sae.decode(f, x)).square().sum())
+        variance += float((y - mean).square().sum())
         active += float((f > 0).sum())
         fired |= (f > 0).any(dim=0)
     return Reconstruction(
@@ -125,9 +146,11 @@ def statistics(sae: SAE, rows: torch.Tensor, count: int = CONTEXTS) -> Statistic
     return Statistics(values[0], fired / len(rows), values, index)
 
 
-def losses(
-    model: Any, tokenizer: Any, cuts: list[Window], sae: SAE, layer: int, mean: torch.Tensor
-) -> Losses:
+#: x and y of recorded tokens, `[n, d_in]` and `[n, d_out]` float32, to what stands in for y.
+Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def losses(model: Any, tokenizer: Any, cuts: list[Window], sae: SAE, mean: torch.Tensor) -> Losses:
     """`Losses` of a causal language model of transformers on these windows.
 
     A token's loss counts where the token before it is a recorded one.
@@ -136,21 +159,20 @@ def losses(
         model: with the decoder's layers at ``model.model.layers``.
         tokenizer: its tokenizer.
         cuts: the windows.
-        sae: of the stream after `layer`.
-        layer: whose output is replaced.
-        mean: `[d_in]`, of the stream.
+        sae: the dictionary, of one place that it writes.
+        mean: `[d_out]`, of what passes there.
     """
-    replacements: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "clean": lambda x: x,
-        "reconstructed": lambda x: sae.decode(sae.encode(x), x),
-        "zero": torch.zeros_like,
-        "mean": lambda x: mean.expand_as(x),
+    replacements: dict[str, Replacement] = {
+        "clean": lambda x, y: y,
+        "reconstructed": lambda x, y: sae.decode(sae.encode(x), x),
+        "zero": lambda x, y: torch.zeros_like(y),
+        "mean": lambda x, y: mean.expand_as(y),
     }
     sums = dict.fromkeys(replacements, 0.0)
     counted = 0
     for batch, ids in batches(cuts, tokenizer.pad_token_id or 0):
         for name, replacement in replacements.items():
-            logits, kept = _logits(model, layer, batch, ids, tokenizer, replacement)
+            logits, kept = _logits(model, sae, batch, ids, tokenizer, replacement)
             inside = kept[:, :-1] & (torch.arange(1, ids.shape[1]) < _lengths(batch)[:, None])
             sums[name] += float(
                 cross_entropy(logits[:, :-1][inside].float(), ids[:, 1:][inside], reduction="sum")
@@ -161,28 +183,35 @@ def losses(
 
 def _logits(
     model: Any,
-    layer: int,
+    sae: SAE,
     batch: list[Window],
     ids: torch.Tensor,
     tokenizer: Any,
-    replacement: Callable[[torch.Tensor], torch.Tensor],
+    replacement: Replacement,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[windows, length, vocabulary]`, and which tokens' streams were replaced."""
+    """Logits `[windows, length, vocabulary]`, and for which tokens something stood in."""
+    reads, writes = HookPoint.parse(sae.card.reads), HookPoint.parse(sae.card.hook)
+    seen: list[torch.Tensor] = []  # x of recorded tokens
     kept = torch.zeros_like(ids, dtype=torch.bool)
 
-    def replace(module: object, inputs: object, output: Any) -> Any:
-        stream = output if isinstance(output, torch.Tensor) else output[0]
-        kept.copy_(recorded(batch, ids, stream, tokenizer.all_special_ids))
-        edited = stream.clone()
-        edited[kept] = replacement(stream[kept].float()).to(stream.dtype)
-        return edited if isinstance(output, torch.Tensor) else (edited, *output[1:])
+    def read_x(x: torch.Tensor) -> torch.Tensor:
+        kept.copy_(recorded(batch, ids, x, tokenizer.all_special_ids, sink_norm(reads)))
+        seen.append(x[kept].float())
+        return x
 
-    handle = model.model.layers[layer].register_forward_hook(replace)
+    def write_y(y: torch.Tensor) -> torch.Tensor:
+        edited = y.clone()
+        edited[kept] = replacement(seen.pop(), y[kept].float()).to(y.dtype)
+        return edited
+
+    layers = model.model.layers
+    handles = [watch(layers, reads, read_x), watch(layers, writes, write_y)]
     try:
         with torch.inference_mode():
             logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return logits, kept
 
 
@@ -263,17 +292,17 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
     sae = open_sae(SAEReference(name="sae", source=str(arguments.sae)))
-    held_out = stored(arguments.work, "held_out", sae.card.d_in)
+    reads, writes = sae.card.reads, sae.card.hook
+    held_out, targets = stored_pairs(arguments.work, "held_out", reads, writes)
     figures = losses(
         model,
         tokenizer,
         spaced(windows(tokenizer, read(arguments.work / "held_out.jsonl")), arguments.loss_windows),
         sae,
-        sae.card.layer,
-        held_out.float().mean(dim=0),
+        targets.float().mean(dim=0),
     )
-    found = statistics(sae, stored(arguments.work, "corpus", sae.card.d_in))
-    fit = reconstruction(sae, held_out)
+    found = statistics(sae, stored(arguments.work, "corpus", reads))
+    fit = reconstruction(sae, held_out, targets)
     report = {
         **asdict(fit),
         "dead": float((found.max_activation == 0).float().mean()),
@@ -284,10 +313,10 @@ def main() -> None:
     assert all(map(math.isfinite, report.values()))
     print(json.dumps(report, indent=1))
     write_contexts(
-        arguments.work / "contexts.txt",
+        arguments.work / f"contexts.{writes}.txt",
         tokenizer,
         windows(tokenizer, read(arguments.work / "corpus.jsonl")),
-        places(arguments.work, "corpus"),
+        places(arguments.work, "corpus", reads),
         found,
     )
     if arguments.statistics:

@@ -2,8 +2,8 @@
 
     python -m sae.training.labels --model FOLDER --work FOLDER --sae FOLDER
 
-reads ``labels.jsonl`` beside the weights, which a person writes from ``contexts.txt`` (see
-`sae.training.evaluate`), one label a line:
+reads ``labels.jsonl`` beside the weights, which a person writes from ``contexts.HOOK.txt``
+(see `sae.training.evaluate`), one label a line:
 
     {"index": 1023, "label": "French text", "test": "\\\\b(le|les|des)\\\\b", "in_context": 3}
 
@@ -187,8 +187,8 @@ def main() -> None:
     found = measured(
         sae,
         tokenizer,
-        stored(arguments.work, "held_out", sae.card.d_in),
-        places(arguments.work, "held_out"),
+        stored(arguments.work, "held_out", sae.card.reads),
+        places(arguments.work, "held_out", sae.card.reads),
         windows(tokenizer, read(arguments.work / "held_out.jsonl")),
         labels,
         FeatureTable.open(arguments.sae, sae.card.d_sae),

@@ -1,6 +1,10 @@
-"""Train the SAE on stored activations, with SAELens, and export it in SAELens format.
+"""Train a dictionary on stored activations, with SAELens, and export it in SAELens format.
 
     python -m sae.training.train --model FOLDER --work FOLDER --output FOLDER [--tokens N]
+        [--reads HOOK [--writes HOOK [--skip]]] [--d-sae N] [--k N]
+
+An SAE of what was recorded at a hook point, or, where it writes at another one than it reads at, a
+transcoder, with a skip connection or without.
 
 Why SAELens and not sparsify: its trainer takes any iterator of activation batches, so the corpus
 goes through the model once and not once a pass; its BatchTopK is published as a JumpReLU, with
@@ -23,12 +27,15 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.training.activations import LAYER, SINK_NORM, WINDOW, stored
+from sae.card import HEADS, HookPoint
+from sae.hook_names import parse_hook
+from sae.training.activations import HOOK, WINDOW, sink_norm, stored, stored_pairs
 
 logger = logging.getLogger(__name__)
 
 #: Activations are divided by this share of them all to estimate their mean norm.
 NORM_SAMPLE: Final = 0.05
+ROWS_AT_ONCE: Final = 8192
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def shuffled(rows: torch.Tensor, batch: int, seed: int) -> Iterator[torch.Tensor
             yield rows[order[start : start + batch].sort().values].float()
 
 
-def train(rows: torch.Tensor, recipe: Recipe) -> Any:
+def train(rows: torch.Tensor, recipe: Recipe, *, heads: bool = False) -> Any:
     """A `BatchTopKTrainingSAE` of SAELens, trained on `rows` `[num_rows, d_in]`.
 
     It is trained on rows less their mean, which its decoder bias takes back in the end (Bricken et
@@ -72,12 +79,13 @@ def train(rows: torch.Tensor, recipe: Recipe) -> Any:
     the mean is half of these rows' second moment, and Adam moves a bias that starts at zero by
     its learning rate a step, so latents that fire on every token would carry the mean instead.
 
-    Weights are float32. Under autocast the products are bfloat16, which takes 40% off a step on
-    a CPU that has the instructions for it.
+    Args:
+        rows: what was recorded.
+        recipe: what is trained and for how long.
+        heads: rows are attention's heads side by side, which TransformerLens gives to an SAE one by
+            one.
     """
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-    from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(recipe.seed)
     sae = BatchTopKTrainingSAE(
@@ -86,9 +94,71 @@ def train(rows: torch.Tensor, recipe: Recipe) -> Any:
             d_sae=recipe.d_sae,
             k=recipe.k,
             normalize_activations="expected_average_only_in",
+            reshape_activations="hook_z" if heads else "none",
         )
     )
     mean = rows.mean(dim=0, dtype=torch.float32)
+    batches = shuffled(rows, recipe.batch, recipe.seed)
+    trained = _fitted(sae, (batch - mean for batch in batches), len(rows), recipe)
+    trained.b_dec.data += mean
+    return trained
+
+
+def train_transcoder(
+    rows: torch.Tensor, targets: torch.Tensor, recipe: Recipe, *, skip: bool = False
+) -> Any:
+    """A `sae.training.transcoder.Transcoder` of `targets` `[num_rows, d_out]` from `rows`.
+
+    Both sides are brought to mean zero and a mean norm of the root of their width, as SAELens
+    scales an SAE's input; means and factors are in its weights in the end.
+
+    Args:
+        rows: `[num_rows, d_in]`, what it reads.
+        targets: of the same tokens, what it is to write.
+        recipe: what is trained and for how long.
+        skip: whether it has a skip connection.
+    """
+    from sae.training.transcoder import Transcoder, TranscoderConfig
+
+    torch.manual_seed(recipe.seed)
+    d_in, d_out = rows.shape[1], targets.shape[1]
+    sae = Transcoder(
+        TranscoderConfig(
+            d_in=d_in,
+            d_out=d_out,
+            d_sae=recipe.d_sae,
+            k=recipe.k,
+            skip=skip,
+            apply_b_dec_to_input=False,
+        )
+    )
+    x_mean, x_scale = _centre_and_scale(rows)
+    y_mean, y_scale = _centre_and_scale(targets)
+    pairs = zip(
+        *(shuffled(side, recipe.batch, recipe.seed) for side in (rows, targets)), strict=True
+    )
+    batches = (torch.cat([(x - x_mean) * x_scale, (y - y_mean) * y_scale], dim=1) for x, y in pairs)
+    trained = _fitted(sae, batches, len(rows), recipe)
+    trained.fold_affine(x_mean, x_scale, y_mean, y_scale)
+    return trained
+
+
+def _centre_and_scale(rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The mean of rows, `[d]` float32, and what brings the rest to a mean norm of sqrt(d)."""
+    mean = rows.mean(dim=0, dtype=torch.float32)
+    norms = [(part.float() - mean).norm(dim=1) for part in rows.split(ROWS_AT_ONCE)]
+    return mean, float(rows.shape[1] ** 0.5 / torch.cat(norms).mean())
+
+
+def _fitted(sae: Any, batches: Iterator[torch.Tensor], num_rows: int, recipe: Recipe) -> Any:
+    """`sae` after SAELens' trainer has had its way.
+
+    Weights are float32. Under autocast the products are bfloat16, which takes 40% off a step on
+    a CPU that has the instructions for it.
+    """
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
     steps = recipe.tokens // recipe.batch
     trainer = SAETrainer(
         SAETrainerConfig(
@@ -100,15 +170,13 @@ def train(rows: torch.Tensor, recipe: Recipe) -> Any:
             lr_decay_steps=int(steps * recipe.decay),
             autocast=True,
             dead_feature_window=recipe.dead_after,
-            n_batches_for_norm_estimate=max(1, int(NORM_SAMPLE * len(rows)) // recipe.batch),
+            n_batches_for_norm_estimate=max(1, int(NORM_SAMPLE * num_rows) // recipe.batch),
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae,
-        (batch - mean for batch in shuffled(rows, recipe.batch, recipe.seed)),
+        batches,
     )
-    trained = trainer.fit()
-    trained.b_dec.data += mean
-    return trained
+    return trainer.fit()
 
 
 def export(sae: Any, output: Path, metadata: dict[str, Any]) -> None:
@@ -133,38 +201,55 @@ def export(sae: Any, output: Path, metadata: dict[str, Any]) -> None:
     shutil.rmtree(whole)
 
 
+def _stated(
+    model: str, reads: HookPoint, writes: HookPoint, num_rows: int, recipe: Recipe
+) -> dict[str, Any]:
+    """What the configuration says of where the dictionary belongs and what it was made of."""
+    places = {"hook_name": str(reads)} | ({} if writes == reads else {"hook_name_out": str(writes)})
+    most = sink_norm(reads)
+    return {
+        "model_name": model,
+        **places,
+        "hook_head_index": None,
+        "prepend_bos": False,
+        "context_size": WINDOW,
+        **({} if most is None else {"sink_norm": most}),
+        "trained_as": "batchtopk",
+        "k": recipe.k,
+        "tokens_unique": num_rows,
+        "tokens_seen": recipe.tokens,
+    }
+
+
 def main() -> None:
     defaults = Recipe()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layer", type=int, default=LAYER)
+    parser.add_argument("--reads", type=parse_hook, default=parse_hook(HOOK))
+    parser.add_argument("--writes", type=parse_hook)
+    parser.add_argument("--skip", action="store_true")
     parser.add_argument("--tokens", type=int, default=defaults.tokens)
+    parser.add_argument("--d-sae", type=int, default=defaults.d_sae)
+    parser.add_argument("--k", type=int, default=defaults.k)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    model = json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))
-    rows = stored(arguments.work, "corpus", model["hidden_size"])
-    recipe = Recipe(tokens=arguments.tokens)
-    sae = train(rows, recipe)
+    reads = arguments.reads
+    writes = arguments.writes or reads
+    if arguments.skip and writes == reads:
+        parser.error(f"--skip: an SAE has no skip connection; state --writes other than {reads}")
+    recipe = Recipe(tokens=arguments.tokens, d_sae=arguments.d_sae, k=arguments.k)
+    if writes == reads:
+        rows = stored(arguments.work, "corpus", reads)
+        sae = train(rows, recipe, heads=reads.kind == HEADS)
+    else:
+        rows, targets = stored_pairs(arguments.work, "corpus", reads, writes)
+        sae = train_transcoder(rows, targets, recipe, skip=arguments.skip)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    export(
-        sae,
-        arguments.output,
-        {
-            "model_name": arguments.model.name,
-            "hook_name": f"blocks.{arguments.layer}.hook_resid_post",
-            "hook_head_index": None,
-            "prepend_bos": False,
-            "context_size": WINDOW,
-            "sink_norm": SINK_NORM,
-            "trained_as": "batchtopk",
-            "k": recipe.k,
-            "tokens_unique": len(rows),
-            "tokens_seen": recipe.tokens,
-        },
-    )
+    stated = _stated(arguments.model.name, reads, writes, len(rows), recipe)
+    export(sae, arguments.output, stated)
     logger.info("%s", arguments.output)
 
 

@@ -17,11 +17,11 @@ from sae.sae import open_sae
 from sae.source import SAEReference
 from server.commands.demo_model import ensure_demo_model
 from tests.bench.cases import D_SAE
+from tests.bench.chat_answers import REPETITION_PENALTY, repeated
 from tests.bench.demo_engine import SAE, SPECIAL_TOKENS, demo_engine
 from tests.engine.engine import Engine
 
 SAE_NAME: Final = "l14"
-REPETITION_PENALTY: Final = 1.15
 DTYPE: Final = "bfloat16"
 SEQUENCES: Final = 64
 SCORED_AT_ONCE: Final = 32
@@ -52,9 +52,7 @@ class Answer:
     @property
     def repeated(self) -> float:
         """Share of word trigrams that occurred before."""
-        words = self.text.split()
-        trigrams = list(zip(words, words[1:], words[2:], strict=False))
-        return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+        return repeated(self.text)
 
 
 class Bench:

@@ -16,17 +16,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sae.card import HookPoint
 from sae.features import FeatureTable
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference
 from sae.training import activations, chat, corpus, evaluate, labels, packages, texts
 from sae.training.activations import Window
 from sae.training.labels import Label
+from sae.training.model_hooks import caught
 from sae.training.packages import Package
 from sae.training.texts import Document, Kind
 from sae.training.train import Recipe, export, shuffled, train
 from tests.models import D_MODEL, make_tiny_model, make_tokenizer
 
+STREAM = HookPoint(1, "hook_resid_post")
 LONG = "This paragraph has more than forty characters, so it counts as a repetition."
 OTHER = "Quite another paragraph, which is also longer than forty characters are."
 
@@ -378,7 +381,7 @@ def work(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model: Any = AutoModel.from_pretrained(model_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     for name in ("corpus", "held_out"):
-        activations.write(model, tokenizer, 1, folder, name)
+        activations.write(model, tokenizer, [STREAM], folder, name)
     return folder
 
 
@@ -387,13 +390,13 @@ def test_rows_stand_beside_the_places_that_they_are_from(model_folder: Path, wor
 
     model: Any = AutoModel.from_pretrained(model_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = activations.stored(work, "held_out", D_MODEL)
-    place = activations.places(work, "held_out")
+    rows = activations.stored(work, "held_out", STREAM)
+    place = activations.places(work, "held_out", STREAM)
     cuts = activations.windows(tokenizer, corpus.read(work / "held_out.jsonl"))
     assert len(rows) == len(place) == sum(len(cut.ids) - 1 for cut in cuts)
     window, position = place[-1].tolist()
-    alone = activations.residual_stream(
-        model.layers, 1, lambda: model(input_ids=torch.tensor([cuts[window].ids]))
+    (alone,) = caught(
+        model.layers, [STREAM], lambda: model(input_ids=torch.tensor([cuts[window].ids]))
     )
     assert torch.allclose(rows[-1].float(), alone[0, position], rtol=0.02, atol=0.02)
 
@@ -408,8 +411,8 @@ def test_a_perfect_sae_loses_nothing_and_an_ablation_does(
     both = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])
     sae = opened(write_sae(tmp_path / "sae", both.T, both))
     cuts = activations.windows(tokenizer, corpus.read(work / "held_out.jsonl"))
-    mean = activations.stored(work, "held_out", D_MODEL).float().mean(dim=0)
-    found = evaluate.losses(model, tokenizer, cuts, sae, 1, mean)
+    mean = activations.stored(work, "held_out", STREAM).float().mean(dim=0)
+    found = evaluate.losses(model, tokenizer, cuts, sae, mean)
     assert found.reconstructed == pytest.approx(found.clean, abs=1e-4)
     assert found.zero != pytest.approx(found.clean, abs=1e-2)
     assert found.mean != pytest.approx(found.clean, abs=1e-2)
@@ -437,7 +440,7 @@ def test_a_trained_sae_is_exported_loads_here_and_encodes_as_sae_lens_does(
 ) -> None:
     from sae_lens import SAE as LensSAE
 
-    rows = activations.stored(work, "corpus", D_MODEL)
+    rows = activations.stored(work, "corpus", STREAM)
     recipe = Recipe(d_sae=128, k=8, tokens=128 * 150, batch=128, learning_rate=3e-3, dead_after=20)
     trained = train(rows, recipe)
     hook = {"model_name": "tiny", "hook_name": "blocks.1.hook_resid_post", "sink_norm": 2000.0}
@@ -448,7 +451,7 @@ def test_a_trained_sae_is_exported_loads_here_and_encodes_as_sae_lens_does(
     ]
     sae = opened(tmp_path / "sae")
     assert (sae.card.architecture, sae.card.layer, sae.card.sink_norm) == ("jumprelu", 1, 2000.0)
-    held_out = activations.stored(work, "held_out", D_MODEL)
+    held_out = activations.stored(work, "held_out", STREAM)
     figures = evaluate.reconstruction(sae, held_out)
     assert figures.fvu < 0.6
     assert 2 < figures.l0 < 24
