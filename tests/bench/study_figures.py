@@ -1,6 +1,10 @@
 """What calibrate, rank and attribute find on the demo SAE, and with how much work.
 
 ``python -m tests.bench.study_figures [out.json] [--full] [--parts calibrate rank attribute]``
+``[--sae FOLDER] [--effects JSON]``
+
+What is found of each feature is kept in ``build/`` as it is made: begun again, this goes on. Parts
+that are not asked for stay as the last run left them.
 
 Calibrate. Every labelled feature (without ``--full`` every fifth), clamped to its maximum times a
 multiplier, at a KL of 0.1 on two of the passages that ship with the project: the share of features
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any, Final
 
@@ -26,12 +31,14 @@ import numpy as np
 
 from sae.discovery import auroc
 from sae.features import FeatureTable
+from sae.sae import open_sae
+from sae.source import SAEReference
 from sae.training.labels import read_labels
 from steering.errors import BudgetNotMetError
 from steering.studies.neutral import neutral_passages
 from steering.vllm.offline_studies import OfflineStudies
-from tests.bench.cases import D_SAE
 from tests.bench.demo_engine import SAE, demo_engine
+from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments, spread
 from tests.bench.steering_effect import SELECTED_AT, works
 from tests.bench.steering_prompts import REPORT, SELECTION
@@ -47,12 +54,13 @@ STRONGEST: Final = 4
 CANDIDATES: Final = (64, 256)
 
 
-def calibrate(studies: OfflineStudies, features: Sequence[int], record: Record) -> None:
+def calibrate(
+    studies: OfflineStudies, features: Sequence[int], record: Record, rows: KeptRows
+) -> None:
     """Share of features whose budget is met, and the tries it took."""
     texts = [{"prompt": passage} for passage in neutral_passages()[:5:4]]
-    tries: list[float] = []
-    missed = []
-    for feature in features:
+
+    def calibrated(feature: int) -> dict[str, Any]:
         edit = {"feature": feature, "op": "clamp", "value": 1, "unit": "max_act"}
         body = {
             "steering": {"interventions": [edit]},
@@ -61,24 +69,31 @@ def calibrate(studies: OfflineStudies, features: Sequence[int], record: Record) 
         }
         try:
             answer = studies.run("calibrate", body)
-        except BudgetNotMetError:
-            missed.append(feature)
-        else:
-            tries.append(len(answer["curve"]))
-            print(feature, answer["multiplier"], answer["achieved"], tries[-1], flush=True)
-    within_5 = sum(count <= 5 for count in tries) / len(features)
+        except BudgetNotMetError as error:
+            return {"multiplier": None, "curve": error.curve}
+        return {name: answer[name] for name in ("multiplier", "achieved", "curve")}
+
+    found = {}
+    for feature in features:
+        one = rows.of(f"calibrate {feature}", lambda feature=feature: calibrated(feature))
+        found[feature] = one
+        print(feature, one["multiplier"], len(one["curve"]), flush=True)
+    met = {f: len(one["curve"]) for f, one in found.items() if one["multiplier"] is not None}
     record.add(
-        part="calibrate", what=f"KL {BUDGET}", features=len(features), missed=str(missed),
-        tries=spread(tries), met_within_5_tries=within_5,
+        part="calibrate", what=f"KL {BUDGET}", features=len(features),
+        missed=str(sorted({*features} - {*met})), tries=spread([*map(float, met.values())]),
+        met_within_5_tries=sum(count <= 5 for count in met.values()) / len(features),
     )  # fmt: skip
 
 
-def rank(studies: OfflineStudies, prompts: int, record: Record) -> None:
+def rank(
+    studies: OfflineStudies, prompts: int, record: Record, rows: KeptRows, sae: Path, effects: Path
+) -> None:
     """Area under the ROC curve of every figure, for features that work."""
-    rows = json.loads((RESULTS / "steering_effect.json").read_text())["rows"]
+    effect_rows = json.loads(effects.read_text())["rows"]
     tried = {
         row["feature"]: works(row)
-        for row in rows
+        for row in effect_rows
         if row.get("prompts") == "selection" and row["strength"] == SELECTED_AT
     }
     features = sorted(tried)
@@ -93,12 +108,14 @@ def rank(studies: OfflineStudies, prompts: int, record: Record) -> None:
     for what, bodies in cases:
         answers = []
         for body in bodies:
-            answer = studies.run("rank", {"features": features, **body}, NAME)
+            asked = {"features": features, **body}
+            key = f"rank {json.dumps(body)}"
+            answer = rows.of(key, lambda asked=asked: studies.run("rank", asked, NAME))
             answers.append({entry["feature"]: entry for entry in answer["features"]})
         for figure in ("kl", "output_score", "delta_confidence"):
             means = {f: mean(answer[f][figure] for answer in answers) for f in features}
             record.add(part="rank", what=what, figure=figure, **_told(means, tried))
-    table = FeatureTable.open(SAE, D_SAE)
+    table = FeatureTable.open(sae, open_sae(SAEReference(NAME, str(sae))).card.d_sae)
     density = {feature: table.get(feature).density or 0.0 for feature in features}
     record.add(part="rank", what="recorded", figure="density", **_told(density, tried))
 
@@ -168,23 +185,29 @@ def main() -> None:
     """Run the parts and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--sae", type=Path, default=SAE, help="a folder with labels.jsonl")
+    parser.add_argument("--effects", type=Path, default=RESULTS / "steering_effect.json")
     args = parser.parse_args()
     record = Record(
         "study_figures",
         "What calibrate, rank and attribute find on the demo SAE, and with how much work.",
-        {"sae": SAE.name, "budget": BUDGET, "passages": 2, "answered_tokens": ANSWERED_TOKENS},
+        {"sae": args.sae.name, "budget": BUDGET, "passages": 2, "answered_tokens": ANSWERED_TOKENS},
     )
-    engine = demo_engine({NAME: SAE}, eager=True)
+    path = args.json or RESULTS / f"{record.name}.json"
+    before = json.loads(path.read_text())["results"] if path.exists() else []
+    record.results += [row for row in before if row["part"] not in args.parts]
+    rows = KeptRows(Path("build") / f"study_figures-{args.sae.name}.json")
+    engine = demo_engine({NAME: args.sae}, eager=True)
     studies = OfflineStudies(engine.llm)
-    labelled = [label.index for label in read_labels(SAE / "labels.jsonl")]
-    if "calibrate" in args.parts:
-        calibrate(studies, labelled[:: 1 if args.full else 5], record)
+    labelled = [label.index for label in read_labels(args.sae / "labels.jsonl")]
     if "rank" in args.parts:
-        rank(studies, 8 if args.full else 2, record)
+        rank(studies, 8 if args.full else 2, record, rows, args.sae, args.effects)
+    if "calibrate" in args.parts:
+        calibrate(studies, labelled[:: 1 if args.full else 5], record, rows)
     if "attribute" in args.parts:
         attribute(engine, studies, len(REPORT) if args.full else 3, record)
     engine.shut_down()
-    record.save(args.json)
+    record.save(path)
 
 
 if __name__ == "__main__":
