@@ -11,7 +11,8 @@ It is tried with scope ``so_far`` and with scope ``prompt``.
 Reported on the second halves, apart for prompts of the topic and all others: the share of answers
 (40 tokens, as in ``steering_effect``) in which the style's label shows, by the label's own test;
 KL of the edit on the unsteered answers, over their tokens; and the share of answers that are not
-the unsteered ones, token by token. Rows are kept in ``build/`` as they are made: begun again, this goes on.
+the unsteered ones, token by token. Rows are kept in ``build/`` as they are made: begun again, this
+goes on.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def styled(feature: int, when: Mapping[str, Any] | None) -> dict[str, Any]:
     """A style on generated tokens, under a condition or not."""
     edit = {"feature": feature, "op": "clamp", "value": STRENGTH, "unit": "max_act"}
     positions = {"prompt": False}
-    field: dict[str, Any] = {"interventions": [edit], "positions": positions, "report": True}
+    field: dict[str, Any] = {"interventions": [edit], "positions": positions}
     return field if when is None else {**field, "when": dict(when)}
 
 
