@@ -1,14 +1,14 @@
 """A style put on every answer, and only where a topic has come up: effect kept, cost saved.
 
-``python -m tests.bench.conditional [out.json] [--sae FOLDER] [--styles FEATURE ...]``
+``python -m tests.bench.conditional [out.json] [--sae FOLDER] [--style FEATURE]``
 
-A style is a feature clamped to its maximum on generated tokens: those two of the demo's README that
-do most at that strength, and are on none of the topics. A topic's condition is found by
+The style is a feature clamped to its maximum on generated tokens: that of the demo's README which
+does most at that strength, and is on none of the topics. A topic's condition is found by
 ``contrast`` on the first half of its prompts against the first half of all others, at the
 largest activation in each: the first feature by AUROC, above the midpoint of its two means.
 It is tried with scope ``so_far`` and with scope ``prompt``.
 
-Reported on the second halves, apart for prompts of the topic and all others: the share of answers
+Reported on the second halves, apart for prompts of the topic and for prompts on none: the share of answers
 (40 tokens, as in ``steering_effect``) in which the style's label shows, by the label's own test;
 KL of the edit on the unsteered answers, over their tokens; and the share of answers that are not
 the unsteered ones, token by token. Rows are kept in ``build/`` as they are made: begun again, this
@@ -30,11 +30,11 @@ from tests.bench.demo_engine import SAE
 from tests.bench.doses import kls
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_answers import DTYPE, SAE_NAME, Answer, Bench, cost
+from tests.bench.steering_answers import DTYPE, SAE_NAME, Bench
 from tests.bench.steering_effect import AMPLIFIED_TOKENS, on_topic
 from tests.bench.suppression import texts
 
-STYLES: Final = (4308, 2417)
+STYLE: Final = 4308
 STRENGTH: Final = 1.0
 SCOPES: Final = ("so_far", "prompt")
 OTHER: Final = "other"
@@ -87,95 +87,91 @@ def styled(feature: int, when: Mapping[str, Any] | None) -> dict[str, Any]:
     return field if when is None else {**field, "when": dict(when)}
 
 
-def cases(styles: Sequence[int], conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every style without a condition and under each topic's."""
-    found: list[dict[str, Any]] = []
-    for style in styles:
-        found.append({"style": style, "topic": None, "scope": None, "field": styled(style, None)})
-        for topic, one in conditions.items():
-            for scope in SCOPES:
-                when = {"feature": one["feature"], "above": one["above"], "scope": scope}
-                field = styled(style, when)
-                found.append({"style": style, "topic": topic, "scope": scope, "field": field})
+def cases(style: int, conditions: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By topic, the style without a condition and under the topic's in each scope."""
+    found = {}
+    for topic, one in conditions.items():
+        fields = {"always": styled(style, None)}
+        for scope in SCOPES:
+            when = {"feature": one["feature"], "above": one["above"], "scope": scope}
+            fields[scope] = styled(style, when)
+        found[topic] = fields
     return found
 
 
 def measured(
     bench: Bench,
     studies: OfflineStudies,
-    case: Mapping[str, Any],
-    unsteered: Mapping[str, Sequence[Answer]],
+    prompts: Sequence[str],
+    fields: Mapping[str, Mapping[str, Any]],
     label: Label,
 ) -> dict[str, Any]:
-    """A case's figures on each topic's second half."""
-    made = {}
-    for topic, own in unsteered.items():
-        prompts = second_half(TOPICS[topic])
-        answers = bench.answers(prompts, [case["field"]] * len(prompts), AMPLIFIED_TOKENS)
-        (kl,) = kls(studies, texts(own), [case["field"]])
-        changed = [a.tokens != b.tokens for a, b in zip(answers, own, strict=True)]
-        made[topic] = {
-            "shown": on_topic(label, answers),
-            "shown_unsteered": on_topic(label, own),
+    """The figures of each field on prompts."""
+    n = len(prompts)
+    asked = [None, *fields.values()]
+    answers = bench.answers(
+        [*prompts] * len(asked),
+        [field for field in asked for _ in prompts],
+        AMPLIFIED_TOKENS,
+        scored=False,
+    )
+    own = answers[:n]
+    costs = kls(studies, texts(own), list(fields.values()))
+    made: dict[str, Any] = {}
+    for i, (name, kl) in enumerate(zip(["unsteered", *fields], [0.0, *costs], strict=True)):
+        its = answers[i * n : (i + 1) * n]
+        changed = [a.tokens != b.tokens for a, b in zip(its, own, strict=True)]
+        made[name] = {
+            "shown": on_topic(label, its),
             "kl": kl,
-            "perplexity_ratio": cost(answers, own),
             "changed": mean(changed),
-            "answers": [answer.text for answer in answers],
+            "answers": [answer.text for answer in its],
         }
     return made
 
 
-def summary(by_topic: Mapping[str, Mapping[str, Any]], topics: Sequence[str]) -> dict[str, float]:
-    """Means over topics of as many prompts each."""
-    names = ("shown", "shown_unsteered", "kl", "perplexity_ratio", "changed")
-    return {name: mean(by_topic[topic][name] for topic in topics) for name in names}
-
-
 def main() -> None:
-    """Measure every style and condition and write the JSON."""
+    """Measure every condition and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--sae", type=Path, default=SAE)
-    parser.add_argument("--styles", type=int, nargs="+", default=STYLES)
+    parser.add_argument("--style", type=int, default=STYLE)
     args = parser.parse_args()
     labels = {label.index: label for label in read_labels(args.sae / "labels.jsonl")}
     bench = Bench(args.sae)
     studies = OfflineStudies(bench.engine.llm)
     kept = KeptRows(Path("build") / f"conditional-{args.sae.name}.json")
-    named = [topic for topic in TOPICS if topic != OTHER]
     conditions = {
         topic: kept.of(f"condition {topic}", lambda topic=topic: condition(studies, topic))
-        for topic in named
+        for topic in TOPICS
+        if topic != OTHER
     }
     print(conditions, flush=True)
+    label = labels[args.style]
     record = Record(
         "conditional",
         "A style on every answer and only where a topic has come up, on its prompts and on others.",
         {"sae": args.sae.name, "dtype": DTYPE, "tokens": AMPLIFIED_TOKENS, "strength": STRENGTH,
-         "prompts": len(second_half(TOPICS[OTHER])), "conditions": json.dumps(conditions)},
+         "style": label.label, "prompts": len(second_half(TOPICS[OTHER])),
+         "conditions": json.dumps(conditions)},
     )  # fmt: skip
-    unsteered = {}
-    for topic, prompts in TOPICS.items():
-        asked = second_half(prompts)
-        unsteered[topic] = bench.answers(asked, [None] * len(asked), AMPLIFIED_TOKENS)
-    rows = []
-    for case in cases(args.styles, conditions):
-        key = f"{case['style']} {case['topic']} {case['scope']}"
-        label = labels[case["style"]]
-        of_case = kept.of(
-            key, lambda case=case, label=label: measured(bench, studies, case, unsteered, label)
-        )
-        rows.append({**case, "by_topic": of_case})
-        for topic in named if case["topic"] is None else [case["topic"]]:
-            others = [name for name in TOPICS if name != topic]
-            for where, names in ((topic, [topic]), (f"not {topic}", others)):
-                record.add(
-                    style=label.label, condition=case["scope"] or "always", prompts=where,
-                    **summary(of_case, names),
-                )  # fmt: skip
+    rows = {}
+    for topic, fields in cases(args.style, conditions).items():
+        for where in (topic, OTHER):
+            prompts = second_half(TOPICS[where])
+            rows[f"{topic}, prompts on {where}"] = of_both = kept.of(
+                f"{args.style} {topic} {where}",
+                lambda prompts=prompts, fields=fields: measured(
+                    bench, studies, prompts, fields, label
+                ),
+            )
+            for name, row in of_both.items():
+                figures = {figure: row[figure] for figure in ("shown", "kl", "changed")}
+                record.add(topic=topic, prompts=where, style=name, **figures)
     bench.engine.shut_down()
     path = args.json or RESULTS / "conditional.json"
     record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "
+")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 ``[--downstream FOLDER]``
 
 Each feature is clamped to 1.5 times its maximum, and unit vectors drawn from the sphere (seed 0,
-four to a feature, served as a dictionary of directions at the same hook point) are added as
+three to a feature, served as a dictionary of directions at the same hook point) are added as
 strongly. Decoder rows have norm 1, so that both change the stream by as much, but for what the
 feature has already. ``evaluate`` on passages that ship with the project says: KL, how many other
 features of the SAE a token fires anew and how many fall silent, and how much of the change of the
@@ -34,9 +34,9 @@ from tests.bench.steering_effect import SELECTED_AT
 
 RANDOM: Final = "random"
 DOWNSTREAM: Final = "downstream"
-DRAWN: Final = 4
+DRAWN: Final = 3
 #: Of the project's passages, those that edits are tried on.
-PASSAGES: Final = slice(0, 12, 4)
+PASSAGES: Final = slice(0, 12, 6)
 FIGURES: Final = ("kl", "share", "newly_active", "silenced", "explained")
 
 

@@ -4,17 +4,17 @@
 
 For each of `BEHAVIOURS` the four features by attribution that ``steering_effect`` found on the
 contrast prompts. KL is that of the edit on the model's unsteered answers, over the answers' tokens.
-``ablate`` and its ``reread`` have no strength, so the others take theirs: on the answers to
-every other contrast prompt ("found"), each is made as strong as gives the KL of ``reread``, and
-twice that:
+``ablate`` and its ``reread`` have no strength, so the others take theirs: on the first 40 tokens of
+the answers to every fourth contrast prompt ("found"), each is made as strong as costs the KL of
+``reread`` (clamp alone: one below zero by nothing is ``ablate``) and three times that:
 
 * ``clamp``: every feature at so many times minus its maximum, on every token;
 * ``scale``: f' = (1 - m) f, beyond zero where the feature fires and nothing elsewhere;
 * ``add``: so many times minus its maximum added on every token, whatever the feature reads.
 
-All of it is reported on the held-out prompts: the share of 16 answers of 80 tokens that show the
-behaviour, KL on the unsteered answers to these prompts, and cost and repetition as in
-``steering_effect``. Rows are kept in ``build/`` as they are made: begun again, this goes on.
+All of it is reported on the held-out prompts: the share of 16 answers of 60 tokens that show the
+behaviour, the share of repeated trigrams as in ``steering_effect``, and KL on the unsteered answers
+to every other of these prompts. Rows are kept in ``build/`` as they are made: begun again, this goes on.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from tests.bench.demo_engine import SAE
 from tests.bench.doses import doses, kls
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_answers import DTYPE, REPETITION_PENALTY, Answer, Bench, Field, cost
-from tests.bench.steering_effect import SUPPRESSED_TOKENS
+from tests.bench.steering_answers import DTYPE, REPETITION_PENALTY, Answer, Bench, Field
 from tests.bench.steering_prompts import BEHAVIOURS, Behaviour
 
 SET_SIZE: Final = 4
-#: Budgets of the doses, in times the KL of ``ablate`` with ``reread``.
-BUDGETS: Final = (1, 2)
+ANSWER_TOKENS: Final = 60
+FOUND_TOKENS: Final = 40
+#: What has a strength, and its budget in times the KL of ``ablate`` with ``reread``.
+CASES: Final = (("clamp", 1), ("clamp", 3), ("scale", 3), ("add", 3))
 #: An edit a feature whose strength is looked for, at a multiplier of 1.
 DOSED: Final[Mapping[str, Mapping[str, Any]]] = {
     "clamp": {"op": "clamp", "value": -1, "unit": "max_act"},
@@ -75,22 +76,21 @@ def dosed(
     bench: Bench, studies: OfflineStudies, behaviour: Behaviour, features: Sequence[int]
 ) -> dict[str, Any]:
     """The edits of a behaviour, those with a strength at their budgets, by name."""
-    prompts = behaviour.contrast[::2]
-    found = texts(bench.answers(prompts, [None] * len(prompts), SUPPRESSED_TOKENS))
+    prompts = behaviour.contrast[::4]
+    found = texts(bench.answers(prompts, [None] * len(prompts), FOUND_TOKENS, scored=False))
     steerings = undosed(features)
     of_undosed = dict(zip(steerings, kls(studies, found, list(steerings.values())), strict=True))
     made: dict[str, Any] = {
         name: {"steering": steering, "kl_found": of_undosed[name], "tries": 0}
         for name, steering in steerings.items()
     }
-    names = [(op, budget) for op in DOSED for budget in BUDGETS]
     asked = doses(
         studies,
         found,
-        [edits(features, DOSED[op]) for op, _ in names],
-        [budget * of_undosed["ablate, reread"] for _, budget in names],
+        [edits(features, DOSED[op]) for op, _ in CASES],
+        [budget * of_undosed["ablate, reread"] for _, budget in CASES],
     )
-    for (op, budget), dose in zip(names, asked, strict=True):
+    for (op, budget), dose in zip(CASES, asked, strict=True):
         print(behaviour.name, op, budget, dose, flush=True)
         made[f"{op}, {budget} x KL of reread"] = {
             "steering": dose.steering,
@@ -108,10 +108,12 @@ def reported(
     fields: list[Field | None] = [None, *steerings.values()]
     prompts, n = behaviour.held_out, len(behaviour.held_out)
     answers = bench.answers(
-        [*prompts] * len(fields), [field for field in fields for _ in prompts], SUPPRESSED_TOKENS
+        [*prompts] * len(fields),
+        [field for field in fields for _ in prompts],
+        ANSWER_TOKENS,
+        scored=False,
     )
-    unsteered = answers[:n]
-    held_out = [0.0, *kls(studies, texts(unsteered), list(steerings.values()))]
+    held_out = [0.0, *kls(studies, texts(answers[:n:2]), list(steerings.values()))]
     rows = []
     for i, (name, kl) in enumerate(zip(["unsteered", *steerings], held_out, strict=True)):
         its = answers[i * n : (i + 1) * n]
@@ -122,7 +124,6 @@ def reported(
                 "shown": mean(behaviour.shown_in(answer.text) for answer in its),
                 "kl": kl,
                 "kl_found": made[name]["kl_found"] if name in made else 0.0,
-                "perplexity_ratio": cost(its, unsteered),
                 "repeated": mean(answer.repeated for answer in its),
                 "steering": steerings.get(name),
                 "answers": [answer.text for answer in its],
@@ -145,7 +146,7 @@ def main() -> None:
         "suppression",
         "Behaviours shown in answers to held-out prompts, four features suppressed, at equal KL.",
         {"sae": args.sae.name, "dtype": DTYPE, "repetition_penalty": REPETITION_PENALTY,
-         "tokens": SUPPRESSED_TOKENS, "answers": len(BEHAVIOURS[0].held_out),
+         "tokens": ANSWER_TOKENS, "answers": len(BEHAVIOURS[0].held_out),
          "sets": json.dumps(sets)},
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
