@@ -4,15 +4,15 @@
 
 The style is a feature clamped to its maximum on generated tokens: that of the demo's README which
 does most at that strength, and is on none of the topics. A topic's condition is found by
-``contrast`` on the first half of its prompts against the first half of all others, at the
-largest activation in each: the first feature by AUROC, above the midpoint of its two means.
-It is tried with scope ``so_far`` and with scope ``prompt``.
+``contrast`` on the first half of its prompts against the first half of all others, at the largest
+activation in each: the first feature by AUROC, above the midpoint of its two means. It is tried
+with scope ``so_far`` and with scope ``prompt``.
 
-Reported on the second halves, apart for prompts of the topic and for prompts on none: the share of answers
-(40 tokens, as in ``steering_effect``) in which the style's label shows, by the label's own test;
-KL of the edit on the unsteered answers, over their tokens; and the share of answers that are not
-the unsteered ones, token by token. Rows are kept in ``build/`` as they are made: begun again, this
-goes on.
+Reported on the second halves, apart for prompts of the topic and for prompts on none: the share of
+answers (40 tokens, as in ``steering_effect``) in which the style's label shows, by the label's own
+test; KL of the edit on the unsteered answers, over their tokens; and the share of answers that are
+not the unsteered ones, token by token. Rows are kept in ``build/`` as they are made: begun again,
+this goes on.
 """
 
 from __future__ import annotations
@@ -170,8 +170,7 @@ def main() -> None:
     bench.engine.shut_down()
     path = args.json or RESULTS / "conditional.json"
     record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "
-")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 ``python -m tests.bench.equal_kl [out.json] [--sae FOLDER] [--effects JSON] [--every N]``
 
 KL is that of a clamp on the model's own unsteered answers to the first two prompts of `SELECTION`,
-40 tokens each, over the answers' tokens. The budget is the median KL of the features
-that work in ``steering_effect`` at the strength at which they do (1.5 or 2 times the maximum). Each
-labelled feature (or every Nth) is then clamped as strongly as costs that, answers the first four
-prompts, and is judged as there ("works"). For comparison the answers that ``steering_effect`` kept of the same features to
-the same prompts at 1.5 times the maximum are judged likewise, but for their cost, which it has for
-all of its prompts together. What works at equal KL is reported on the first `REPORTED` prompts of
-`REPORT`. Rows are kept in ``build/`` as they are made: begun again, this goes on.
+40 tokens each, over the answers' tokens. The budget is the median KL of the features that work in
+``steering_effect`` at the strength at which they do (1.5 or 2 times the maximum). Each labelled
+feature (or every Nth) is then clamped as strongly as costs that, answers the first four prompts,
+and is judged as there ("works"). For comparison the answers that ``steering_effect`` kept of the
+same features to the same prompts at 1.5 times the maximum are judged likewise, but for their cost,
+which it has for all of its prompts together. What works at equal KL is reported on the first
+`REPORTED` prompts of `REPORT`. Rows are kept in ``build/`` as they are made: begun again, this goes
+on.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ the answers to every fourth contrast prompt ("found"), each is made as strong as
 
 All of it is reported on the held-out prompts: the share of 16 answers of 60 tokens that show the
 behaviour, the share of repeated trigrams as in ``steering_effect``, and KL on the unsteered answers
-to every other of these prompts. Rows are kept in ``build/`` as they are made: begun again, this goes on.
+to every other of these prompts. Rows are kept in ``build/`` as they are made: begun again, this
+goes on.
 """
 
 from __future__ import annotations
