@@ -141,7 +141,7 @@ def main() -> None:
     studies = OfflineStudies(bench.engine.llm)
     kept = KeptRows(Path("build") / f"conditional-{args.sae.name}.json")
     conditions = {
-        topic: kept.of(f"condition {topic}", lambda topic=topic: condition(studies, topic))
+        topic: kept.of(f"condition {topic}", condition, studies, topic)
         for topic in TOPICS
         if topic != OTHER
     }
@@ -160,9 +160,12 @@ def main() -> None:
             prompts = second_half(TOPICS[where])
             rows[f"{topic}, prompts on {where}"] = of_both = kept.of(
                 f"{args.style} {topic} {where}",
-                lambda prompts=prompts, fields=fields: measured(
-                    bench, studies, prompts, fields, label
-                ),
+                measured,
+                bench,
+                studies,
+                prompts,
+                fields,
+                label,
             )
             for name, row in of_both.items():
                 figures = {figure: row[figure] for figure in ("shown", "kl", "changed")}

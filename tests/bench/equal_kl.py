@@ -129,7 +129,7 @@ def main() -> None:
 
     rows: dict[str, dict[str, Any]] = {}
     for batch in batches([*labels.values()]):
-        rows |= kept.of(f"batch {batch[0].index}", lambda batch=batch: batch_of(batch))
+        rows |= kept.of(f"batch {batch[0].index}", batch_of, batch)
         print(len(rows), "of", len(labels), flush=True)
     met = {int(f): row for f, row in rows.items() if row["steering"] is not None}
     works_now = [labels[f] for f, row in met.items() if works(row)]

@@ -22,10 +22,10 @@ class KeptRows:
     def __contains__(self, key: str) -> bool:
         return key in self._rows
 
-    def of(self, key: str, make: Callable[[], Any]) -> Any:
-        """The row of a key, made and written if it is not there yet."""
+    def of(self, key: str, make: Callable[..., Any], *args: Any) -> Any:
+        """The row of a key, made of the arguments and written if it is not there yet."""
         if key not in self._rows:
-            self.put(key, make())
+            self.put(key, make(*args))
         return self._rows[key]
 
     def put(self, key: str, row: Any) -> None:

@@ -128,9 +128,7 @@ def main() -> None:
 
     rows = {}
     for i, feature in enumerate(features):
-        rows[str(feature)] = kept.of(
-            str(feature), lambda i=i, feature=feature: evaluated(i, feature)
-        )
+        rows[str(feature)] = kept.of(str(feature), evaluated, i, feature)
         print(feature, table.label(feature), json.dumps(rows[str(feature)]), flush=True)
     record = Record(
         "side_effects",

@@ -75,7 +75,7 @@ def calibrate(
 
     found = {}
     for feature in features:
-        one = rows.of(f"calibrate {feature}", lambda feature=feature: calibrated(feature))
+        one = rows.of(f"calibrate {feature}", calibrated, feature)
         found[feature] = one
         print(feature, one["multiplier"], len(one["curve"]), flush=True)
     met = {f: len(one["curve"]) for f, one in found.items() if one["multiplier"] is not None}
@@ -110,7 +110,7 @@ def rank(
         for body in bodies:
             asked = {"features": features, **body}
             key = f"rank {json.dumps(body)}"
-            answer = rows.of(key, lambda asked=asked: studies.run("rank", asked, NAME))
+            answer = rows.of(key, studies.run, "rank", asked, NAME)
             answers.append({entry["feature"]: entry for entry in answer["features"]})
         for figure in ("kl", "output_score", "delta_confidence"):
             means = {f: mean(answer[f][figure] for answer in answers) for f in features}

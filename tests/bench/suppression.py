@@ -155,11 +155,19 @@ def main() -> None:
         features = sets[behaviour.name]
         made = kept.of(
             f"doses {behaviour.name}",
-            lambda one=behaviour, its=features: dosed(bench, studies, one, its),
+            dosed,
+            bench,
+            studies,
+            behaviour,
+            features,
         )
         of_behaviour = kept.of(
             f"answers {behaviour.name}",
-            lambda one=behaviour, its=made: reported(bench, studies, one, its),
+            reported,
+            bench,
+            studies,
+            behaviour,
+            made,
         )
         for row in of_behaviour:
             record.add(
