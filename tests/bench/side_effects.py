@@ -65,6 +65,12 @@ def configurations(place: int, feature: int, norm: float) -> list[dict[str, Any]
     return [{"name": name, "steering": {"interventions": [edit]}} for name, edit in edits]
 
 
+def begun(passage: str) -> dict[str, str]:
+    """A passage whose first words are the prompt: without completion it would be answered."""
+    words = passage.split(" ")
+    return {"prompt": " ".join(words[:8]), "completion": " " + " ".join(words[8:])}
+
+
 def figures(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of one configuration of an evaluation."""
     made: dict[str, Any] = {
@@ -112,7 +118,7 @@ def main() -> None:
         sources.append(f"{DOWNSTREAM}={args.downstream}")
     llm = SteeringLLM(str(ensure_demo_model()), sources, **settings(eager=True))
     saes = [SAE_NAME, *([DOWNSTREAM] if args.downstream is not None else [])]
-    texts = [{"prompt": passage} for passage in neutral_passages()[PASSAGES]]
+    texts = [begun(passage) for passage in neutral_passages()[PASSAGES]]
     kept = KeptRows(Path("build") / f"side_effects-{args.sae.name}-{len(saes)}.json")
 
     def evaluated(place: int, feature: int) -> dict[str, Any]:
