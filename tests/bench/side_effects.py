@@ -29,7 +29,7 @@ from sae.source import SAEReference
 from tests.bench.demo_engine import SAE, settings
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_answers import SAE_NAME
+from tests.bench.steering_answers import KV_CACHE, SAE_NAME
 from tests.bench.steering_effect import SELECTED_AT
 
 RANDOM: Final = "random"
@@ -116,7 +116,8 @@ def main() -> None:
     ]
     if args.downstream is not None:
         sources.append(f"{DOWNSTREAM}={args.downstream}")
-    llm = SteeringLLM(str(ensure_demo_model()), sources, **settings(eager=True))
+    options = settings(eager=True) | {"kv_cache_memory_bytes": KV_CACHE}
+    llm = SteeringLLM(str(ensure_demo_model()), sources, **options)
     saes = [SAE_NAME, *([DOWNSTREAM] if args.downstream is not None else [])]
     texts = [begun(passage) for passage in neutral_passages()[PASSAGES]]
     kept = KeptRows(Path("build") / f"side_effects-{args.sae.name}-{len(saes)}.json")

@@ -24,6 +24,7 @@ SAE_NAME: Final = "l14"
 REPETITION_PENALTY: Final = 1.15
 DTYPE: Final = "bfloat16"
 SEQUENCES: Final = 64
+KV_CACHE: Final = 2**29  # bytes: 64 sequences of 300 tokens, with as much to spare
 SCORED_AT_ONCE: Final = 32
 
 Field = Mapping[str, Any]
@@ -70,7 +71,11 @@ class Bench:
 
         path = ensure_demo_model()
         self.engine: Engine = demo_engine(
-            {SAE_NAME: sae, **(others or {})}, eager=True, dtype=DTYPE, max_num_seqs=SEQUENCES
+            {SAE_NAME: sae, **(others or {})},
+            eager=True,
+            dtype=DTYPE,
+            max_num_seqs=SEQUENCES,
+            kv_cache_memory_bytes=KV_CACHE,
         )
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
