@@ -1,6 +1,9 @@
 """What ``suggest`` finds: for ten behaviours, and against the suppression sets that were searched.
 
-``python -m tests.bench.suggestions [out.json] [--sae FOLDER] [--parts behaviours suppress]``
+``python -m tests.bench.suggestions [out.json] [--sae FOLDER] [--parts dosed suppress behaviours]``
+
+Dosed. Numbered lists with the edits that ``suppression`` found at three times the KL of ``reread``,
+in answers as long as those of ``steering_effect`` and with their cost.
 
 Behaviours. For each of `PAIRS`, wanted and unwanted answers to the same prompts: the gain in the
 difference of their log-likelihoods on the half that was held out, at a KL of 0.1 on `NEUTRAL` of
@@ -16,6 +19,7 @@ made: begun again, this goes on.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any, Final
@@ -25,13 +29,14 @@ from steering.vllm.offline_studies import OfflineStudies
 from tests.bench.demo_engine import SAE
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_answers import DTYPE, REPETITION_PENALTY, SAE_NAME, Bench, cost
+from tests.bench.steering_answers import DTYPE, REPETITION_PENALTY, SAE_NAME, Bench, Field, cost
 from tests.bench.steering_effect import SUPPRESSED_TOKENS
 from tests.bench.steering_prompts import BEHAVIOURS, Behaviour
 from tests.bench.suggestion_texts import PAIRS
 from tests.bench.suppression import texts
 
-PARTS: Final = ("behaviours", "suppress")
+PARTS: Final = ("dosed", "suppress", "behaviours")
+DOSED: Final = "numbered lists"
 BUDGET: Final = 0.1
 #: Passages of the budget.
 NEUTRAL: Final = 1
@@ -69,7 +74,7 @@ def of_pairs(studies: OfflineStudies, name: str) -> dict[str, Any]:
 
 def of_suppression(bench: Bench, studies: OfflineStudies, behaviour: Behaviour) -> dict[str, Any]:
     """What is suggested against a behaviour, and what it does on the held-out prompts."""
-    prompts, held_out = behaviour.contrast, behaviour.held_out
+    prompts = behaviour.contrast
     found = bench.answers(prompts, [None] * len(prompts), SUPPRESSED_TOKENS, scored=False)
     cut = [
         {**text, "completion": text["completion"][:FITTED_TOKENS]} for text in texts(found)
@@ -83,16 +88,47 @@ def of_suppression(bench: Bench, studies: OfflineStudies, behaviour: Behaviour) 
         return {"suggested": None, "positive": len(sides[0]), "negative": len(sides[1])}
     made = suggested(studies, asked(*sides))
     row: dict[str, Any] = {"suggested": made, "positive": len(sides[0]), "negative": len(sides[1])}
-    n = len(held_out)
-    answers = bench.answers([*held_out] * 2, [None] * n + [made["steering"]] * n, SUPPRESSED_TOKENS)
-    unsteered, steered = answers[:n], answers[n:]
-    return row | {
-        "unsteered": mean(behaviour.shown_in(answer.text) for answer in unsteered),
-        "shown": mean(behaviour.shown_in(answer.text) for answer in steered),
-        "perplexity_ratio": cost(steered, unsteered),
-        "repeated": mean(answer.repeated for answer in steered),
-        "answers": [answer.text for answer in steered],
+    return row | on_held_out(bench, behaviour, {"suggested": made["steering"]})["suggested"]
+
+
+def on_held_out(
+    bench: Bench, behaviour: Behaviour, steerings: Mapping[str, Field | None]
+) -> dict[str, Any]:
+    """How often a behaviour shows with each edit on its held-out prompts, and at what cost."""
+    prompts, n = behaviour.held_out, len(behaviour.held_out)
+    fields = [None, *steerings.values()]
+    answers = bench.answers(
+        [*prompts] * len(fields), [field for field in fields for _ in prompts], SUPPRESSED_TOKENS
+    )
+    unsteered = answers[:n]
+    made: dict[str, Any] = {}
+    for i, name in enumerate(steerings, 1):
+        its = answers[i * n : (i + 1) * n]
+        made[name] = {
+            "unsteered": mean(behaviour.shown_in(answer.text) for answer in unsteered),
+            "shown": mean(behaviour.shown_in(answer.text) for answer in its),
+            "perplexity_ratio": cost(its, unsteered),
+            "repeated": mean(answer.repeated for answer in its),
+            "answers": [answer.text for answer in its],
+        }
+    return made
+
+
+def dosed(bench: Bench) -> dict[str, Any]:
+    """Numbered lists with the edits that ``suppression`` found."""
+    behaviour = next(one for one in BEHAVIOURS if one.name == DOSED)
+    rows = json.loads((RESULTS / "suppression.json").read_text(encoding="utf-8"))["rows"]
+    steerings = {
+        row["edit"]: row["steering"]
+        for row in rows
+        if row["behaviour"] == DOSED and "3 x" in row["edit"]
     }
+    return on_held_out(bench, behaviour, steerings)
+
+
+def shown_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a row of `on_held_out`."""
+    return {name: row.get(name) for name in ("unsteered", "shown", "perplexity_ratio")}
 
 
 def main() -> None:
@@ -111,6 +147,10 @@ def main() -> None:
          "budget": BUDGET, "passages": NEUTRAL},
     )  # fmt: skip
     rows: dict[str, Any] = {}
+    if "dosed" in args.parts:
+        rows["dosed"] = kept.of("dosed", dosed, bench)
+        for name, row in rows["dosed"].items():
+            record.add(part="dosed", what=f"{DOSED}, {name}", **shown_of(row))
     if "suppress" in args.parts:
         for behaviour in BEHAVIOURS:
             row = kept.of(
@@ -121,8 +161,7 @@ def main() -> None:
                 behaviour,
             )
             rows[f"suppress {behaviour.name}"] = row
-            figures = {name: row.get(name) for name in ("unsteered", "shown", "perplexity_ratio")}
-            record.add(part="suppress", what=behaviour.name, **figures)
+            record.add(part="suppress", what=behaviour.name, **shown_of(row))
     if "behaviours" in args.parts:
         for name in PAIRS:
             row = kept.of(f"behaviour {name}", of_pairs, studies, name)
