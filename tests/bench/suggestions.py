@@ -88,7 +88,8 @@ def of_suppression(bench: Bench, studies: OfflineStudies, behaviour: Behaviour) 
         return {"suggested": None, "positive": len(sides[0]), "negative": len(sides[1])}
     made = suggested(studies, asked(*sides))
     row: dict[str, Any] = {"suggested": made, "positive": len(sides[0]), "negative": len(sides[1])}
-    return row | on_held_out(bench, behaviour, {"suggested": made["steering"]})["suggested"]
+    judged = on_held_out(bench, behaviour, {"suggested": made["steering"]})
+    return {**row, **judged["suggested"]}
 
 
 def on_held_out(
