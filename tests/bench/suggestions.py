@@ -1,6 +1,6 @@
 """What ``suggest`` finds: for ten behaviours, and against the suppression sets that were searched.
 
-``python -m tests.bench.suggestions [out.json] [--sae FOLDER] [--parts dosed suppress behaviours]``
+``python -m tests.bench.suggestions [out.json] [--sae FOLDER] [--parts dosed behaviours suppress]``
 
 Dosed. Numbered lists with the edits that ``suppression`` found at three times the KL of ``reread``,
 in answers as long as those of ``steering_effect`` and with their cost.
@@ -35,7 +35,7 @@ from tests.bench.steering_prompts import BEHAVIOURS, Behaviour
 from tests.bench.suggestion_texts import PAIRS
 from tests.bench.suppression import texts
 
-PARTS: Final = ("dosed", "suppress", "behaviours")
+PARTS: Final = ("dosed", "behaviours", "suppress")
 DOSED: Final = "numbered lists"
 BUDGET: Final = 0.1
 #: Passages of the budget.
@@ -147,37 +147,41 @@ def main() -> None:
         {"sae": args.sae.name, "dtype": DTYPE, "repetition_penalty": REPETITION_PENALTY,
          "budget": BUDGET, "passages": NEUTRAL},
     )  # fmt: skip
-    rows: dict[str, Any] = {}
+    path = args.json or RESULTS / "suggestions.json"
+    before = json.loads(path.read_text()) if path.exists() else {"results": [], "rows": {}}
+    record.results += [row for row in before["results"] if row["part"] not in args.parts]
+    rows: dict[str, Any] = before["rows"]
+
+    def put(key: str, row: dict[str, Any], **told: Any) -> None:
+        rows[key] = row
+        record.add(**told)
+        record.save(path)
+        written = json.loads(path.read_text()) | {"rows": rows}
+        path.write_text(json.dumps(written, indent=1) + "\n")
+
     if "dosed" in args.parts:
-        rows["dosed"] = kept.of("dosed", dosed, bench)
-        for name, row in rows["dosed"].items():
-            record.add(part="dosed", what=f"{DOSED}, {name}", **shown_of(row))
-    if "suppress" in args.parts:
-        for behaviour in BEHAVIOURS:
-            row = kept.of(
-                f"suppress {behaviour.name}",
-                of_suppression,
-                bench,
-                studies,
-                behaviour,
-            )
-            rows[f"suppress {behaviour.name}"] = row
-            record.add(part="suppress", what=behaviour.name, **shown_of(row))
+        for name, row in kept.of("dosed", dosed, bench).items():
+            put(f"dosed {name}", row, part="dosed", what=f"{DOSED}, {name}", **shown_of(row))
     if "behaviours" in args.parts:
         for name in PAIRS:
-            row = kept.of(f"behaviour {name}", of_pairs, studies, name)
-            rows[f"behaviour {name}"] = row
-            held_out = row["held_out"]
-            record.add(
-                part="behaviours", what=name, kl=row["kl"],
-                edits=len((row["steering"] or {}).get("interventions", ())),
-                fit=row["fit"]["after"] - row["fit"]["before"],
-                held_out=held_out["after"] - held_out["before"],
-            )  # fmt: skip
+            key = f"behaviour {name}"
+            row = kept.of(key, of_pairs, studies, name)
+            put(key, row, part="behaviours", what=name, **gain_of(row))
+    if "suppress" in args.parts:
+        for behaviour in BEHAVIOURS:
+            key = f"suppress {behaviour.name}"
+            row = kept.of(key, of_suppression, bench, studies, behaviour)
+            put(key, row, part="suppress", what=behaviour.name, **shown_of(row))
     bench.engine.shut_down()
-    path = args.json or RESULTS / "suggestions.json"
-    record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
+
+
+def gain_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of what was suggested."""
+    return {
+        "kl": row["kl"],
+        "edits": len((row["steering"] or {}).get("interventions", ())),
+        **{half: row[half]["after"] - row[half]["before"] for half in ("fit", "held_out")},
+    }
 
 
 if __name__ == "__main__":
