@@ -17,9 +17,10 @@ from steering.request.limits import MAX_INTERVENTIONS, Match
 from steering.request.probe import EVERY_TOKEN, Pool
 from steering.request.shape_errors import shown
 from steering.studies.body import StudyBody
+from steering.studies.comparison import Side
 from steering.studies.group_search import Members, most_measurements, strongest
 from steering.studies.reading import Pooled, pooled
-from steering.studies.scoring import Scorer, Side
+from steering.studies.scoring import Scorer
 from steering.studies.study import Context
 from steering.studies.texts import StringOrIds, TextBody
 from steering.vllm.reader import Text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -23,11 +23,11 @@ from steering.studies.budget_search import (
     MAX_TRIES,
     BudgetSearch,
 )
+from steering.studies.comparison import Side
 from steering.studies.neutral import texts_of_budget
-from steering.studies.scoring import Comparison, Scorer, Side
+from steering.studies.scoring import Baseline
 from steering.studies.study import Context
 from steering.studies.texts import Texts
-from steering.vllm.reader import Text
 
 Metric = Literal["kl", "nll"]
 DEFAULT_BUDGET: Final = 0.1
@@ -109,20 +109,22 @@ async def calibrate(context: Context, asked: Body) -> dict[str, Any]:
     accepted = await context.accept(asked.steering, "steering", report=True)
     lowest, highest = multipliers(accepted)
     texts = await texts_of_budget(context, asked.texts, "texts")
-    length = sum(text.length for text in texts)
-    # Each try needs both sides.
-    context.charge(2 * MAX_TRIES * length, None if asked.texts is None else "texts")
+    sides = [Side(text.prompt, text.completion) for text in texts]
+    baseline = Baseline(context.reader, sides)
+    context.charge(baseline.tokens(MAX_TRIES), None if asked.texts is None else "texts")
     metric, value = "kl", DEFAULT_BUDGET
     if asked.budget is not None:
         metric = asked.budget.metric or metric
         value = asked.budget.value or value
     search = BudgetSearch(value, _POWER[metric], lowest, highest)
     curve: dict[float, Cost] = {}
-    while (multiplier := search.next()) is not None:
-        context.progress.expect(len(texts))
-        tried = await context.accept(scaled(asked.steering, multiplier), "steering", report=True)
-        curve[multiplier] = await cost(context, texts, tried)
-        search.put(multiplier, getattr(curve[multiplier], metric))
+    async with baseline:
+        while (multiplier := search.next()) is not None:
+            context.progress.expect(len(texts))
+            edit = scaled(asked.steering, multiplier)
+            tried = await context.accept(edit, "steering", report=True)
+            curve[multiplier] = await _cost(context, baseline, tried)
+            search.put(multiplier, getattr(curve[multiplier], metric))
     points = [_point(multiplier, curve[multiplier]) for multiplier in sorted(curve)]
     if search.found is None:
         raise BudgetNotMetError(
@@ -181,23 +183,11 @@ def multipliers(accepted: Accepted) -> tuple[float, float]:
     return (LOWEST, highest) if changes else (1.0, 1.0)
 
 
-async def cost(context: Context, texts: Sequence[Text], accepted: Accepted) -> Cost:
-    """What an edit costs on texts; each is a step of the study's progress.
-
-    Args:
-        context: the study's.
-        texts: at least one, each with a scored position.
-        accepted: the edit, with a report.
-    """
+async def _cost(context: Context, baseline: Baseline, accepted: Accepted) -> Cost:
+    """What an edit, with a report, costs; each text is a step of the study's progress."""
     kl, rise, share, edited = [], [], 0.0, 0
-    comparisons = [
-        Comparison(
-            Side(text.prompt, text.completion), [(Side(text.prompt, text.completion, accepted), ())]
-        )
-        for text in texts
-    ]
-    async with aclosing(Scorer(context.reader).compare_all(comparisons)) as compared:
-        async for _, _, figures in compared:
+    async with aclosing(baseline.compare(accepted)) as compared:
+        async for _, figures in compared:
             kl.append(figures.kl)
             rise.append(figures.unsteered - figures.steered)
             for hook in (figures.report.edited if figures.report else None) or ():

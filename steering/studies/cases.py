@@ -187,7 +187,6 @@ def charge(
     cases: Sequence[Case],
     configurations: Sequence[Configuration],
     max_tokens: int,
-    reads: bool,
 ) -> None:
     tokens = 0
     for case in cases:
@@ -196,6 +195,6 @@ def charge(
         steered = sum(len(prompt) + completion for prompt in case.prompts)
         answers = 0 if case.unsteered.completion else steered
         alone = sum(len(configurations[j].alone) for j in case.configurations)
-        tokens += (unsteered + steered) * (1 + reads) + answers
+        tokens += unsteered + steered + answers
         tokens += unsteered * (alone + case.again)
     context.charge(tokens)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from sae.arrays import DoubleArray
-from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
-from steering.request.probe import COMPLETION_TOKENS, KeepStream, Tokens
+from steering.request.probe import COMPLETION_TOKENS, Tokens
 from steering.request.spec import SteeringSpec
-from steering.studies.kept_runs import UNSTEERED, Held, KeptRun, in_groups
+from steering.studies.kept_runs import KeptRun
 from steering.studies.study import Reader
-from steering.vllm.reader import Text
 
 #: Tokens that one call of the workers compares: served traffic waits behind it.
 MAX_CALL_TOKENS: Final = 2**10
@@ -144,22 +141,6 @@ class Changes:
         return None if left is None else 1 - left
 
 
-@dataclass(frozen=True)
-class Steered:
-    """One steered run of a text.
-
-    Attributes:
-        text: with the unsteered run's completion; its prompt may differ where only the completion's
-            tokens are compared.
-        tokens: which of its tokens are compared, as `covered_by` says, say.
-        accepted: how it is steered; None for the model as it is.
-    """
-
-    text: Text
-    tokens: Tokens
-    accepted: Accepted | None = None
-
-
 def covered_by(spec: SteeringSpec | None) -> Tokens:
     """The tokens that some edit covers; the completion's if there is no edit."""
     if spec is None or not spec.edits:
@@ -167,144 +148,29 @@ def covered_by(spec: SteeringSpec | None) -> Tokens:
     return tuple(dict.fromkeys(edit.positions for edit in spec.edits))
 
 
-async def changes(
-    reader: Reader,
-    catalog: Catalog,
-    texts: Iterable[tuple[Text, Sequence[Steered]]],
-    saes: Sequence[str],
-    *,
-    last_enters: bool = False,
-) -> AsyncGenerator[tuple[int, int, list[Changes]], None]:
-    """Compare the features of steered runs with those of one unsteered run of each text.
-
-    Whoever leaves it early closes it (`contextlib.aclosing`): runs in flight leave the engine, and
-    the workers forget what they kept.
+async def compared_features(
+    reader: Reader, catalog: Catalog, unsteered: KeptRun, run: KeptRun, forget: Sequence[str]
+) -> tuple[Changes, ...]:
+    """The changes at each SAE whose stream was kept of two runs of a text, on one engine.
 
     Args:
-        reader: runs the texts, and asks the workers.
+        reader: asks the workers.
         catalog: the SAEs.
-        texts: each with its steered runs.
-        saes: names of the SAEs that are read; one run carries them all. Without any nothing runs.
-        last_enters: whether the last token enters the model.
-
-    Yields:
-        The places of a text and of one of its steered runs, and the changes at each SAE once, as
-        they are known, in no order.
-
-    Raises:
-        SteeringError: ``invalid_weights`` if an SAE has some that are not finite; if the engine's
-            door refuses a run.
+        unsteered: with its stream at these SAEs, on all tokens that the other is compared on.
+        run: the steered one.
+        forget: keys that the workers then forget.
     """
-    names = tuple(dict.fromkeys(saes))
-    if not names:
-        return
-    for name in names:
-        await catalog.prepare_whole(name)
-    made = [
-        _Text(place, text, steered, names, last_enters, place % reader.engines)
-        for place, (text, steered) in enumerate(texts)
-    ]
-    of_run = {run.key: one for one in made for run in one.runs}
-    async with Held(reader) as held:
-        for group in in_groups(run for one in made for run in one.runs):
-            async with aclosing(held.each(group)) as finished:
-                async for run in finished:
-                    one = of_run[run.key]
-                    for ready in one.ready(run):
-                        found = await _compared(reader, catalog, one, ready, held)
-                        yield one.place, one.side(ready), found
-
-
-@dataclass(eq=False)
-class _StreamRun(KeptRun):
-    """A run of which the workers keep the stream where SAEs read it.
-
-    Attributes:
-        saes: their names.
-        tokens: which tokens.
-    """
-
-    saes: tuple[str, ...] = ()
-    tokens: Tokens = ()
-
-    def carried(self) -> Accepted:
-        probes = tuple(KeepStream(sae, self.tokens, self.key) for sae in self.saes)
-        return replace(self.accepted or UNSTEERED, probes=probes)
-
-    @property
-    def kept(self) -> int:
-        """Tokens of which a stream is kept."""
-        assert self.report is not None
-        return max((probe["kept"] for probe in self.report.probed if probe is not None), default=0)
-
-
-class _Text:
-    """One text's runs, the unsteered one first."""
-
-    def __init__(
-        self,
-        place: int,
-        text: Text,
-        steered: Sequence[Steered],
-        saes: tuple[str, ...],
-        last_enters: bool,
-        engine: int,
-    ) -> None:
-        # What any of them is compared on, so that nothing is missing.
-        every = tuple(dict.fromkeys(where for one in steered for where in one.tokens))
-        sides = [Steered(text, every), *steered]
-        self.place = place
-        self.saes = saes
-        self.runs = [
-            _StreamRun(
-                side.text,
-                side.accepted,
-                start=0,
-                rows=len(saes) * side.text.length,
-                last_enters=last_enters,
-                engine=engine,
-                saes=saes,
-                tokens=side.tokens,
-            )
-            for side in sides
-        ]
-        self.left = len(steered)
-        self._known = False
-        self._waiting: list[_StreamRun] = []
-
-    def side(self, run: _StreamRun) -> int:
-        """Which of the steered runs it is."""
-        return self.runs.index(run) - 1
-
-    def ready(self, done: KeptRun) -> list[_StreamRun]:
-        """The steered runs that can be compared now that another run is done."""
-        if done is self.runs[0]:
-            self._known = True
-        else:
-            assert isinstance(done, _StreamRun)
-            self._waiting.append(done)
-        if not self._known:
-            return []
-        ready, self._waiting = self._waiting, []
-        return ready
-
-
-async def _compared(
-    reader: Reader, catalog: Catalog, one: _Text, run: _StreamRun, held: Held
-) -> list[Changes]:
-    """The changes at each SAE; what is not needed any more is forgotten."""
     spec = None if run.accepted is None else run.accepted.spec
-    one.left -= 1
-    forget = [run.key] if one.left else [run.key, one.runs[0].key]
-    index = [catalog.index[name] for name in one.saes]
-    found = [Changes.none(name, _edited(spec, name), catalog.card(name).d_sae) for name in one.saes]
-    total = run.kept
+    index = [catalog.index[name] for name in run.saes]
+    found = [Changes.none(name, _edited(spec, name), catalog.card(name).d_sae) for name in run.saes]
+    assert run.report is not None
+    total = max((probe["kept"] for probe in run.report.probed if probe is not None), default=0)
     for start in range(0, max(total, 1), MAX_CALL_TOKENS):
         stop = start + MAX_CALL_TOKENS
         answers = await reader.ask(
             run.engine,
             "steering_compare_features",
-            *(one.runs[0].key, run.key, index, start, stop),
+            *(unsteered.key, run.key, index, start, stop),
             forget if stop >= total else [],
         )
         if not total:
@@ -314,8 +180,7 @@ async def _compared(
             if figures is None or figures["unmatched"]:
                 raise RuntimeError("some tokens of a text have no stream: nobody computed them")
             found[i] = found[i].plus(figures)
-    held.dropped(run.engine, forget)
-    return found
+    return tuple(found)
 
 
 def _edited(spec: SteeringSpec | None, sae: str) -> tuple[int, ...]:

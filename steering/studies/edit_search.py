@@ -16,8 +16,9 @@ from steering.request.accepted import Accepted, accept
 from steering.studies.budget_search import BudgetSearch
 from steering.studies.calibrate import multipliers, scaled
 from steering.studies.candidates import Intervention
+from steering.studies.comparison import Comparison, Side
 from steering.studies.halves import Half, log_odds
-from steering.studies.scoring import Comparison, Scorer, Side
+from steering.studies.scoring import Scorer
 from steering.studies.study import Context
 from steering.vllm.reader import Text
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from sae.numbers import finite
 from steering.studies.cases import Case, Configuration, cases_of, charge, configurations_of
-from steering.studies.changes import Steered, changes, covered_by
+from steering.studies.comparison import Comparison, Side
 from steering.studies.evaluate_body import DEFAULT_MAX_TOKENS, DEFAULT_TOP_K, Body
 from steering.studies.evaluation import Answer as Answer
 from steering.studies.evaluation import Evaluated
-from steering.studies.scoring import Comparison, Scorer, Side
+from steering.studies.scoring import Scorer
 from steering.studies.study import Context
 from steering.vllm.reader import Run, Text
 
@@ -26,18 +26,15 @@ async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
     saes = await _saes(context, asked)
     max_tokens = asked.max_tokens or DEFAULT_MAX_TOKENS
     cases = await cases_of(context, asked, configurations, max_tokens)
-    charge(context, cases, configurations, max_tokens, bool(saes))
+    charge(context, cases, configurations, max_tokens)
     found = [
         Evaluated(one.name, alone=[] if asked.interactions and one.system is None else None)
         for one in configurations
     ]
-    _expect(context, cases, configurations, bool(saes))
+    _expect(context, cases, configurations)
     cases = await _answered(context, cases, configurations, max_tokens, found)
-    noise = await _compare(context, cases, configurations, found)
-    if saes:
-        await _read(
-            context, cases, configurations, list(dict.fromkeys(name for name, _ in saes)), found
-        )
+    names = tuple(dict.fromkeys(name for name, _ in saes))
+    noise = await _compare(context, cases, configurations, names, found)
     decode = context.vocabulary.decode if asked.detail else None
     return {
         "object": "steering.evaluation",
@@ -68,14 +65,13 @@ def _expect(
     context: Context,
     cases: Sequence[Case],
     configurations: Sequence[Configuration],
-    reads: bool,
 ) -> None:
     steps = 0
     for case in cases:
         tried = len(case.configurations)
         alone = sum(len(configurations[j].alone) for j in case.configurations)
         answers = 0 if case.unsteered.completion else tried
-        steps += answers + tried * (1 + reads) + alone + case.again
+        steps += answers + tried + alone + case.again
     context.progress.expect(steps)
 
 
@@ -116,16 +112,17 @@ async def _compare(
     context: Context,
     cases: Sequence[Case],
     configurations: Sequence[Configuration],
+    saes: tuple[str, ...],
     found: Sequence[Evaluated],
 ) -> float | None:
-    """Fill in the figures; mean KL of unsteered runs against each other."""
+    """Fill in the figures and what became of features; mean KL of two unsteered runs."""
     comparisons, roles = [], []
     for case in cases:
         sides: list[Side] = []
         of_sides: list[tuple[int, int | None] | None] = []  # configuration and edit; None: again
         for j, text in zip(case.configurations, case.texts, strict=True):
             one = configurations[j]
-            sides.append(Side(text.prompt, text.completion, one.accepted))
+            sides.append(Side(text.prompt, text.completion, one.accepted, saes))
             of_sides.append((j, None))
             for edit, accepted in enumerate(one.alone):
                 sides.append(Side(text.prompt, text.completion, accepted))
@@ -137,40 +134,19 @@ async def _compare(
         comparisons.append(Comparison(own, [(side, ()) for side in sides]))
         roles.append(of_sides)
     noise = []
-    async with aclosing(Scorer(context.reader).compare_all(comparisons)) as compared:
+    scorer = Scorer(context.reader, context.catalog)
+    async with aclosing(scorer.compare_all(comparisons)) as compared:
         async for i, side, figures in compared:
             case, role = cases[i], roles[i][side]
             if role is None:
                 noise.append(figures.kl)
             else:
                 found[role[0]].put(case.text, role[1], case.unsteered.completion, figures)
+                found[role[0]].add_changes(figures.changes)
                 if configurations[role[0]].control:
                     noise.append(figures.kl)
             context.progress.step()
     return finite(float(np.concatenate(noise).mean()))
-
-
-async def _read(
-    context: Context,
-    cases: Sequence[Case],
-    configurations: Sequence[Configuration],
-    saes: Sequence[str],
-    found: Sequence[Evaluated],
-) -> None:
-    """Read the same texts at SAEs, unsteered and steered."""
-    texts = []
-    for case in cases:
-        steered = []
-        for j, text in zip(case.configurations, case.texts, strict=True):
-            accepted = configurations[j].accepted
-            spec = None if accepted is None else accepted.spec
-            steered.append(Steered(text, covered_by(spec), accepted))
-        texts.append((case.unsteered, steered))
-    read = changes(context.reader, context.catalog, texts, saes)
-    async with aclosing(read) as changed:
-        async for i, side, of_saes in changed:
-            found[cases[i].configurations[side]].add_changes(of_saes)
-            context.progress.step()
 
 
 def _features(

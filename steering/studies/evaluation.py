@@ -13,7 +13,7 @@ from sae.arrays import DoubleArray
 from sae.numbers import finite
 from steering.report import Report
 from steering.studies.changes import Changes
-from steering.studies.scoring import Figures
+from steering.studies.figures import Figures
 
 
 class KL(BaseModel):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from steering.request.accepted import Accepted
-from steering.studies.scoring import Scorer, Side
+from steering.studies.comparison import Side
+from steering.studies.scoring import Scorer
 from steering.studies.study import Context
 from steering.vllm.reader import Text
 

@@ -15,6 +15,7 @@ from steering.request.accepted import Accepted
 from steering.request.catalog import Prepared
 from steering.request.keep import Keep
 from steering.request.positions import Positions
+from steering.request.probe import KeepStream, Tokens
 from steering.request.spec import SteeringSpec
 from steering.studies.study import Reader
 from steering.vllm.reader import Run, Text
@@ -43,6 +44,8 @@ class KeptRun:
         engine: which of the reader's engines runs it: only runs of one can be compared.
         key: names what is kept.
         report: of its edits, once it has run; None if it has none, or did not ask.
+        saes: where the stream is kept as well, as these SAEs read it.
+        tokens: of which tokens.
     """
 
     text: Text
@@ -53,12 +56,22 @@ class KeptRun:
     engine: int = 0
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     report: Report | None = None
+    saes: tuple[str, ...] = ()
+    tokens: Tokens = ()
+
+    @property
+    def held_rows(self) -> int:
+        """Rows that the workers may keep of it."""
+        return self.rows + len(self.saes) * self.text.length
 
     def carried(self) -> Accepted:
         """How it is steered, with what the workers are to keep of it."""
         accepted = self.accepted
         if accepted is None or not (accepted.spec.edits or accepted.spec.read or accepted.probes):
             accepted = UNSTEERED
+        if self.saes:
+            probes = tuple(KeepStream(sae, self.tokens, self.key) for sae in self.saes)
+            accepted = replace(accepted, probes=probes)
         return replace(accepted, keep=Keep(self.key, self.start, self.start + self.rows))
 
     def run(self, reader: Reader) -> Run:
@@ -78,11 +91,11 @@ def in_groups(runs: Iterable[KeptRun]) -> Iterator[list[KeptRun]]:
     group: list[KeptRun] = []
     rows = 0
     for run in runs:
-        if group and rows + run.rows > MAX_HELD_ROWS:
+        if group and rows + run.held_rows > MAX_HELD_ROWS:
             yield group
             group, rows = [], 0
         group.append(run)
-        rows += run.rows
+        rows += run.held_rows
     if group:
         yield group
 

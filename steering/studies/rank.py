@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictInt, StrictStr
 from sae.numbers import finite
 from steering.errors import SteeringError
 from steering.studies.body import StudyBody
+from steering.studies.comparison import Side
+from steering.studies.figures import Figures
 from steering.studies.rank_edits import EditBody, RankEdit, accept_each, covering
-from steering.studies.scoring import Figures, Scorer, Side
+from steering.studies.scoring import Scorer
 from steering.studies.study import Context
 from steering.studies.texts import MAX_TEXTS, StringOrIds, TextBody
 from steering.unembedding import Unembedding

@@ -9,106 +9,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, fields
-from typing import Any, Final
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Final, Self
 
 import numpy as np
 
-from sae.arrays import DoubleArray, IntArray
-from steering.report import Report
+from sae.arrays import DoubleArray
 from steering.request.accepted import Accepted
-from steering.studies.kept_runs import Calls, Held, KeptRun, in_groups
+from steering.request.catalog import Catalog
+from steering.studies.changes import Changes, compared_features
+from steering.studies.comparison import MAX_CALL_SIDES, Comparison, Pending, Side, kept_run
+from steering.studies.figures import Figures
+from steering.studies.kept_runs import MAX_HELD_ROWS, Calls, Held, KeptRun, in_groups
 from steering.studies.study import Reader
-from steering.vllm.reader import Text
 
 #: Rows that one call of the workers takes through the head: served traffic waits behind it.
 MAX_CALL_ROWS: Final = 2**11
-#: Most steered sides, or texts, that one call of the workers is about.
-MAX_CALL_SIDES: Final = 128
-
-
-@dataclass(frozen=True)
-class Side:
-    """One text of a comparison, steered or not.
-
-    Attributes:
-        prompt: token ids.
-        completion: token ids, which are generation to edits. They are what is scored; if there are
-            none, every token after the first is.
-        accepted: how it is steered; None, or without edits, for the model as it is.
-    """
-
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...] = ()
-    accepted: Accepted | None = None
-
-    @property
-    def scored(self) -> tuple[int, ...]:
-        """The tokens whose probabilities are asked for."""
-        return self.completion or self.prompt[1:]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of ``n`` scored positions: ``[n]`` and ``[n, w]`` float64, ids and ranks int64.
-
-    Attributes:
-        kl: KL(unsteered || steered) of the distributions that predict each, in nats.
-        reverse_kl: KL(steered || unsteered).
-        unsteered: log p of the actual token; nan where only what follows a text was asked for.
-        steered: the same of the steered side.
-        top_unsteered: the likeliest token.
-        top_steered: the same of the steered side.
-        confidence_unsteered: its log p.
-        confidence_steered: the same of the steered side.
-        watched_unsteered: log p of the watched ids.
-        watched_steered: the same of the steered side.
-        ranks_steered: how many tokens are strictly likelier than each watched one.
-        report: of the steered side's edits; None if it has none, or did not ask.
-    """
-
-    kl: DoubleArray
-    reverse_kl: DoubleArray
-    unsteered: DoubleArray
-    steered: DoubleArray
-    top_unsteered: IntArray
-    top_steered: IntArray
-    confidence_unsteered: DoubleArray
-    confidence_steered: DoubleArray
-    watched_unsteered: DoubleArray
-    watched_steered: DoubleArray
-    ranks_steered: IntArray
-    report: Report | None = None
-
-    @classmethod
-    def of(cls, parts: Sequence[dict[str, bytes]], report: Report | None) -> Figures:
-        """What `steering.worker.scored_texts.ScoredTexts.compare` says of consecutive rows."""
-        columns = {name: _unpacked(name, parts) for name in parts[0]}
-        n = len(columns["kl"])
-        for name in _WATCHED:
-            columns[name] = columns[name].reshape(n, -1)
-        return cls(**columns, report=report)
-
-
-_WATCHED: Final = ("watched_unsteered", "watched_steered", "ranks_steered")
-_INT64: Final = frozenset({"top_unsteered", "top_steered", "ranks_steered"})
-assert {*_WATCHED, *_INT64} <= {one.name for one in fields(Figures)}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Steered sides beside one unsteered text.
-
-    Attributes:
-        unsteered: as a rule without edits; whatever it is, it is the left side of `Figures.kl`.
-        steered: each with the ids that it watches. All have the same scored tokens, but prompts may
-            differ.
-        after_last: only the distribution after the text's last token, which then enters the model.
-    """
-
-    unsteered: Side
-    steered: Sequence[tuple[Side, Sequence[int]]]
-    after_last: bool = False
 
 
 class Scorer:
@@ -119,10 +36,12 @@ class Scorer:
 
     Args:
         reader: what runs them, and asks the workers.
+        catalog: the SAEs, if some side's features are compared.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, catalog: Catalog | None = None) -> None:
         self._reader = reader
+        self._catalog = catalog
         self._texts = 0
 
     async def compare(
@@ -156,27 +75,42 @@ class Scorer:
         Raises:
             SteeringError: if the engine's door refuses a run.
         """
-        made = [_Pending(place, one, self._next_engine()) for place, one in enumerate(comparisons)]
+        made = [Pending(place, one, self.next_engine()) for place, one in enumerate(comparisons)]
+        async with (
+            Held(self._reader) as held,
+            aclosing(self.compare_pending(made, held)) as found,
+        ):
+            async for one in found:
+                yield one
+
+    async def compare_pending(
+        self, made: Sequence[Pending], held: Held
+    ) -> AsyncGenerator[tuple[int, int, Figures], None]:
+        """Run what comparisons still lack, and make them; see `compare_all`.
+
+        Args:
+            made: the comparisons.
+            held: what the workers keep for them.
+        """
         pending = {run.key: one for one in made for run in one.runs}
-        async with Held(self._reader) as held:
-            for group in in_groups(run for one in made for run in one.runs):
-                for run in group:
-                    pending[run.key].expected += 1
-                async with (
-                    Calls[list[tuple[int, int, Figures]]]() as calls,
-                    aclosing(held.each(group)) as finished,
-                ):
-                    async for run in finished:
-                        of_run = pending[run.key]
-                        of_run.take(run)
-                        while batch := of_run.ready():
-                            calls.begin(self._compared(of_run, batch, held))
-                        for found in await calls.answered():
-                            for one in found:
-                                yield one
-                    for found in await calls.answered(every=True):
+        for group in in_groups(run for one in made for run in one.runs):
+            for run in group:
+                pending[run.key].expected += 1
+            async with (
+                Calls[list[tuple[int, int, Figures]]]() as calls,
+                aclosing(held.each(group)) as finished,
+            ):
+                async for run in finished:
+                    of_run = pending[run.key]
+                    of_run.take(run)
+                    while batch := of_run.ready():
+                        calls.begin(self._compared(of_run, batch, held))
+                    for found in await calls.answered():
                         for one in found:
                             yield one
+                for found in await calls.answered(every=True):
+                    for one in found:
+                        yield one
 
     async def log_probabilities(
         self, sides: Iterable[Side], done: Callable[[], None] | None = None
@@ -194,7 +128,7 @@ class Scorer:
             SteeringError: if the engine's door refuses a run.
         """
         of_each = list(sides)
-        runs = [_kept(side, self._next_engine()) for side in of_each]
+        runs = [kept_run(side, self.next_engine()) for side in of_each]
         place = {run.key: i for i, run in enumerate(runs)}
         found: dict[str, DoubleArray] = {}
 
@@ -218,22 +152,24 @@ class Scorer:
                     put(await calls.answered(every=True))
         return [found[run.key] for run in runs]
 
-    def _next_engine(self) -> int:
+    def next_engine(self) -> int:
+        """Which of the engines runs the next text: each in turn."""
         self._texts += 1
         return self._texts % self._reader.engines
 
     async def _compared(
-        self, pending: _Pending, batch: Sequence[KeptRun], held: Held
+        self, pending: Pending, batch: Sequence[KeptRun], held: Held
     ) -> list[tuple[int, int, Figures]]:
         """Figures of steered sides, as `compare_all` yields them.
 
         What is not needed any more is forgotten.
         """
-        unsteered, targets = pending.runs[0], pending.targets
+        unsteered, targets = pending.unsteered, pending.targets
         sides = [[run.key, pending.watched(run)] for run in batch]
         forget = [run.key for run in batch]
-        if not pending.left:
+        if not pending.left and not pending.stays:
             forget.append(unsteered.key)
+        read = [run for run in batch if run.saes]
         step = max(1, MAX_CALL_ROWS // (len(batch) + 1))
         parts: list[list[dict[str, bytes]]] = [[] for _ in batch]
         for start in range(0, unsteered.rows, step):
@@ -242,13 +178,23 @@ class Scorer:
                 unsteered.engine,
                 "steering_compare",
                 *(unsteered.key, sides, targets[start:stop], start, stop),
-                forget if stop == unsteered.rows else [],
+                forget if stop == unsteered.rows and not read else [],
             )
             for of_side, columns in zip(parts, found, strict=True):
                 of_side.append(columns)
+        changes: dict[str, tuple[Changes, ...]] = {}
+        for run in read:
+            assert self._catalog is not None
+            changes[run.key] = await compared_features(
+                self._reader, self._catalog, unsteered, run, forget if run is read[-1] else []
+            )
         held.dropped(unsteered.engine, forget)
         return [
-            (pending.place, pending.side(run), Figures.of(of_side, run.report))
+            (
+                pending.place,
+                pending.side(run),
+                Figures.of(of_side, run.report, changes.get(run.key, ())),
+            )
             for run, of_side in zip(batch, parts, strict=True)
         ]
 
@@ -287,67 +233,60 @@ class Scorer:
         return list(found)
 
 
-class _Pending:
-    """One comparison under way.
+class Baseline:
+    """Unsteered texts that stay in the workers while edit after edit is compared with them.
 
-    Attributes:
-        place: among the others.
-        runs: the unsteered one, then the steered ones.
-        targets: the actual tokens, or none.
-        expected: runs of the group under way that are not done.
-        left: steered sides that are not compared yet.
+    An async context manager; left in any way, the workers forget them. Within it a study enters no
+    other `Held`. Texts beyond `MAX_HELD_ROWS` rows in all do not stay: they run each time.
+
+    Args:
+        reader: what runs texts, and asks the workers.
+        sides: the texts, without edits.
     """
 
-    def __init__(self, place: int, comparison: Comparison, engine: int) -> None:
-        unsteered, after_last = comparison.unsteered, comparison.after_last
-        for side, _ in comparison.steered:
-            assert after_last or side.scored == unsteered.scored, "other tokens than the unsteered"
-        sides = [unsteered, *(side for side, _ in comparison.steered)]
-        self.place = place
-        self.runs = [_kept(side, engine, after_last) for side in sides]
-        self.targets = [] if after_last else list(unsteered.scored)
-        self.expected = 0
-        self.left = len(comparison.steered)
-        self._watched = [list(watched) for _, watched in comparison.steered]
-        self._place_of = {run.key: i for i, run in enumerate(self.runs)}
-        self._known = False
-        self._waiting: list[KeptRun] = []
+    def __init__(self, reader: Reader, sides: Sequence[Side]) -> None:
+        self._scorer = Scorer(reader)
+        self._held = Held(reader)
+        self._sides = list(sides)
+        rows = np.cumsum([len(side.scored) for side in self._sides])
+        self._stay: list[bool] = (rows <= MAX_HELD_ROWS).tolist()
+        self._known: dict[int, KeptRun] = {}
 
-    def side(self, run: KeptRun) -> int:
-        """Which of the steered sides a run is."""
-        return self._place_of[run.key] - 1
+    def tokens(self, edits: int) -> int:
+        """Through the model, if so many edits are compared one after another."""
+        return sum(
+            (len(side.prompt) + len(side.completion)) * (edits + (1 if stays else edits))
+            for side, stays in zip(self._sides, self._stay, strict=True)
+        )
 
-    def watched(self, run: KeptRun) -> list[int]:
-        """The ids that a steered run watches."""
-        return self._watched[self.side(run)]
+    async def compare(self, accepted: Accepted) -> AsyncGenerator[tuple[int, Figures], None]:
+        """Compare every text with an edit of it; see `Scorer.compare_all`.
 
-    def take(self, run: KeptRun) -> None:
-        """A run is done."""
-        self.expected -= 1
-        if run is self.runs[0]:
-            self._known = True
-        else:
-            self._waiting.append(run)
+        Yields:
+            The place of a text and its figures, as they are known, in no order.
+        """
+        made = []
+        for place, side in enumerate(self._sides):
+            known = self._known.get(place)
+            engine = self._scorer.next_engine() if known is None else known.engine
+            comparison = Comparison(side, [(replace(side, accepted=accepted), ())])
+            made.append(Pending(place, comparison, engine, known, stays=self._stay[place]))
+        async with aclosing(self._scorer.compare_pending(made, self._held)) as found:
+            async for place, _, figures in found:
+                yield place, figures
+        self._known = {one.place: one.unsteered for one in made if one.stays}
 
-    def ready(self) -> list[KeptRun]:
-        """Steered runs to compare now: many, or all of the group under way."""
-        if not self._known or (self.expected and len(self._waiting) < MAX_CALL_SIDES):
-            return []
-        batch = self._waiting[:MAX_CALL_SIDES]
-        self._waiting = self._waiting[MAX_CALL_SIDES:]
-        self.left -= len(batch)
-        return batch
+    async def __aenter__(self) -> Self:
+        await self._held.__aenter__()
+        return self
 
-
-def _kept(side: Side, engine: int, after_last: bool = False) -> KeptRun:
-    length = len(side.prompt) + len(side.completion)
-    if after_last:
-        start, rows = length - 1, 1
-    else:
-        start, rows = len(side.prompt) - 1 if side.completion else 0, len(side.scored)
-    assert rows > 0, "no token of this text is scored"
-    text = Text(side.prompt, side.completion)
-    return KeptRun(text, side.accepted, start, rows, last_enters=after_last, engine=engine)
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._held.__aexit__(kind, error, trace)
 
 
 async def _batches(finished: AsyncIterator[KeptRun], expected: int) -> AsyncIterator[list[KeptRun]]:
@@ -360,10 +299,3 @@ async def _batches(finished: AsyncIterator[KeptRun], expected: int) -> AsyncIter
             full = sum(one.rows for one in runs) >= MAX_CALL_ROWS or len(runs) >= MAX_CALL_SIDES
             if full or not expected:
                 yield waiting.pop(engine)
-
-
-def _unpacked(name: str, parts: Sequence[dict[str, bytes]]) -> Any:
-    data = b"".join(part[name] for part in parts)
-    if name in _INT64:
-        return np.frombuffer(data, np.int64)
-    return np.frombuffer(data, np.float32).astype(np.float64)

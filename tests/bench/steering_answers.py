@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, inf
+from math import exp, inf, nan
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -16,7 +17,6 @@ from sae.discovery import attribution
 from sae.sae import open_sae
 from sae.source import SAEReference
 from server.commands.demo_model import ensure_demo_model
-from tests.bench.cases import D_SAE
 from tests.bench.chat_answers import REPETITION_PENALTY, repeated
 from tests.bench.demo_engine import SAE, SPECIAL_TOKENS, demo_engine
 from tests.engine.engine import Engine
@@ -24,6 +24,7 @@ from tests.engine.engine import Engine
 SAE_NAME: Final = "l14"
 DTYPE: Final = "bfloat16"
 SEQUENCES: Final = 64
+KV_CACHE: Final = 2**29  # bytes: 64 sequences of 300 tokens, with as much to spare
 SCORED_AT_ONCE: Final = 32
 
 Field = Mapping[str, Any]
@@ -56,25 +57,46 @@ class Answer:
 
 
 class Bench:
-    """The engine that answers, and the plain model that says what an answer costs."""
+    """The engine that answers, and the plain model that says what an answer costs.
 
-    def __init__(self) -> None:
+    Args:
+        sae: folder of the SAE that steers.
+        others: sources of further dictionaries, by name.
+    """
+
+    def __init__(self, sae: Path = SAE, others: Mapping[str, Path] | None = None) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         path = ensure_demo_model()
         self.engine: Engine = demo_engine(
-            {SAE_NAME: SAE}, eager=True, dtype=DTYPE, max_num_seqs=SEQUENCES
+            {SAE_NAME: sae, **(others or {})},
+            eager=True,
+            dtype=DTYPE,
+            max_num_seqs=SEQUENCES,
+            kv_cache_memory_bytes=KV_CACHE,
         )
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
         self.model.requires_grad_(False)
-        self.sae = open_sae(SAEReference(SAE_NAME, str(SAE)))
-        self.W_dec = self.sae.decoder_rows(0, D_SAE)  # [d_sae, d_in]
+        self.sae = open_sae(SAEReference(SAE_NAME, str(sae)))
+        self.W_dec = self.sae.decoder_rows(0, self.sae.card.d_sae)  # [d_sae, d_in]
 
     def answers(
-        self, prompts: Sequence[str], fields: Sequence[Field | None], max_tokens: int
+        self,
+        prompts: Sequence[str],
+        fields: Sequence[Field | None],
+        max_tokens: int,
+        *,
+        scored: bool = True,
     ) -> list[Answer]:
-        """An answer to each prompt with its field of steering, all in one batch."""
+        """An answer to each prompt with its field of steering, all in one batch.
+
+        Args:
+            prompts: what the user says.
+            fields: the `steering` of each.
+            max_tokens: of an answer.
+            scored: whether `Answer.nll` is wanted, which costs a pass; else it is nan.
+        """
         from vllm import SamplingParams
 
         from steering.vllm.results import results_of
@@ -102,7 +124,7 @@ class Bench:
             results_of(self.engine.llm, output, its)[0].read if field and "read" in field else None
             for output, its, field in zip(outputs, params, fields, strict=True)
         ]
-        nlls = self.nll(ids, tokens)
+        nlls = self.nll(ids, tokens) if scored else [nan] * len(ids)
         parts = zip(prompts, texts, tokens, ids, nlls, reads, strict=True)
         return [Answer(*its_parts) for its_parts in parts]
 

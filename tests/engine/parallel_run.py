@@ -15,9 +15,11 @@ from typing import Any, Final
 
 from steering.request.accepted import accept
 from steering.request.probe import EVERY_TOKEN, Pool
-from steering.studies.changes import Changes, Steered, changes, covered_by
+from steering.studies.changes import Changes
+from steering.studies.comparison import Side
+from steering.studies.figures import Figures
 from steering.studies.reading import Pooled, pooled
-from steering.studies.scoring import Figures, Scorer, Side
+from steering.studies.scoring import Scorer
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader, Text
 
@@ -111,11 +113,13 @@ def read_on(
     catalog = catalog_for(engine.llm.llm_engine.vllm_config)
     accepted = accept({"interventions": field["interventions"]}, catalog)
     reader, whole = OfflineReader(engine.llm), Text(tuple(prompt), tuple(text))
-    steered = [Steered(whole, covered_by(accepted.spec), accepted)]
+    side = Side(whole.prompt, whole.completion, accepted, ("a", "b"))
 
-    async def run() -> tuple[list[Changes], list[Pooled]]:
-        async with aclosing(changes(reader, catalog, [(whole, steered)], ["a", "b"])) as found:
-            changed = await anext(of_saes async for _, _, of_saes in found)
+    async def run() -> tuple[tuple[Changes, ...], list[Pooled]]:
+        unsteered = Side(whole.prompt, whole.completion)
+        scorer = Scorer(reader, catalog)
+        async with aclosing(scorer.compare(unsteered, [(side, ())])) as found:
+            changed = await anext(figures.changes async for _, figures in found)
         pools = [Pool(sae, EVERY_TOKEN, "max") for sae in "ab"]
         return changed, [(await pooled(reader, catalog, [whole], pool))[0] for pool in pools]
 

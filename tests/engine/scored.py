@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from steering.request.accepted import Accepted, accept
-from steering.studies.scoring import Comparison, Figures, Scorer, Side
+from steering.studies.comparison import Comparison, Side
+from steering.studies.figures import Figures
+from steering.studies.scoring import Scorer
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, tiny_engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from steering.studies.progress import Progress
 from steering.studies.registry import STUDIES
 from steering.studies.study import Context
 from steering.vllm.door import catalog_for
-from steering.vllm.reader import OfflineReader
+from steering.vllm.reader import Finished, OfflineReader, Run
 from steering.vllm.vocabulary import OfflineVocabulary
 from tests.engine.outputs import tokens
 from tests.engine.scored import TOLERANCE, Scored, scored_engine
@@ -296,6 +296,32 @@ def test_features_are_read_on_the_same_texts_unsteered_and_steered(scored: Score
         assert (one["edited"], one["leak"], one["newly_active"], one["silenced"]) == (
             *([], None, 0, 0),
         )
+
+
+def test_text_runs_once_unsteered_and_once_a_configuration_with_features_or_without(
+    scored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each, ran = OfflineReader.each, list[Run]()
+
+    def counted(
+        reader: OfflineReader, runs: Iterable[Run]
+    ) -> AsyncGenerator[tuple[int, Finished], None]:
+        made = list(runs)
+        ran.extend(made)
+        return each(reader, made)
+
+    monkeypatch.setattr(OfflineReader, "each", counted)
+    body = {
+        "texts": list(GIVEN),
+        "configurations": [
+            {"name": "clamp", "steering": CLAMP},
+            {"name": "nothing", "steering": {"interventions": []}},
+        ],
+    }
+    for features in ([], [{"sae": "a"}, {"sae": "b"}]):
+        ran.clear()
+        evaluated(scored, {**body, "features": features})
+        assert len(ran) == 3 * len(GIVEN)
 
 
 def test_noise_without_a_control_is_of_a_text_that_is_run_again(scored: Scored) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Final
 import pytest
 
 from steering.request.accepted import accept
-from steering.studies.scoring import Scorer, Side
+from steering.studies.comparison import Side
+from steering.studies.scoring import Scorer
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader
 from tests.engine.adapters import RANK, make_adapter

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from steering.request.accepted import Accepted, accept
 from steering.request.probe import COMPLETION_TOKENS, EVERY_TOKEN, PROMPT_TOKENS, Pool, Tokens
-from steering.studies.changes import Changes, Steered, changes, covered_by
+from steering.studies.changes import Changes
+from steering.studies.comparison import Comparison, Side
 from steering.studies.reading import Pooled, pooled
+from steering.studies.scoring import Scorer
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import OfflineReader, Text
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, tiny_engine
@@ -138,14 +140,7 @@ def test_changes_are_those_that_hooks_on_transformers_see(
 ) -> None:
     spec, control = _accepted(engine, SPEC), None
     texts = [
-        (
-            text,
-            [
-                Steered(text, covered_by(spec.spec), spec),
-                Steered(text, covered_by(None), control),
-                Steered(_with_system(text), COMPLETION_TOKENS, None),
-            ],
-        )
+        (text, [_read(text, spec), _read(text, control), _read(_with_system(text), None)])
         for text in TEXTS
     ]
     found = _changes(engine, texts)
@@ -153,9 +148,9 @@ def test_changes_are_those_that_hooks_on_transformers_see(
     for place, (text, steered) in enumerate(texts):
         before = streams(reference, saes, text)
         for side, one in enumerate(steered):
-            after = streams(reference, saes, one.text, fields[side])
-            where = taken(text, one.tokens, last_enters=False)
-            longer = len(one.text.prompt) - len(text.prompt)
+            after = streams(reference, saes, Text(one.prompt, one.completion), fields[side])
+            where = taken(text, one.covered, last_enters=False)
+            longer = len(one.prompt) - len(text.prompt)
             shifted = [i + longer for i in where]
             for change in found[place, side]:
                 name = change.sae
@@ -166,6 +161,10 @@ def test_changes_are_those_that_hooks_on_transformers_see(
     _nothing_is_kept(engine)
 
 
+def _read(text: Text, accepted: Accepted | None, saes: str = "abcd") -> Side:
+    return Side(text.prompt, text.completion, accepted, tuple(saes))
+
+
 def _with_system(text: Text) -> Text:
     return Text((*tokens(30, 9), *text.prompt), text.completion)
 
@@ -174,11 +173,20 @@ def _accepted(engine: Engine, field: dict[str, Any]) -> Accepted:
     return accept(field, catalog(engine))
 
 
-def _changes(engine: Engine, texts: Any) -> dict[tuple[int, int], list[Changes]]:
-    async def collect() -> dict[tuple[int, int], list[Changes]]:
-        reader = OfflineReader(engine.llm)
-        async with aclosing(changes(reader, catalog(engine), texts, "abcd")) as found:
-            return {(place, side): of_saes async for place, side, of_saes in found}
+def _comparisons(texts: Sequence[tuple[Text, Sequence[Side]]]) -> list[Comparison]:
+    return [
+        Comparison(Side(text.prompt, text.completion), [(side, ()) for side in steered])
+        for text, steered in texts
+    ]
+
+
+def _changes(
+    engine: Engine, texts: Sequence[tuple[Text, Sequence[Side]]]
+) -> dict[tuple[int, int], tuple[Changes, ...]]:
+    async def collect() -> dict[tuple[int, int], tuple[Changes, ...]]:
+        scorer = Scorer(OfflineReader(engine.llm), catalog(engine))
+        async with aclosing(scorer.compare_all(_comparisons(texts))) as found:
+            return {(place, side): one.changes async for place, side, one in found}
 
     return asyncio.run(collect())
 
@@ -219,7 +227,7 @@ def _check_changes(
 
 
 def _check_asked(
-    found: list[Changes],
+    found: Sequence[Changes],
     before: dict[str, Tensor],
     reference: ReferenceModel,
     saes: dict[str, ReferenceSAE],
@@ -249,8 +257,9 @@ def _check_asked(
 def test_what_is_left_early_is_forgotten(engine: Engine) -> None:
     async def leave() -> None:
         reader = OfflineReader(engine.llm, in_flight=2)
-        texts = [(text, [Steered(text, EVERY_TOKEN)] * 3) for text in TEXTS]
-        async with aclosing(changes(reader, catalog(engine), texts, "ad")) as found:
+        texts = [(text, [_read(text, None, "ad")] * 3) for text in TEXTS]
+        scorer = Scorer(reader, catalog(engine))
+        async with aclosing(scorer.compare_all(_comparisons(texts))) as found:
             async for _ in found:
                 break
         deadline = time.monotonic() + 10

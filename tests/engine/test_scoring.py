@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor
 
 from steering.studies import scoring
-from steering.studies.scoring import Comparison, Figures, Side
+from steering.studies.comparison import Comparison, Side
+from steering.studies.figures import Figures
+from steering.studies.scoring import Baseline
+from steering.vllm.reader import Finished, Run
 from tests.engine.outputs import tokens
 from tests.engine.scored import TOLERANCE, WATCHED, Scored, scored_engine
 
@@ -142,6 +146,49 @@ def test_many_texts_of_many_lengths_are_not_mixed_up(
         before = scored.reference(prompt, text, None)
         for figures, field in zip(of_text, FIELDS[:2], strict=True):
             agrees(figures, before, scored.reference(prompt, text, field), text)
+
+
+@pytest.mark.parametrize("held_rows", [2**14, 35])
+def test_unsteered_text_that_stays_runs_once_for_edits_compared_one_after_another(
+    scored: Scored, monkeypatch: pytest.MonkeyPatch, held_rows: int
+) -> None:
+    """With 35 rows the first text stays, whose 30 are scored, and the second does not."""
+    monkeypatch.setattr(scoring, "MAX_HELD_ROWS", held_rows)
+    sides = [Side(PROMPT, COMPLETION), Side(tuple(tokens(9, 20)))]
+    edits = [edit for field in FIELDS if (edit := scored.accepted(field)) is not None]
+    ran: list[int] = []
+    each = scored.reader.each
+
+    def counted(runs: Iterable[Run]) -> AsyncGenerator[tuple[int, Finished], None]:
+        made = list(runs)
+        ran.append(len(made))
+        return each(made)
+
+    monkeypatch.setattr(scored.reader, "each", counted)
+    baseline = Baseline(scored.reader, sides)
+
+    async def run() -> list[dict[int, Figures]]:
+        found = []
+        async with baseline:
+            for edit in edits:
+                async with aclosing(baseline.compare(edit)) as compared:
+                    found.append({place: figures async for place, figures in compared})
+                assert scored.held == (1 if held_rows == 35 else 2)
+        return found
+
+    found = asyncio.run(run())
+    assert sum(ran) == (3 * 2 + (4 if held_rows == 35 else 2))
+    lengths = [len(PROMPT) + len(COMPLETION), len(sides[1].prompt)]
+    assert baseline.tokens(3) == 4 * lengths[0] + (6 if held_rows == 35 else 4) * lengths[1]
+    alone = scored.all_compared(
+        [Comparison(side, [(replace(side, accepted=edit), ()) for edit in edits]) for side in sides]
+    )
+    for i in range(len(edits)):
+        for place in range(len(sides)):
+            for name in ("kl", "reverse_kl", "unsteered", "steered"):
+                np.testing.assert_allclose(
+                    getattr(found[i][place], name), getattr(alone[place][i], name), atol=TOLERANCE
+                )
 
 
 def test_log_probabilities_of_texts_are_those_of_transformers(

@@ -17,12 +17,12 @@ import pytest
 from sae.source import ResolvedSAE
 from steering.config import SteeringConfig
 from steering.request.accepted import accept
-from steering.studies.changes import Steered, changes, covered_by
-from steering.studies.scoring import Comparison, Scorer, Side
+from steering.studies.comparison import Comparison, Side
+from steering.studies.scoring import Scorer
 from steering.vllm.door import catalog_for
 from steering.vllm.engine_arguments import engine_arguments
 from steering.vllm.plugin import register
-from steering.vllm.reader import Reader, Text
+from steering.vllm.reader import Reader
 from steering.vllm.results import worker_stats
 from tests.engine.engine import SPECIAL_TOKEN_IDS
 from tests.engine.outputs import tokens
@@ -78,10 +78,7 @@ async def _leave_again_and_again(model: Path, folder: Path) -> None:
             Comparison(Side(*text), [(Side(*text, accepted), ()), (Side(*text), ())])
             for text in TEXTS
         ]
-        steered = [
-            (Text(*text), [Steered(Text(*text), covered_by(accepted.spec), accepted)])
-            for text in TEXTS
-        ]
+        steered = [Comparison(Side(*text), [(Side(*text, accepted, ("a",)), ())]) for text in TEXTS]
 
         async def compared() -> list[float]:
             found = {}
@@ -91,7 +88,7 @@ async def _leave_again_and_again(model: Path, folder: Path) -> None:
             return [found[key] for key in sorted(found)]
 
         async def read() -> int:
-            async with aclosing(changes(reader, catalog, steered, ["a"])) as found:
+            async with aclosing(Scorer(reader, catalog).compare_all(steered)) as found:
                 return len([one async for one in found])
 
         alone = await compared()

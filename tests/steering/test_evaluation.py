@@ -9,7 +9,7 @@ import pytest
 
 from steering.report import Report
 from steering.studies.evaluation import Evaluated, edits_of, share_of
-from steering.studies.scoring import Figures
+from steering.studies.figures import Figures
 
 A, B = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"
 

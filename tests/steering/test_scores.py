@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steering.request.keep import Keep
-from steering.studies.scoring import Figures
+from steering.studies.figures import Figures
 from steering.worker import scores
 from steering.worker.captures import Captures
 from steering.worker.scored_texts import ScoredTexts
