@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -16,7 +17,6 @@ from sae.discovery import attribution
 from sae.sae import open_sae
 from sae.source import SAEReference
 from server.commands.demo_model import ensure_demo_model
-from tests.bench.cases import D_SAE
 from tests.bench.demo_engine import SAE, SPECIAL_TOKENS, demo_engine
 from tests.engine.engine import Engine
 
@@ -58,20 +58,25 @@ class Answer:
 
 
 class Bench:
-    """The engine that answers, and the plain model that says what an answer costs."""
+    """The engine that answers, and the plain model that says what an answer costs.
 
-    def __init__(self) -> None:
+    Args:
+        sae: folder of the SAE that steers.
+        others: sources of further dictionaries, by name.
+    """
+
+    def __init__(self, sae: Path = SAE, others: Mapping[str, Path] | None = None) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         path = ensure_demo_model()
         self.engine: Engine = demo_engine(
-            {SAE_NAME: SAE}, eager=True, dtype=DTYPE, max_num_seqs=SEQUENCES
+            {SAE_NAME: sae, **(others or {})}, eager=True, dtype=DTYPE, max_num_seqs=SEQUENCES
         )
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
         self.model.requires_grad_(False)
-        self.sae = open_sae(SAEReference(SAE_NAME, str(SAE)))
-        self.W_dec = self.sae.decoder_rows(0, D_SAE)  # [d_sae, d_in]
+        self.sae = open_sae(SAEReference(SAE_NAME, str(sae)))
+        self.W_dec = self.sae.decoder_rows(0, self.sae.card.d_sae)  # [d_sae, d_in]
 
     def answers(
         self, prompts: Sequence[str], fields: Sequence[Field | None], max_tokens: int
