@@ -263,7 +263,20 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
     sae = open_sae(SAEReference(name="sae", source=str(arguments.sae)))
+    # First what a person reads while the losses are taken.
+    found = statistics(sae, stored(arguments.work, "corpus", sae.card.d_in))
+    write_contexts(
+        arguments.work / "contexts.txt",
+        tokenizer,
+        windows(tokenizer, read(arguments.work / "corpus.jsonl")),
+        places(arguments.work, "corpus"),
+        found,
+    )
     held_out = stored(arguments.work, "held_out", sae.card.d_in)
+    fit = reconstruction(sae, held_out)
+    if arguments.statistics:
+        write_statistics(arguments.sae / "features.jsonl", found)
+        state(arguments.sae / "cfg.json", fit)
     figures = losses(
         model,
         tokenizer,
@@ -272,8 +285,6 @@ def main() -> None:
         sae.card.layer,
         held_out.float().mean(dim=0),
     )
-    found = statistics(sae, stored(arguments.work, "corpus", sae.card.d_in))
-    fit = reconstruction(sae, held_out)
     report = {
         **asdict(fit),
         "dead": float((found.max_activation == 0).float().mean()),
@@ -283,16 +294,6 @@ def main() -> None:
     }
     assert all(map(math.isfinite, report.values()))
     print(json.dumps(report, indent=1))
-    write_contexts(
-        arguments.work / "contexts.txt",
-        tokenizer,
-        windows(tokenizer, read(arguments.work / "corpus.jsonl")),
-        places(arguments.work, "corpus"),
-        found,
-    )
-    if arguments.statistics:
-        write_statistics(arguments.sae / "features.jsonl", found)
-        state(arguments.sae / "cfg.json", fit)
 
 
 if __name__ == "__main__":
