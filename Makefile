@@ -5,7 +5,7 @@
 #   make check test       what has to pass; ARGS= goes to pytest
 #   make test-clients     clients of the API (lm-eval, LangChain, LiteLLM, promptfoo, ...), in .venv/clients
 #   make bench            tests/bench; ARGS= goes to it
-#   make train-demo-sae   an SAE like the demo's, from packages' texts, into WORK=; TOKENS= of text, SEEN= in training
+#   make train-demo-sae   an SAE like the demo's, from packages' texts, into WORK=, after LAYER=; TOKENS= of text, SEEN= in training
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -47,6 +47,7 @@ SAE   ?= demo=sae/demo/smollm2-135m-l14
 WORK  ?= build/demo-sae
 TOKENS ?= 900000
 SEEN  ?= 2800000
+LAYER ?= 14
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve check test test-clients bench train-demo-sae clean
@@ -80,8 +81,8 @@ bench: $(TOOLS)
 # Labels are written by a person from $(WORK)/contexts.txt; where there are some, they are measured.
 train-demo-sae: $(TRAINING)
 	set -e; model="$(or $(MODEL),$$($(BIN)/python -m server.commands.demo_model))"; \
-	for step in "corpus --tokens $(TOKENS)" activations "train --tokens $(SEEN) --output $(WORK)/sae" \
-	    "evaluate --sae $(WORK)/sae --statistics"; do \
+	for step in "corpus --tokens $(TOKENS)" "activations --layer $(LAYER)" \
+	    "train --layer $(LAYER) --tokens $(SEEN) --output $(WORK)/sae" "evaluate --sae $(WORK)/sae --statistics"; do \
 	  $(BIN)/python -m sae.training.$$step --model "$$model" --work "$(WORK)"; \
 	done; \
 	if test -e $(WORK)/sae/labels.jsonl; then \

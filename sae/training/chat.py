@@ -116,11 +116,16 @@ def render(tokenizer: Any, request: str) -> tuple[str, str]:
 
 
 def write_chat(model_path: Path, target: Path, count: int, seed: int) -> None:
-    """Write `count` conversations to `target`, one JSON document a line."""
+    """Write `count` conversations to `target`, one JSON document a line.
+
+    It is there once it is whole: a later step would take a part for all of it.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
-    with target.open("w", encoding="utf-8") as file:
+    partial = target.with_name(f".{target.name}")
+    with partial.open("w", encoding="utf-8") as file:
         for document in converse(model, tokenizer, count, seed):
             file.write(json.dumps(document, ensure_ascii=False) + "\n")
+    partial.rename(target)

@@ -293,7 +293,20 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
     sae = open_sae(SAEReference(name="sae", source=str(arguments.sae)))
     reads, writes = sae.card.reads, sae.card.hook
+    # First what a person reads while the losses are taken.
+    found = statistics(sae, stored(arguments.work, "corpus", reads))
+    write_contexts(
+        arguments.work / f"contexts.{writes}.txt",
+        tokenizer,
+        windows(tokenizer, read(arguments.work / "corpus.jsonl")),
+        places(arguments.work, "corpus", reads),
+        found,
+    )
     held_out, targets = stored_pairs(arguments.work, "held_out", reads, writes)
+    fit = reconstruction(sae, held_out, targets)
+    if arguments.statistics:
+        write_statistics(arguments.sae / "features.jsonl", found)
+        state(arguments.sae / "cfg.json", fit)
     figures = losses(
         model,
         tokenizer,
@@ -301,8 +314,6 @@ def main() -> None:
         sae,
         targets.float().mean(dim=0),
     )
-    found = statistics(sae, stored(arguments.work, "corpus", reads))
-    fit = reconstruction(sae, held_out, targets)
     report = {
         **asdict(fit),
         "dead": float((found.max_activation == 0).float().mean()),
@@ -312,16 +323,6 @@ def main() -> None:
     }
     assert all(map(math.isfinite, report.values()))
     print(json.dumps(report, indent=1))
-    write_contexts(
-        arguments.work / f"contexts.{writes}.txt",
-        tokenizer,
-        windows(tokenizer, read(arguments.work / "corpus.jsonl")),
-        places(arguments.work, "corpus", reads),
-        found,
-    )
-    if arguments.statistics:
-        write_statistics(arguments.sae / "features.jsonl", found)
-        state(arguments.sae / "cfg.json", fit)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What steering does to the text: features amplified, behaviours suppressed, and at what cost.
 
-``python -m tests.bench.steering_effect [out.json] [--parts amplify suppress]``
+``python -m tests.bench.steering_effect [out.json] [--parts amplify suppress] [--sae FOLDER]``
 
-Amplify. Every labelled feature of the demo SAE is clamped to 1.5 times its maximum activation on
-the prompts `SELECTION`, and to 2 times if that does too little; those that work there, at most so
-many of a kind as `MOST_OF_A_KIND` says, are reported on the prompts `REPORT` at 1, 1.5 and 2
-times. An answer is on topic if its label's test (``labels.jsonl`` beside the weights, written
-before) matches as often as that file says.
+Amplify. Every labelled feature of an SAE, by default the one that the demo asks, is clamped to 1.5
+times its maximum activation on the prompts `SELECTION`, and to 2 times if that does too little;
+those that work there, at most so many of a kind as `MOST_OF_A_KIND` says, are reported on the
+prompts `REPORT` at 1, 1.5 and 2 times. An answer is on topic if its label's test (``labels.jsonl``
+beside the weights, written before) matches as often as that file says.
 
 Suppress. For each of `BEHAVIOURS`, features are ranked on the answers to its contrast prompts, and
 the first 1, 4 and 16 are clamped to 0 on the held-out prompts. Ranked by "contrast": mean
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any, Final
 
@@ -34,7 +35,6 @@ from sae.arrays import FloatArray
 from sae.discovery import contrast, pooled, strongest
 from sae.features import FeatureTable
 from sae.training.labels import Label, read_labels
-from tests.bench.cases import D_SAE
 from tests.bench.demo_engine import SAE
 from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.steering_answers import (
@@ -222,16 +222,17 @@ def rankings(bench: Bench, behaviour: Behaviour, others: Sequence[Answer]) -> di
         with_it, without = own_with, own_without
     if not with_it or not without:
         return {}
+    d_sae = bench.sae.card.d_sae
     difference = contrast(
-        np.stack([activations(answer, D_SAE) for answer in with_it]),
-        np.stack([activations(answer, D_SAE) for answer in without]),
+        np.stack([activations(answer, d_sae) for answer in with_it]),
+        np.stack([activations(answer, d_sae) for answer in without]),
     ).difference
     attributed = np.stack(
         [bench.attribution(answer, behaviour.found_in(answer.text)) for answer in with_it]
     ).mean(axis=0, dtype=np.float64)
     return {
-        "contrast": strongest(difference, difference, D_SAE).tolist(),
-        "attribution": strongest(attributed, attributed, D_SAE).tolist(),
+        "contrast": strongest(difference, difference, d_sae).tolist(),
+        "attribution": strongest(attributed, attributed, d_sae).tolist(),
     }
 
 
@@ -284,24 +285,26 @@ def suppress(bench: Bench, table: FeatureTable, record: Record) -> list[dict[str
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="keeps the others")
+    parser.add_argument("--sae", type=Path, default=SAE, help="a folder with labels.jsonl")
     args = parser.parse_args()
-    path = args.json or RESULTS / "steering_effect.json"
+    name = "steering_effect" if args.sae == SAE else f"steering_effect-{args.sae.name}"
+    path = args.json or RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"settings": {}}
     record = Record(
-        "steering_effect",
+        name,
         "Share of answers that show what a feature is labelled with, or a behaviour; its cost.",
-        {**kept["settings"], "sae": SAE.name, "dtype": DTYPE,
+        {**kept["settings"], "sae": args.sae.name, "dtype": DTYPE,
          "repetition_penalty": REPETITION_PENALTY, "amplified_tokens": AMPLIFIED_TOKENS,
          "suppressed_tokens": SUPPRESSED_TOKENS},
     )  # fmt: skip
     for part in {*PARTS} - {*args.parts}:
         record.results += [row for row in kept.get("results", ()) if row["part"] == part]
     rows = [row for row in kept.get("rows", ()) if row["part"] not in args.parts]
-    bench = Bench()
+    bench = Bench(args.sae)
     if "amplify" in args.parts:
-        rows += amplify(bench, read_labels(SAE / "labels.jsonl"), record)
+        rows += amplify(bench, read_labels(args.sae / "labels.jsonl"), record)
     if "suppress" in args.parts:
-        rows += suppress(bench, FeatureTable.open(SAE, D_SAE), record)
+        rows += suppress(bench, FeatureTable.open(args.sae, bench.sae.card.d_sae), record)
     bench.engine.shut_down()
     record.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")

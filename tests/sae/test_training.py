@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,25 @@ def work(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("corpus", "held_out"):
         activations.write(model, tokenizer, [STREAM], folder, name)
     return folder
+
+
+def test_conversations_that_were_interrupted_are_not_taken_for_all_of_them(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoken = {"kind": "chat", "source": "the model", "context": "", "text": LONG}
+
+    def interrupted(*arguments: object) -> Iterator[dict[str, str]]:
+        yield spoken
+        raise KeyboardInterrupt
+
+    target = tmp_path / "chat.jsonl"
+    monkeypatch.setattr(chat, "converse", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.write_chat(model_folder, target, 2, seed=0)
+    assert not target.exists()
+    monkeypatch.setattr(chat, "converse", lambda *arguments: iter([spoken, spoken]))
+    chat.write_chat(model_folder, target, 2, seed=0)
+    assert [d.text for d in corpus.read(target)] == [LONG, LONG]
 
 
 def test_rows_stand_beside_the_places_that_they_are_from(model_folder: Path, work: Path) -> None:
