@@ -48,6 +48,7 @@ WORK  ?= build/demo-sae
 TOKENS ?= 900000
 SEEN  ?= 2800000
 LAYER ?= 14
+TRAINED = blocks.$(LAYER).hook_resid_post
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve check test test-clients bench train-demo-sae clean
@@ -81,8 +82,8 @@ bench: $(TOOLS)
 # Labels are written by a person from $(WORK)/contexts.txt; where there are some, they are measured.
 train-demo-sae: $(TRAINING)
 	set -e; model="$(or $(MODEL),$$($(BIN)/python -m server.commands.demo_model))"; \
-	for step in "corpus --tokens $(TOKENS)" "activations --layer $(LAYER)" \
-	    "train --layer $(LAYER) --tokens $(SEEN) --output $(WORK)/sae" "evaluate --sae $(WORK)/sae --statistics"; do \
+	for step in "corpus --tokens $(TOKENS)" "activations --hooks $(TRAINED)" \
+	    "train --reads $(TRAINED) --tokens $(SEEN) --output $(WORK)/sae" "evaluate --sae $(WORK)/sae --statistics"; do \
 	  $(BIN)/python -m sae.training.$$step --model "$$model" --work "$(WORK)"; \
 	done; \
 	if test -e $(WORK)/sae/labels.jsonl; then \

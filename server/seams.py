@@ -143,6 +143,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         ),
         Seam("entrypoints.launchers.run_batch", "BatchRequestOutput", fields=("response", "error")),
     ),
+    "server/routes/studies.py": (Seam("exceptions", "VLLMError"),),
     "server/start/cpu_memory.py": (
         Seam("platforms", "current_platform"),
         Seam("platforms.interface", "Platform.is_cpu"),

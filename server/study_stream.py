@@ -19,6 +19,15 @@ from steering.studies.progress import Progress
 logger = logging.getLogger("vllm.sae.server")
 
 _DONE: Final = "data: [DONE]\n\n"
+#: What is told of a study that failed through no fault of its body.
+FAILED: Final = {
+    "error": {
+        "message": "the study failed",
+        "type": HTTPStatus.INTERNAL_SERVER_ERROR.phrase,
+        "param": None,
+        "code": HTTPStatus.INTERNAL_SERVER_ERROR.value,
+    }
+}
 
 Answer = dict[str, Any]
 #: Runs a study that tells its progress.
@@ -82,9 +91,7 @@ class RunningStudy:
             yield _event({"error": error_object(error)})
         except Exception:  # the response has begun, so there is no status left to tell it
             logger.exception("a study failed")
-            status = HTTPStatus.INTERNAL_SERVER_ERROR
-            failed = {"message": "the study failed", "type": status.phrase, "code": status.value}
-            yield _event({"error": {**failed, "param": None}})
+            yield _event(FAILED)
         yield _DONE
 
     async def _run(self, work: Work) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -9,6 +10,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
+from vllm.exceptions import VLLMError
 
 from server.disconnect import unless_disconnected
 from server.errors import REFUSALS
@@ -17,9 +19,11 @@ from server.presets.models import PresetModels
 from server.routes.parameters import known_sae
 from server.routes.posted import json_body, refuse_to_get
 from server.state import steering_state
-from server.study_stream import RunningStudy, StudyStream
+from server.study_stream import FAILED, RunningStudy, StudyStream
 from steering.errors import SteeringError
 from steering.studies.registry import STUDIES, Study
+
+logger = logging.getLogger("vllm.sae.server")
 
 router = APIRouter(tags=["studies"], responses=REFUSALS)
 
@@ -45,12 +49,18 @@ async def _answer(study: Study, raw_request: Request, sae: str | None) -> Respon
         if unknown is not None:
             return unknown
     running = RunningStudy(lambda progress: study.run(state.context(progress), body, sae))
-    if not (isinstance(body, Mapping) and body.get("stream") is True):
-        answer = await unless_disconnected(raw_request, running.result())
-        return None if answer is None else TolerantJSONResponse(answer)
-    # What is refused before anything runs is answered with its status, as without a stream.
-    begun = await unless_disconnected(raw_request, running.begun())
-    return None if begun is None else StudyStream(running)
+    try:
+        if not (isinstance(body, Mapping) and body.get("stream") is True):
+            answer = await unless_disconnected(raw_request, running.result())
+            return None if answer is None else TolerantJSONResponse(answer)
+        # What is refused before anything runs is answered with its status, as without a stream.
+        begun = await unless_disconnected(raw_request, running.begun())
+        return None if begun is None else StudyStream(running)
+    except (SteeringError, VLLMError):
+        raise
+    except Exception:  # vLLM would answer some with a 400 of their words, and log none
+        logger.exception("a study failed")
+        return TolerantJSONResponse(FAILED, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def _refuse_other_model(models: PresetModels, model: object) -> Response | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sae.numbers import finite
 from steering.errors import BudgetNotMetError, SteeringError
+from steering.report import Report
 from steering.request.accepted import Accepted
 from steering.request.limits import FLOAT32_MAX, VALUE_LIMIT
 from steering.request.shape import Number, Shape
@@ -91,8 +92,7 @@ class Cost:
     Attributes:
         kl: KL(unsteered || steered).
         nll: by how much the mean negative log-likelihood rises.
-        mean_share: mean share of the change in the stream over edited tokens and hook points; None
-            if no token was edited.
+        mean_share: see `mean_share`.
     """
 
     kl: float
@@ -185,27 +185,36 @@ def multipliers(accepted: Accepted) -> tuple[float, float]:
 
 async def _cost(context: Context, baseline: Baseline, accepted: Accepted) -> Cost:
     """What an edit, with a report, costs; each text is a step of the study's progress."""
-    kl, rise, share, edited = [], [], 0.0, 0
+    kl, rise, reports = [], [], []
     async with aclosing(baseline.compare(accepted)) as compared:
         async for _, figures in compared:
             kl.append(figures.kl)
             rise.append(figures.unsteered - figures.steered)
-            for hook in (figures.report.edited if figures.report else None) or ():
-                edited += hook["tokens"]
-                share += hook["tokens"] * hook["mean_share"]
+            if figures.report is not None:
+                reports.append(figures.report)
             context.progress.step()
     return Cost(
-        float(np.concatenate(kl).mean()),
-        float(np.concatenate(rise).mean()),
-        share / edited if edited else None,
+        float(np.concatenate(kl).mean()), float(np.concatenate(rise).mean()), mean_share(reports)
     )
 
 
+def mean_share(reports: Iterable[Report]) -> float | None:
+    """Mean share of the change over the edited tokens and hook points of several texts.
+
+    None if there is none, or if a stream left its dtype, so that its share is not known.
+    """
+    hooks = [hook for report in reports for hook in report.edited or ()]
+    edited = sum(hook["tokens"] for hook in hooks)
+    if not edited or any(hook["mean_share"] is None for hook in hooks):
+        return None
+    share: float = sum(hook["tokens"] * hook["mean_share"] for hook in hooks)
+    return share / edited
+
+
 def _point(multiplier: float, cost: Cost) -> dict[str, Any]:
-    share = None if cost.mean_share is None else finite(cost.mean_share)
     return {
         "multiplier": multiplier,
         "kl": finite(cost.kl),
         "nll": finite(cost.nll),
-        "mean_share": share,
+        "mean_share": cost.mean_share,
     }

@@ -193,5 +193,6 @@ def _sum(a: float | None, b: float | None) -> float | None:
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    ratio = part / whole if whole > 0 else math.nan
+    """None where it is not defined: nothing changed, or a square left its dtype."""
+    ratio = part / whole if 0 < whole < math.inf else math.nan
     return ratio if math.isfinite(ratio) else None

@@ -341,6 +341,32 @@ async def test_failure_inside_a_stream_says_nothing_of_the_servers_insides() -> 
     assert "secret" not in json.dumps(error)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("failure", [TypeError, ValueError, RuntimeError])
+def test_failure_of_a_study_is_no_fault_of_its_body_and_is_in_the_log(
+    labelled: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failure: type[Exception],
+    stream: bool,
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure("/secret/path")
+
+    monkeypatch.setattr("steering.studies.forecast.gain_matrix", fail)
+    monkeypatch.setattr(Progress, "expect", lambda *_: None)  # or the stream would have begun
+    with caplog.at_level("ERROR", logger="vllm.sae.server"):
+        answer = labelled.client.post(FORECAST, json={"steering": STEERING, "stream": stream})
+    assert answer.status_code == 500
+    assert answer.json()["error"] == {
+        "message": "the study failed",
+        "type": "Internal Server Error",
+        "param": None,
+        "code": 500,
+    }
+    assert "/secret/path" in caplog.text
+
+
 async def test_refusal_before_anything_runs_is_raised_and_not_streamed() -> None:
     async def study(progress: Progress) -> dict[str, Any]:
         raise SteeringError("invalid_value", "no", "texts")

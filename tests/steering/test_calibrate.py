@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steering.errors import SteeringError
+from steering.report import Report
 from steering.request.accepted import Accepted
 from steering.request.catalog import Prepared
 from steering.request.parse import parse_spec
-from steering.studies.calibrate import multipliers, scaled
+from steering.studies.calibrate import mean_share, multipliers, scaled
 from steering.studies.neutral import neutral_passages
 from steering.studies.rank import output_score
 from tests.steering.specs import ONE
@@ -76,6 +77,18 @@ def test_edit_without_a_strength_cannot_be_calibrated() -> None:
         "unsupported_op",
         "steering.interventions",
     )
+
+
+def edited(*hooks: tuple[int, float | None]) -> Report:
+    entries = [{"tokens": tokens, "mean_share": share} for tokens, share in hooks]
+    return Report([], 0, edited=entries)
+
+
+def test_share_is_the_mean_over_edited_tokens_and_unknown_where_one_is() -> None:
+    reports = [edited((3, 0.1), (1, 0.5)), edited((4, 0.4)), edited()]
+    assert mean_share(reports) == pytest.approx((0.3 + 0.5 + 1.6) / 8)
+    assert mean_share([edited((3, 0.1)), edited((1, None))]) is None
+    assert mean_share([edited()]) is None
 
 
 def test_output_score_is_of_the_best_rank_and_the_largest_probability() -> None:

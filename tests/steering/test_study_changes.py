@@ -260,6 +260,13 @@ def test_a_run_that_changes_nothing_moves_nothing(worker: TinyWorker, saes: list
     assert (entry["leak"], entry["explained"]) == (None, None)
 
 
+@pytest.mark.parametrize("beyond", [math.inf, math.nan])
+def test_a_change_beyond_its_dtype_has_no_leak_and_explains_nothing(beyond: float) -> None:
+    found = Changes("any", (3,), 1, np.zeros(4), np.zeros(4), others=2.0, asked=beyond)
+    entry = replace(found, stream=beyond, unexplained=1.0).to_json(1, lambda _: None)
+    assert (entry["leak"], entry["explained"]) == (None, None)
+
+
 def test_a_token_that_the_unsteered_run_lacks_is_told(worker: TinyWorker) -> None:
     given = streams(1)
     run(worker, "clean", [stream[:9] for stream in given], in_parts(0, 9))
