@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 import sae
 from server.commands.demo_model import ensure_demo_model
 from tests.gemma_model import GemmaUnavailableError, ensure_gemma_model
+from tests.gpu.device import REHEARSAL
 
 # Wall-clock limits of single examples say more about the machine than about the code.
 settings.register_profile("vllm-sae", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     items.sort(key=lambda item: item.path.name == "test_families.py")
     reasons = {}
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() or REHEARSAL):
         reasons["gpu"] = "no CUDA device"
     if "network" not in config.option.markexpr:
         reasons["network"] = "run with: HF_HUB_OFFLINE=0 pytest -m network"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 D_MODEL = 64
@@ -342,6 +342,14 @@ def make_tiny_sae(
         lines = "".join(json.dumps(feature, ensure_ascii=False) + "\n" for feature in features)
         (folder / "features.jsonl").write_text(lines, encoding="utf-8")
     return folder
+
+
+def resemble(folder: Path) -> None:
+    """Give a tiny SAE decoder rows that resemble its encoder rows, as those of trained ones do."""
+    file = folder / "sae_weights.safetensors"
+    tensors = load_file(file)
+    mixed = tensors["W_enc"].T + 0.6 * tensors["W_dec"]
+    save_file({**tensors, "W_dec": nn.functional.normalize(mixed, dim=1).contiguous()}, file)
 
 
 def main(families: Sequence[str]) -> None:

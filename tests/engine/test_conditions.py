@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from steering.vllm.results import results_of
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine, Generated, start
 from tests.engine.outputs import count_preemptions, tokens
 from tests.engine.reference import ReferenceModel, ReferenceSAE, behind_best
-from tests.models import D_MODEL, NUM_LAYERS, make_tiny_model, make_tiny_sae
+from tests.models import D_MODEL, NUM_LAYERS, make_tiny_model, make_tiny_sae, resemble
 
 D_SAE: Final = 128
 SINK_NORM: Final = 60.0
@@ -48,10 +46,7 @@ def make_saes(folder: Path) -> dict[str, Path]:
         for name, kwargs in SAES.items()
     }
     for path in paths.values():
-        weights = load_file(path / "sae_weights.safetensors")
-        mixed = weights["W_enc"].T + 0.6 * weights["W_dec"]
-        weights["W_dec"] = torch.nn.functional.normalize(mixed, dim=1).contiguous()
-        save_file(weights, path / "sae_weights.safetensors")
+        resemble(path)
     return paths
 
 

@@ -12,6 +12,7 @@ import torch
 from steering.worker.ops import triton_kernel
 from steering.worker.ops.buffers import Buffers, InputNorm
 from steering.worker.ops.layout import INPUT_RMS, NO_SLOT
+from tests.gpu.device import DEVICE, captured, sizes
 from tests.steering.batches import Batch, full_batch, random_batch, split_batch
 from tests.steering.versions import Edited, assert_agrees, run
 
@@ -21,7 +22,7 @@ RAGGED = (7, 1, 0, 3, 1, 1, 5)
 
 
 def on_device(batch: Batch) -> Edited:
-    made = run(triton_kernel.bound, batch.on("cuda"))
+    made = run(triton_kernel.bound, batch.on(DEVICE))
     return Edited(made.hidden.cpu(), back(made.buffers))
 
 
@@ -39,10 +40,10 @@ def back(buffers: Buffers) -> Buffers:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d_in", [24, 576, 1000, 2048, 2304, 4096, 5120, 8192])
+@pytest.mark.parametrize("d_in", sizes(24, 576, 1000, 2048, 2304, 4096, 5120, 8192))
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "sum"])
 def test_device_agrees_with_the_reference(d_in: int, dtype: torch.dtype, residual: bool) -> None:
-    for seed in range(3):
+    for seed in sizes(0, 1, 2):
         batch = random_batch(
             seed, d_in=d_in, dtype=dtype, residual=residual, tokens=RAGGED, steered=0.8,
             max_edits=16, max_gates=8, padding=3,
@@ -51,11 +52,11 @@ def test_device_agrees_with_the_reference(d_in: int, dtype: torch.dtype, residua
 
 
 @pytest.mark.parametrize("norm", [None, InputNorm(INPUT_RMS, 1e-5)], ids=["plain", "rms"])
-@pytest.mark.parametrize("d_in", [24, 576, 2304, 4096, 8192])
+@pytest.mark.parametrize("d_in", sizes(24, 576, 2304, 4096, 8192))
 def test_both_halves_agree_with_the_reference_on_the_device(
     d_in: int, norm: InputNorm | None
 ) -> None:
-    for seed in range(3):
+    for seed in sizes(0, 1, 2):
         batch = split_batch(
             seed, norm=norm, d_in=d_in, dtype=torch.bfloat16, tokens=RAGGED, steered=0.8,
             max_edits=16, max_gates=8, padding=3,
@@ -63,15 +64,16 @@ def test_both_halves_agree_with_the_reference_on_the_device(
         assert_agrees(on_device, batch)
 
 
-@pytest.mark.parametrize("d_in", [576, 4096, 8192])
+@pytest.mark.parametrize("d_in", sizes(24, 576, 4096, 8192))
 def test_sixty_four_edits_agree_on_the_device(d_in: int) -> None:
     assert_agrees(on_device, full_batch(0, d_in, torch.bfloat16, tokens=9))
 
 
 def test_same_input_gives_the_same_bits_every_time() -> None:
-    batch = random_batch(5, d_in=4096, dtype=torch.bfloat16, tokens=RAGGED, max_edits=16)
+    d_in = sizes(24, 4096)[-1]
+    batch = random_batch(5, d_in=d_in, dtype=torch.bfloat16, tokens=RAGGED, max_edits=16)
     first, *_ = on_device(batch)
-    for _ in range(5):
+    for _ in sizes(0, 1, 2, 3, 4):
         again, *_ = on_device(batch)
         assert torch.equal(first, again)
 
@@ -87,7 +89,7 @@ def tensors(batch: Batch, buffers: Buffers) -> Iterator[torch.Tensor]:
             yield from (t for t in vars(part).values() if isinstance(t, torch.Tensor))
 
 
-@pytest.mark.parametrize("d_in", [576, 4096])
+@pytest.mark.parametrize("d_in", sizes(24, 576, 4096))
 def test_captured_launch_follows_slots_tables_and_streams_written_later(d_in: int) -> None:
     # As vLLM does it: captured over a padded batch in which no token has a slot, then replayed.
     batches = [
@@ -102,7 +104,7 @@ def test_captured_launch_follows_slots_tables_and_streams_written_later(d_in: in
         )
         for seed in range(4)
     ]
-    held = batches[0].on("cuda")
+    held = batches[0].on(DEVICE)
     buffers = replace(held, edits={}, gates={}, elsewhere={}).buffers()
     buffers.token_slot.fill_(NO_SLOT)
 
@@ -114,17 +116,14 @@ def test_captured_launch_follows_slots_tables_and_streams_written_later(d_in: in
         kernel.steer(held.hidden_states, held.residual)
 
     launch()  # compiles; a capture may not
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
+    replay = captured(launch)
     assert buffers.counters.tolist() == [0, 0]
 
     def replayed(batch: Batch) -> Edited:
         for target, source in zip(tensors(held, buffers), tensors(batch, batch.buffers()),
                                   strict=True):  # fmt: skip
             target.copy_(source)
-        graph.replay()
+        replay()
         return Edited(held.hidden_states.cpu(), back(buffers))
 
     nothing = replace(batches[1], edits={}, gates={}, elsewhere={})

@@ -145,7 +145,7 @@ class Batch:
     def on(self, device: str) -> Batch:
         """A copy on another device."""
         moved: dict[str, Any] = {
-            name: value.to(device)
+            name: value.to(device, copy=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }

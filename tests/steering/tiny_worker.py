@@ -40,13 +40,25 @@ class TinyWorker:
     Args:
         saes: whatever reads and writes; `hooks` has their hook points in the order of a pass.
         kernel: None for torch.
+        slots: requests that run at once.
+        max_tokens: of a pass.
+        device: where the streams are.
+        resident: see `Residency`.
     """
 
     def __init__(
-        self, saes: Sequence[SAE], kernel: Kernel | None, *, slots: int = 3, max_tokens: int = 64
+        self,
+        saes: Sequence[SAE],
+        kernel: Kernel | None,
+        *,
+        slots: int = 3,
+        max_tokens: int = 64,
+        device: str = "cpu",
+        resident: str | None = None,
     ) -> None:
-        self.positions = torch.zeros(max_tokens, dtype=torch.int64)
-        self.input_ids = torch.full((max_tokens,), ORDINARY, dtype=torch.int32)
+        self.device = device
+        self.positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self.input_ids = torch.full((max_tokens,), ORDINARY, dtype=torch.int32, device=device)
         places = {hook for sae in saes for hook in (sae.card.reads, *sae.card.writes)}
         self.hooks = sorted(places, key=place_in_pass)
         self.state = SteeringState(
@@ -55,13 +67,14 @@ class TinyWorker:
             num_slots=slots,
             max_rows=256,
             d_in=D_MODEL,
-            step=Step(max_tokens, self.positions, self.input_ids, "cpu"),
+            step=Step(max_tokens, self.positions, self.input_ids, device),
             special_token_ids=[SPECIAL],
             vocab_size=100,
             record=True,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             kernel=kernel,
             graphs=False,
+            resident=resident,
         )
 
     def forward(
@@ -91,7 +104,8 @@ class TinyWorker:
         made = []
         for i, hook in enumerate(self.hooks):
             hidden = torch.cat([streams[req][i][start:stop] for req, start, stop in parts])
-            self.state.apply_at(hook, hidden, None)
-            made.append(torch.split(hidden, np.diff(starts).tolist()))
+            on_device = hidden.to(self.device)
+            self.state.apply_at(hook, on_device, None)
+            made.append(torch.split(on_device.cpu(), np.diff(starts).tolist()))
         self.state.end_step()
         return [list(of_part) for of_part in zip(*made, strict=True)]
