@@ -167,9 +167,9 @@ def main() -> None:
                 for _ in range(4):
                     requests.append(worker.enter(plans) + worker.leave())
                 worker.enter(plans)
-                edited = worker.state.touched_tokens()[0]
+                edited = worker.state.token_counts()[0]
                 worker.passed(shape)
-                assert worker.state.touched_tokens()[0] > edited, case
+                assert worker.state.token_counts()[0] > edited, case
                 passes = [worker.passed(shape) - idle for _ in range(PASSES[shape.name])]
                 worker.leave()
                 record.add(

@@ -26,10 +26,11 @@ from typing import Any, Final
 
 from steering.studies.neutral import neutral_passages
 from steering.vllm.offline_studies import OfflineStudies
+from tests.bench.chat_answers import REPETITION_PENALTY
 from tests.bench.demo_engine import SAE
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_answers import DTYPE, REPETITION_PENALTY, SAE_NAME, Bench, Field, cost
+from tests.bench.steering_answers import DTYPE, SAE_NAME, Bench, Field, cost
 from tests.bench.steering_effect import SUPPRESSED_TOKENS
 from tests.bench.steering_prompts import BEHAVIOURS, Behaviour
 from tests.bench.suggestion_texts import PAIRS

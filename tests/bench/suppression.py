@@ -27,11 +27,12 @@ from statistics import mean
 from typing import Any, Final
 
 from steering.vllm.offline_studies import OfflineStudies
+from tests.bench.chat_answers import REPETITION_PENALTY
 from tests.bench.demo_engine import SAE
 from tests.bench.doses import doses, kls
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_answers import DTYPE, REPETITION_PENALTY, Answer, Bench, Field
+from tests.bench.steering_answers import DTYPE, Answer, Bench, Field
 from tests.bench.steering_prompts import BEHAVIOURS, Behaviour
 
 SET_SIZE: Final = 4

@@ -192,7 +192,7 @@ def test_a_pass_of_rows_never_waits_for_the_device(saes: list[SAE]) -> None:
     one_pass()  # compiles
     with nothing_may_wait():
         one_pass()
-    assert worker.state.touched_tokens()[0] > 0
+    assert worker.state.token_counts()[0] > 0
 
 
 def test_what_is_read_is_copied_without_waiting_for_the_device(saes: list[SAE]) -> None:
