@@ -3,6 +3,7 @@
 #   make demo             the demo: model and SAE included, nothing asked of a model hub
 #   make serve            the same model and SAE without the guided tour; MODEL=, SAE=, ARGS= to change it
 #   make check test       what has to pass; ARGS= goes to pytest
+#   make coverage         which lines the tests without an engine run; ARGS= goes to pytest
 #   make test-clients     clients of the API (lm-eval, LangChain, LiteLLM, promptfoo, ...), in .venv/clients
 #   make bench            tests/bench; ARGS= goes to it
 #   make train-demo-sae   an SAE like the demo's, from packages' texts, into WORK=, after LAYER=; TOKENS= of text, SEEN= in training
@@ -51,7 +52,7 @@ LAYER ?= 14
 TRAINED = blocks.$(LAYER).hook_resid_post
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve check test test-clients bench train-demo-sae clean
+.PHONY: help install demo serve check test coverage test-clients bench train-demo-sae clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -72,6 +73,10 @@ check: $(TOOLS)
 
 test: $(TOOLS) $(GEMMA)
 	$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+
+coverage: $(TOOLS)
+	$(BIN)/coverage run -m pytest -q tests/sae tests/server tests/steering $(ARGS)
+	$(BIN)/coverage report
 
 test-clients: $(TOOLS) $(CLIENTS)/.npm $(CLIENT_GROUPS:%=$(CLIENTS)/%/.installed)
 	$(BIN)/python -m pytest -q tests/clients $(ARGS)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sae.errors import SAEError
 
-# Where a layer normalises or scales a branch before it adds it to the stream, hook_mlp_out and
+# Where a layer normalizes or scales a branch before it adds it to the stream, hook_mlp_out and
 # hook_attn_out are what is added, mlp.hook_out and attn.hook_out the module's own output; in most
 # models the two are one.
 HOOK_KINDS = (

@@ -4,7 +4,7 @@ Three vocabularies occur: TransformerLens' (`blocks.3.hook_resid_post`), that of
 (`blocks.3.hook_out`, `blocks.3.mlp.hook_out`) and the names of Hugging Face's modules
 (`model.layers.3`, `model.layers.3.mlp`), where a module's name means that module's output.
 
-Where a layer normalises or scales a branch before it adds it to the stream (Gemma 2 and 3), the
+Where a layer normalizes or scales a branch before it adds it to the stream (Gemma 2 and 3), the
 module's own output (`mlp.hook_out`, `attn.hook_out`) and what is added (`hook_mlp_out`,
 `hook_attn_out`) are two tensors; in most models they are one.
 """
@@ -46,7 +46,7 @@ _UNSERVED: Final = {
     "attn.hook_in": "the input of attention is",
     "mlp.hook_pre": "the neurons of the MLP are",
     "mlp.hook_post": "the neurons of the MLP are",
-    "ln1.hook_normalized": "the normalised input of attention is",
+    "ln1.hook_normalized": "the normalized input of attention is",
 }
 
 _MLP: Final = ("mlp", "feed_forward", "ffn", "block_sparse_moe")

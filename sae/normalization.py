@@ -1,4 +1,4 @@
-"""Normalisation of an SAE's input at run time, and its undoing at the output (SAELens' rules).
+"""Normalization of an SAE's input at run time, and its undoing at the output (SAELens' rules).
 
 layer_norm:             x_in = (x - mu) / (sigma + 1e-5), sigma unbiased;  out * sigma + mu
 constant_norm_rescale:  x_in = x * sqrt(d_in) / |x|;                       out * |x| / sqrt(d_in)
@@ -12,7 +12,7 @@ from torch import Tensor
 LAYER_NORM_EPS = 1e-5
 
 
-def normalise(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def normalize(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, d_in] float32 -> (x_in [n, d_in], g [n]): g is the scale of the SAE's output."""
     if kind == "none":
         return x, x.new_ones(x.shape[0])
@@ -26,7 +26,7 @@ def normalise(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return x / g.clamp(min=torch.finfo(x.dtype).tiny), g.squeeze(-1)
 
 
-def denormalise(kind: str, out: Tensor, x: Tensor, g: Tensor) -> Tensor:
+def denormalize(kind: str, out: Tensor, x: Tensor, g: Tensor) -> Tensor:
     """Bring the SAE's output [n, d_in] back to the scale of the x [n, d_in] it came from."""
     if kind == "none":
         return out

@@ -58,7 +58,7 @@ class RegistryFacts:
     Attributes:
         norm_scaling_factor: s that brings inputs to an average norm of sqrt(d_in), for weights into
             which it has not been folded.
-        normalize_activations: a normalisation that replaces the configuration's.
+        normalize_activations: a normalization that replaces the configuration's.
         center_writing_weights: it was trained on a model whose stream has no mean.
         model: what it was trained on.
     """

@@ -28,7 +28,7 @@ from sae.errors import SAEError
 from sae.features import FeatureTable
 from sae.formats import open_layout
 from sae.formats.layout import SAELayout
-from sae.normalization import denormalise, normalise
+from sae.normalization import denormalize, normalize
 from sae.product import product
 from sae.source import ResolvedSAE, SAEReference, resolve
 from sae.tensors import TensorFile
@@ -128,13 +128,13 @@ class SAE:
 
     # Whole passes
 
-    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, d_in] float32 -> (norm_in(x) [n, d_in], g [n]), g the SAE's output scale."""
-        return normalise(self._card.normalize_activations, x)
+        return normalize(self._card.normalize_activations, x)
 
     def encode(self, x: Tensor) -> Tensor:
         """All activations, exactly: x [n, d_in] float32, any device -> f [n, d_sae] float32."""
-        x_in, _ = self.normalise(x)
+        x_in, _ = self.normalize(x)
         vectors = self._vectors_of_all(x.device)
         f = x.new_empty(x.shape[0], self._card.d_sae)
         for start, stop in self.chunks():
@@ -158,14 +158,14 @@ class SAE:
             out += product(x, W_skip.to(x.device))
         if self._card.kind == KIND_TRANSCODER:
             return out
-        _, g = self.normalise(x)
-        out = denormalise(self._card.normalize_activations, out, x, g)
+        _, g = self.normalize(x)
+        out = denormalize(self._card.normalize_activations, out, x, g)
         return out + x.mean(dim=-1, keepdim=True) if self._centered else out
 
     def written(self, f: Tensor) -> Tensor:
         """f [n, d_sae] -> what the features alone write, [n, d_out] float32.
 
-        No bias, no skip connection, and of an SAE that normalises its input not times g. Every kind
+        No bias, no skip connection, and of an SAE that normalizes its input not times g. Every kind
         of dictionary has it; of one that writes at several places it is the sum.
         """
         return self._add_written(f.new_zeros(f.shape[0], self._card.d_out), f)
@@ -183,7 +183,7 @@ class SAE:
         if self._card.exact_from_row:
             W_enc = self._weights.rows("W_enc", index)
             vectors = self._weights.vectors(index, W_enc, self._weights.rows("W_dec", index))
-            x_in, _ = self.normalise(x)
+            x_in, _ = self.normalize(x)
             return self._activate(x_in @ W_enc.to(x.device).T, vectors.to(x.device))
         index = index.to(x.device)
         tokens = max(1, weights.WORKSPACE_BYTES // (4 * self._card.d_sae))

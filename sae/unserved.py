@@ -22,7 +22,7 @@ _UNSERVED: Final = {
     "a Lorsa (low-rank sparse attention)": (_word("lorsas?"), "which attends over the sequence"),
     "an SAE of mlsae": (_word("mlsaes?"), "which reads every layer at once"),
 }
-#: An organisation's CLTs choose their top k over all layers together.
+#: An organization's CLTs choose their top k over all layers together.
 _JOINT_TOP_K: Final = re.compile(r"(?i)(?:^|/)bytedance-seed/[^/]*(?<![a-z])clt(?![a-z])")
 
 #: What is no SAE, by a word in its names.

@@ -154,7 +154,7 @@ GENERATES_ELSEWHERE: Final = frozenset(
         "/v1/systemone",
     }
 )
-#: Where a preset's name means the base model: texts are tokenised or read there, not steered; and
+#: Where a preset's name means the base model: texts are tokenized or read there, not steered; and
 #: an adapter may not be loaded under it.
 _RUNS_UNSTEERED: Final = re.compile(
     r"/(?:de)?tokenize|/v1/messages/count_tokens|/v1/saes/.+/inspect|/v1/load_lora_adapter"

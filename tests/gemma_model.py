@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from server.commands.demo_model import (
     default_cache_dir,
-    dequantise,
+    dequantize,
     make_folder,
     read_json,
     write_json,
@@ -107,14 +107,14 @@ def join(parts: list[Path], joined: Path) -> None:
 def convert(parts: list[Path], folder: Path) -> None:
     """Write the checkpoint in `parts` to `folder`.
 
-    Mended, beside what `dequantise` does: the tokenizer's ``add_bos``. Without the token that
+    Mended, beside what `dequantize` does: the tokenizer's ``add_bos``. Without the token that
     every training text began with the model's text is broken ("The capital of France is France.
     The The The").
     """
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         gguf = Path(temporary) / GGUF_NAME
         join(parts, gguf)
-        dequantise(gguf, folder, rms_norm_eps=RMS_NORM_EPS, max_length=MAX_LENGTH)
+        dequantize(gguf, folder, rms_norm_eps=RMS_NORM_EPS, max_length=MAX_LENGTH)
 
     tokenizer_config = read_json(folder / "tokenizer_config.json")
     tokenizer_config["add_bos_token"] = True

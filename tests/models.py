@@ -173,7 +173,7 @@ def make_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0) -> Pa
 
     The weights depend on `family` and `seed` only. They are scaled so that attention and MLPs
     matter and the next-token distribution is neither flat nor one-hot, unlike transformers' own
-    initialisation, whose logits are all but equal and whose greedy text would hang on rounding.
+    initialization, whose logits are all but equal and whose greedy text would hang on rounding.
     """
     import transformers
 
@@ -204,14 +204,14 @@ def make_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0) -> Pa
         **{"tie_word_embeddings": False, **settings, **differences},
     )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    randomise(model, seed)
+    randomize(model, seed)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def randomise(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int) -> None:
     """Fill every parameter from `seed`: matrices keep the scale of what passes through them."""
     generator = torch.Generator().manual_seed(seed)
     tied: bool = model.config.tie_word_embeddings

@@ -73,12 +73,12 @@ def test_config_has_no_trace_of_quantization(demo_model: Path) -> None:
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 
-def test_weights_hold_every_bit_of_the_dequantised_ones(demo_model: Path) -> None:
+def test_weights_hold_every_bit_of_the_dequantized_ones(demo_model: Path) -> None:
     import gguf
 
     reader = gguf.GGUFReader(conversion.installed_gguf())
-    quantised = next(t for t in reader.tensors if t.name == "blk.14.ffn_up.weight")
-    expected = gguf.dequantize(quantised.data, quantised.tensor_type)
+    quantized = next(t for t in reader.tensors if t.name == "blk.14.ffn_up.weight")
+    expected = gguf.dequantize(quantized.data, quantized.tensor_type)
     with safe_open(demo_model / "model.safetensors", "pt") as weights:
         saved = weights.get_tensor("model.layers.14.mlp.up_proj.weight")
     assert torch.equal(saved, torch.from_numpy(expected))

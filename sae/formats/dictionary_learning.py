@@ -1,7 +1,7 @@
 """dictionary_learning: `config.json` and `ae.pt`, or the same tensors in a safetensors file; one
 class of the library each.
 
-`load_dictionary` of the library normalises the decoder of an AutoEncoder, so its activations are
+`load_dictionary` of the library normalizes the decoder of an AutoEncoder, so its activations are
 times the norm of their decoder row; those of the other classes are plain. BatchTopK and Matryoshka
 SAEs apply their one threshold at inference.
 """

@@ -223,7 +223,7 @@ def _is_of_sae_lens_6(config: Config, metadata: Config) -> bool:
 def _normalization(
     files: SAEFiles, config: Config, facts: registry.RegistryFacts
 ) -> tuple[str, float]:
-    """The normalisation applied at inference, and the factor that remains to be folded."""
+    """The normalization applied at inference, and the factor that remains to be folded."""
     stated = _stated_normalization(config, facts)
     scaler = files.configs.get(SCALER_NAME)
     if scaler is not None:

@@ -1,6 +1,6 @@
 """GGUF, llama.cpp's container: a header of keys and of tensors, then the tensors' bytes, mapped.
 
-Only plain floating-point tensors can be read; a quantised one has its type's number for a dtype.
+Only plain floating-point tensors can be read; a quantized one has its type's number for a dtype.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 The package gguf writes the files that this is tested with, and does not read them here, because its

@@ -149,7 +149,7 @@ def _scripture(folder: Path) -> Iterator[Document]:
 
 
 def _novels(folder: Path) -> Iterator[Document]:
-    """Lines out of R's lazy-load database, which is zlib streams of serialised strings.
+    """Lines out of R's lazy-load database, which is zlib streams of serialized strings.
 
     An ASCII string there is the flags 0x00040009, its length and its bytes (R Internals, 1.8).
     """

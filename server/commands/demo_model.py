@@ -132,10 +132,10 @@ def installed_gguf() -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the checkpoint in `gguf` to `folder`: weights, config, tokenizer, chat template.
 
-    Mended, beside what `dequantise` does: the tokenizer's lost digit splitting, which changes the
+    Mended, beside what `dequantize` does: the tokenizer's lost digit splitting, which changes the
     tokens of any text with a number in it.
     """
-    config = dequantise(gguf, folder, rms_norm_eps=RMS_NORM_EPS, max_length=MAX_LENGTH)
+    config = dequantize(gguf, folder, rms_norm_eps=RMS_NORM_EPS, max_length=MAX_LENGTH)
 
     tokenizer_json = read_json(folder / "tokenizer.json")
     tokenizer_json["pre_tokenizer"] = PRE_TOKENIZER
@@ -145,7 +145,7 @@ def convert(gguf: Path, folder: Path) -> None:
     write_json(folder / "generation_config.json", special_ids)
 
 
-def dequantise(gguf: Path, folder: Path, *, rms_norm_eps: float, max_length: int) -> dict[str, Any]:
+def dequantize(gguf: Path, folder: Path, *, rms_norm_eps: float, max_length: int) -> dict[str, Any]:
     """Write what transformers reads of `gguf` to `folder`; returns the configuration.
 
     The weights are saved in float32. A Q4_1 weight is ``scale * q + minimum`` with float16 scale

@@ -24,7 +24,7 @@ export function svg(tag, props = {}, ...children) {
   return filled(document.createElementNS(SVG, tag), props, children);
 }
 
-/** Properties that an attribute of the same name only initialises. */
+/** Properties that an attribute of the same name only initializes. */
 const LIVE = new Set(["value", "checked", "disabled", "hidden", "selected", "open", "indeterminate"]);
 
 /** @param {any} element @param {Record<string, any>} props @param {any[]} children */

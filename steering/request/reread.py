@@ -71,7 +71,7 @@ def _refuse_sae(
     if not sae.affine:
         raise SteeringError(
             "unsupported_op",
-            f"{what} is for standard and jumprelu SAEs without normalisation of each token, and "
+            f"{what} is for standard and jumprelu SAEs without normalization of each token, and "
             f"for directions; SAE {name!r} is none of these",
             path,
         )

@@ -41,7 +41,7 @@ class TextBody(Shape):
     )
     completion: StringOrIds | None = Field(
         default=None,
-        description="What follows: a text, tokenised by itself without special tokens, or token "
+        description="What follows: a text, tokenized by itself without special tokens, or token "
         "ids. Its tokens are generation.",
     )
 

@@ -108,7 +108,7 @@ class _Sums:
             return sae.written(change)
         if sae.card.kind in KINDS_THAT_DECODE:
             return sae.decode(f_new, x_new) - sae.decode(f, x)
-        (_, g), (_, g_new) = sae.normalise(x), sae.normalise(x_new)
+        (_, g), (_, g_new) = sae.normalize(x), sae.normalize(x_new)
         return sae.written(f_new * g_new[:, None] - f * g[:, None])
 
     def summary(self) -> dict[str, Any]:

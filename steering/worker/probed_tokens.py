@@ -59,7 +59,7 @@ class PooledTokens:
             covered &= ~(stream.norm[here] > sink_norm)
         scale = None
         if self.planned.scaled and sae.card.normalize_activations != "none":
-            _, scale = sae.normalise(stream.x[here])
+            _, scale = sae.normalize(stream.x[here])
         f = f_all[self.in_encode]
         pooled = self.record.pooled(self.probe, sae.card, f.device)
         pooled.observe(stream.position[here], covered, f, scale)

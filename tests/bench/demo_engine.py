@@ -1,7 +1,7 @@
 """The engine under measurement: the demo model with the demo SAE, in this process.
 
 ``vllm.LLM`` rather than a server: the same scheduler, runner and worker, without HTTP and
-tokenisation around them, so what steering adds is a larger share and easier to see.
+tokenization around them, so what steering adds is a larger share and easier to see.
 """
 
 from __future__ import annotations

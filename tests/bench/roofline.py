@@ -116,7 +116,7 @@ def moved(
     stream = (3 if residual else 2) * d_in * itemsize
     rows = (1 if add else 2) * edits * d_in * ROW_ITEMSIZE
     block_e = layout_for(d_in, itemsize).block_e
-    # The token's facts, its share and a counter; by edit, its table entry, sink and normalisation,
+    # The token's facts, its share and a counter; by edit, its table entry, sink and normalization,
     # what it reports and where; and in whole blocks seven parameters.
     metadata = 33 + 8 + 44 * edits + 28 * block_e * ceil(edits / block_e)
     metadata += 0 if add else 8 + 12 * edits
@@ -134,7 +134,7 @@ def moved_by_gates(d_in: int, itemsize: int, gates: int, *, residual: bool = Tru
     """
     stream = (2 if residual else 1) * d_in * itemsize
     block_e = layout_for(d_in, itemsize).block_e
-    # The token's facts and its bits; by condition, its table entry, normalisation and activation;
+    # The token's facts and its bits; by condition, its table entry, normalization and activation;
     # and in whole blocks seven parameters.
     metadata = 25 + 8 + 28 * gates + 28 * block_e * ceil(gates / block_e)
     return Moved(stream, gates * d_in * ROW_ITEMSIZE, metadata)

@@ -3,7 +3,7 @@
 ``python -m tests.bench.throughput [out.json] [--full] [--eager] [--rounds N]``
 
 32 requests at once, from submission to the last token, through ``vllm.LLM`` in this process: no
-HTTP, no tokeniser, no second process, so steering is a larger share than behind a server
+HTTP, no tokenizer, no second process, so steering is a larger share than behind a server
 (``over_http.py``). Cases and shapes are those of ``cases.py``, the way of comparing that of
 ``alternate.py``.
 """

@@ -150,7 +150,7 @@ def test_response_is_called_by_the_presets_name(
     assert '"model":"late"' in text and f'"model":"{MODEL}"' not in text
 
 
-def test_preset_is_the_base_where_texts_are_only_tokenised(served: LiveServer) -> None:
+def test_preset_is_the_base_where_texts_are_only_tokenized(served: LiveServer) -> None:
     for path, body in (
         ("/tokenize", {"prompt": TEXT}),
         ("/detokenize", {"tokens": [504, 6641, 1102]}),

@@ -45,7 +45,7 @@ def assert_same_everywhere(sae: SAE, x: Tensor, f: list[list[float]]) -> None:
     assert torch.equal(sae.activations(x, [2, 0]), expected[:, [2, 0]])
     if sae.card.exact_from_row:
         rows = sae.rows([0, 1, 2])
-        x_in, _ = sae.normalise(x)
+        x_in, _ = sae.normalize(x)
         z = x_in @ rows.W_enc.T
         act = rows.gain * z + rows.bias
         fires = (act > rows.threshold) & (z + rows.gate_bias > 0)
@@ -142,7 +142,7 @@ def test_layer_norm_scales_input_by_unbiased_sigma(sae_of: Callable[..., SAE]) -
         apply_b_dec_to_input=False,
     )
     # x = [3, 1]: mu 2, sigma sqrt(2); x_in = [1, -1] / (sqrt(2) + 1e-5)
-    x_in, g = sae.normalise(X)
+    x_in, g = sae.normalize(X)
     torch.testing.assert_close(g, torch.tensor([2.0**0.5]))
     torch.testing.assert_close(x_in, torch.tensor([[1.0, -1.0]]) / (2.0**0.5 + 1e-5))
     # f = [0.7071, 0, 0]; decoded [1.7071, -1], times sigma plus mu.
@@ -158,7 +158,7 @@ def test_constant_norm_rescale_brings_input_to_root_d(sae_of: Callable[..., SAE]
         apply_b_dec_to_input=False,
     )
     x = torch.tensor([[6.0, 8.0], [0.0, 0.0]])
-    x_in, g = sae.normalise(x)
+    x_in, g = sae.normalize(x)
     # |x| = 10, so x_in = x * sqrt(2) / 10 and g = 10 / sqrt(2); zero stays zero.
     torch.testing.assert_close(g, torch.tensor([10 / 2**0.5, 0.0]))
     torch.testing.assert_close(x_in, torch.tensor([[0.6, 0.8], [0.0, 0.0]]) * 2**0.5)

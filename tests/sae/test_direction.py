@@ -227,7 +227,7 @@ def test_gguf_whose_keys_declare_more_than_it_holds_is_refused(tmp_path: Path, l
             load(tmp_path / "v.gguf")
 
 
-def test_quantised_gguf_is_refused_by_its_type(tmp_path: Path, load: Load) -> None:
+def test_quantized_gguf_is_refused_by_its_type(tmp_path: Path, load: Load) -> None:
     content = bytearray(write_gguf(tmp_path / "v.gguf", vectors(3)).read_bytes())
     name = content.index(b"direction.3") + len(b"direction.3")
     struct.pack_into("<I", content, name + 4 + 8, 8)  # past its rank and its one dimension

@@ -90,7 +90,7 @@ def test_name_that_is_not_understood_is_refused_with_what_to_write(name: str) ->
     [
         ("blocks.3.attn.hook_q", "attention's queries are not supported"),
         ("model.layers.3.self_attn.input", "the input of attention is not supported"),
-        ("blocks.3.ln1.hook_normalized", "normalised input of attention is not supported"),
+        ("blocks.3.ln1.hook_normalized", "normalized input of attention is not supported"),
         ("blocks.3.mlp.hook_post", "neurons of the MLP are not supported"),
     ],
 )

@@ -45,7 +45,7 @@ def load_oracle(folder: Path) -> Any:
 
 def assert_agrees(mine: SAE, theirs: Any) -> None:
     with torch.no_grad():
-        # Its run-time normalisation keeps state between encode and decode.
+        # Its run-time normalization keeps state between encode and decode.
         assert_same_sae(mine, theirs.encode, lambda f, x: theirs.decode(theirs.encode(x) * 0 + f))
 
 

@@ -159,7 +159,7 @@ class Plain(Layer):
 
 
 class NormAfter(Layer):
-    """As EXAONE-4 and OLMo-2: branches read the stream, and are normalised before they join it."""
+    """As EXAONE-4 and OLMo-2: branches read the stream, and are normalized before they join it."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         residual = hidden_states

@@ -46,7 +46,7 @@ def opened(path: Path, name: str, sink_norm: float | None = None) -> Opened:
 
 
 def three_saes(folder: Path) -> list[Opened]:
-    """JumpReLU at layer 1, TopK at layer 2, and there one whose input is normalised."""
+    """JumpReLU at layer 1, TopK at layer 2, and there one whose input is normalized."""
     tied_sae(folder / "jumprelu", layer=1)
     make_tiny_sae(folder / "topk", architecture="topk", layer=2, seed=5, k=24)
     make_tiny_sae(

@@ -251,7 +251,7 @@ def test_add_does_not_depend_on_the_activation(version: Version) -> None:
 
 @versions
 def test_constant_norm_makes_the_edit_scale_with_the_stream(version: Version) -> None:
-    # |x| / sqrt(2) is 5 and 10: the normalised first coordinate is 1.4 in both, the clamp to 3
+    # |x| / sqrt(2) is 5 and 10: the normalized first coordinate is 1.4 in both, the clamp to 3
     # adds 1.6 in the SAE's units.
     x = torch.tensor([[7.0, 1.0], [14.0, 2.0]])
     edits = [edit(0, OP_CLAMP, 3.0, EVERYWHERE)]

@@ -177,7 +177,7 @@ def test_the_change_is_limited_by_what_stands_where_it_is_added(version: Version
 
 @versions
 def test_the_scale_of_the_input_norm_is_that_of_where_it_is_read(version: Version) -> None:
-    # |x| / sqrt(2) is 5 and the normalised first element 1.4; a clamp to 3 adds 1.6 * 5.
+    # |x| / sqrt(2) is 5 and the normalized first element 1.4; a clamp to 3 adds 1.6 * 5.
     left = carried_by(version, read_half(torch.tensor([[7.0, 1.0]]), value=3.0, norm=NORM_CONSTANT))
     hidden, _, _ = version(write_half(left, Y[:1]))
     torch.testing.assert_close(hidden, torch.tensor([[1.0, 1.0, 1 + 2 * 1.6 * 5]]))
@@ -189,7 +189,7 @@ def test_the_scale_of_the_input_norm_is_that_of_where_it_is_read(version: Versio
     # Mean square 25 and mean 4: deviations of 3.
     [(InputNorm(INPUT_RMS, 24.0), 1.0), (InputNorm(INPUT_LAYER, 27.0), 0.5)],
 )
-def test_a_place_behind_a_norm_is_read_normalised(
+def test_a_place_behind_a_norm_is_read_normalized(
     version: Version, norm: InputNorm, first: float
 ) -> None:
     batch = replace(read_half(torch.tensor([[7.0, 1.0]])), input_norm=norm)

@@ -142,7 +142,9 @@ def test_suggested_edits_are_shown_and_opened_as_a_column_with_one_click(
     ask(page)
     assert answer(page, "B")
     asked = [each.post_data_json["steering"] for each in heard.requests if CHAT in each.url]
-    assert edit in [each for steering in asked for each in steering["interventions"]]
+    assert {"unit": "raw", **edit} in [
+        each for steering in asked for each in steering["interventions"]
+    ]
 
     panel.get_by_role("button", name="Open as a column").click()
     panel.get_by_role("button", name="Open as a column").click()

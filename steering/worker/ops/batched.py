@@ -106,7 +106,7 @@ def gather_stream(
     x = hidden_states[token].float()
     if residual is not None:
         x = x + residual[token].float()
-    x = _normalised(x, buffers.input_norm)
+    x = _normalized(x, buffers.input_norm)
     position = buffers.positions[token]
     return Stream(
         token=token,
@@ -116,7 +116,7 @@ def gather_stream(
     )
 
 
-def _normalised(x: Tensor, norm: InputNorm) -> Tensor:
+def _normalized(x: Tensor, norm: InputNorm) -> Tensor:
     if norm.kind == INPUT_PLAIN:
         return x
     if norm.kind == INPUT_LAYER:

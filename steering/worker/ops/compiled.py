@@ -30,7 +30,7 @@ class Covers:
 
 @dataclass(frozen=True)
 class InputNorms:
-    """What activations need where some entry's SAE normalises its input; all ``[n, e]``.
+    """What activations need where some entry's SAE normalizes its input; all ``[n, e]``.
 
     Attributes:
         layer: bool, by layer norm.
@@ -68,7 +68,7 @@ class Latents:
     Attributes:
         gate_bias: ``z + gate_bias`` must be positive too; None where it always is.
         zero: ``[]``.
-        norms: None where no SAE normalises its input.
+        norms: None where no SAE normalizes its input.
     """
 
     gain: Tensor

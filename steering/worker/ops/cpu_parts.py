@@ -206,7 +206,7 @@ def activation(z, param, mean, std, rms):  # type: ignore[no-untyped-def]
 
 @compiled
 def output_scale(param, std, rms):  # type: ignore[no-untyped-def]
-    """g, by which the output of an SAE with a normalised input is multiplied."""
+    """g, by which the output of an SAE with a normalized input is multiplied."""
     if param[P_NORM] == NORM_LAYER:
         return std
     return rms if param[P_NORM] == NORM_CONSTANT else ONE

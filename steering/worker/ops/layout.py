@@ -74,7 +74,7 @@ NEVER: Final = 2**31 - 1
 P_BIAS, P_GAIN, P_THRESHOLD, P_GATE_BIAS, P_DECODER_SCALE, P_ENC_SUM, P_SINK, P_NORM = range(8)
 NUM_PARAMS: Final = 8
 
-# Values of the column P_NORM: how the SAE normalises its input.
+# Values of the column P_NORM: how the SAE normalizes its input.
 NORM_NONE, NORM_LAYER, NORM_CONSTANT = range(3)
 
 # What stands before the reading of an activation: the stream, or what a norm without its gain

@@ -163,7 +163,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
     conditions hold: ``hidden_states += m * sum_i change_i * s_i * g_i * W_dec[i]``. ``change_i`` is
     ``f'_i - f_i`` with ``f_i`` read from ``x``, or, where the row is solved for what is read again,
     ``p'_i - p_i`` (see `reread`); ``s_i`` is the decoder scale, ``g_i`` the SAE's output scale
-    where its input is normalised, and m at most 1, such that the whole is no more than
+    where its input is normalized, and m at most 1, such that the whole is no more than
     ``max_share`` of the norm of ``x``. Before that an element of the sum is cut such that the one
     of ``x`` becomes no larger than ``limit``, if it was not larger; nor does that of
     ``hidden_states``. Of an edit that was read elsewhere the product of the three is what

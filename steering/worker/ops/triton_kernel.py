@@ -1,4 +1,4 @@
-"""The edit in one Triton launch: no allocation, no synchronisation, safe in a CUDA graph.
+"""The edit in one Triton launch: no allocation, no synchronization, safe in a CUDA graph.
 
 ``steering/worker/ops/README.md`` says why it is built this way and what it costs.
 """
