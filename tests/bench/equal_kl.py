@@ -1,6 +1,7 @@
 """How many labelled features work at equal KL, against equal multiples of their maximum.
 
 ``python -m tests.bench.equal_kl [out.json] [--sae FOLDER] [--effects JSON] [--every N]``
+``[--kinds KIND ...]``
 
 KL is that of a clamp on the model's own unsteered answers to the first two prompts of `SELECTION`,
 40 tokens each, over the answers' tokens. The budget is the median KL of the features that work in
@@ -16,7 +17,7 @@ on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
@@ -82,9 +83,91 @@ def answered(
     return made
 
 
-def batches(labels: Sequence[Label]) -> list[Sequence[Label]]:
-    """So many labels at once."""
-    return [labels[start : start + AT_ONCE] for start in range(0, len(labels), AT_ONCE)]
+def missing(kept: KeptRows, name: str, labels: Sequence[Label]) -> Iterator[Sequence[Label]]:
+    """Those of which there is no row of that name yet, so many at once."""
+    left = [label for label in labels if f"{name} {label.index}" not in kept]
+    return (left[start : start + AT_ONCE] for start in range(0, len(left), AT_ONCE))
+
+
+class Experiment:
+    """One SAE's features at one KL.
+
+    Args:
+        bench: that answers.
+        kept: rows that are there already, and get what is made.
+        working: features that worked, and at which multiple of their maximum.
+    """
+
+    def __init__(self, bench: Bench, kept: KeptRows, working: Mapping[int, float]) -> None:
+        self._bench = bench
+        self._studies = OfflineStudies(bench.engine.llm)
+        self._kept = kept
+        self.unsteered = self._plain(SELECTION[:PROMPTS])
+        self._own = texts(self.unsteered[:MEASURED])
+        self.costs: dict[str, float] = kept.of("working", self._at_their_strength, working)
+        self.budget = median(self.costs.values())
+
+    def tried(self, labels: Sequence[Label]) -> dict[int, dict[str, Any]]:
+        """Each feature's dose, figures and answers."""
+        for batch in missing(self._kept, "feature", labels):
+            asked = [amplified(label.index, SELECTED_AT) for label in batch]
+            found = doses(self._studies, self._own, asked, [self.budget] * len(batch))
+            steered = [
+                (label, dose.steering)
+                for label, dose in zip(batch, found, strict=True)
+                if dose.steering is not None
+            ]
+            figures = answered(self._bench, SELECTION[:PROMPTS], self.unsteered, steered)
+            for label, dose in zip(batch, found, strict=True):
+                row = {**asdict(dose), **figures.get(label.index, {})}
+                self._kept.put(f"feature {label.index}", row)
+            print(batch[-1].index, flush=True)
+        return self._rows("feature", labels)
+
+    def reported(
+        self, labels: Sequence[Label], rows: Mapping[int, Row]
+    ) -> dict[int, dict[str, Any]]:
+        """Figures and answers on the other prompts."""
+        plain = self._plain(REPORT[:REPORTED])
+        for batch in missing(self._kept, "report", labels):
+            steered = [(label, rows[label.index]["steering"]) for label in batch]
+            for index, row in answered(self._bench, REPORT[:REPORTED], plain, steered).items():
+                self._kept.put(f"report {index}", row)
+        return self._rows("report", labels)
+
+    def _plain(self, prompts: Sequence[str]) -> list[Answer]:
+        return self._bench.answers(prompts, [None] * len(prompts), AMPLIFIED_TOKENS)
+
+    def _at_their_strength(self, working: Mapping[int, float]) -> dict[str, float]:
+        edits = [amplified(feature, strength) for feature, strength in working.items()]
+        found = kls(self._studies, self._own, edits)
+        return {str(feature): kl for feature, kl in zip(working, found, strict=True)}
+
+    def _rows(self, name: str, labels: Sequence[Label]) -> dict[int, dict[str, Any]]:
+        return {label.index: self._kept[f"{name} {label.index}"] for label in labels}
+
+
+def figures_of(
+    labels: Sequence[Label],
+    rows: Mapping[int, Row],
+    reported: Mapping[int, Row],
+    at_maximum: set[int],
+) -> dict[str, Any]:
+    """How many of these features work, and how."""
+    own = {label.index for label in labels}
+    met = {index for index in own if rows[index]["steering"] is not None}
+    works_now = {index for index in met if works(rows[index])}
+    multiples = [rows[index]["steering"]["interventions"][0]["value"] for index in sorted(met)]
+    return {
+        "tried": len(own),
+        "met": len(met),
+        "met_within_5_tries": sum(rows[index]["tries"] <= 5 for index in met),
+        "works_at_equal_kl": len(works_now),
+        "works_at_equal_maximum": len(own & at_maximum),
+        "both": len(works_now & at_maximum),
+        "works_on_report": sum(works(reported[index]) for index in works_now),
+        "times_maximum": spread(multiples) if multiples else None,
+    }
 
 
 def main() -> None:
@@ -93,89 +176,47 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, default=SAE)
     parser.add_argument("--effects", type=Path, default=RESULTS / "steering_effect.json")
     parser.add_argument("--every", type=int, default=1, help="of so many labelled features one")
+    parser.add_argument("--kinds", nargs="+", default=(), help="all features of these kinds")
     args = parser.parse_args()
     every = read_labels(args.sae / "labels.jsonl")
-    labels = {label.index: label for label in every[:: args.every]}
+    sample = every[:: args.every]
+    labels = [one for one in every if one in sample or one.kind in args.kinds]
     before = tried_before(args.effects)
-    working = {row["feature"]: row["strength"] for row in before if works(row)}
     bench = Bench(args.sae)
-    studies = OfflineStudies(bench.engine.llm)
-    kept = KeptRows(Path("build") / f"equal_kl-{args.sae.name}-{args.every}.json")
-    prompts = SELECTION[:PROMPTS]
-    unsteered = bench.answers(prompts, [None] * len(prompts), AMPLIFIED_TOKENS)
-    own = texts(unsteered[:MEASURED])
-
-    def at_their_strength() -> dict[str, float]:
-        found = kls(studies, own, [amplified(f, strength) for f, strength in working.items()])
-        return {str(feature): kl for feature, kl in zip(working, found, strict=True)}
-
-    costs = kept.of("working", at_their_strength)
-    budget = median(costs.values())
-    print("budget", budget, sorted(costs.values()), flush=True)
-
-    def batch_of(batch: Sequence[Label]) -> dict[str, Any]:
-        asked = [amplified(label.index, SELECTED_AT) for label in batch]
-        found = doses(studies, own, asked, [budget] * len(batch))
-        steered = [
-            (label, dose.steering)
-            for label, dose in zip(batch, found, strict=True)
-            if dose.steering is not None
-        ]
-        figures = answered(bench, prompts, unsteered, steered)
-        return {
-            str(label.index): {**asdict(dose), **figures.get(label.index, {})}
-            for label, dose in zip(batch, found, strict=True)
-        }
-
-    rows: dict[str, dict[str, Any]] = {}
-    for batch in batches([*labels.values()]):
-        rows |= kept.of(f"batch {batch[0].index}", batch_of, batch)
-        print(len(rows), "of", len(labels), flush=True)
-    met = {int(f): row for f, row in rows.items() if row["steering"] is not None}
-    works_now = [labels[f] for f, row in met.items() if works(row)]
+    kept = KeptRows(Path("build") / f"equal_kl-{args.sae.name}.json")
+    experiment = Experiment(
+        bench, kept, {row["feature"]: row["strength"] for row in before if works(row)}
+    )
+    print("budget", experiment.budget, sorted(experiment.costs.values()), flush=True)
+    rows = experiment.tried(labels)
+    works_now = [one for one in labels if rows[one.index]["steering"] and works(rows[one.index])]
+    reported = experiment.reported(works_now, rows)
+    bench.engine.shut_down()
+    by_index = {label.index: label for label in labels}
     at_maximum = {
         row["feature"]
         for row in before
         if row["strength"] == SELECTED_AT
-        and row["feature"] in labels
-        and at_equal_maximum(row, labels[row["feature"]], unsteered)
+        and (label := by_index.get(row["feature"])) is not None
+        and at_equal_maximum(row, label, experiment.unsteered)
     }
-
-    def report() -> dict[str, Any]:
-        asked = REPORT[:REPORTED]
-        plain = bench.answers(asked, [None] * len(asked), AMPLIFIED_TOKENS)
-        steered = [(label, met[label.index]["steering"]) for label in works_now]
-        return {str(f): row for f, row in answered(bench, asked, plain, steered).items()}
-
-    reported = kept.of("report", report)
-    bench.engine.shut_down()
-    multiples = [row["steering"]["interventions"][0]["value"] for row in met.values()]
     record = Record(
         "equal_kl",
         "Labelled features that work at equal KL and at equal multiples of their maximum.",
         {"sae": args.sae.name, "dtype": DTYPE, "prompts": PROMPTS, "tokens": AMPLIFIED_TOKENS,
-         "budget": budget, "working_before": len(working)},
+         "reported_on": REPORTED, "budget": experiment.budget,
+         "working_before": len(experiment.costs)},
     )  # fmt: skip
-    record.add(
-        what="all", tried=len(labels), met=len(met), works_at_equal_kl=len(works_now),
-        works_at_equal_maximum=len(at_maximum),
-        both=len({label.index for label in works_now} & at_maximum),
-        works_on_report=sum(works(row) for row in reported.values()),
-        tries=spread([float(row["tries"]) for row in rows.values()]),
-        times_maximum=spread(multiples),
-    )  # fmt: skip
-    for kind in sorted({label.kind for label in labels.values()}):
-        of_kind = {index for index, label in labels.items() if label.kind == kind}
-        record.add(
-            what=kind, tried=len(of_kind), met=len(of_kind & {*met}),
-            works_at_equal_kl=sum(label.kind == kind for label in works_now),
-            works_at_equal_maximum=len(at_maximum & of_kind),
-            works_on_report=sum(works(reported[str(i)]) for i in of_kind if str(i) in reported),
-        )  # fmt: skip
+    groups = {f"one of {args.every}, all kinds": sample} | {
+        kind: [one for one in labels if one.kind == kind]
+        for kind in sorted({one.kind for one in labels})
+    }
+    for what, group in groups.items():
+        record.add(what=what, **figures_of(group, rows, reported, at_maximum))
     record.save(args.json)
     path = args.json or RESULTS / "equal_kl.json"
-    written = json.loads(path.read_text()) | {"rows": rows, "reported": reported, "working": costs}
-    path.write_text(json.dumps(written, indent=1) + "\n")
+    found = {"rows": rows, "reported": reported, "working": experiment.costs}
+    path.write_text(json.dumps(json.loads(path.read_text()) | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ class KeptRows:
     def __contains__(self, key: str) -> bool:
         return key in self._rows
 
+    def __getitem__(self, key: str) -> Any:
+        return self._rows[key]
+
     def of(self, key: str, make: Callable[..., Any], *args: Any) -> Any:
         """The row of a key, made of the arguments and written if it is not there yet."""
         if key not in self._rows:
