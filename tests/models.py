@@ -133,6 +133,37 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            "num_key_value_heads": 4,
+            # On a CPU vLLM has latent attention of these sizes alone, and rotates its heads rightly
+            # only with YaRN, as published models do.
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": MAX_LENGTH // 4,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+            "head_dim": 64,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "glm4": ("Glm4Config", {"partial_rotary_factor": 0.5}),
     "olmo2": ("Olmo2Config", {"num_attention_heads": 2}),
     "cohere": ("CohereConfig", {"num_attention_heads": 2, "tie_word_embeddings": True}),
@@ -220,7 +251,7 @@ def randomize(model: Any, seed: int) -> None:
         if parameter.ndim == 1:
             # Norm gains and biases: what they are (ones, zeros), shaken a little.
             parameter.add_(noise, alpha=0.1)
-            if tied and name == "model.norm.weight":
+            if tied and name.endswith("model.norm.weight"):
                 parameter.add_(5.0)  # makes up for the small output embedding
         elif "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
             # Where the output embedding is the same matrix (Gemma, which also multiplies by

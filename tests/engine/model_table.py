@@ -34,6 +34,17 @@ SUMMARY: Final = Path(__file__).with_name("model_table.md")
 _ENCODER_DECODER: Final = ("CohereAsr", "NemotronParse", "Whisper")
 _FLAG: Final = re.compile(r"(?:not )?self\.(\w+)(?: is (?:not )?None)?")
 _MOST_FLAGS: Final = 4
+#: What vLLM's CPU build has not or does wrongly, without steering as well, and the models that are
+#: not held against transformers therefore; `test_model_table.py` looks whether it is still so.
+CPU_LIMITS: Final = {
+    "`selective_scan_fwd` (Mamba 1) is missing": "Jamba, FalconMamba, Mamba",
+    "`RotaryEmbedding` rotates heads wrongly that have a dimension of their own": (
+        "Lfm2, Lfm2Moe, and DeepSeek's models without YaRN"
+    ),
+    "Gated DeltaNet runs in bfloat16 alone": (
+        "Qwen3_5, and Qwen3Next, whose streams are held against transformers within its rounding"
+    ),
+}
 #: The hook points as HOOK_KINDS has them when the table was written, whatever is added later.
 KINDS: Final = tuple(
     kind
@@ -144,7 +155,9 @@ def summary(rows: dict[str, dict[str, str]]) -> str:
         + f" | {', '.join(map(_short, sorted(names)))} |\n"
         for marks, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     )
-    note = "A model that is in several lines has layers of several classes.\n"
+    note = "A model that is in several lines has layers of several classes. In vLLM's CPU build\n"
+    limits = [f"{what}: {models}" for what, models in CPU_LIMITS.items()]
+    note += ";\n".join(limits) + ".\n"
     return head + "|" + " --- |" * (len(KINDS) + 1) + "\n" + body + "\n" + note
 
 
