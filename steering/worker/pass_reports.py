@@ -28,6 +28,9 @@ from steering.worker.record import RequestRecord
 _MOST_COPIES: Final = 32
 _MOST_BYTES: Final = 64 * 2**20
 
+#: So many records are looked for in the same copies one by one; then these are taken apart.
+_MOST_LOOKS: Final = 2
+
 #: Takes positions ``[n]`` and columns ``[n, ...]``: a method of the record's class.
 Put = Callable[..., None]
 
@@ -65,6 +68,7 @@ class PassReports:
     def __init__(self) -> None:
         self._copies: deque[_Copy] = deque()
         self._bytes = 0
+        self._looks = 0  # at the copies that there are
         # Where tokens are copied off the device by a thread, it takes apart what comes with them.
         self._lock = RLock()
         # Records that are forgotten meanwhile are not waited for.
@@ -89,6 +93,7 @@ class PassReports:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         with self._lock:
+            self._looks = 0
             self._copies.append(_Copy(copied, put, record_np, columns))
             self._bytes += self._copies[-1].nbytes
 
@@ -127,8 +132,12 @@ class PassReports:
         last pass that counts, and its copy was made before.
         """
         with self._lock:
-            if self._records.pop(record.number, None) is None:
+            if record.number not in self._records:
                 return
+            self._looks += 1
+            if self._looks > _MOST_LOOKS:  # many have ended with one pass
+                self._settle_finished()
+            del self._records[record.number]
             for copy in list(self._copies)[: self._num_finished()]:
                 where = np.flatnonzero(copy.record_np == record.number)
                 if len(where):

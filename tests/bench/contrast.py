@@ -9,9 +9,8 @@ streams by the same SAE, in blocks as large as the texts that share a pass.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from time import perf_counter
 from typing import Any, Final
 
 import torch
@@ -25,11 +24,13 @@ from tests.bench.alternate import Run as Timed
 from tests.bench.alternate import alternate
 from tests.bench.cases import SAE_NAME
 from tests.bench.demo_engine import D_MODEL, SAE, demo_engine, prompts
-from tests.bench.record import Record, Rounds, arguments, spread
+from tests.bench.record import Record, Rounds, add_clock, arguments, clock_of, spread
 from tests.engine.engine import Engine
 
 TEXTS: Final = 128  # of either side
 TOKENS: Final = 64
+Clock = Callable[[], float]
+
 CONTROL: Final = "prefills and one encode (control)"
 
 ROUNDS: Final = Rounds(short=3, full=8)
@@ -42,30 +43,31 @@ def context_of(engine: Engine) -> Context:
     return Context(catalog, OfflineReader(llm), OfflineVocabulary(llm))
 
 
-def contrasted(engine: Engine, asked: Mapping[str, Any]) -> Timed:
+def contrasted(engine: Engine, asked: Mapping[str, Any], clock: Clock) -> Timed:
     """One contrast, from the body to the answer."""
     context = context_of(engine)
-    started = perf_counter()
+    started = clock()
     asyncio.run(STUDIES["contrast"].run(context, asked, SAE_NAME))
-    return Timed(perf_counter() - started)
+    return Timed(clock() - started)
 
 
-def prefilled_and_encoded(engine: Engine, texts: Sequence[Sequence[int]]) -> Timed:
+def prefilled_and_encoded(engine: Engine, texts: Sequence[Sequence[int]], clock: Clock) -> Timed:
     """Every text through the model, and as many streams through the encoder."""
     sae = context_of(engine).catalog.sae(SAE_NAME)
     streams = torch.randn(IN_FLIGHT * TOKENS, D_MODEL)
-    started = perf_counter()
+    started = clock()
     asyncio.run(OfflineReader(engine.llm).all(Run.of(Text(tuple(text))) for text in texts))
     with torch.inference_mode():
         for _ in range(len(texts) // IN_FLIGHT):
             sae.encode(streams)
-    return Timed(perf_counter() - started)
+    return Timed(clock() - started)
 
 
 def main() -> None:
     """Start the engine, compare and write the JSON."""
     parser = arguments(__doc__)
     ROUNDS.add_to(parser)
+    add_clock(parser)
     args = parser.parse_args()
     rounds = ROUNDS.of(args)
     record = Record(
@@ -81,8 +83,8 @@ def main() -> None:
     }
     engine = demo_engine({SAE_NAME: SAE}, eager=True)
     try:
-        plain = partial(prefilled_and_encoded, engine, texts)
-        cases = {CONTROL: plain, "contrast": partial(contrasted, engine, asked)}
+        plain = partial(prefilled_and_encoded, engine, texts, clock_of(args))
+        cases = {CONTROL: plain, "contrast": partial(contrasted, engine, asked, clock_of(args))}
         for case, compared in alternate(plain, cases, rounds).items():
             ratio = spread([1 / one.throughput_ratio for one in compared])
             record.add(case=case, time_ratio=ratio)

@@ -22,7 +22,7 @@ from server.commands.demo_model import ensure_demo_model
 from tests.bench.alternate import Run, alternate, ratios
 from tests.bench.cases import REQUESTS, SHAPES, Field, Shape
 from tests.bench.demo_engine import D_MODEL, NUM_LAYERS, SAE, prompts, run, settings
-from tests.bench.record import Record, Rounds, arguments
+from tests.bench.record import Record, Rounds, add_clock, arguments, clock_of
 from tests.engine.dictionaries import D_SAE, made, write
 from tests.engine.engine import Engine
 from tests.models import make_tiny_sae
@@ -78,6 +78,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     ROUNDS.add_to(parser)
+    add_clock(parser)
     args = parser.parse_args()
     rounds = ROUNDS.of(args)
     record = Record(
@@ -94,7 +95,13 @@ def main() -> None:
         )
 
         def run_case(shape: Shape, case: str) -> Run:
-            return run(engine, prompts(REQUESTS, shape.prompt), fields(case), shape.generated)
+            return run(
+                engine,
+                prompts(REQUESTS, shape.prompt),
+                fields(case),
+                shape.generated,
+                clock_of(args),
+            )
 
         for shape in SHAPES:
             found = alternate(

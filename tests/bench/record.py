@@ -9,7 +9,8 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -134,6 +135,19 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("json", nargs="?", type=Path, help="default: tests/bench/results/")
     parser.add_argument("--full", action="store_true", help="every case, and more repetitions")
     return parser
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """Add ``--processor-time``, for scripts whose engine is in their own process."""
+    said = (
+        "time this process's processor time: what else runs on a shared machine has no part in it"
+    )
+    parser.add_argument("--processor-time", action="store_true", help=said)
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """The clock that the command line says."""
+    return time.process_time if args.processor_time else time.perf_counter
 
 
 @dataclass(frozen=True)

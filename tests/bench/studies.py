@@ -12,10 +12,9 @@ control is a text that runs once more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any, Final
 
 from steering.studies.registry import STUDIES
@@ -27,13 +26,15 @@ from tests.bench.alternate import Run as Timed
 from tests.bench.alternate import alternate
 from tests.bench.cases import SAE_NAME
 from tests.bench.demo_engine import SAE, demo_engine, prompts
-from tests.bench.record import Record, Rounds, arguments, spread
+from tests.bench.record import Record, Rounds, add_clock, arguments, clock_of, spread
 from tests.engine.engine import Engine
 
 CONFIGURATIONS: Final = 4
 TEXTS: Final = 4
 CONTROL: Final = "plain prefills (control)"
 FEATURE: Final = 1234
+
+Clock = Callable[[], float]
 
 ROUNDS: Final = Rounds(short=3, full=8)
 
@@ -75,32 +76,33 @@ def body(shape: Shape) -> dict[str, Any]:
     }
 
 
-def timed(engine: Engine, asked: Mapping[str, Any]) -> Timed:
+def timed(engine: Engine, asked: Mapping[str, Any], clock: Clock) -> Timed:
     """One evaluation."""
     llm = engine.llm
     catalog = catalog_for(llm.llm_engine.vllm_config)
     context = Context(catalog, OfflineReader(llm), OfflineVocabulary(llm))
-    started = perf_counter()
+    started = clock()
     asyncio.run(STUDIES["evaluate"].run(context, asked))
-    return Timed(perf_counter() - started)
+    return Timed(clock() - started)
 
 
-def prefilled(engine: Engine, texts: Sequence[Mapping[str, list[int]]]) -> Timed:
+def prefilled(engine: Engine, texts: Sequence[Mapping[str, list[int]]], clock: Clock) -> Timed:
     """Every text as often as an evaluation runs it, and nothing scored."""
     runs = [
         Run.of(Text(tuple(text["prompt"]), tuple(text["completion"])), last_enters=False)
         for text in texts
         for _ in range(CONFIGURATIONS + 1)
     ]
-    started = perf_counter()
+    started = clock()
     asyncio.run(OfflineReader(engine.llm).all(runs))
-    return Timed(perf_counter() - started)
+    return Timed(clock() - started)
 
 
 def main() -> None:
     """Start the engine, run every shape and write the JSON."""
     parser = arguments(__doc__)
     ROUNDS.add_to(parser)
+    add_clock(parser)
     parser.add_argument("--only", help="the shape of this name alone")
     args = parser.parse_args()
     rounds = ROUNDS.of(args)
@@ -116,8 +118,8 @@ def main() -> None:
             if args.only not in (None, shape.name):
                 continue
             asked = body(shape)
-            plain = partial(prefilled, engine, asked["texts"])
-            cases = {CONTROL: plain, "evaluate": partial(timed, engine, asked)}
+            plain = partial(prefilled, engine, asked["texts"], clock_of(args))
+            cases = {CONTROL: plain, "evaluate": partial(timed, engine, asked, clock_of(args))}
             for case, compared in alternate(plain, cases, rounds).items():
                 ratio = spread([1 / one.throughput_ratio for one in compared])
                 record.add(shape=shape.name, case=case, time_ratio=ratio)

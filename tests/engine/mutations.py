@@ -82,14 +82,15 @@ MUTATIONS = {
     ),
     "rows of the batch in the scheduler's order": Mutation(
         "steering/vllm/runner_v1.py",
-        "runner.input_batch.req_ids[:num_reqs], runner",
-        "sorted(runner.input_batch.req_ids[:num_reqs]), runner",
+        "runner.input_batch.req_ids[:num_reqs],\n",
+        "sorted(runner.input_batch.req_ids[:num_reqs]),\n",
         TRAPS + "test_requests_keep_their_own_edits_while_the_batch_is_reordered_by_churn",
     ),
     "phase by the number of scheduled tokens": Mutation(
         "steering/worker/ops/cpu_kernel.py",
-        "COVERS_PROMPT if position < prompt_len[slot] else",
-        "COVERS_PROMPT if token and token_slot[token - 1] == slot else",
+        "needed_coverage(position, prompt_len[slot], special)",
+        "needed_coverage(0 if token and token_slot[token - 1] == slot else prompt_len[slot], "
+        "prompt_len[slot], special)",
         TRAPS + "test_phase_follows_positions_whatever_the_chunks_of_the_prefill[7]",
     ),
     "resumed requests forgotten": Mutation(
@@ -100,8 +101,8 @@ MUTATIONS = {
     ),
     "a slot keeps the last request's edits": Mutation(
         "steering/worker/slots.py",
-        "had = self.count_np[slot]\n",
-        "had = self.count_np[slot]\n        if len(edits) < had:\n            return\n",
+        "n, had = len(edits), int(self.count_np[slot])\n",
+        "n, had = len(edits), int(self.count_np[slot])\n        if n < had:\n            return\n",
         TRAPS + "test_a_reused_slot_keeps_nothing_of_the_last_request",
     ),
     "children of n share one record": Mutation(
@@ -118,8 +119,8 @@ MUTATIONS = {
     ),
     "the first token is steered": Mutation(
         "steering/worker/ops/cpu_kernel.py",
-        "if position == 0 or is_special[input_ids[token]]:",
-        "if is_special[input_ids[token]]:",
+        "special = position == 0 or is_special[input_ids[token]]",
+        "special = is_special[input_ids[token]]",
         TRAPS + "test_the_first_token_is_left_alone_unless_special_tokens_are_asked_for",
     ),
     "sinks are steered": Mutation(
@@ -152,6 +153,13 @@ MUTATIONS = {
         "first",
         "tests/steering/test_gates.py::test_what_a_rejected_token_fulfilled_is_forgotten",
     ),
+    "a slot has the last request's hook points": Mutation(
+        "steering/worker/hooks_at_work.py",
+        "        self._laid_out = None\n\n    def begin",
+        "\n    def begin",
+        "tests/steering/test_worker_state.py::"
+        "test_a_slot_that_another_request_took_over_is_edited_at_its_own_hook_points",
+    ),
     "preempted requests lose what their prompt decided": Mutation(
         "steering/worker/worker_state.py",
         "self._paused_gates[req_id] = self._gate_state.saved(request.slot)",
@@ -180,8 +188,8 @@ MUTATIONS = {
     ),
     "every place is written with the first one's rows": Mutation(
         "steering/worker/site.py",
-        "return self.written[sae].card.writes.index(self.hook)",
-        "return 0",
+        "index: sae.card.writes.index(self.hook)",
+        "index: 0",
         SPLIT_STATE
         + "test_a_cross_layer_transcoder_edits_every_later_place_with_rows_of_its_own[kernel]",
     ),
