@@ -27,12 +27,8 @@ from tests.bench.feature_topics import TOPICS, Topic
 from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.steering_prompts import REPORT, SELECTION
 from tests.engine.server import LiveServer
+from tests.small_dictionaries import SMALL_DICTIONARIES
 
-DATA: Final = Path(__file__).parents[1] / "data"
-DICTIONARIES: Final = {
-    "transcoder": DATA / "smollm2-135m-l14-transcoder",
-    "heads": DATA / "smollm2-135m-l14-heads",
-}
 CANDIDATES: Final = 2
 STRENGTHS: Final = (3.0, 8.0)
 MAX_TOKENS: Final = 40
@@ -134,7 +130,8 @@ def report(
 def main() -> None:
     """Serve the dictionaries, look for features and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--dictionaries", nargs="+", choices=DICTIONARIES, default=DICTIONARIES)
+    names = [*SMALL_DICTIONARIES]
+    parser.add_argument("--dictionaries", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     record = Record(
         "dictionary_features",
@@ -146,7 +143,7 @@ def main() -> None:
             "repetition_penalty": REPETITION_PENALTY,
         },
     )
-    with served(*(f"{name}={DICTIONARIES[name]}" for name in args.dictionaries)) as server:
+    with served(*(f"{name}={SMALL_DICTIONARIES[name]}" for name in args.dictionaries)) as server:
         plain = answers(server, [*SELECTION, *REPORT], None, MAX_TOKENS)
         rows = [{"dictionary": None, "answers": plain}]
         for name in args.dictionaries:

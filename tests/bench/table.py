@@ -33,14 +33,17 @@ ORDER: Final = (
     "peers",
     "startup",
     "read_again",
+    "direction",
+    "dictionary_features",
 )
 
 HEAD: Final = """\
 # What steering costs
 
 Made by `python -m tests.bench.table` from `results/*.json`, which `make bench` writes (a short set;
-`make bench ARGS=--full` runs every case), but for `bfloat16`, `read_again`, `steering_effect` and
-`fuzz`, which are run by themselves. Each script explains itself:
+`make bench ARGS=--full` runs every case), but for `bfloat16`, `read_again`, `steering_effect`,
+`direction`, `dictionary_features` and `fuzz`, which are run by themselves. Each script explains
+itself:
 `python -m tests.bench.NAME --help`.
 
 Measured runs stand between runs of a reference, ratios are taken against the mean of the two, and
