@@ -5,7 +5,7 @@
 ``vllm-sae serve`` with the two dictionaries of ``tests/data``. For each topic of
 ``feature_topics.py``, `contrast` of its texts against those of all other topics proposes
 `CANDIDATES` features a dictionary. Each is clamped to `STRENGTHS` times its recorded maximum on the
-prompts `SELECTION`. A feature works if at least half of the answers are on topic, at most a quarter
+first prompts of `SELECTION`. A feature works if at least half of the answers are on topic, at most a quarter
 of the unsteered ones, and at most a fifth of the word trigrams are repeated; the one with most
 answers on topic, at the lowest strength of equals, is reported on the prompts `REPORT`. Where none
 works the one with most answers on topic is reported all the same. Topics, tests, prompts and
@@ -25,14 +25,12 @@ from typing import Any, Final
 from tests.bench.chat_answers import REPETITION_PENALTY, answers, repeated, served, study
 from tests.bench.feature_topics import TOPICS, Topic
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_prompts import REPORT, SELECTION
+from tests.bench.steering_prompts import REPORT
+from tests.bench.steering_prompts import SELECTION as PROMPTS
 from tests.engine.server import LiveServer
+from tests.small_dictionaries import SMALL_DICTIONARIES
 
-DATA: Final = Path(__file__).parents[1] / "data"
-DICTIONARIES: Final = {
-    "transcoder": DATA / "smollm2-135m-l14-transcoder",
-    "heads": DATA / "smollm2-135m-l14-heads",
-}
+SELECTION: Final = PROMPTS[:4]
 CANDIDATES: Final = 2
 STRENGTHS: Final = (3.0, 8.0)
 MAX_TOKENS: Final = 40
@@ -134,7 +132,8 @@ def report(
 def main() -> None:
     """Serve the dictionaries, look for features and write the JSON."""
     parser = arguments(__doc__)
-    parser.add_argument("--dictionaries", nargs="+", choices=DICTIONARIES, default=DICTIONARIES)
+    names = [*SMALL_DICTIONARIES]
+    parser.add_argument("--dictionaries", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     record = Record(
         "dictionary_features",
@@ -146,12 +145,15 @@ def main() -> None:
             "repetition_penalty": REPETITION_PENALTY,
         },
     )
-    with served(*(f"{name}={DICTIONARIES[name]}" for name in args.dictionaries)) as server:
+    path: Path = args.json or RESULTS / f"{record.name}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"results": [], "rows": []}
+    record.results += [r for r in kept["results"] if r["dictionary"] not in args.dictionaries]
+    rows = [r for r in kept["rows"] if r["dictionary"] not in [None, *args.dictionaries]]
+    with served(*(f"{name}={SMALL_DICTIONARIES[name]}" for name in args.dictionaries)) as server:
         plain = answers(server, [*SELECTION, *REPORT], None, MAX_TOKENS)
-        rows = [{"dictionary": None, "answers": plain}]
+        rows.append({"dictionary": None, "answers": plain})
         for name in args.dictionaries:
             rows += report(server, name, record, plain)
-    path: Path = args.json or RESULTS / f"{record.name}.json"
     record.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
 

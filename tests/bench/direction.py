@@ -39,8 +39,8 @@ from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.steering_prompts import REPORT
 from tests.engine.server import LiveServer
 
-LAYERS: Final = (8, 14, 20)
-DOSES: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+LAYERS: Final = (14, 8, 20)
+DOSES: Final = (0.5, 1.0, 1.5, 2.0, 3.0)
 BUDGETS: Final = (0.1, 0.5)
 MAX_TOKENS: Final = 40
 PASSAGES_STEP: Final = 3
@@ -147,7 +147,11 @@ def main() -> None:
         for layer in LAYERS:
             rows += doses(server, layer, record)
             calibrated(server, layer, record)
-    path: Path = args.json or RESULTS / f"{record.name}.json"
+            save(record, rows, args.json or RESULTS / f"{record.name}.json")
+
+
+def save(record: Record, rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the JSON, with all answers."""
     record.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
 

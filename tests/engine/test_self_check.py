@@ -24,6 +24,7 @@ from tests.engine import engine as engines
 from tests.engine import server as servers
 from tests.engine.engine import Engine
 from tests.models import make_tiny_model, make_tiny_sae
+from tests.small_dictionaries import SMALL_DICTIONARIES
 
 SPECIAL_TOKEN_IDS: Final = tuple(range(17))
 D_IN, NUM_LAYERS = 576, 30
@@ -70,9 +71,10 @@ def altered(sae: Path, folder: Path, changes: dict[str, Any]) -> Path:
 def smollm2(
     demo_model: Path, demo_sae: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    """SmolLM2 with the demo SAE as it is, named `right`, and wrong in each way."""
+    """SmolLM2 with the demo SAE as it is, named `right`, and wrong in each way; and a transcoder
+    and an SAE of heads."""
     folder = tmp_path_factory.mktemp("saes")
-    saes = {"right": demo_sae}
+    saes = {"right": demo_sae, **SMALL_DICTIONARIES}
     for name, (changes, _) in WRONG.items():
         saes[name] = altered(demo_sae, folder / name, changes)
     engine = engines.start(
@@ -98,6 +100,15 @@ def test_right_sae_fits_as_its_card_says(smollm2: Engine) -> None:
     assert outcome.measured.tokens == 437
     assert outcome.measured.l0 == pytest.approx(33.1, rel=0.02)
     assert outcome.measured.variance_explained == pytest.approx(0.806, abs=0.005)
+
+
+@pytest.mark.parametrize("name", SMALL_DICTIONARIES)
+def test_what_a_dictionary_reconstructs_is_where_it_writes(smollm2: Engine, name: str) -> None:
+    outcome = check(smollm2, name)
+    assert outcome.complaints == []
+    stated = outcome.stated.variance_explained
+    assert stated is not None
+    assert outcome.measured.variance_explained == pytest.approx(stated, abs=0.1)
 
 
 @pytest.mark.parametrize("what", WRONG)
