@@ -6,6 +6,7 @@
 #   make coverage         which lines the tests without an engine run; ARGS= goes to pytest
 #   make test-clients     clients of the API (lm-eval, LangChain, LiteLLM, promptfoo, ...), in .venv/clients
 #   make bench            tests/bench; ARGS= goes to it
+#   make gpu CUDA=1       everything that a GPU can show, once, into build/gpu; ARGS= goes to it
 #   make train-demo-sae   an SAE like the demo's, from packages' texts, into WORK=, after LAYER=; TOKENS= of text, SEEN= in training
 
 PYTHON ?= python3
@@ -52,7 +53,7 @@ LAYER ?= 14
 TRAINED = blocks.$(LAYER).hook_resid_post
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve check test coverage test-clients bench train-demo-sae clean
+.PHONY: help install demo serve check test coverage test-clients bench gpu train-demo-sae clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -83,6 +84,10 @@ test-clients: $(TOOLS) $(CLIENTS)/.npm $(CLIENT_GROUPS:%=$(CLIENTS)/%/.installed
 
 bench: $(TOOLS)
 	$(BIN)/python -m tests.bench $(ARGS)
+
+# What it leaves in build/gpu is to be sent back.
+gpu: $(TOOLS)
+	$(BIN)/python -m tests.gpu $(ARGS)
 
 # Labels are written by a person from $(WORK)/contexts.txt; where there are some, they are measured.
 train-demo-sae: $(TRAINING)

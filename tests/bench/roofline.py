@@ -12,6 +12,7 @@ from math import ceil
 from typing import Final
 
 from steering.worker.ops.triton_parts import Launch, layout_for
+from steering.worker.ops.triton_reads import reads_layout_for
 
 #: Part of a memory's peak rate that a good kernel gets.
 ACHIEVED: Final = 0.8
@@ -26,6 +27,12 @@ BLOCK_SECONDS: Final = 1.5e-6
 #: A program without a slot, from its start to its successor's.
 EXIT_SECONDS: Final = 1.0e-6
 ROW_ITEMSIZE: Final = 4
+#: Launches of a whole encode and what is done with it, as torch makes them outside of a graph, and
+#: the processor's seconds for each.
+WHOLE_LAUNCHES: Final = 60
+EAGER_LAUNCH_SECONDS: Final = 5e-6
+#: How often activations ``[tokens, d_sae]`` go through memory: written, thresholded, ranked.
+ACTIVATION_PASSES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Device:
         l2: bytes a second, reading.
         l2_capacity: bytes.
         flops: dense bfloat16 operations a second.
+        flops32: float32 operations a second, without TF32.
         sms: multiprocessors.
     """
 
@@ -45,13 +53,14 @@ class Device:
     l2: float
     l2_capacity: float
     flops: float
+    flops32: float
     sms: int
 
 
-A100: Final = Device("A100 SXM 80 GB", 2.04e12, 4.0e12, 40e6, 312e12, 108)
-H100: Final = Device("H100 SXM", 3.35e12, 5.5e12, 50e6, 990e12, 132)
-H200: Final = Device("H200", 4.8e12, 5.5e12, 50e6, 990e12, 132)
-B200: Final = Device("B200", 8.0e12, 10e12, 126e6, 2250e12, 148)
+A100: Final = Device("A100 SXM 80 GB", 2.04e12, 4.0e12, 40e6, 312e12, 19.5e12, 108)
+H100: Final = Device("H100 SXM", 3.35e12, 5.5e12, 50e6, 990e12, 67e12, 132)
+H200: Final = Device("H200", 4.8e12, 5.5e12, 50e6, 990e12, 67e12, 132)
+B200: Final = Device("B200", 8.0e12, 10e12, 126e6, 2250e12, 75e12, 148)
 DEVICES: Final = (A100, H100, H200, B200)
 
 
@@ -140,6 +149,31 @@ def moved_by_gates(d_in: int, itemsize: int, gates: int, *, residual: bool = Tru
     return Moved(stream, gates * d_in * ROW_ITEMSIZE, metadata)
 
 
+def moved_by_reads(d_in: int, itemsize: int, edits: int, *, residual: bool = False) -> Moved:
+    """Bytes that the reading half asks for, for one token of a slot that reports.
+
+    Args:
+        d_in: width of the stream.
+        itemsize: bytes of one of its elements.
+        edits: edits that are read here and added elsewhere.
+        residual: whether the layer returns its output and the residual apart.
+    """
+    stream = (2 if residual else 1) * d_in * itemsize
+    block_e = reads_layout_for(d_in, itemsize).block_e
+    # The token's facts; by edit, its table entry, sink, normalization and activation, and the
+    # change that is left; in whole blocks seven parameters.
+    metadata = 29 + 52 * edits + 28 * block_e * ceil(edits / block_e)
+    return Moved(stream, edits * d_in * ROW_ITEMSIZE, metadata)
+
+
+def moved_by_writes(d_in: int, itemsize: int, edits: int, *, residual: bool = False) -> Moved:
+    """Bytes that the writing half asks for; arguments as those of `moved_by_reads`."""
+    stream = (3 if residual else 2) * d_in * itemsize
+    block_e = layout_for(d_in, itemsize).block_e
+    metadata = 49 + 68 * edits + 28 * block_e * ceil(edits / block_e)
+    return Moved(stream, edits * d_in * ROW_ITEMSIZE, metadata)
+
+
 def op_seconds(
     device: Device, d_in: int, itemsize: int, tokens: int, edits: int, configurations: int
 ) -> float:
@@ -149,7 +183,8 @@ def op_seconds(
     their rows.
     """
     one = moved(d_in, itemsize, edits)
-    return _launch_seconds(device, d_in, itemsize, tokens, one, edits, configurations)
+    layout = layout_for(d_in, itemsize)
+    return _launch_seconds(device, layout, tokens, one, edits, configurations)
 
 
 def gate_seconds(
@@ -157,19 +192,31 @@ def gate_seconds(
 ) -> float:
     """Time of the conditions' launch, as `op_seconds`."""
     one = moved_by_gates(d_in, itemsize, gates)
-    return _launch_seconds(device, d_in, itemsize, tokens, one, gates, configurations)
+    layout = layout_for(d_in, itemsize)
+    return _launch_seconds(device, layout, tokens, one, gates, configurations)
+
+
+def read_seconds(
+    device: Device, d_in: int, itemsize: int, tokens: int, edits: int, configurations: int
+) -> float:
+    """Time of the reading half of a dictionary that writes elsewhere, as `op_seconds`."""
+    one = moved_by_reads(d_in, itemsize, edits)
+    layout = reads_layout_for(d_in, itemsize)
+    return _launch_seconds(device, layout, tokens, one, edits, configurations)
+
+
+def write_seconds(
+    device: Device, d_in: int, itemsize: int, tokens: int, edits: int, configurations: int
+) -> float:
+    """Time of its writing half at one place, as `op_seconds`."""
+    one = moved_by_writes(d_in, itemsize, edits)
+    layout = layout_for(d_in, itemsize)
+    return _launch_seconds(device, layout, tokens, one, edits, configurations)
 
 
 def _launch_seconds(
-    device: Device,
-    d_in: int,
-    itemsize: int,
-    tokens: int,
-    one: Moved,
-    entries: int,
-    configurations: int,
+    device: Device, layout: Launch, tokens: int, one: Moved, entries: int, configurations: int
 ) -> float:
-    layout = layout_for(d_in, itemsize)
     distinct_rows = min(tokens, configurations) * one.rows
     # Rows that L2 cannot keep come from DRAM each time.
     from_dram = distinct_rows if distinct_rows <= device.l2_capacity else tokens * one.rows
@@ -184,6 +231,48 @@ def idle_seconds(device: Device, d_in: int, itemsize: int, tokens: int) -> float
     """Time of one launch in which no token has a slot: waves of programs that load one number."""
     waves = ceil(tokens / (device.sms * programs_per_sm(layout_for(d_in, itemsize))))
     return LAUNCH_SECONDS + waves * EXIT_SECONDS
+
+
+def whole_seconds(device: Device, d_in: int, d_sae: int, itemsize: int, tokens: int) -> float:
+    """Time of a pass's whole encode of an SAE on the device, ranked for `read`.
+
+    Args:
+        device: the GPU.
+        d_in: width of the stream.
+        d_sae: latents.
+        itemsize: bytes of one of the SAE's weights as they are stored.
+        tokens: that are encoded.
+    """
+    weights = d_in * d_sae
+    # Weights of 16 bits are read, written in float32, and read again by the product.
+    traffic = weights * (itemsize if itemsize == ROW_ITEMSIZE else itemsize + 2 * ROW_ITEMSIZE)
+    encode = max(
+        traffic / (ACHIEVED * device.dram),
+        2 * weights * tokens / (ACHIEVED_FLOPS * device.flops32),
+    )
+    activations = ACTIVATION_PASSES * 4 * tokens * d_sae / (ACHIEVED * device.dram)
+    return max(encode + activations, WHOLE_LAUNCHES * EAGER_LAUNCH_SECONDS)
+
+
+def split_seconds(device: Device, d_in: int, tokens: int, edits: int) -> tuple[float, float]:
+    """An edit in two launches that was not built: with edits, and with nobody steered.
+
+    Programs of one block of edits of one token leave their changes; programs of a sixteenth of
+    ``d_in`` of one token then add rows in fixed order. All lists are the same.
+    """
+    layout = layout_for(d_in, 2)
+    blocks = ceil(64 / layout.block_e)
+    slices = 16
+
+    def waves(programs: int, warps: int) -> int:
+        return ceil(programs / (device.sms * programs_per_sm(layout._replace(num_warps=warps))))
+
+    one = moved(d_in, 2, edits)
+    traffic = tokens * (blocks * one.stream / 3 + one.stream + one.rows) / (ACHIEVED * device.l2)
+    reading = waves(tokens * blocks, layout.num_warps) * (PROLOGUE_SECONDS + BLOCK_SECONDS)
+    adding = waves(tokens * slices, 4) * (PROLOGUE_SECONDS + BLOCK_SECONDS)
+    idle = EXIT_SECONDS * (waves(tokens * blocks, layout.num_warps) + waves(tokens * slices, 4))
+    return 2 * LAUNCH_SECONDS + max(reading + adding, traffic), 2 * LAUNCH_SECONDS + idle
 
 
 def programs_per_sm(layout: Launch) -> int:
@@ -243,6 +332,60 @@ def gates_table(device: Device, context: int) -> list[str]:
     return lines
 
 
+def halves_table(device: Device, context: int) -> list[str]:
+    """A transcoder's eight edits in a decode step: read at one place, added at one, as Markdown."""
+    lines = [
+        "| model | batch | reading, us | writing, us | share of the step, both "
+        "| written at 8 places |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in (LLAMA_8B, LLAMA_70B):
+        for batch in (1, 32, 256):
+            step = decode_seconds(device, model, batch, context)
+            reads = read_seconds(device, model.d_in, 2, batch, 8, batch)
+            writes = write_seconds(device, model.d_in, 2, batch, 8, batch)
+            lines.append(
+                f"| {model.name} | {batch} | {1e6 * reads:.1f} | {1e6 * writes:.1f} "
+                f"| {100 * (reads + writes) / step:.2f}% "
+                f"| {100 * (reads + 8 * writes) / step:.2f}% |"
+            )
+    return lines
+
+
+def whole_table(device: Device, context: int) -> list[str]:
+    """A decode step in which the whole batch is encoded in full once, as Markdown."""
+    lines = [
+        "| model | batch | step, ms | 32k latents, bfloat16: ms | share | float32: ms | share "
+        "| 131k, bfloat16: ms | share |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in (LLAMA_8B, LLAMA_70B):
+        for batch in (1, 32, 256):
+            step = decode_seconds(device, model, batch, context)
+            cells = []
+            for d_sae, itemsize in ((32768, 2), (32768, 4), (131072, 2)):
+                whole = whole_seconds(device, model.d_in, d_sae, itemsize, batch)
+                cells.append(f"{1e3 * whole:.2f} | {100 * whole / step:.0f}%")
+            lines.append(f"| {model.name} | {batch} | {1e3 * step:.1f} | {' | '.join(cells)} |")
+    return lines
+
+
+def split_table(device: Device) -> list[str]:
+    """64 edits in one launch and in two, and what an idle pass then costs, as Markdown."""
+    lines = [
+        "| d_in | tokens | one launch, us | two launches, us | idle, one, us | idle, two, us |",
+        "|---|---|---|---|---|---|",
+    ]
+    for d_in in (4096, 8192):
+        for tokens in (1, 8, 32, 256, 2048):
+            one = op_seconds(device, d_in, 2, tokens, 64, 1), idle_seconds(device, d_in, 2, tokens)
+            two = split_seconds(device, d_in, tokens, 64)
+            cells = (one[0], two[0], one[1], two[1])
+            shown = " | ".join(f"{1e6 * cell:.1f}" for cell in cells)
+            lines.append(f"| {d_in} | {tokens} | {shown} |")
+    return lines
+
+
 def prefill_table(device: Device, tokens: int) -> list[str]:
     """Share of a prefill step in which one request's edits cover every token, as Markdown."""
     lines = [
@@ -285,6 +428,12 @@ def main() -> None:
             print("\n".join(decode_table(device, context)))
         print(f"\n{device.name}, decode, context 1024, eight conditions, all lists distinct\n")
         print("\n".join(gates_table(device, 1024)))
+        print(f"\n{device.name}, decode, context 1024, eight edits of a transcoder, all distinct\n")
+        print("\n".join(halves_table(device, 1024)))
+        print(f"\n{device.name}, decode, context 1024, every token encoded in full\n")
+        print("\n".join(whole_table(device, 1024)))
+        print(f"\n{device.name}, 64 edits, one list\n")
+        print("\n".join(split_table(device)))
         print(f"\n{device.name}, prefill\n")
         print("\n".join(prefill_table(device, 2048)))
 

@@ -87,6 +87,11 @@ def page(results: Sequence[Result], notes: str, plot: str | None) -> str:
 
 def targets_section(results: Sequence[Result]) -> str:
     """Every target with what was measured, and by how much it is met or missed."""
+    return "## Targets\n\n" + targets_table(results)
+
+
+def targets_table(results: Sequence[Result]) -> str:
+    """The table of `targets_section`."""
     rows = []
     for result in results:
         for raw in result["targets"]:
@@ -97,7 +102,7 @@ def targets_section(results: Sequence[Result]) -> str:
             bound = f"{sign} {target.bound:g}"
             rows.append({"figure": target.what, "target": bound, "measured": target.value,
                          "": verdict})  # fmt: skip
-    return "## Targets\n\n" + table(rows)
+    return table(rows)
 
 
 def section(result: Result) -> str:

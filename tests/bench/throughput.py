@@ -1,6 +1,6 @@
 """Throughput and latency of steered against unsteered requests, in alternation in one engine.
 
-``python -m tests.bench.throughput [out.json] [--full] [--eager] [--rounds N]``
+``python -m tests.bench.throughput [out.json] [--full] [--eager] [--dtype D] [--rounds N]``
 
 32 requests at once, from submission to the last token, through ``vllm.LLM`` in this process: no
 HTTP, no tokenizer, no second process, so steering is a larger share than behind a server
@@ -26,18 +26,19 @@ def main() -> None:
     """Run every case and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--dtype", default="float32", help="of the model; default: float32")
     ROUNDS.add_to(parser)
     args = parser.parse_args()
     rounds = ROUNDS.of(args)
     record = Record(
         "throughput",
         "Steered against unsteered in one engine, 32 requests at once: medians (quartiles).",
-        {"rounds": rounds, "requests": REQUESTS, "compiled": not args.eager},
+        {"rounds": rounds, "requests": REQUESTS, "compiled": not args.eager, "dtype": args.dtype},
         Plot(x="configurations", y="throughput_ratio", series="shape, case, edits", line=1.0),
     )
     with tempfile.TemporaryDirectory() as folder:
         saes = {SAE_NAME: SAE, TOPK_NAME: topk_sae(Path(folder))}
-        engine = demo_engine(saes, eager=args.eager)
+        engine = demo_engine(saes, eager=args.eager, dtype=args.dtype)
 
         def run_shape(shape: Shape, fields: list[Field]) -> Run:
             return run(engine, prompts(REQUESTS, shape.prompt), fields, shape.generated)

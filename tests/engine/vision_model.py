@@ -20,7 +20,7 @@ from tests.models import (
     PAD_ID,
     VOCAB_SIZE,
     make_tokenizer,
-    randomise,
+    randomize,
 )
 
 IMAGE_SIZE: Final = 56  # pixels
@@ -85,7 +85,7 @@ def make_vision_model(folder: Path) -> Path:
         **special,
     )
     model = Gemma3ForConditionalGeneration(config)
-    randomise(model, 0)
+    randomize(model, 0)
     model.save_pretrained(folder)
     _rename(folder / "model.safetensors")
     tokenizer = PreTrainedTokenizerFast(

@@ -60,7 +60,7 @@ def test_a_control_vector_is_the_difference_of_means_and_is_read_here_and_by_ggu
 
     model: Any = AutoModel.from_pretrained(model_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    # What hidden_states has after the last layer is normalised: not the stream.
+    # What hidden_states has after the last layer is normalized: not the stream.
     for layer in (1, 2):
         positive, negative = (
             mean_by_hand(model, tokenizer, texts, layer) for texts in (POSITIVE, NEGATIVE)

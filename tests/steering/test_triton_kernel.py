@@ -20,7 +20,7 @@ import torch
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
 from steering.request.plan import GATE_ABOVE, OP_ADD, OP_CLAMP, SCOPE_TOKEN, PlannedGate
 from steering.worker.ops import triton_kernel
-from tests.bench.roofline import moved, moved_by_gates
+from tests.bench.roofline import moved, moved_by_gates, moved_by_reads, moved_by_writes
 from tests.steering.batches import Batch, Gates, edit, one_request, plain_params, pool
 
 #: The tests that every version passes.
@@ -111,6 +111,24 @@ else:
             triton_kernel.bound(batch.buffers()).read_gates(batch.hidden_states, batch.residual)
         expected = moved_by_gates(576, 2, gates, residual=residual)
         assert sum(sizes) == expected.minimum + expected.metadata
+
+    @pytest.mark.parametrize("edits", [1, 5, MAX_INTERVENTIONS])
+    @pytest.mark.parametrize("residual", [True, False], ids=["residual", "sum"])
+    def test_halves_move_the_bytes_of_the_roofline(edits: int, residual: bool) -> None:
+        x = torch.randn(1, 576, dtype=torch.bfloat16)
+        rows = pool(torch.randn(edits, 576), torch.randn(edits, 576), plain_params(edits))
+        clamps = [edit(row, OP_CLAMP, 1.0, 3) for row in range(edits)]
+        batch = one_request(x, clamps, rows)
+        batch.residual = torch.randn(1, 576, dtype=torch.bfloat16) if residual else None
+        batch.elsewhere = {0: dict(enumerate(clamps))}
+        batch.was_read = {0: frozenset(range(edits))}
+        batch.carried = torch.randn(1, MAX_INTERVENTIONS)
+        kernel = triton_kernel.bound(batch.buffers())
+        for half, count in ((kernel.read_edits, moved_by_reads), (kernel.steer, moved_by_writes)):
+            with traffic() as sizes:
+                half(batch.hidden_states, batch.residual)
+            expected = count(576, 2, edits, residual=residual)
+            assert sum(sizes) == expected.minimum + expected.metadata
 
     def test_without_conditions_their_launch_costs_two_loads_a_token() -> None:
         rows = pool(torch.randn(1, 576), torch.randn(1, 576), plain_params(1))

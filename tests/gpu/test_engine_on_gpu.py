@@ -1,0 +1,254 @@
+"""Whole engines on a GPU, by how they use CUDA graphs, against transformers with hooks.
+
+Each engine is a process of its own, which answers the requests of `battery.py` in batches of
+several sizes. One that does not start takes its own tests with it and no others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+
+from steering.vllm.piecewise import STEER
+from tests.gpu.battery import EVERY, ROWS, STOP, WAVES, WHOLE, Battery, battery
+from tests.gpu.device import REHEARSAL
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+#: Nats. On CUDA vLLM's attention multiplies float32 in TF32, which rounds to 11 bits.
+TOLERANCE: Final = 1e-3 if REHEARSAL else 2e-2
+#: Of an activation: requests whose reference comes nearer than this to a jump are left out.
+MARGIN: Final = 2e-4 if REHEARSAL else 1e-3
+#: What edits must change at least, in tolerances.
+EFFECT: Final = 5
+SECONDS: Final = 1200
+
+ARGUMENTS: Final[dict[str, Any]] = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 64 * 2**20,
+    "enable_prefix_caching": False,
+}
+ON_CUDA: Final[dict[str, Any]] = {"gpu_memory_utilization": 0.4}
+#: A CPU has no graphs, and without a compiler's half minute each engine differs by nothing else.
+ON_CPU: Final[dict[str, Any]] = {"enforce_eager": True}
+
+
+def _graphs(mode: str) -> dict[str, Any]:
+    return {"compilation_config": {"cudagraph_mode": mode}}
+
+
+CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {
+    "default": {},
+    "piecewise": _graphs("PIECEWISE"),
+    "full": _graphs("FULL"),
+    "eager": {"enforce_eager": True},
+    "synchronous": {"async_scheduling": False},
+    "two-ranks": {"tensor_parallel_size": 2},
+}
+
+
+@dataclass
+class Outcome:
+    """What one engine answered, and one of vLLM alone with the same arguments."""
+
+    name: str
+    steered: dict[str, Any]
+    plain: dict[str, Any]
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What kind of engine it was."""
+        found: dict[str, Any] = self.steered["engine"]
+        return found
+
+    def answer(self, name: str, wave: str = "everything") -> dict[str, Any]:
+        """Of one request in one wave."""
+        found: dict[str, Any] = self.steered["waves"][wave][name]
+        return found
+
+    def graphs(self, wave: str) -> set[str]:
+        """Kinds of graph that the passes of a wave took."""
+        if not self.engine["runner"].startswith("vllm.v1.worker.gpu.model_runner"):
+            pytest.skip("runner V1 has no dispatch to watch")
+        return set(self.steered["graphs"][wave])
+
+
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Battery:
+    return battery(tmp_path_factory.mktemp("battery"))
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def outcome(
+    request: pytest.FixtureRequest, asked: Battery, tmp_path_factory: pytest.TempPathFactory
+) -> Outcome:
+    name: str = request.param
+    more = CONFIGURATIONS[name]
+    ranks = more.get("tensor_parallel_size", 1)
+    if not REHEARSAL and torch.cuda.device_count() < ranks:
+        pytest.skip(f"{ranks} GPUs are needed, and here is {torch.cuda.device_count()}")
+    arguments = {**ARGUMENTS, **more, **(ON_CPU if REHEARSAL else ON_CUDA)}
+    folder = tmp_path_factory.mktemp(name)
+    alone = {"alone": ("unsteered",)}
+    return Outcome(
+        name,
+        answered(asked.task(WAVES, True, arguments), folder / "steered", ranks),
+        answered(asked.task(alone, False, arguments), folder / "plain", ranks),
+    )
+
+
+def answered(task: str, path: Path, ranks: int) -> dict[str, Any]:
+    """Run an engine; its log's end is the failure where it fails."""
+    task_file, out = path.with_suffix(".task.json"), path.with_suffix(".json")
+    task_file.write_text(task)
+    in_one_process = REHEARSAL and ranks == 1
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_one_process else "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.engine_run", task_file, out],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    if finished.returncode:
+        pytest.fail(f"the engine ended with {finished.returncode}:\n{finished.stderr[-6000:]}")
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != STOP])
+def test_log_probabilities_and_report_are_those_of_transformers_with_hooks(
+    outcome: Outcome, asked: Battery, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    answer = outcome.answer(name)
+    expected, clean, nearest = asked.expected(name, answer)
+    difference = _largest(expected, answer["logprobs"])
+    effect = _largest(expected, clean)
+    record_property("nats from the reference", difference)
+    record_property("nats from unsteered", effect)
+    if nearest < MARGIN:
+        pytest.skip(f"rounding decides: {nearest:.1e} from a jump")
+    assert difference < TOLERANCE
+    steering = asked.requests[name]["steering"]
+    if steering is None or "interventions" not in steering:
+        return
+    assert effect > EFFECT * TOLERANCE, "the edit does nothing"
+    entries = answer["steering"]["interventions"]
+    assert len(entries) == len(steering["interventions"])
+    assert any(entry["tokens_edited"] for entry in entries)
+
+
+@pytest.mark.parametrize("name", ["read", "edit and read"])
+def test_features_that_are_read_are_the_strongest_of_the_reference(
+    outcome: Outcome, asked: Battery, name: str
+) -> None:
+    answer, read = outcome.answer(name), WHOLE[name]["read"]
+    seen = asked.seen(name, {**answer, "tokens": answer["tokens"][:-1]}, read["sae"])
+    tokens = answer["steering"]["read"]["tokens"]
+    assert [token["position"] for token in tokens] == list(range(1, len(seen)))
+    for token in tokens:
+        best = seen[token["position"]].topk(read["top_k"]).values
+        found = [value for _, value in token["features"]]
+        assert found == pytest.approx(best[best > 0].tolist(), rel=TOLERANCE, abs=TOLERANCE)
+
+
+def test_an_answer_ends_with_the_first_token_on_which_its_feature_fires(
+    outcome: Outcome, asked: Battery
+) -> None:
+    answer = outcome.answer(STOP)
+    feature = asked.requests[STOP]["steering"]["stop_when"]["feature"]
+    f = asked.seen(STOP, answer, "a")[len(asked.requests[STOP]["prompt"]) :, feature]
+    fires = (f > 0).tolist()
+    if answer["stop_reason"] == "steering":
+        assert fires.index(True) == len(fires) - 1
+        assert answer["steering"]["stopped"]["feature"] == feature
+    else:
+        assert len(fires) == asked.requests[STOP]["max_tokens"]
+        assert not any(fires[:-1])  # the last one is not looked at any more
+
+
+@pytest.mark.parametrize("wave", [wave for wave in WAVES if wave != "everything"])
+def test_answers_are_the_same_however_many_run_at_once(outcome: Outcome, wave: str) -> None:
+    for name in WAVES[wave]:
+        crowded, here = outcome.answer(name), outcome.answer(name, wave)
+        same = [a == b for a, b in zip(crowded["tokens"], here["tokens"], strict=True)]
+        until = same.index(False) if False in same else len(same)
+        assert until > 0
+        difference = _largest(crowded["logprobs"][:until], here["logprobs"][:until])
+        assert difference < TOLERANCE, name
+        if until < len(same):  # nearly equal tokens change places
+            assert abs(crowded["logprobs"][until] - here["logprobs"][until]) < TOLERANCE, name
+
+
+def test_a_request_that_nobody_steers_is_that_of_vllm_alone(
+    outcome: Outcome, record_property: Callable[[str, object], None]
+) -> None:
+    ours, theirs = outcome.answer("unsteered", "nobody"), outcome.plain["waves"]["alone"]
+    difference = _largest(ours["logprobs"], theirs["unsteered"]["logprobs"])
+    record_property("nats from vLLM alone", difference)
+    assert ours["tokens"] == theirs["unsteered"]["tokens"]
+    if outcome.name == "eager" or REHEARSAL:
+        assert ours["logprobs"] == theirs["unsteered"]["logprobs"]
+    else:  # the compiler may fuse other things where the op stands between them
+        assert difference < TOLERANCE
+
+
+def test_divergence_of_a_scored_text_is_that_of_transformers(
+    outcome: Outcome, asked: Battery, record_property: Callable[[str, object], None]
+) -> None:
+    kl, itself = outcome.steered["scored"]["steered"], outcome.steered["scored"]["itself"]
+    expected = asked.kl().tolist()
+    record_property("nats from the reference's KL", _largest(kl, expected))
+    assert max(expected) > EFFECT * TOLERANCE
+    assert kl == pytest.approx(expected, rel=0.05, abs=TOLERANCE)
+    assert all(0 <= value < 1e-9 for value in itself)
+
+
+def test_scheduling_is_asynchronous_unless_it_is_switched_off(outcome: Outcome) -> None:
+    if REHEARSAL:
+        pytest.skip("vLLM's CPU platform has none")
+    assert outcome.engine["async_scheduling"] == (outcome.name != "synchronous")
+
+
+def test_passes_of_rows_are_replayed_and_full_ones_run_in_pieces(outcome: Outcome) -> None:
+    if REHEARSAL and outcome.engine["cudagraph_mode"] == "NONE":
+        assert {*outcome.graphs("seven"), *outcome.graphs("three whole")} <= {"NONE"}
+        return
+    rows, whole = outcome.graphs("seven"), outcome.graphs("three whole")
+    mode = outcome.engine["cudagraph_mode"]
+    if mode == "NONE":
+        assert rows | whole == {"NONE"}
+    elif "PIECEWISE" in mode:
+        assert STEER in outcome.engine["splitting_ops"]
+        assert rows == {"PIECEWISE", "FULL"} if "FULL" in mode else {"PIECEWISE"}
+        assert whole == {"PIECEWISE"}
+    else:
+        assert "FULL" in rows and "NONE" in whole
+
+
+def _largest(left: Any, right: Any) -> float:
+    return max((abs(a - b) for a, b in zip(left, right, strict=True)), default=0.0)
+
+
+def test_every_request_of_the_battery_is_in_a_wave_and_known() -> None:
+    asked_for: Mapping[str, Any] = {**ROWS, **WHOLE}
+    assert set(asked_for) <= set(WAVES["everything"])
+    assert all(name in EVERY for names in WAVES.values() for name in names)
