@@ -1,4 +1,4 @@
-"""Edits that may make wanted completions likelier: by what parts them, and what they rest on."""
+"""Edits that may make wanted completions likelier: found by contrast and by attribution."""
 
 from __future__ import annotations
 

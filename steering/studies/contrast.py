@@ -90,7 +90,7 @@ class ContrastFeature(BaseModel):
 
 
 class Answer(BaseModel):
-    """The features that part two sets of texts most."""
+    """The features that best tell two sets of texts apart."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringContrast")
 

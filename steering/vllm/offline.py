@@ -123,23 +123,38 @@ class SteeringLLM(LLM):
         return self._studies.run("calibrate", body, progress=progress)
 
     def contrast(self, sae: str, body: Field, progress: Listener | None = None) -> dict[str, Any]:
-        """What POST /v1/saes/{sae}/contrast answers: features that part texts. See `evaluate`."""
+        """What POST /v1/saes/{sae}/contrast answers: features that tell texts apart.
+
+        See `evaluate` for the arguments.
+        """
         return self._studies.run("contrast", body, sae, progress)
 
     def rank(self, sae: str, body: Field, progress: Listener | None = None) -> dict[str, Any]:
-        """What POST /v1/saes/{sae}/rank answers: features that move a text. See `evaluate`."""
+        """What POST /v1/saes/{sae}/rank answers: what features do to the next token.
+
+        See `evaluate` for the arguments.
+        """
         return self._studies.run("rank", body, sae, progress)
 
     def attribute(self, sae: str, body: Field, progress: Listener | None = None) -> dict[str, Any]:
-        """What POST /v1/saes/{sae}/attribute answers: what a text rests on. See `evaluate`."""
+        """What POST /v1/saes/{sae}/attribute answers: the features behind a text.
+
+        See `evaluate` for the arguments.
+        """
         return self._studies.run("attribute", body, sae, progress)
 
     def suggest(self, body: Field, progress: Listener | None = None) -> dict[str, Any]:
-        """What POST /v1/steering/suggest answers: an edit for what is wanted. See `evaluate`."""
+        """What POST /v1/steering/suggest answers: an edit that favours what is wanted.
+
+        See `evaluate` for the arguments.
+        """
         return self._studies.run("suggest", body, progress=progress)
 
     def forecast(self, body: Field, progress: Listener | None = None) -> dict[str, Any]:
-        """What POST /v1/steering/forecast answers: an edit, from weights alone. See `evaluate`."""
+        """What POST /v1/steering/forecast answers: an edit, judged by the weights alone.
+
+        See `evaluate` for the arguments.
+        """
         return self._studies.run("forecast", body, progress=progress)
 
     def _steered(

@@ -5,7 +5,7 @@ put there when the model is loaded, before the engine measures what memory is le
 the others take turns in one place of the largest one's size, a copy each time that it changes
 hands. All this follows from the configuration and the batches, which the ranks of a tensor-parallel
 group share, and not from how much memory is free: weights that lie elsewhere are multiplied by
-another kernel, and rounding would part the ranks.
+another kernel, whose rounding would make the ranks differ.
 """
 
 from __future__ import annotations
