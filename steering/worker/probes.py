@@ -22,7 +22,7 @@ from steering.worker.rows_by_position import RowsByPosition
 def strongest(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest positive activations of each token, best first, ties by lower index.
 
-    Value and index are ranked as one number, so that nothing has to be asked of the device.
+    On a CPU, where it costs nothing to ask whether there are ties, most tokens have none.
 
     Args:
         f: ``[n, d_sae]`` float32 activations.
@@ -32,6 +32,21 @@ def strongest(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
         latents int32 and values float32, ``[n, min(k, d_sae)]``; if fewer are positive, the rest
         are zeros.
     """
+    if f.device.type != "cpu":
+        return _strongest_in_one(f, k)
+    values, latents = f.topk(min(k + 1, f.shape[1]), dim=1)  # one more: what the last may tie with
+    is_nan = values[:, 0].isnan()  # the largest of all to `topk`, and no activation
+    ties = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
+    values, latents = values[:, :k], torch.where(values > 0, latents, 0)[:, :k].int()
+    values = torch.where(values > 0, values, 0.0)
+    odd = (ties.any(dim=1) | is_nan).nonzero()[:, 0]
+    if len(odd):
+        latents[odd], values[odd] = _strongest_in_one(f[odd], k)
+    return latents, values
+
+
+def _strongest_in_one(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`strongest`, of value and index ranked as one number: the device is asked nothing."""
     d_sae = f.shape[1]
     # The bits of floats that are not negative are ordered as they are.
     bits = torch.where(f > 0, f, 0.0).view(torch.int32).long()

@@ -74,9 +74,11 @@ class EditTable:
         self.count = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.ints = torch.zeros(*shape, NUM_EDIT_INTS, dtype=torch.int32, device=device)
         self.value = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.count_np = np.zeros(num_slots, dtype=np.int32)
-        self.ints_np = np.zeros((*shape, NUM_EDIT_INTS), dtype=np.int32)
-        self._value_np = np.zeros(shape, dtype=np.float32)
+        # On a CPU the twins are the same memory.
+        self.count_np, self.ints_np, self._value_np = (
+            tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
+            for tensor in (self.count, self.ints, self.value)
+        )
 
     def write(
         self,
@@ -100,27 +102,31 @@ class EditTable:
         if not (n or had):
             return
         ints, value = self.ints_np[slot], self._value_np[slot]
-        for i, ((index, edit), row) in enumerate(zip(edits, rows, strict=True)):
-            ints[i] = entry_of(
-                row, edit, index, REREAD if reread else 0, CARRIED if index in carried else 0
-            )
-            value[i] = edit.value
+        if n:
+            whole = REREAD if reread else 0
+            ints[:n] = [
+                entry_of(row, edit, index, whole | CARRIED if index in carried else whole)
+                for (index, edit), row in zip(edits, rows, strict=True)
+            ]
+            value[:n] = [edit.value for _, edit in edits]
         # Nothing is left of a longer list, which covers no token then.
         ints[n:had], value[n:had] = 0, 0
         self.count_np[slot] = n
+        if self.ints.device.type == "cpu":
+            return
         written = max(n, had)
         copy_to_device(self.ints[slot, :written], torch.from_numpy(ints[:written]))
         copy_to_device(self.value[slot, :written], torch.from_numpy(value[:written]))
         self.count[slot] = n
 
 
-def entry_of(row: int, edit: PlannedEdit, index: int, *flags: int) -> list[int]:
+def entry_of(row: int, edit: PlannedEdit, index: int, flags: int) -> list[int]:
     """An edit's columns in the table."""
     entry = [0] * NUM_EDIT_INTS
     entry[E_ROW], entry[E_OP], entry[E_COVERAGE] = row, edit.op, edit.coverage
     entry[E_START], entry[E_END], entry[E_COLUMN] = edit.start, edit.end, index
     entry[E_GATES] = edit.gates | (ANY_GATE if edit.any_gate else 0)
-    entry[E_FLAGS] = sum(flags)
+    entry[E_FLAGS] = flags
     return entry
 
 

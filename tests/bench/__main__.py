@@ -20,6 +20,7 @@ from tests.bench.record import RESULTS
 
 SCRIPTS: Final = (
     "op_alone",
+    "pass_alone",
     "admission",
     "label_search",
     "op_share",

@@ -28,6 +28,7 @@ ORDER: Final = (
     "idle",
     "op_share",
     "op_alone",
+    "pass_alone",
     "admission",
     "label_search",
     "first_paint",

@@ -141,3 +141,20 @@ def test_fit_measures_the_covered_tokens() -> None:
     wanted = observed.measured(6)
     assert fit.summary(6) == vars(wanted)
     assert wanted.l0 == 8 / 5
+
+
+def test_the_strongest_are_ranked_alike_with_ties_and_without() -> None:
+    f = torch.randn(200, 50, generator=torch.Generator().manual_seed(3))
+    f[50:] = (2 * f[50:]).round().relu()  # few values, so that most tokens have ties
+    f[100, 7] = f[0, 3] = torch.nan
+    f[101, 9] = torch.inf
+    f[102] = 0
+    for k in (1, 5, 49, 50, 60):
+        latents, values = strongest(f, k)
+        assert latents.dtype == torch.int32
+        best = (
+            f.nan_to_num(nan=0.0, posinf=torch.inf).clamp_min(0).sort(descending=True, stable=True)
+        )
+        want = best.values[:, :k]
+        assert torch.equal(values, want)
+        assert torch.equal(latents.long(), torch.where(want > 0, best.indices[:, :k], 0))
