@@ -5,10 +5,10 @@
 ``vllm-sae serve`` with the two dictionaries of ``tests/data``. For each topic of
 ``feature_topics.py``, `contrast` of its texts against those of all other topics proposes
 `CANDIDATES` features a dictionary. Each is clamped to `STRENGTHS` times its recorded maximum on the
-first prompts of `SELECTION`. A feature works if at least half of the answers are on topic, at most a quarter
-of the unsteered ones, and at most a fifth of the word trigrams are repeated; the one with most
-answers on topic, at the lowest strength of equals, is reported on the prompts `REPORT`. Where none
-works the one with most answers on topic is reported all the same. Topics, tests, prompts and
+first prompts of `SELECTION`. A feature works if at least half of the answers are on topic, at most
+a quarter of the unsteered ones, and at most a fifth of the word trigrams are repeated; the one with
+most answers on topic, at the lowest strength of equals, is reported on the prompts `REPORT`. Where
+none works the one with most answers on topic is reported all the same. Topics, tests, prompts and
 strengths were fixed before anything was generated. Answers are greedy with a repetition penalty,
 as the demo's.
 """
