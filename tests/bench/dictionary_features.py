@@ -154,8 +154,9 @@ def main() -> None:
         rows.append({"dictionary": None, "answers": plain})
         for name in args.dictionaries:
             rows += report(server, name, record, plain)
-    record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
+            record.save(path)
+            written = json.loads(path.read_text()) | {"rows": rows}
+            path.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
