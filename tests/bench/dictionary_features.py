@@ -4,7 +4,7 @@
 
 ``vllm-sae serve`` with the two dictionaries of ``tests/data``. For each topic of
 ``feature_topics.py``, `contrast` of its texts against those of all other topics proposes
-`CANDIDATES` features a dictionary. Each is clamped to `STRENGTHS` times its recorded maximum on the
+a feature of each dictionary. It is clamped to `STRENGTHS` times its recorded maximum on the
 first prompts of `SELECTION`. A feature works if at least half of the answers are on topic, at most
 a quarter of the unsteered ones, and at most a fifth of the word trigrams are repeated; the one with
 most answers on topic, at the lowest strength of equals, is reported on the prompts `REPORT`. Where
@@ -31,7 +31,7 @@ from tests.engine.server import LiveServer
 from tests.small_dictionaries import SMALL_DICTIONARIES
 
 SELECTION: Final = PROMPTS[:4]
-CANDIDATES: Final = 2
+CANDIDATES: Final = 1
 STRENGTHS: Final = (3.0, 8.0)
 MAX_TOKENS: Final = 40
 LEAST_ON_TOPIC: Final = 0.5
