@@ -1,4 +1,4 @@
-"""The small transcoder and the SAE of heads that tests and examples use."""
+"""The small transcoder and the SAE of attention's heads that tests and examples use."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def watch(layers: Any, point: HookPoint, edit: Edit) -> Any:
     return module.register_forward_hook(edit_output)
 
 
-def caught(layers: Any, points: Sequence[HookPoint], call: Callable[[], Any]) -> list[torch.Tensor]:
+def caught(layers: Any, points: Sequence[HookPoint], call: Any) -> list[torch.Tensor]:
     """What passes the hook points while `call` runs the model once: `[windows, length, d]` each."""
     found: dict[HookPoint, torch.Tensor] = {}
 

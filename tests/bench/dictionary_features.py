@@ -4,13 +4,13 @@
 
 ``vllm-sae serve`` with the two dictionaries of ``tests/data``. For each topic of
 ``feature_topics.py``, `contrast` of its texts against those of all other topics proposes
-`CANDIDATES` features a dictionary. Each is clamped to `STRENGTHS` times its recorded maximum on the
+a feature of each dictionary. It is clamped to `STRENGTHS` times its recorded maximum on the
 first prompts of `SELECTION`. A feature works if at least half of the answers are on topic, at most
 a quarter of the unsteered ones, and at most a fifth of the word trigrams are repeated; the one with
 most answers on topic, at the lowest strength of equals, is reported on the prompts `REPORT`. Where
 none works the one with most answers on topic is reported all the same. Topics, tests, prompts and
-strengths were fixed before anything was generated. Answers are greedy with a repetition penalty, as
-the demo's.
+strengths were fixed before anything was generated. Answers are greedy with a repetition penalty,
+as the demo's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.engine.server import LiveServer
 from tests.small_dictionaries import SMALL_DICTIONARIES
 
 SELECTION: Final = PROMPTS[:4]
-CANDIDATES: Final = 2
+CANDIDATES: Final = 1
 STRENGTHS: Final = (3.0, 8.0)
 MAX_TOKENS: Final = 40
 LEAST_ON_TOPIC: Final = 0.5
@@ -154,8 +154,9 @@ def main() -> None:
         rows.append({"dictionary": None, "answers": plain})
         for name in args.dictionaries:
             rows += report(server, name, record, plain)
-    record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
+            record.save(path)
+            written = json.loads(path.read_text()) | {"rows": rows}
+            path.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ was generated.
 
 An answer is French if at least `FRENCH_SHARE` of its words are among `FRENCH_WORDS`, words that
 French cannot do without and that English, Spanish, Italian and Portuguese do not share. "repeated"
-is the share of an answer's word trigrams that occurred before in it, and KL that of `evaluate` on
-every third of the passages that ship with the project. Answers are greedy with a repetition
-penalty, as the demo's. Last, `calibrate` says what dose costs a KL of 0.1 and of 0.5.
+is the share of an answer's word trigrams that occurred before in it. Answers are greedy with a
+repetition penalty, as the demo's.
+
+Two figures of KL, of every third of the passages that ship with the project. "own kl" is
+`evaluate`'s of what each dose itself writes after a passage, 64 tokens. "kl" is of the passages as
+they are: `calibrate` says what dose costs 0.1 and 0.5 there.
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ def doses(server: LiveServer, layer: int, record: Record) -> list[dict[str, Any]
     rows = []
     for dose, of_dose in zip(DOSES, evaluated, strict=True):
         found = answers(server, REPORT, added(layer, dose), MAX_TOKENS)
-        record.add(layer=layer, dose=dose, **figures(found), kl=of_dose["kl"]["mean"])
+        record.add(layer=layer, dose=dose, **figures(found), own_kl=of_dose["kl"]["mean"])
         rows.append({"layer": layer, "dose": dose, "answers": found})
     return rows
 
@@ -142,7 +145,7 @@ def main() -> None:
         served(f"french={control_vector(Path(folder))},layer=all") as server,
     ):
         unsteered = answers(server, REPORT, None, MAX_TOKENS)
-        record.add(layer="", dose=0.0, **figures(unsteered), kl=0.0)
+        record.add(layer="", dose=0.0, **figures(unsteered), own_kl=0.0)
         rows.append({"layer": None, "dose": 0.0, "answers": unsteered})
         for layer in LAYERS:
             rows += doses(server, layer, record)

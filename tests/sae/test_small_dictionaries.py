@@ -47,7 +47,7 @@ def passing(demo_model: Path) -> dict[str, torch.Tensor]:
     return {str(point): x[kept] for point, x in zip(points, found, strict=True)}
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", SMALL_DICTIONARIES)
 def test_it_opens_as_what_it_is(name: str) -> None:
     card = opened(name).card
     assert (card.kind, card.reads, card.hook) == PLACES[name]
@@ -60,7 +60,7 @@ def test_both_are_a_few_megabytes() -> None:
     assert sum(path.stat().st_size for path in files) < MOST_BYTES
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", SMALL_DICTIONARIES)
 def test_it_computes_here_what_sae_lens_does(name: str, passing: dict[str, torch.Tensor]) -> None:
     sae_lens = oracle("sae_lens", "sae-lens")
     ours = opened(name)
@@ -73,7 +73,7 @@ def test_it_computes_here_what_sae_lens_does(name: str, passing: dict[str, torch
     assert torch.allclose(ours.decode(ours.encode(x), x), y, rtol=1e-4, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", SMALL_DICTIONARIES)
 def test_it_reconstructs_the_demo_model_as_its_configuration_says(
     name: str, passing: dict[str, torch.Tensor]
 ) -> None:
