@@ -32,6 +32,7 @@ ORDER: Final = (
     "label_search",
     "peers",
     "startup",
+    "serve_start",
     "read_again",
 )
 
