@@ -9,9 +9,11 @@ from statistics import mean
 import pytest
 import torch
 
-from tests.bench import table
+import steering
+from tests.bench import roofline, table
 from tests.bench.alternate import Compared, Run, alternate, paired, ratios
-from tests.bench.cases import CONTROL, FULL, REQUESTS, TOPK, Case, steering
+from tests.bench.cases import CONTROL, FULL, REQUESTS, TOPK, Case
+from tests.bench.cases import steering as configurations_of
 from tests.bench.direction import FRENCH_SHARE, french_share
 from tests.bench.op_alone import Case as OpCase
 from tests.bench.peer_saelens import by_row, one_configuration
@@ -74,7 +76,7 @@ def test_every_case_stands_between_two_runs_of_the_reference() -> None:
 
 
 def test_configurations_share_no_feature() -> None:
-    edits = [edit for field in steering(32, 64) for edit in field["interventions"]]
+    edits = [edit for field in configurations_of(32, 64) for edit in field["interventions"]]
     assert len({edit["feature"] for edit in edits}) == len(edits) == 32 * 64
 
 
@@ -171,3 +173,22 @@ def test_french_is_told_from_english_and_spanish() -> None:
     assert french_share("La casa de mi hermana es un lugar que se encuentra en el centro") == 0
     assert french_share("") == 0
     assert french_share("Il dort.") == 0.5
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        roofline.bytes_table(),
+        roofline.decode_table(roofline.H100, 1024),
+        roofline.decode_table(roofline.H100, 0),
+        roofline.gates_table(roofline.H100, 1024),
+        roofline.halves_table(roofline.H100, 1024),
+        roofline.whole_table(roofline.H100, 1024),
+        roofline.prefill_table(roofline.H100, 2048),
+        roofline.split_table(roofline.H100),
+    ],
+    ids=["bytes", "decode", "empty cache", "gates", "halves", "whole", "prefill", "split"],
+)
+def test_the_page_of_the_kernels_has_the_rooflines_tables(rows: list[str]) -> None:
+    page = Path(steering.__file__).parent / "worker" / "ops" / "README.md"
+    assert "\n".join(rows) in page.read_text()

@@ -37,7 +37,11 @@ def apply(
     stream = batched.gather_stream(hidden_states, residual, part.token, buffers)
     for fit in part.fits:
         _fit_where_written(stream, fit, outputs)
-    encoded = [(full, residency.whole(full.sae).encode(stream.x[full.index])) for full in part.full]
+    # Of SAEs that take turns in one place, the one that is there comes first.
+    encoded = [
+        (full, residency.whole(full.sae).encode(stream.x[full.index]))
+        for full in sorted(part.full, key=lambda full: not residency.is_near(full.sae))
+    ]
     if part.gates is not None:
         f = batched.read(stream, part.gates.latents, buffers.rows).f
         for full, f_all in encoded:
@@ -49,13 +53,13 @@ def apply(
     if part.edits is not None:
         asked.here = _edit(hidden_states, stream, part, encoded, residency, buffers, outputs)
     for full, f_all in encoded:
-        sae = residency.whole(full.sae)
         if full.leaves_output:
+            sae = residency.whole(full.sae)
             _leave_output(stream, full, f_all, sae, len(hidden_states), outputs)
         if full.reads is not None:
-            _read(stream, full, f_all, sae, reports, outputs)
+            _read(stream, full, f_all, residency, reports, outputs)
         for pooled in full.pools:
-            pooled.observe(stream, f_all, sae)
+            pooled.observe(stream, f_all, residency.saes[full.sae])
     for kept in part.kept:
         kept.keep(hidden_states, residual, asked, buffers, reports)
 
@@ -199,7 +203,7 @@ def _read(
     stream: Stream,
     full: FullPart,
     f_all: Tensor,
-    sae: SAE,
+    residency: Residency,
     reports: PassReports,
     outputs: WholeOutputs,
 ) -> None:
@@ -222,10 +226,11 @@ def _read(
         )
     for record, read, tokens in reads.others:
         position, is_covered, its_f = seen.position[tokens], covered[tokens], f[tokens]
-        if record.fit is not None and sae.card.one_place:
+        if record.fit is not None and residency.saes[full.sae].card.one_place:
             x = seen.x[tokens]
             l0 = (its_f != 0).sum(dim=1)
-            record.fit.observe(position, is_covered, x, sae.decode(its_f, x), l0)
+            decoded = residency.whole(full.sae).decode(its_f, x)
+            record.fit.observe(position, is_covered, x, decoded, l0)
         elif read.aggregate is not None:
             if record.totals is None:
                 record.totals = Totals(read.aggregate, read.top_k, f.shape[1], f.device)

@@ -29,12 +29,15 @@ class Residency:
         choice: one of `config.RESIDENT_CHOICES`; None where weights in the host's memory are as
             near as they can be.
 
+    Attributes:
+        saes: as given; what needs a card or a vector of one need not bring it.
+
     Raises:
         SAEError: in one line, if the device has no room for them.
     """
 
     def __init__(self, saes: Mapping[int, SAE], device: torch.device, choice: str | None) -> None:
-        self._saes = saes
+        self.saes = saes
         self._device = device
         self._place: Tensor | None = None
         self._in_place: int | None = None
@@ -50,24 +53,28 @@ class Residency:
     def whole(self, index: int) -> SAE:
         """An SAE whose matrices are where the whole encode or decode that comes next needs them."""
         self.load(index)
-        return self._saes[index]
+        return self.saes[index]
+
+    def is_near(self, index: int) -> bool:
+        """Whether `load` would copy nothing."""
+        return index not in self._taking_turns or index == self._in_place
 
     def load(self, index: int) -> None:
         """Have an SAE's matrices on the device for the whole encode or decode that comes next."""
-        if index not in self._taking_turns or index == self._in_place:
+        if self.is_near(index):
             return
         if self._in_place is not None:
-            self._saes[self._in_place].evict(self._device)
-        self._saes[index].resident(self._device, self._place)
+            self.saes[self._in_place].evict(self._device)
+        self.saes[index].resident(self._device, self._place)
         self._in_place = index
 
     def _is_kept(self, index: int, choice: str) -> bool:
         if choice == RESIDENT_TURNS:
-            return not self._saes[index].card.exact_from_row
+            return not self.saes[index].card.exact_from_row
         return choice == RESIDENT_ALL
 
     def _keep(self, index: int) -> None:
-        sae = self._saes[index]
+        sae = self.saes[index]
         try:
             sae.resident(self._device)
             sae.prepare(self._device)
@@ -75,7 +82,7 @@ class Residency:
             raise self._no_room(f"SAE {sae.card.id!r}", sae.matrix_bytes) from error
 
     def _make_place(self) -> None:
-        size = max(self._saes[index].place_bytes for index in self._taking_turns)
+        size = max(self.saes[index].place_bytes for index in self._taking_turns)
         try:
             self._place = torch.empty(size, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as error:

@@ -25,6 +25,7 @@ SCRIPTS: Final = (
     "label_search",
     "op_share",
     "startup",
+    "serve_start",
     "idle",
     "throughput",
     "over_http",

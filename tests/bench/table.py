@@ -34,6 +34,7 @@ ORDER: Final = (
     "first_paint",
     "peers",
     "startup",
+    "serve_start",
     "read_again",
     "suppression",
     "conditional",

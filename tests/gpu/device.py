@@ -35,7 +35,7 @@ def captured(launch: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-class _Waiting(TorchDispatchMode):
+class _Waiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """On a CPU, what would make the host wait for a device: whatever needs a tensor's values."""
 
     _NEED_VALUES: Final = frozenset({"_local_scalar_dense", "equal", "masked_select", "nonzero"})
@@ -54,7 +54,7 @@ class _Waiting(TorchDispatchMode):
 def nothing_may_wait() -> Iterator[None]:
     """Whatever makes the host wait for the device within raises RuntimeError."""
     if REHEARSAL:
-        with _Waiting():
+        with _Waiting():  # type: ignore[no-untyped-call]
             yield
         return
     torch.cuda.set_sync_debug_mode("error")

@@ -55,10 +55,10 @@ class Part:
 ENGINE: Final = "tests/gpu/test_engine_on_gpu.py"
 
 
-def _engine(name: str, about: str, **more: int) -> Part:
-    # A name in brackets, or before the request's.
+def _engine(name: str, about: str, gpus: int = 1) -> Part:
+    # The name in brackets, alone or before a request's or a wave's.
     chosen = ("-k", f"{name}- or {name}]")
-    return Part(f"engine-{name}", about, tests=(ENGINE, *chosen), seconds=2700, **more)
+    return Part(f"engine-{name}", about, tests=(ENGINE, *chosen), seconds=2700, gpus=gpus)
 
 
 PARTS: Final = (

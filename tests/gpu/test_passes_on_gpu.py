@@ -107,15 +107,21 @@ def run(
     return made, recorded
 
 
+def _features(read: Any) -> dict[int, dict[int, float]]:
+    """By position and latent: equal activations may stand in either order."""
+    return {
+        position: {int(latent): value for latent, value in features}
+        for position, features in features_read(read)
+    }
+
+
 def assert_same(left: Any, right: Any) -> None:
     """Equal but for the rounding of numbers."""
     if isinstance(left, dict):
         assert left.keys() == right.keys()
         for key in left:
             if key == "read" and left[key] is not None:
-                ours, theirs = (dict(features_read(side[key])) for side in (left, right))
-                assert_same({p: dict(f) for p, f in ours.items()},
-                            {p: dict(f) for p, f in theirs.items()})  # fmt: skip
+                assert_same(_features(left[key]), _features(right[key]))
             else:
                 assert_same(left[key], right[key])
     elif isinstance(left, list | tuple):

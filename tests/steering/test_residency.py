@@ -18,9 +18,13 @@ from sae.errors import SAEError
 from sae.sae import SAE, open_sae
 from sae.source import ResolvedSAE
 from steering.config import RESIDENT_ALL, RESIDENT_CHOICES, RESIDENT_NONE, RESIDENT_TURNS
-from steering.worker import residency
+from steering.report import features_read
+from steering.request.plan import COVERS_GENERATION, COVERS_PROMPT, PlannedRead, SteeringPlan
+from steering.worker import batch_parts, residency
+from steering.worker.ops import cpu_kernel
 from steering.worker.residency import Residency
-from tests.models import make_tiny_sae
+from tests.models import D_MODEL, make_tiny_sae
+from tests.steering.tiny_worker import TinyWorker, tied_sae
 
 HOST = torch.device("cpu")
 RELU, TOPK, SMALL = 0, 1, 2
@@ -154,3 +158,38 @@ def test_weights_go_to_the_device_in_their_stored_dtype(saes: dict[int, SAE]) ->
 
 def test_choices_are_distinct() -> None:
     assert len(set(RESIDENT_CHOICES)) == 3
+
+
+def test_two_saes_of_one_hook_point_change_places_once_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, in_part = 12, 4
+    two = [tied_sae(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    elements = batch_parts._ENCODES_AT_ONCE * two[0].card.d_sae * in_part
+    monkeypatch.setattr(batch_parts, "_WORKSPACE_ELEMENTS", elements)
+    worker = TinyWorker(two, cpu_kernel, resident=RESIDENT_TURNS)
+    everywhere = COVERS_PROMPT | COVERS_GENERATION
+    for i, name in enumerate("ab"):
+        read = PlannedRead(i, 3, everywhere, 0, 99, None)
+        worker.state.add_request(name, SteeringPlan(name, 1, tokens, (), False, True, read))
+    copies: list[str] = []
+    resident = SAE.resident
+
+    def counting(self: SAE, *args: Any) -> None:
+        copies.append(self.card.id)
+        resident(self, *args)
+
+    monkeypatch.setattr(SAE, "resident", counting)
+    rng = torch.Generator().manual_seed(0)
+    given = {name: [torch.randn(tokens, D_MODEL, generator=rng)] for name in "ab"}
+    # Each part has tokens of one request or of both.
+    ways = [("a", 0, 2), ("b", 0, 2)], [("a", 2, 4), ("b", 2, 4)], [("a", 4, 6), ("b", 4, 6)]
+    for parts in ways:
+        worker.forward(parts, given)
+    assert len(copies) <= len(ways) + 1
+    for i, name in enumerate("ab"):
+        [summary] = worker.state.take_results(name, {0: 6})
+        f = two[i].encode(given[name][0])
+        for position, features in features_read(summary["read"]):
+            best = f[position].topk(3).values
+            assert [value for _, value in features] == pytest.approx(best[best > 0].tolist())

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.bench import aot
+
 ROOT = Path(__file__).parents[2]
 Kernels = Sequence[dict[str, Any]]
 
@@ -62,3 +64,8 @@ def test_every_edit_keeps_enough_rows_in_flight_to_hide_memory_latency(
     least = {"bf16": 42, "fp16": 42, "fp32": 21}
     edits = [k for k in kernels if k["name"] == "edit"]
     assert [k for k in edits if k["in_flight_bytes"] < 1024 * least[k["dtype"]]] == []
+
+
+def test_the_page_of_the_kernels_has_these_variants(kernels: Kernels) -> None:
+    page = (ROOT / "steering" / "worker" / "ops" / "README.md").read_text()
+    assert "\n".join(aot.table(aot.Kernel(**k) for k in kernels)) in page
