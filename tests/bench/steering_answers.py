@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, inf
+from math import exp, inf, nan
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ SAE_NAME: Final = "l14"
 REPETITION_PENALTY: Final = 1.15
 DTYPE: Final = "bfloat16"
 SEQUENCES: Final = 64
+KV_CACHE: Final = 2**29  # bytes: 64 sequences of 300 tokens, with as much to spare
 SCORED_AT_ONCE: Final = 32
 
 Field = Mapping[str, Any]
@@ -70,7 +71,11 @@ class Bench:
 
         path = ensure_demo_model()
         self.engine: Engine = demo_engine(
-            {SAE_NAME: sae, **(others or {})}, eager=True, dtype=DTYPE, max_num_seqs=SEQUENCES
+            {SAE_NAME: sae, **(others or {})},
+            eager=True,
+            dtype=DTYPE,
+            max_num_seqs=SEQUENCES,
+            kv_cache_memory_bytes=KV_CACHE,
         )
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
@@ -79,9 +84,21 @@ class Bench:
         self.W_dec = self.sae.decoder_rows(0, self.sae.card.d_sae)  # [d_sae, d_in]
 
     def answers(
-        self, prompts: Sequence[str], fields: Sequence[Field | None], max_tokens: int
+        self,
+        prompts: Sequence[str],
+        fields: Sequence[Field | None],
+        max_tokens: int,
+        *,
+        scored: bool = True,
     ) -> list[Answer]:
-        """An answer to each prompt with its field of steering, all in one batch."""
+        """An answer to each prompt with its field of steering, all in one batch.
+
+        Args:
+            prompts: what the user says.
+            fields: the `steering` of each.
+            max_tokens: of an answer.
+            scored: whether `Answer.nll` is wanted, which costs a pass; else it is nan.
+        """
         from vllm import SamplingParams
 
         from steering.vllm.results import results_of
@@ -109,7 +126,7 @@ class Bench:
             results_of(self.engine.llm, output, its)[0].read if field and "read" in field else None
             for output, its, field in zip(outputs, params, fields, strict=True)
         ]
-        nlls = self.nll(ids, tokens)
+        nlls = self.nll(ids, tokens) if scored else [nan] * len(ids)
         parts = zip(prompts, texts, tokens, ids, nlls, reads, strict=True)
         return [Answer(*its_parts) for its_parts in parts]
 
