@@ -6,7 +6,8 @@ Amplify. Every labelled feature of an SAE, by default the one that the demo asks
 times its maximum activation on the prompts `SELECTION`, and to 2 times if that does too little;
 those that work there, at most so many of a kind as `MOST_OF_A_KIND` says, are reported on the
 prompts `REPORT` at 1, 1.5 and 2 times. An answer is on topic if its label's test (``labels.jsonl``
-beside the weights, written before) matches as often as that file says.
+beside the weights, written before) matches as often as that file says. Rows are kept in ``build/``
+as they are made: begun again, this goes on.
 
 Suppress. For each of `BEHAVIOURS`, features are ranked on the answers to its contrast prompts, and
 the first 1, 4 and 16 are clamped to 0 on the held-out prompts. Ranked by "contrast": mean
@@ -151,6 +152,8 @@ def amplify(
                 for label, strength in cases[start : start + AT_ONCE]
                 if f"{name} {label.index} {strength}" not in kept
             ]
+            if not asked:
+                continue
             fields = [amplified(label.index, strength) for label, strength in asked]
             answers = bench.answers(
                 [*prompts] * len(asked), [f for f in fields for _ in prompts], AMPLIFIED_TOKENS
