@@ -33,7 +33,7 @@ from sae.sae import SAE, open_sae
 from sae.source import SAEReference
 from sae.training.activations import Window, places, stored, windows
 from sae.training.corpus import read
-from sae.training.evaluate import AFTER, BEFORE, encoded
+from sae.training.evaluate import AFTER, BEFORE, CHUNK
 
 STRONGEST: Final = 50
 STRONG: Final = 0.5  # of the recorded maximum
@@ -128,8 +128,8 @@ def measured(
         labels: the labels.
         table: with the maximum activation of every feature that has a label.
     """
-    index = torch.tensor([label.index for label in labels])
-    f = torch.cat([chunk[:, index] for _, chunk in encoded(sae, rows)])
+    index = [label.index for label in labels]
+    f = torch.cat([sae.activations(chunk.float(), index) for chunk in rows.split(CHUNK)])
 
     def text(row: int) -> str:
         window, position = place[row].tolist()

@@ -6,7 +6,8 @@ Amplify. Every labelled feature of an SAE, by default the one that the demo asks
 times its maximum activation on the prompts `SELECTION`, and to 2 times if that does too little;
 those that work there, at most so many of a kind as `MOST_OF_A_KIND` says, are reported on the
 prompts `REPORT` at 1, 1.5 and 2 times. An answer is on topic if its label's test (``labels.jsonl``
-beside the weights, written before) matches as often as that file says.
+beside the weights, written before) matches as often as that file says. Rows are kept in ``build/``
+as they are made: begun again, this goes on.
 
 Suppress. For each of `BEHAVIOURS`, features are ranked on the answers to its contrast prompts, and
 the first 1, 4 and 16 are clamped to 0 on the held-out prompts. Ranked by "contrast": mean
@@ -37,6 +38,7 @@ from sae.features import FeatureTable
 from sae.training.labels import Label, read_labels
 from tests.bench.chat_answers import REPETITION_PENALTY
 from tests.bench.demo_engine import SAE
+from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.steering_answers import (
     DTYPE,
@@ -64,6 +66,9 @@ MOST_COST: Final = 10.0
 MOST_OF_A_KIND: Final = {"topic": 12}
 MOST_OF_ANOTHER_KIND: Final = 2
 PICKED: Final = 16
+
+#: Cases whose answers are made in one batch.
+AT_ONCE: Final = 16
 
 SUPPRESSED_TOKENS: Final = 80
 SET_SIZES: Final = (1, 4, 16)
@@ -126,7 +131,9 @@ def picked(labels: Sequence[Label], figures: Sequence[Mapping[str, float]]) -> l
     return taken[:PICKED]
 
 
-def amplify(bench: Bench, labels: Sequence[Label], record: Record) -> list[dict[str, Any]]:
+def amplify(
+    bench: Bench, labels: Sequence[Label], record: Record, kept: KeptRows
+) -> list[dict[str, Any]]:
     """Choose features on one set of prompts and report them on the other.
 
     Returns:
@@ -136,32 +143,37 @@ def amplify(bench: Bench, labels: Sequence[Label], record: Record) -> list[dict[
 
     def measure(
         chosen: Sequence[Label], prompts: Sequence[str], strengths: Sequence[float], name: str
-    ) -> list[dict[str, float]]:
+    ) -> list[dict[str, Any]]:
+        unsteered = bench.answers(prompts, [None] * len(prompts), AMPLIFIED_TOKENS)
         cases = [(label, strength) for label in chosen for strength in strengths]
-        fields = [amplified(label.index, strength) for label, strength in cases]
-        answers = bench.answers(
-            [*prompts] * (1 + len(cases)),
-            [None] * len(prompts) + [field for field in fields for _ in prompts],
-            AMPLIFIED_TOKENS,
-        )
-        unsteered, steered = answers[: len(prompts)], answers[len(prompts) :]
-        found = []
-        for i, (label, strength) in enumerate(cases):
-            its = steered[i * len(prompts) : (i + 1) * len(prompts)]
-            found.append(effect(label, its, unsteered))
-            print(name, label.index, label.label, strength, found[-1], flush=True)
-            rows.append(
-                {
+        for start in range(0, len(cases), AT_ONCE):
+            asked = [
+                (label, strength)
+                for label, strength in cases[start : start + AT_ONCE]
+                if f"{name} {label.index} {strength}" not in kept
+            ]
+            if not asked:
+                continue
+            fields = [amplified(label.index, strength) for label, strength in asked]
+            answers = bench.answers(
+                [*prompts] * len(asked), [f for f in fields for _ in prompts], AMPLIFIED_TOKENS
+            )
+            for i, (label, strength) in enumerate(asked):
+                its = answers[i * len(prompts) : (i + 1) * len(prompts)]
+                row = {
                     "part": "amplify",
                     "prompts": name,
                     "feature": label.index,
                     "label": label.label,
                     "strength": strength,
-                    **found[-1],
+                    **effect(label, its, unsteered),
                     "nll": mean_nll(its),
                     "answers": [answer.text for answer in its],
                 }
-            )
+                kept.put(f"{name} {label.index} {strength}", row)
+                print(name, label.index, label.label, strength, row["on_topic"], flush=True)
+        found = [kept[f"{name} {label.index} {strength}"] for label, strength in cases]
+        rows.extend(found)
         return found
 
     tried = dict(zip(labels, measure(labels, SELECTION, [SELECTED_AT], "selection"), strict=True))
@@ -287,7 +299,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="keeps the others")
     parser.add_argument("--sae", type=Path, default=SAE, help="a folder with labels.jsonl")
     args = parser.parse_args()
-    name = "steering_effect" if args.sae == SAE else f"steering_effect-{args.sae.name}"
+    name = "steering_effect"
+    if args.sae.resolve() != SAE.resolve():
+        name += f"-{args.sae.name}"
     path = args.json or RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"settings": {}}
     record = Record(
@@ -302,7 +316,8 @@ def main() -> None:
     rows = [row for row in kept.get("rows", ()) if row["part"] not in args.parts]
     bench = Bench(args.sae)
     if "amplify" in args.parts:
-        rows += amplify(bench, read_labels(args.sae / "labels.jsonl"), record)
+        made = KeptRows(Path("build") / f"{name}.json")
+        rows += amplify(bench, read_labels(args.sae / "labels.jsonl"), record, made)
     if "suppress" in args.parts:
         rows += suppress(bench, FeatureTable.open(args.sae, bench.sae.card.d_sae), record)
     bench.engine.shut_down()

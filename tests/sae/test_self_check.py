@@ -219,10 +219,13 @@ def stated_of(path: Path, exactly_k: bool = False) -> Stated:
     return stated_by(resolve(SAEReference.parse(f"a={path}")), exactly_k=exactly_k)
 
 
-def test_demo_sae_states_its_values(demo_sae: Path) -> None:
-    stated = stated_of(demo_sae)
-    assert (stated.l0, stated.model) == (32.4, "HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert stated.variance_explained == pytest.approx(1 - 0.179)
+@pytest.mark.parametrize(
+    ("name", "l0", "fvu"), [("smollm2-135m-l14", 32.4, 0.179), ("smollm2-135m-l22", 31.9, 0.204)]
+)
+def test_shipped_saes_state_their_values(demo_sae: Path, name: str, l0: float, fvu: float) -> None:
+    stated = stated_of(demo_sae.with_name(name))
+    assert (stated.l0, stated.model) == (l0, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert stated.variance_explained == pytest.approx(1 - fvu)
 
 
 def test_folder_of_gemma_scope_states_l0(tmp_path: Path) -> None:

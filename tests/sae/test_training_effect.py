@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log
+from pathlib import Path
 
 import pytest
 
+from sae.features import FeatureTable
+from sae.sae import open_sae
+from sae.source import SAEReference
 from sae.training.labels import Label, read_labels
 from tests.bench.demo_engine import SAE
 from tests.bench.steering_answers import Answer, cost
 from tests.bench.steering_effect import effect, on_topic, picked, works
 from tests.bench.steering_prompts import BEHAVIOURS, REPORT, SELECTION
 
+SHIPPED = sorted(SAE.parent.iterdir())
 SEA = Label(1, "the sea", r"\b(sea|ships?)\b")
 
 
@@ -83,8 +88,19 @@ def test_no_prompt_is_both_for_choosing_and_for_reporting() -> None:
         assert not set(behaviour.contrast) & set(behaviour.held_out)
 
 
-def test_every_label_of_the_demo_sae_can_be_tested() -> None:
-    labels = read_labels(SAE / "labels.jsonl")
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_every_label_of_a_shipped_sae_can_be_tested_and_is_told_with_its_feature(
+    folder: Path,
+) -> None:
+    labels = read_labels(folder / "labels.jsonl")
     assert len(labels) > 70
+    table = FeatureTable.open(folder, open_sae(SAEReference("a", str(folder))).card.d_sae)
     for label in labels:
         assert label.matches("") == 0
+        assert table.label(label.index) == label.label
+
+
+def test_shipped_saes_stay_small() -> None:
+    sizes = [path.stat().st_size for folder in SHIPPED for path in folder.iterdir()]
+    assert len(SHIPPED) == 2
+    assert sum(sizes) <= 40e6
