@@ -249,7 +249,7 @@ def ends_in_the_middle_of_work(server: LiveServer) -> None:
     reported = {"steering": {"interventions": [edit], "report": True, "read": {"sae": "relu"}}}
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True}
     study = {**steered, "texts": [{"prompt": PROMPT * 30}] * 20}
-    bodies = [
+    bodies: list[tuple[str, dict[str, Any]]] = [
         *(("/v1/completions", {**body, **more}) for more in ({}, steered, reported)),
         ("/v1/steering/calibrate", study),
     ]
