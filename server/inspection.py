@@ -10,6 +10,7 @@ from server.protocol import SteerableChatCompletionRequest, SteerableCompletionR
 from steering.errors import SteeringError
 from steering.request import plan
 from steering.request.limits import DEFAULT_TOP_K, MAX_TOP_K
+from steering.request.shape_errors import shown, wrong_type
 
 AGGREGATES: Final = ("max", "mean", "frequency")
 
@@ -64,7 +65,7 @@ class Inspection:
     def parse(cls, sae: str, body: object) -> Inspection:
         """Validate strictly, as the `steering` field is. Raises SteeringError."""
         if not isinstance(body, Mapping):
-            raise SteeringError("invalid_type", "expected an object")
+            raise SteeringError("invalid_type", f"expected an object, got {shown(body)}")
         for key in body:
             if key not in INSPECT_SCHEMA["properties"]:
                 known = ", ".join(INSPECT_SCHEMA["properties"])
@@ -85,7 +86,7 @@ class Inspection:
         top_k = _typed(body, "top_k", int, "an integer", DEFAULT_TOP_K)
         if not 1 <= top_k <= MAX_TOP_K:
             raise SteeringError(
-                "invalid_value", f"top_k {str(top_k)[:40]} not in [1, {MAX_TOP_K}]", "top_k"
+                "invalid_value", f"top_k {shown(top_k)} not in [1, {MAX_TOP_K}]", "top_k"
             )
         aggregate = _typed(body, "aggregate", str, "a string", AGGREGATES[0])
         if aggregate not in AGGREGATES:
@@ -135,7 +136,7 @@ def _prompt(body: Mapping[str, Any]) -> str | list[int] | None:
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or any(type(item) is not int for item in value):
-        raise SteeringError("invalid_type", "expected a string or a list of token ids", "prompt")
+        raise wrong_type(value, "a string or a list of token ids", "prompt")
     if value and min(value) < 0:
         raise SteeringError(
             "invalid_value", f"token id {str(min(value))[:40]} is negative", "prompt"
@@ -148,5 +149,5 @@ def _typed(body: Mapping[str, Any], key: str, kind: type, name: str, default: An
     if value is None:
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise SteeringError("invalid_type", f"expected {name}", key)
+        raise wrong_type(value, name, key)
     return value

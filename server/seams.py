@@ -144,6 +144,14 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("entrypoints.launchers.run_batch", "BatchRequestOutput", fields=("response", "error")),
     ),
     "server/routes/studies.py": (Seam("exceptions", "VLLMError"),),
+    "server/study_stream.py": (
+        Seam("exceptions", "VLLMServerError"),
+        Seam(
+            "entrypoints.serve.exception_handling.error_response",
+            "create_error_response",
+            first=("message",),
+        ),
+    ),
     "server/start/cpu_memory.py": (
         Seam("platforms", "current_platform"),
         Seam("platforms.interface", "Platform.is_cpu"),
@@ -210,7 +218,18 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.engine.core_client", "EngineCoreClient.shutdown", parameters=("timeout",)),
     ),
     "server/start/engine_death.py": (
-        Seam("v1.engine.async_llm", "AsyncLLM", fields=("errored", "shutdown")),
+        Seam(
+            "v1.engine.async_llm",
+            "AsyncLLM",
+            fields=("errored", "shutdown", "output_handler", "output_processor"),
+        ),
+        Seam("v1.engine.output_processor", "OutputProcessor", fields=("request_states",)),
+        Seam(
+            "v1.engine.output_processor",
+            "OutputProcessor.abort_requests",
+            first=("request_ids",),
+            parameters=("internal",),
+        ),
         Seam(
             "entrypoints.launchers.launcher",
             "serve_http",

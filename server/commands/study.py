@@ -204,8 +204,11 @@ def on_server(url: str, api_key: str | None) -> Iterator[Runner]:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
     root = url.rstrip("/").removesuffix("/v1")
-    with httpx.Client(base_url=root, headers=headers, timeout=timeout) as client:
-        yield lambda task, tell: _posted(client, task, tell)
+    try:
+        with httpx.Client(base_url=root, headers=headers, timeout=timeout) as client:
+            yield lambda task, tell: _posted(client, task, tell)
+    except httpx.TransportError as error:
+        raise httpx.TransportError(f"{root}: {str(error) or type(error).__name__}") from error
 
 
 def _posted(client: httpx.Client, task: Task, tell: Listener) -> Answer:
@@ -223,7 +226,7 @@ def _posted(client: httpx.Client, task: Task, tell: Listener) -> Answer:
             else:
                 found = event
     if found is None:
-        raise httpx.RemoteProtocolError(f"{task.path}: the server ended without an answer")
+        raise httpx.RemoteProtocolError(f"{task.path}: ended without an answer")
     return found
 
 

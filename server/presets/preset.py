@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from sae.errors import SAEError
 from steering.errors import SteeringError
+from steering.request.shape_errors import wrong_type
 
 #: What checks a `steering` object against the loaded SAEs; raises SteeringError.
 Validate = Callable[[object], object]
@@ -81,7 +82,7 @@ def read_body(body: object, validate: Validate) -> tuple[dict[str, Any], str | N
         SteeringError: as a request with this steering would be refused.
     """
     if not isinstance(body, dict):
-        raise SteeringError("invalid_type", "expected an object", "steering")
+        raise wrong_type(body, "an object", "steering")
     steering: object = body
     description: object = None
     if "steering" in body or "description" in body:
@@ -94,7 +95,7 @@ def read_body(body: object, validate: Validate) -> tuple[dict[str, Any], str | N
                 )
         steering, description = body.get("steering"), body.get("description")
     if description is not None and not isinstance(description, str):
-        raise SteeringError("invalid_type", "expected a string", "description")
+        raise wrong_type(description, "a string", "description")
     if isinstance(description, str) and len(description) > MAX_DESCRIPTION:
         raise SteeringError(
             "invalid_value",

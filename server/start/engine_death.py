@@ -1,7 +1,10 @@
-"""An engine that ends by itself takes the server along, which vLLM then leaves with exit code 0."""
+"""What an engine's end means for the server: one that ends by itself takes the server along, which
+vLLM then leaves with exit code 0; one that is stopped leaves nobody waiting.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from threading import Event
 from typing import Any
 
@@ -13,7 +16,7 @@ class EngineDiedError(Exception):
 
 
 def watch(engine: Any) -> None:
-    """Note whether the engine is already dead when vLLM stops it.
+    """Note whether the engine is already dead when vLLM stops it, and end what it then still runs.
 
     Only the first stop tells: one that was asked for leaves a dead engine too, and is followed by
     another when the server cleans up.
@@ -22,9 +25,13 @@ def watch(engine: Any) -> None:
 
     def shutdown(*args: Any, **kwargs: Any) -> Any:
         engine.shutdown = stop
-        if engine.errored:
+        if engine.errored:  # what it ran fails, as vLLM tells its callers itself
             _seen.set()
-        return stop(*args, **kwargs)
+            return stop(*args, **kwargs)
+        try:
+            return stop(*args, **kwargs)
+        finally:
+            _end_requests(engine)
 
     engine.shutdown = shutdown
 
@@ -32,3 +39,19 @@ def watch(engine: Any) -> None:
 def seen() -> bool:
     """Whether a watched engine of this process has ended by itself."""
     return _seen.is_set()
+
+
+def _end_requests(engine: Any) -> None:
+    """Abort what an engine that was stopped has not answered.
+
+    vLLM passes on no more outputs then and tells nobody, so that their clients, and the server with
+    them, would wait for as long as the clients have patience.
+    """
+    handler = engine.output_handler
+    if handler is None:  # it never ran anything
+        return
+    processor = engine.output_processor
+    with contextlib.suppress(RuntimeError):  # the loop has been closed, and who waited is gone
+        handler.get_loop().call_soon_threadsafe(
+            lambda: processor.abort_requests(list(processor.request_states), internal=True)
+        )

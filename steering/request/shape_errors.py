@@ -120,11 +120,11 @@ def _fault(kind: str, raw: object, context: Mapping[str, Any]) -> str:
 
 
 def _unknown(key: object, path: str, known: Sequence[str]) -> SteeringError:
-    return SteeringError(
-        "unknown_field",
-        f"unknown field {shown(key)}; known here: {', '.join(known)}",
-        f"{path}.{_clip(str(key), _LONGEST_NAME)}",
-    )
+    if key in known:  # of another shape than the one that the others make it
+        said = f"field {shown(key)} does not go with the others here"
+    else:
+        said = f"unknown field {shown(key)}; known here: {', '.join(known)}"
+    return SteeringError("unknown_field", said, f"{path}.{_clip(str(key), _LONGEST_NAME)}")
 
 
 def _path(root: str, loc: tuple[int | str, ...]) -> str:

@@ -204,7 +204,7 @@ def mean_share(reports: Iterable[Report]) -> float | None:
     None if there is none, or if a stream left its dtype, so that its share is not known.
     """
     hooks = [hook for report in reports for hook in report.edited or ()]
-    edited: float = sum(hook["tokens"] for hook in hooks)
+    edited: int = sum(hook["tokens"] for hook in hooks)
     if not edited or any(hook["mean_share"] is None for hook in hooks):
         return None
     share: float = sum(hook["tokens"] * hook["mean_share"] for hook in hooks)

@@ -27,6 +27,8 @@ from steering.vllm.reader import Text
 PROMPT: Final = "From my experience,"
 #: Tokens that a decoder row promotes most, of which the output score is made; as there.
 NUM_PROMOTED: Final = 20
+#: Characters of targets in one answer, which names them all with each feature.
+MAX_ECHOED: Final = 2**24
 #: Decoder rows that are taken through the unembedding at a time.
 _ROWS_AT_A_TIME: Final = 256
 
@@ -85,6 +87,7 @@ async def rank(context: Context, sae: str, asked: Body) -> dict[str, Any]:
     targets = await _targets(context, asked, by)
     paths = _features(context, sae, asked, edit)
     features = list(paths)
+    _refuse_echoes(len(features), asked.targets or ())
     text = await _text(context, asked)
     where = "messages" if asked.messages is not None else "prompt"
     context.charge((len(features) + 2) * len(text.prompt), "features" if asked.features else None)
@@ -126,6 +129,21 @@ async def _text(context: Context, body: Body) -> Text:
     prompt = PROMPT if body.messages is None and body.prompt is None else body.prompt
     text = TextBody(messages=body.messages, prompt=prompt)
     return await context.tokens(text, "", room=1, answered=True)
+
+
+def _refuse_echoes(num_features: int, targets: Sequence[str]) -> None:
+    """SteeringError for an answer that would hold the targets' texts too often: each feature does.
+
+    Of a target only its first token counts, so that nothing is lost with a shorter one.
+    """
+    echoed = num_features * sum(map(len, targets))
+    if echoed > MAX_ECHOED:
+        raise SteeringError(
+            "invalid_value",
+            f"an answer with {echoed} characters of targets, the limit is {MAX_ECHOED}: give fewer "
+            "or shorter ones, of each of which the first token counts",
+            "targets",
+        )
 
 
 async def _targets(context: Context, body: Body, by: str) -> dict[str, int]:

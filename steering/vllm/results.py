@@ -43,19 +43,21 @@ class _Tracker:
     """One engine request while its outputs pass by.
 
     ``tokens`` maps a child's index to its output tokens so far; ``stopped`` are the children that
-    their ``stop_when`` ended.
+    their ``stop_when`` ended; ``aborted`` says whether one was taken out of the engine.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     prompt: Sequence[int] = ()
     cached: int = 0
     stopped: set[int] = field(default_factory=set)
+    aborted: bool = False
 
     def see(self, output: Any, cumulative: bool) -> None:
         self.prompt = output.prompt_token_ids or self.prompt
         self.cached = output.num_cached_tokens or self.cached
         for choice in output.outputs:
             known = self.tokens.setdefault(choice.index, [])
+            self.aborted |= choice.finish_reason == "abort"
             if (choice.finish_reason, choice.stop_reason) == ("stop", STOP_REASON):
                 self.stopped.add(choice.index)
             if cumulative:
@@ -79,7 +81,11 @@ async def collect(
 
     If the caller leaves earlier, or the request fails, they are fetched for nobody, so that the
     workers forget them.
+
+    Raises:
+        vllm.exceptions.RetryableRequestError: if the engine was stopped in the middle of it.
     """
+    from vllm.exceptions import RetryableRequestError
     from vllm.sampling_params import RequestOutputKind
 
     accepted = accepted_of(params)
@@ -96,6 +102,8 @@ async def collect(
             if stream is not None:
                 await stream.tell(tracker.choices(accepted.prompt_len))
             yield output
+        if tracker.aborted and engine.errored:  # the records are gone with the workers
+            raise RetryableRequestError("the server is stopping")
         choices = tracker.choices(accepted.prompt_len)
         summaries = await _fetch(engine, key, _limits(choices))
         fetched = True

@@ -81,6 +81,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("v1.engine.parallel_sampling", "ParentRequest.get_child_info", first=("index",)),
     ),
     "steering/vllm/results.py": (
+        Seam("exceptions", "RetryableRequestError"),
         Seam("sampling_params", "RequestOutputKind", fields=("DELTA",)),
         Seam("sampling_params", "SamplingParams", fields=("extra_args", "output_kind")),
         Seam(

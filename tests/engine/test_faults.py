@@ -21,7 +21,7 @@ import pytest
 
 from tests.engine import processes, traffic
 from tests.engine.processes import Process
-from tests.engine.server import LiveServer, start, wait_until_ready
+from tests.engine.server import MODEL, LiveServer, start, wait_until_ready
 from tests.engine.traffic import Answer, Case
 from tests.models import make_tiny_sae
 
@@ -216,7 +216,7 @@ def mount_full(folder: Path) -> bool:
     return mounted
 
 
-def test_restarted_server_is_right_without_room_for_caches_and_while_the_clock_jumps(
+def test_restarted_server_is_right_without_caches_and_while_the_clock_jumps_and_ends_at_once(
     running: Running,
     hardship: Hardship,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,8 +237,45 @@ def test_restarted_server_is_right_without_room_for_caches_and_while_the_clock_j
         left = traffic.wait_until_idle(server)
         assert not any(left.values()), left
         assert server.process.poll() is None
+        ends_in_the_middle_of_work(server)
     finally:
         server.stop()
+
+
+def ends_in_the_middle_of_work(server: LiveServer) -> None:
+    """SIGTERM beside answers and studies that would run on, of clients who have patience."""
+    edit = {"sae": "relu", "feature": 1, "op": "add", "value": 1}
+    steered = {"steering": {"interventions": [edit]}}
+    reported = {"steering": {"interventions": [edit], "report": True, "read": {"sae": "relu"}}}
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True}
+    study = {**steered, "texts": [{"prompt": PROMPT * 30}] * 20}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        *(("/v1/completions", {**body, **more}) for more in ({}, steered, reported)),
+        ("/v1/steering/calibrate", study),
+    ]
+
+    async def run() -> list[httpx.Response | BaseException]:
+        async with httpx.AsyncClient(base_url=server.base_url, timeout=END_TIMEOUT) as client:
+            calls = [
+                asyncio.ensure_future(client.post(path, json={**of_path, "stream": stream}))
+                for path, of_path in bodies
+                for stream in (False, True)
+            ]
+            while not (await asyncio.to_thread(server.metrics))["steering_slots_in_use"]:
+                await asyncio.sleep(0.01)
+            server.process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    before = len(server.log.read_text())
+    answers = asyncio.run(run())
+    assert server.process.wait(END_TIMEOUT) == 0
+    for answer in answers:
+        if isinstance(answer, httpx.Response):
+            assert "[DONE]" in answer.text or answer.status_code != 200 or "abort" in answer.text
+        else:  # it came too late to be heard
+            assert isinstance(answer, httpx.TransportError)
+            assert not isinstance(answer, httpx.TimeoutException)
+    assert "Traceback" not in server.log.read_text()[before:]
 
 
 async def while_the_clock_jumps(asking: Running, clock: Path) -> list[Answer]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -403,10 +405,21 @@ class Engine:
     def __init__(self) -> None:
         self.errored = False
         self.stops = 0
+        self.fails = False
+        self.output_handler: asyncio.Future[Any] | None = None
+        self.output_processor = self
+        self.request_states = {"one": None, "two": None}
+        self.aborted: list[str] = []
+
+    def abort_requests(self, request_ids: list[str], internal: bool) -> None:
+        assert internal
+        self.aborted += request_ids
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.errored = True
         self.stops += 1
+        if self.fails:
+            raise OSError
 
 
 @pytest.mark.parametrize("died", [False, True])
@@ -429,3 +442,26 @@ def test_only_an_engine_that_ends_by_itself_makes_the_server_fail(
     assert main(["serve", "m"]) == died
     assert ("ended by itself" in capsys.readouterr().err) == died
     assert engine.stops == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_a_stopped_engine_still_runs_is_aborted_on_its_own_loop(fails: bool) -> None:
+    engine = Engine()
+    engine.fails = fails
+    engine.output_handler = asyncio.get_running_loop().create_future()
+    engine_death.watch(engine)
+    with contextlib.suppress(OSError):
+        await asyncio.to_thread(engine.shutdown)
+    await asyncio.sleep(0)
+    assert engine.aborted == ["one", "two"]
+
+
+async def test_what_a_dead_engine_ran_is_left_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_death, "_seen", threading.Event())
+    engine = Engine()
+    engine.output_handler = asyncio.get_running_loop().create_future()
+    engine_death.watch(engine)
+    engine.errored = True
+    await asyncio.to_thread(engine.shutdown)
+    await asyncio.sleep(0)
+    assert engine.aborted == []

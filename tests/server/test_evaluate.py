@@ -84,6 +84,10 @@ BODY: Final = {"texts": [TEXT], "configurations": [STEERED, CONTROL]}
         ({"detail": "yes"}, ("invalid_type", "detail")),
         ({"features": [{"sae": "a"}, {"sae": "c"}]}, ("unknown_sae", "features[1].sae")),
         ({"features": [{}]}, ("sae_required", "features[0].sae")),
+        (
+            {"features": [{"sae": "a"}, {"sae": "b"}, {"sae": "a", "top_k": 1}]},
+            ("invalid_value", "features[2].sae"),
+        ),
         ({"features": [{"sae": "a", "top_k": 0}]}, ("invalid_value", "features[0].top_k")),
         ({"features": {"sae": "a"}}, ("invalid_type", "features")),
         ({"features": [{"sae": "a", "k": 1}]}, ("unknown_field", "features[0].k")),

@@ -307,6 +307,21 @@ def test_bad_body_is_refused(labelled: Server, body: Any, code: str, param: str 
     assert labelled.recorder.requests == []
 
 
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        ([5], "[5]"),
+        ({"prompt": {"7": 8}}, '{"7": 8}'),
+        ({"prompt": "x", "top_k": 65}, "65"),
+        ({"prompt": "x", "top_k": 5.0}, "5.0"),
+        ({"prompt": "x", "special_tokens": None, "model": 1}, "1"),
+    ],
+)
+def test_refusal_of_a_body_names_the_value(labelled: Server, body: Any, shown: str) -> None:
+    answer = labelled.client.post("/v1/saes/a/inspect", json=body)
+    assert shown in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("body", ["", "{", "[" * 50_000, '{"top_k":' + "9" * 5000 + "}"])
 def test_body_that_is_not_json_is_refused(labelled: Server, body: str) -> None:
     response = labelled.client.post("/v1/saes/a/inspect", content=body)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.study_stream import RunningStudy, StudyStream
 from steering.errors import BudgetNotMetError, SteeringError
@@ -339,6 +340,21 @@ async def test_failure_inside_a_stream_says_nothing_of_the_servers_insides() -> 
     *_, error, end = await streamed(RunningStudy(study))
     assert (error["error"]["code"], end) == (500, "[DONE]")
     assert "secret" not in json.dumps(error)
+
+
+async def test_study_whose_engine_ends_is_told_so_without_a_trace_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def study(progress: Progress) -> dict[str, Any]:
+        progress.expect(1)
+        await asyncio.sleep(0)
+        raise EngineDeadError
+
+    with caplog.at_level("INFO", logger="vllm.sae.server"):
+        *_, error, end = await streamed(RunningStudy(study))
+    assert (error["error"]["code"], end) == (500, "[DONE]")
+    (record,) = (record for record in caplog.records if record.name == "vllm.sae.server")
+    assert record.exc_info is None
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -118,6 +118,19 @@ def test_bad_rank_is_refused_before_anything_runs(
     assert labelled.recorder.engine.prompts == []
 
 
+def test_targets_that_an_answer_would_repeat_too_often_are_refused(
+    labelled: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steering.studies.rank.MAX_ECHOED", 3 * 9 - 1)
+    body = {"edit": {"op": "ablate"}, "targets": [" snow", " ice"]}
+    answer = labelled.client.post(RANK, json={**body, "features": [5, 7, 9]})
+    assert refused(answer) == ("invalid_value", "targets")
+    assert "27 characters" in answer.json()["error"]["message"]
+    assert labelled.recorder.engine.prompts == []
+    answer = labelled.client.post(RANK, json={**body, "features": [5, 5, 7], "prompt": [320]})
+    assert refused(answer) == ("invalid_value", "prompt")
+
+
 def test_rank_without_labels_needs_a_list(labelled: Server) -> None:
     answer = labelled.client.post("/v1/saes/k/rank", json={})
     assert refused(answer) == ("invalid_value", "features")

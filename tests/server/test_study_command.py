@@ -68,7 +68,7 @@ def test_file_that_names_no_study_is_refused_in_one_line(content: str, message: 
     [
         ((), "give --url of a running server, or --model and --sae"),
         (("--model", "/nowhere"), "give --url of a running server, or --model and --sae"),
-        (("--url", "http://127.0.0.1:1"), "refused"),
+        (("--url", "http://127.0.0.1:1"), "http://127.0.0.1:1: "),
         (("--model", "/nowhere", "--sae", "a=/nowhere"), "/nowhere"),
     ],
 )

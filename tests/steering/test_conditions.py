@@ -92,6 +92,20 @@ def test_a_wrong_condition_is_refused_with_its_code_and_path(
     assert refused(raw) == (code, param)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("above", 'field "above" does not go with the others here'),
+        ("x", "known here: sae, feature"),
+    ],
+)
+def test_a_field_of_another_shape_is_not_told_to_be_one_that_is_known_here(
+    name: str, said: str
+) -> None:
+    with pytest.raises(SteeringError, match=said):
+        parse_spec(when({"any": [FIRES], name: 1}), ONE)
+
+
 def test_eight_distinct_conditions_are_the_most() -> None:
     seven = [{"feature": f, "above": 1} for f in range(7)]
     spec = parse_spec(when([*seven, *seven], stop_when={"feature": 0, "above": 1}), ONE)
