@@ -116,7 +116,7 @@ def reconstruction(
     mean = targets.float().mean(dim=0)
     unexplained = variance = active = 0.0
     fired = torch.zeros(sae.card.d_sae, dtype=torch.bool)
-    for (x, f), part in zip(encoded(sae, rows), targets.split(CHUNK), strict=True):
+    for (x, f), part in zip(encoded(sae, rows), torch.split(targets, CHUNK), strict=True):
         y = part.float()
         unexplained += float((y - sae.decode(f, x)).square().sum())
         variance += float((y - mean).square().sum())

@@ -146,7 +146,7 @@ def train_transcoder(
 def _centre_and_scale(rows: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The mean of rows, `[d]` float32, and what brings the rest to a mean norm of sqrt(d)."""
     mean = rows.mean(dim=0, dtype=torch.float32)
-    norms = [(part.float() - mean).norm(dim=1) for part in rows.split(ROWS_AT_ONCE)]
+    norms = [(part.float() - mean).norm(dim=1) for part in torch.split(rows, ROWS_AT_ONCE)]
     return mean, float(rows.shape[1] ** 0.5 / torch.cat(norms).mean())
 
 
