@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sae.self_check import TEXT, Outcome
+from sae.self_check import TEXT, VARIANCE_MARGIN, Outcome
 from sae.source import ResolvedSAE
 from server.self_check import check_offline
 from steering.request.plan import COVERS_PROMPT, PlannedRead, SteeringPlan
@@ -108,7 +108,7 @@ def test_what_a_dictionary_reconstructs_is_where_it_writes(smollm2: Engine, name
     assert outcome.complaints == []
     stated = outcome.stated.variance_explained
     assert stated is not None
-    assert outcome.measured.variance_explained == pytest.approx(stated, abs=0.1)
+    assert outcome.measured.variance_explained == pytest.approx(stated, abs=VARIANCE_MARGIN)
 
 
 @pytest.mark.parametrize("what", WRONG)
