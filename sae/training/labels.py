@@ -129,7 +129,7 @@ def measured(
         table: with the maximum activation of every feature that has a label.
     """
     index = [label.index for label in labels]
-    f = torch.cat([sae.activations(chunk.float(), index) for chunk in rows.split(CHUNK)])
+    f = torch.cat([sae.activations(chunk.float(), index) for chunk in torch.split(rows, CHUNK)])
 
     def text(row: int) -> str:
         window, position = place[row].tolist()
