@@ -90,6 +90,7 @@ FAMILIES = {
     "gpt2": Family(attention="attn", middle="ln_2"),
     "gpt_neox": Family(attention="attention", refused=_PARALLEL.refused),
     "gpt_oss": Family(),
+    "deepseek_v2": Family(),
     "glm4": Family(attention_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm"),
     "olmo2": _NORM_AFTER,
     "exaone4": _NORM_AFTER,

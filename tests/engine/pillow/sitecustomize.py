@@ -19,7 +19,7 @@ class _PillowsProcessor(Loader):
     def exec_module(self, module: ModuleType) -> None:
         from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-        module.Gemma3ImageProcessor = Gemma3ImageProcessorPil  # type: ignore[attr-defined]
+        vars(module)["Gemma3ImageProcessor"] = Gemma3ImageProcessorPil
 
 
 class _Finder(MetaPathFinder):
