@@ -9,13 +9,22 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
 
-from server.commands.demo import DemoError, api_key, demo, show, show_studio, studio_setup
+from server.commands.demo import (
+    MODEL_NAME,
+    DemoError,
+    api_key,
+    demo,
+    show,
+    show_studio,
+    studio_setup,
+)
 
 
 def test_a_taken_port_is_refused_rather_than_somebody_elses_server_asked(
@@ -121,3 +130,10 @@ def test_demo_names_no_studio_that_is_not_served(flags: list[str], shown: bool) 
     out = io.StringIO()
     show_studio("http://localhost:8123", flags, Console(file=out))
     assert ("/studio" in out.getvalue()) is shown
+
+
+def test_first_request_of_the_readme_names_the_model_that_the_demo_serves() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    named = re.search(r'"model": "([^"]+)"', readme)
+    assert named is not None
+    assert named[1] == MODEL_NAME
