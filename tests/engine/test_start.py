@@ -109,3 +109,16 @@ def test_engine_that_cannot_start_ends_with_its_cause(
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("vllm-sae: error: ValueError: No available memory for the cache blocks")
+
+
+def test_place_that_the_model_lacks_ends_with_code_2_and_one_line(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # Only the worker, which has the model, can tell.
+    sae = make_tiny_sae(tmp_path / "sae", hook_kind="hook_resid_mid")
+    done = run("serve", str(tiny_model("cohere")), "--sae", f"a={sae}", *TINY, "--port", "0")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "vllm-sae: error: blocks.1.hook_resid_mid: CohereDecoderLayer: attention and MLP read the "
+        "same stream; there is none between them"
+    )
