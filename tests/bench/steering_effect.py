@@ -35,11 +35,11 @@ from sae.discovery import contrast, pooled, strongest
 from sae.features import FeatureTable
 from sae.training.labels import Label, read_labels
 from tests.bench.cases import D_SAE
+from tests.bench.chat_answers import REPETITION_PENALTY
 from tests.bench.demo_engine import SAE
 from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.steering_answers import (
     DTYPE,
-    REPETITION_PENALTY,
     SAE_NAME,
     Answer,
     Bench,
