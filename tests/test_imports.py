@@ -73,10 +73,12 @@ SERVER_FILES_ON_VLLM = {
     "protocol.py",
     "rendering.py",
     "routes/generate.py",
+    "routes/studies.py",
     "self_check.py",
     "start/arguments.py",
     "start/cpu_memory.py",
     "start/engine.py",
+    "study_stream.py",
 }
 
 

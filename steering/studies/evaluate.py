@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from sae.numbers import finite
-from steering.errors import SteeringError
 from steering.studies.cases import Case, Configuration, cases_of, charge, configurations_of
 from steering.studies.comparison import Comparison, Side
 from steering.studies.evaluate_body import DEFAULT_MAX_TOKENS, DEFAULT_TOP_K, Body
@@ -34,7 +33,7 @@ async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
     ]
     _expect(context, cases, configurations)
     cases = await _answered(context, cases, configurations, max_tokens, found)
-    names = tuple(name for name, _ in saes)
+    names = tuple(dict.fromkeys(name for name, _ in saes))
     noise = await _compare(context, cases, configurations, names, found)
     decode = context.vocabulary.decode if asked.detail else None
     return {
@@ -54,17 +53,12 @@ async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
 
 async def _saes(context: Context, body: Body) -> list[tuple[str, int]]:
     """Names of the SAEs at which texts are read, and how many features of each are told."""
-    found: dict[str, int] = {}
+    found = []
     for i, one in enumerate(body.features or ()):
-        path = f"features[{i}]"
-        name = context.sae(one.sae, path)
-        if name in found:
-            raise SteeringError(
-                "invalid_value", f"SAE {name!r} is listed twice: once is enough", f"{path}.sae"
-            )
-        await context.catalog.prepare_whole(name, f"{path}.sae")
-        found[name] = one.top_k or DEFAULT_TOP_K
-    return list(found.items())
+        name = context.sae(one.sae, f"features[{i}]")
+        await context.catalog.prepare_whole(name, f"features[{i}].sae")
+        found.append((name, one.top_k or DEFAULT_TOP_K))
+    return found
 
 
 def _expect(

@@ -43,6 +43,9 @@ class FeaturesBody(Shape):
     )
 
 
+#: Entries of `features`: each is answered of every configuration.
+MAX_FEATURES: Final = 64
+
 _Configurations = Annotated[
     list[ConfigurationBody], Strict(), Field(min_length=1, max_length=MAX_CONFIGURATIONS)
 ]
@@ -60,8 +63,11 @@ class Body(StudyBody):
         description="Of an answer, which each configuration gives to a text without completion "
         f"(default {DEFAULT_MAX_TOKENS}).",
     )
-    features: Annotated[list[FeaturesBody], Strict()] | None = Field(
-        default=None, description="SAEs at which the same texts are read, unsteered and steered."
+    features: Annotated[list[FeaturesBody], Strict(), Field(max_length=MAX_FEATURES)] | None = (
+        Field(
+            default=None,
+            description="SAEs at which the same texts are read, unsteered and steered.",
+        )
     )
     interactions: StrictBool | None = Field(
         default=None, description="Whether each edit is tried alone as well."
