@@ -43,7 +43,7 @@ def test_without_a_gpu_one_line_says_so_and_nothing_is_run(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_rehearsal_leaves_one_json_one_page_and_clear_last_lines(tmp_path: Path) -> None:
     done = command(
