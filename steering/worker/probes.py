@@ -33,7 +33,7 @@ def strongest(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
         are zeros.
     """
     if f.device.type != "cpu":
-        return _strongest_in_one(f, k)
+        return strongest_in_one(f, k)
     values, latents = f.topk(min(k + 1, f.shape[1]), dim=1)  # one more: what the last may tie with
     is_nan = values[:, 0].isnan()  # the largest of all to `topk`, and no activation
     ties = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
@@ -41,11 +41,11 @@ def strongest(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values = torch.where(values > 0, values, 0.0)
     odd = (ties.any(dim=1) | is_nan).nonzero()[:, 0]
     if len(odd):
-        latents[odd], values[odd] = _strongest_in_one(f[odd], k)
+        latents[odd], values[odd] = strongest_in_one(f[odd], k)
     return latents, values
 
 
-def _strongest_in_one(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def strongest_in_one(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`strongest`, of value and index ranked as one number: the device is asked nothing."""
     d_sae = f.shape[1]
     # The bits of floats that are not negative are ordered as they are.
