@@ -46,20 +46,10 @@ class _Pull:
         """The edit that pulls that way on every token, with a strength to be calibrated.
 
         One that changes the feature only where it fires would cost nothing on texts where it does
-        not, so that no budget would bound it. Less of a feature is a clamp below zero: it takes
-        away all of one that stands high, where a constant that is added takes away a part.
+        not, so that no budget would bound it.
         """
-        op = "add" if self.more else "clamp"
         value = self.activation if self.more else -self.activation
-        return {"sae": sae, "feature": self.feature, "op": op, "value": value}
-
-
-def weaker(intervention: Intervention) -> Intervention | None:
-    """The same pull with nothing that it costs at least: None if it is that already.
-
-    A clamp of any strength takes away all of a feature, which may cost more than the budget.
-    """
-    return {**intervention, "op": "add"} if intervention["op"] == "clamp" else None
+        return {"sae": sae, "feature": self.feature, "op": "add", "value": value}
 
 
 async def candidates(

@@ -22,7 +22,7 @@ from steering.request.shape import Number
 from steering.studies.body import StudyBody
 from steering.studies.budget_search import MAX_TRIES as ALL_TRIES
 from steering.studies.calibrate import DEFAULT_BUDGET, BudgetBody
-from steering.studies.candidates import NUM_ATTRIBUTED, Intervention, candidates, weaker
+from steering.studies.candidates import NUM_ATTRIBUTED, Intervention, candidates
 from steering.studies.contrast import texts_to_read
 from steering.studies.edit_search import MAX_FITS, MAX_TRIES, WEAKER, EditSearch, Priced
 from steering.studies.halves import Half, log_odds
@@ -144,8 +144,7 @@ class _Plan:
         weaker = (len(WEAKER) + 1) * neutral + len(WEAKER) * fit
         reads = (3 + self.attributed) * fit
         more = (self.max_edits - 1) * rounds(self.following)
-        # An edit beyond the budget is tried as a weaker kind as well.
-        return reads + 2 * rounds(self.first) + more + last + weaker + 2 * self.held_out.length
+        return reads + rounds(self.first) + more + last + weaker + 2 * self.held_out.length
 
 
 async def suggest(context: Context, asked: Body) -> dict[str, Any]:
@@ -173,7 +172,7 @@ async def _chosen(
 ) -> tuple[Priced | None, list[Priced]]:
     """The best edit on the half that is fitted on, None if none gains; and all that were tried."""
     search = EditSearch(context, plan.fit, plan.sample, plan.budget)
-    alone = await _alone(search, found)
+    alone = [one for one in await search.price([[one] for one in found]) if one is not None]
     alone.sort(key=lambda one: -one.odds)
     tried = list(alone)
     best = alone[0] if alone and alone[0].odds > before else None
@@ -196,18 +195,6 @@ async def _chosen(
     exact = await search.weaker(exact)
     tried.append(exact)
     return (exact if exact.odds > before else None), tried
-
-
-async def _alone(search: EditSearch, found: Sequence[Intervention]) -> list[Priced]:
-    """Each edit by itself; in the place of one that is beyond the budget, a weaker kind of it."""
-    priced = await search.price([[one] for one in found])
-    instead = [
-        milder
-        for one, its in zip(found, priced, strict=True)
-        if its is None and (milder := weaker(one)) is not None
-    ]
-    priced += await search.price([[one] for one in instead])
-    return [one for one in priced if one is not None]
 
 
 def _edits(priced: Priced) -> list[Intervention]:
