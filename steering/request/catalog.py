@@ -18,6 +18,7 @@ from steering.config import LEAST_MAX_READ_VALUES, SteeringConfig
 from steering.errors import SteeringError
 from steering.request.condition_rules import refuse_across_stages
 from steering.request.engine_limits import EngineLimits
+from steering.request.facts import unknown_sae
 from steering.request.loaded_sae import LoadedSAE
 from steering.request.parse import parse_spec
 from steering.request.spec import SteeringSpec
@@ -318,8 +319,7 @@ class Catalog:
 
     def _get(self, name: str) -> LoadedSAE:
         if name not in self._loaded:
-            loaded = ", ".join(self._loaded) or "none"
-            raise SteeringError("unknown_sae", f"no SAE {name[:80]!r} is loaded, only: {loaded}")
+            raise unknown_sae(name, self._loaded)
         return self._loaded[name]
 
 

@@ -133,7 +133,7 @@ def _stop(raw: StopShape, path: str, saes: SAEs) -> Condition:
 def _made(
     raw: ConditionShape | StopShape, sense: str, bound: float, scope: str, path: str, saes: SAEs
 ) -> Condition:
-    name = named_sae(raw.sae, path, saes)
+    name = named_sae(raw.sae, f"{path}.sae", saes)
     feature = named_feature(raw.feature, path, saes[name])
     threshold = raw_value(bound, raw.unit, name, feature, path, sense, saes)
     return Condition(name, feature, sense, float32(threshold) + 0.0, scope)

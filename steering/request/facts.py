@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from steering.errors import SteeringError
@@ -48,26 +48,33 @@ class SAEFacts(Protocol):
 SAEs = Mapping[str, SAEFacts]
 
 
-def named_sae(name: str | None, path: str, saes: SAEs) -> str:
+def unknown_sae(name: str, loaded: Iterable[str], param: str | None = None) -> SteeringError:
+    """The refusal of a name that no loaded SAE has, at its own path, if it has one."""
+    there = ", ".join(loaded) or "none"
+    return SteeringError("unknown_sae", f"no SAE {shown(name)} is loaded, only {there}", param)
+
+
+def named_sae(name: str | None, param: str, loaded: Collection[str]) -> str:
     """The SAE that a request means; the only one if it names none.
+
+    Args:
+        name: as it came.
+        param: the path of the name.
+        loaded: the names that there are.
 
     Raises:
         SteeringError: ``unknown_sae``, or ``sae_required`` if several are loaded.
     """
     if name is None:
-        if len(saes) > 1:
+        if len(loaded) > 1:
             raise SteeringError(
                 "sae_required",
-                f"{len(saes)} SAEs are loaded, name one: {', '.join(saes)}",
-                f"{path}.sae",
+                f"{len(loaded)} SAEs are loaded, name one: {', '.join(loaded)}",
+                param,
             )
-        return next(iter(saes))
-    if name not in saes:
-        raise SteeringError(
-            "unknown_sae",
-            f"no SAE {shown(name)} is loaded, only {', '.join(saes)}",
-            f"{path}.sae",
-        )
+        return next(iter(loaded))
+    if name not in loaded:
+        raise unknown_sae(name, loaded, param)
     return name
 
 

@@ -92,7 +92,7 @@ def _edits(
 def _edit(
     raw: InterventionShape, path: str, positions: Positions, when: When | None, saes: SAEs
 ) -> Edit:
-    name = named_sae(raw.sae, path, saes)
+    name = named_sae(raw.sae, f"{path}.sae", saes)
     feature = named_feature(raw.feature, path, saes[name])
     value = _value(raw, path)
     if raw.unit == "max_act" and raw.op == "scale":
@@ -144,7 +144,7 @@ def _read(raw: ReadShape | None, saes: SAEs) -> Read | None:
     if raw is None:
         return None
     return Read(
-        sae=named_sae(raw.sae, "steering.read", saes),
+        sae=named_sae(raw.sae, "steering.read.sae", saes),
         top_k=DEFAULT_TOP_K if raw.top_k is None else raw.top_k,
         stream=bool(raw.stream),
     )

@@ -47,7 +47,7 @@ def parse_protect(
     found: dict[tuple[str, int], None] = {}
     for i, item in enumerate(raw):
         path = f"steering.protect[{i}]"
-        name = named_sae(item.sae, path, saes)
+        name = named_sae(item.sae, f"{path}.sae", saes)
         feature = named_feature(item.feature, path, saes[name])
         if all(edit.sae != name for edit in edits):
             raise SteeringError(

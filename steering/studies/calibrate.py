@@ -25,6 +25,7 @@ from steering.studies.budget_search import (
     BudgetSearch,
 )
 from steering.studies.comparison import Side
+from steering.studies.kept_runs import Held
 from steering.studies.neutral import texts_of_budget
 from steering.studies.scoring import Baseline
 from steering.studies.study import Context
@@ -118,12 +119,12 @@ async def calibrate(context: Context, asked: Body) -> dict[str, Any]:
         value = asked.budget.value or value
     search = BudgetSearch(value, _POWER[metric], lowest, highest)
     curve: dict[float, Cost] = {}
-    async with baseline:
+    async with Held(context.reader) as held:
         while (multiplier := search.next()) is not None:
             context.progress.expect(len(texts))
             edit = scaled(asked.steering, multiplier)
             tried = await context.accept(edit, "steering", report=True)
-            curve[multiplier] = await _cost(context, baseline, tried)
+            curve[multiplier] = await _cost(context, baseline, tried, held)
             search.put(multiplier, getattr(curve[multiplier], metric))
     points = [_point(multiplier, curve[multiplier]) for multiplier in sorted(curve)]
     if search.found is None:
@@ -183,10 +184,10 @@ def multipliers(accepted: Accepted) -> tuple[float, float]:
     return (LOWEST, highest) if changes else (1.0, 1.0)
 
 
-async def _cost(context: Context, baseline: Baseline, accepted: Accepted) -> Cost:
+async def _cost(context: Context, baseline: Baseline, accepted: Accepted, held: Held) -> Cost:
     """What an edit, with a report, costs; each text is a step of the study's progress."""
     kl, rise, reports = [], [], []
-    async with aclosing(baseline.compare(accepted)) as compared:
+    async with aclosing(baseline.compare(accepted, held)) as compared:
         async for _, figures in compared:
             kl.append(figures.kl)
             rise.append(figures.unsteered - figures.steered)

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 
@@ -236,8 +235,8 @@ class Scorer:
 class Baseline:
     """Unsteered texts that stay in the workers while edit after edit is compared with them.
 
-    An async context manager; left in any way, the workers forget them. Within it a study enters no
-    other `Held`. Texts beyond `MAX_HELD_ROWS` rows in all do not stay: they run each time.
+    They stay for as long as the `Held` of `compare` does, within which a study enters no other.
+    Texts beyond `MAX_HELD_ROWS` rows in all do not stay: they run each time.
 
     Args:
         reader: what runs texts, and asks the workers.
@@ -246,7 +245,6 @@ class Baseline:
 
     def __init__(self, reader: Reader, sides: Sequence[Side]) -> None:
         self._scorer = Scorer(reader)
-        self._held = Held(reader)
         self._sides = list(sides)
         rows = np.cumsum([len(side.scored) for side in self._sides])
         self._stay: list[bool] = (rows <= MAX_HELD_ROWS).tolist()
@@ -259,8 +257,14 @@ class Baseline:
             for side, stays in zip(self._sides, self._stay, strict=True)
         )
 
-    async def compare(self, accepted: Accepted) -> AsyncGenerator[tuple[int, Figures], None]:
+    async def compare(
+        self, accepted: Accepted, held: Held
+    ) -> AsyncGenerator[tuple[int, Figures], None]:
         """Compare every text with an edit of it; see `Scorer.compare_all`.
+
+        Args:
+            accepted: the edit.
+            held: what the workers keep, the same for all edits.
 
         Yields:
             The place of a text and its figures, as they are known, in no order.
@@ -271,22 +275,10 @@ class Baseline:
             engine = self._scorer.next_engine() if known is None else known.engine
             comparison = Comparison(side, [(replace(side, accepted=accepted), ())])
             made.append(Pending(place, comparison, engine, known, stays=self._stay[place]))
-        async with aclosing(self._scorer.compare_pending(made, self._held)) as found:
+        async with aclosing(self._scorer.compare_pending(made, held)) as found:
             async for place, _, figures in found:
                 yield place, figures
         self._known = {one.place: one.unsteered for one in made if one.stays}
-
-    async def __aenter__(self) -> Self:
-        await self._held.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._held.__aexit__(kind, error, trace)
 
 
 async def _batches(finished: AsyncIterator[KeptRun], expected: int) -> AsyncIterator[list[KeptRun]]:

@@ -7,9 +7,10 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from steering.errors import ErrorCode, SteeringError
+from steering.errors import SteeringError
 from steering.request.accepted import Accepted
 from steering.request.catalog import Catalog
+from steering.request.facts import named_sae
 from steering.request.limits import MAX_INTERVENTIONS
 from steering.request.shape_errors import shown
 from steering.request.spec import nothing_loaded
@@ -182,15 +183,7 @@ class Context:
         Raises:
             SteeringError: ``unknown_sae``, or ``sae_required`` if several are loaded.
         """
-        loaded = self.catalog.names
-        if name is None and len(loaded) == 1:
-            return loaded[0]
-        if name not in loaded:
-            code: ErrorCode = "sae_required" if name is None else "unknown_sae"
-            said = "name one" if name is None else f"no SAE {shown(name)} is loaded"
-            where = within(path, "sae")
-            raise SteeringError(code, f"{said}; there are {', '.join(loaded)}", where)
-        return name
+        return named_sae(name, within(path, "sae"), self.catalog.names)
 
     def features(self, sae: str, listed: Sequence[int], path: str) -> dict[int, str]:
         """The distinct features that a list of the body names, and where in it each stands first.

@@ -16,6 +16,7 @@ from torch import Tensor
 from steering.studies import scoring
 from steering.studies.comparison import Comparison, Side
 from steering.studies.figures import Figures
+from steering.studies.kept_runs import Held
 from steering.studies.scoring import Baseline
 from steering.vllm.reader import Finished, Run
 from tests.engine.outputs import tokens
@@ -169,9 +170,9 @@ def test_unsteered_text_that_stays_runs_once_for_edits_compared_one_after_anothe
 
     async def run() -> list[dict[int, Figures]]:
         found = []
-        async with baseline:
+        async with Held(scored.reader) as held:
             for edit in edits:
-                async with aclosing(baseline.compare(edit)) as compared:
+                async with aclosing(baseline.compare(edit, held)) as compared:
                     found.append({place: figures async for place, figures in compared})
                 assert scored.held == (1 if held_rows == 35 else 2)
         return found

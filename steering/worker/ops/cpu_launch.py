@@ -3,7 +3,7 @@
 Between two hook points a layer's weights go through the caches, so that whatever a call touches
 comes from memory: some twenty arrays, each an object of several cache lines that Numba takes apart
 anew, cost more than eight edits of 32 tokens. So what stays where it is is put down once, in the
-form that compiled code has it in, and a call brings eight integers.
+form that compiled code has it in, and a call brings seven integers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Kernels: TypeAlias = dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]
 
 #: NumPy has no name for bfloat16, hence its bits.
 _STORED: Final = {torch.float32: np.float32, torch.bfloat16: np.uint16}
-#: Of an array as compiled code has it: some pointers and sizes, and two for each dimension.
-_MOST_BYTES: Final = 128
+_MOST_DIMENSIONS: Final = 5
+#: Of an array as compiled code has it: five pointers and sizes, and two for each dimension.
+_MOST_BYTES: Final = 8 * (5 + 2 * _MOST_DIMENSIONS)
 _ENTRY: Final = types.void(*(types.int64,) * 7)
 
 
@@ -113,6 +114,7 @@ def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:
         kernels: by dtype of the hidden states and of the residual.
         arrays: what it takes behind the stream; none of it moves.
     """
+    assert all(np.ndim(array) <= _MOST_DIMENSIONS for array in arrays)
     kept = numba.typeof(arrays)
     room = np.zeros(len(arrays) * _MOST_BYTES, dtype=np.uint8)
     address = room.ctypes.data
@@ -126,6 +128,7 @@ def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:
         found[hidden_dtype, residual_dtype] = _entries[kernel, kept]
         return _entries[kernel, kept]
 
+    # What the address leads to is held for as long as the launch is.
     def launch(hidden_states: Tensor, residual: Tensor | None, held: Any = (arrays, room)) -> None:
         num_tokens, d_in = hidden_states.shape
         if not num_tokens:
