@@ -27,8 +27,7 @@ class ReportedTokens:
     def __init__(self, num_slots: int, f: Tensor, share: Tensor) -> None:
         self._f, self._share = f, share
         self._record_np = np.full(num_slots, _NOBODY, dtype=np.int64)
-        self._width_np = np.zeros(num_slots, dtype=np.int64)
-        self._reporting: set[int] = set()
+        self._width: dict[int, int] = {}  # edits of each slot that reports some
         # Slots by token of the last pass, with what was worked out for them.
         self._laid_out: tuple[IntArray, Tensor, IntArray, int] | None = None
 
@@ -36,15 +35,16 @@ class ReportedTokens:
         """Rewrite a slot; None if it does not report."""
         self._laid_out = None
         self._record_np[slot] = _NOBODY if record is None else record.number
-        self._width_np[slot] = 0 if record is None else len(record.plan.edits)
-        if self._width_np[slot]:
-            self._reporting.add(slot)
-        else:
-            self._reporting.discard(slot)
+        self._width.pop(slot, None)
+        if record is not None and record.plan.edits:
+            self._width[slot] = len(record.plan.edits)
 
     def collect(self, step: Step, reports: PassReports) -> None:
         """After a pass: start copying what was found on its tokens."""
-        if not self._reporting or not self._width_np[step.slots_np].any():
+        if not self._width:
+            return
+        widths = [self._width.get(int(slot), 0) for slot in step.slots_np]
+        if not any(widths):
             return
         if self._laid_out is None or self._laid_out[0] is not step.token_slot_np:
             of_token = self._record_np[step.token_slot_np]  # NO_SLOT takes the last slot's
@@ -53,7 +53,7 @@ class ReportedTokens:
                 step.token_slot_np,
                 to_device(torch.from_numpy(token_np), self._f.device),
                 of_token[token_np],
-                int(self._width_np[step.slots_np].max()),
+                max(widths),
             )
         _, index, record_np, width = self._laid_out
         reports.copy(

@@ -63,7 +63,6 @@ class GatedSlots:
 
     def __init__(self, num_slots: int, device: torch.device | str) -> None:
         self._device = torch.device(device)
-        self._gated_np = np.zeros(num_slots, dtype=np.bool_)
         self._gated: set[int] = set()
         self._stop_np = np.zeros((num_slots, MAX_GATES), dtype=np.bool_)
         self._req_id: dict[int, str] = {}
@@ -76,7 +75,6 @@ class GatedSlots:
     def write(self, slot: int, req_id: str, gates: Sequence[PlannedGate]) -> None:
         """Rewrite a slot; no gates empty it."""
         self._laid_out = None
-        self._gated_np[slot] = bool(gates)
         if gates:
             self._gated.add(slot)
         else:
@@ -88,9 +86,7 @@ class GatedSlots:
 
     def begin(self, step: Step, state: GateState) -> None:
         """A pass is laid out: have what it finds anew forgotten."""
-        self.in_pass = (
-            step.active and bool(self._gated) and bool(self._gated_np[step.slots_np].any())
-        )
+        self.in_pass = step.active and bool(self._gated) and bool(self._of(step).any())
         self._stopping = None
         if not self.in_pass:
             return
@@ -104,11 +100,14 @@ class GatedSlots:
                     self._batch(step, stops_np, step.last_token_np),
                     to_device(torch.from_numpy(self._stop_np[slots_np]), self._device),
                 )
-            gated_np: BoolArray = self._gated_np[step.slots_np]
-            gated = self._batch(step, gated_np, step.first_token_np)
+            gated = self._batch(step, self._of(step), step.first_token_np)
             self._laid_out = step.token_slot_np, gated, stopping
         _, gated, self._stopping = self._laid_out
         state.begin(gated.slots, gated.token, step.positions, step.num_tokens)
+
+    def _of(self, step: Step) -> BoolArray:
+        """Which of the slots of a pass have conditions."""
+        return np.array([int(slot) in self._gated for slot in step.slots_np], dtype=np.bool_)
 
     def stops(self, positions: Tensor, state: GateState, f: Tensor) -> Stops | None:
         """As `SteeringState.stops`.
