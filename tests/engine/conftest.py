@@ -35,6 +35,32 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return folder
 
 
+@pytest.fixture(scope="module")
+def shared_engine(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MakeEngine]:
+    """Engines on tiny models, one for each configuration that the module's tests ask for.
+
+    They are handed out idle and with an empty prefix cache. None ends before the module does: an
+    engine that ends takes what the others in this process need along.
+    """
+    engines: dict[str, Engine] = {}
+
+    def get(family: str = "llama", saes: Any = ({},), **arguments: Any) -> Engine:
+        key = repr((family, saes, sorted(arguments.items())))
+        if key not in engines:
+            folder = tmp_path_factory.mktemp("saes")
+            engines[key] = tiny_engine(tiny_model(family), folder, saes, **arguments)
+        assert engines[key].llm.reset_prefix_cache(), "an earlier test left requests"
+        return engines[key]
+
+    yield get
+    for engine in engines.values():
+        engine.shut_down()
+    engines.clear()
+    gc.collect()
+
+
 @pytest.fixture
 def make_engine(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[MakeEngine]:
     """Start engines on tiny models; they end with the test."""

@@ -112,6 +112,7 @@ def tiny_engine(
     folder: Path,
     saes: Sequence[Mapping[str, Any]] = ({},),
     *,
+    special_token_ids: Sequence[int] | None = SPECIAL_TOKEN_IDS,
     sink_norm: float | None = None,
     max_rows: int = 4096,
     **arguments: Any,
@@ -126,7 +127,7 @@ def tiny_engine(
         paths,
         d_model=D_MODEL,
         num_layers=NUM_LAYERS,
-        special_token_ids=SPECIAL_TOKEN_IDS,
+        special_token_ids=special_token_ids,
         sink_norm=sink_norm,
         max_rows=max_rows,
         **arguments,
@@ -139,12 +140,15 @@ def start(
     *,
     d_model: int,
     num_layers: int,
-    special_token_ids: Sequence[int],
+    special_token_ids: Sequence[int] | None,
     sink_norm: float | None = None,
     max_rows: int = 4096,
     **arguments: Any,
 ) -> Engine:
-    """Start vLLM on ``model``; without SAEs it is plain vLLM."""
+    """Start vLLM on ``model``; without SAEs it is plain vLLM.
+
+    ``special_token_ids`` None: the tokenizer's.
+    """
     from vllm import LLM
 
     steering: dict[str, Any] = {}
@@ -153,8 +157,9 @@ def start(
             ResolvedSAE(name, str(path), path=str(path), sink_norm=sink_norm)
             for name, path in saes.items()
         )
+        special = None if special_token_ids is None else tuple(special_token_ids)
         steering = engine_arguments(
-            SteeringConfig(references, d_model, num_layers, tuple(special_token_ids), max_rows)
+            SteeringConfig(references, d_model, num_layers, special, max_rows)
         )
     defaults = {
         "dtype": "float32",
