@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +16,16 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-from tests.engine.engine import Engine, tiny_engine
+from tests.engine.engine import Engine, settle, tiny_engine
 from tests.models import make_tiny_model
 
 MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heap_at_rest() -> None:
+    """Engines start beside what is settled."""
+    settle()
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +62,6 @@ def shared_engine(
     yield get
     for engine in engines.values():
         engine.shut_down()
-    engines.clear()
-    gc.collect()
 
 
 @pytest.fixture
@@ -74,5 +77,3 @@ def make_engine(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[M
     yield make
     for engine in engines:
         engine.shut_down()
-    engines.clear()
-    gc.collect()
