@@ -32,9 +32,9 @@ from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from tests.models import make_tiny_model, make_tiny_sae
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_tiny_model(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
