@@ -1,8 +1,9 @@
 """Compile the Triton kernel without a GPU and read what ptxas made of it.
 
-``python -m tests.bench.aot [out.json]`` prints a table for sm_80, sm_90 and sm_100 over widths and
-dtypes: registers, spills, shared memory, occupancy, and bytes in flight. Needs only the Triton
-package, which brings ptxas and cuobjdump along.
+``python -m tests.bench.aot [out.json]`` prints a table over architectures (``--archs``, all of
+sm_80, sm_90 and sm_100 unless told), widths (``--widths``) and dtypes: registers, spills, shared
+memory, occupancy, and bytes in flight. Needs only the Triton package, which brings ptxas and
+cuobjdump along.
 """
 
 from __future__ import annotations
@@ -241,12 +242,14 @@ def main() -> None:
     """Compile, print, and write the JSON file if one is named."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernel without a GPU")
     parser.add_argument("out", nargs="?", type=Path, help="JSON file to write")
-    out = parser.parse_args().out
-    kernels = compile_all(ARCHS, WIDTHS)
+    parser.add_argument("--archs", nargs="+", type=int, default=ARCHS)
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
+    args = parser.parse_args()
+    kernels = compile_all(args.archs, args.widths)
     print("\n".join(f"{name} {version}" for name, version in versions().items()))
     print("\n".join(table(kernels)))
-    if out is not None:
-        out.write_text(
+    if args.out is not None:
+        args.out.write_text(
             json.dumps({"versions": versions(), "kernels": [asdict(k) for k in kernels]}, indent=1)
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +16,16 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-from tests.engine.engine import Engine, tiny_engine
+from tests.engine.engine import Engine, settle, tiny_engine
 from tests.models import make_tiny_model
 
 MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heap_at_rest() -> None:
+    """Engines start beside what is settled."""
+    settle()
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +38,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return path if path.exists() else make_tiny_model(path, family)
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def shared_engine(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MakeEngine]:
+    """Engines on tiny models, one for each configuration that the module's tests ask for.
+
+    They are handed out idle and with an empty prefix cache. None ends before the module does: an
+    engine that ends takes what the others in this process need along.
+    """
+    engines: dict[str, Engine] = {}
+
+    def get(family: str = "llama", saes: Any = ({},), **arguments: Any) -> Engine:
+        key = repr((family, saes, sorted(arguments.items())))
+        if key not in engines:
+            folder = tmp_path_factory.mktemp("saes")
+            engines[key] = tiny_engine(tiny_model(family), folder, saes, **arguments)
+        assert engines[key].llm.reset_prefix_cache(), "an earlier test left requests"
+        return engines[key]
+
+    yield get
+    for engine in engines.values():
+        engine.shut_down()
 
 
 @pytest.fixture
@@ -48,5 +77,3 @@ def make_engine(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[M
     yield make
     for engine in engines:
         engine.shut_down()
-    engines.clear()
-    gc.collect()

@@ -61,8 +61,16 @@ class ClassSource:
         self, source: Source, layer: LayerClass, flags: Mapping[str, bool] | None = None
     ) -> None:
         self._source = source
+        self._layer = layer
         self._flags = flags or {}
         self._line = source.line(layer.module, layer.name)
+        self._norms: dict[str, str | None] = {}
+
+    def taking(self, flags: Mapping[str, bool]) -> ClassSource:
+        """The same class with these flags."""
+        other = ClassSource(self._source, self._layer, flags)
+        other._norms = self._norms
+        return other
 
     def method(self, name: str) -> ast.FunctionDef | None:
         """A method, its own or inherited."""
@@ -94,6 +102,12 @@ class ClassSource:
         return None
 
     def _norm(self, name: str) -> str | None:
+        # Asked again for every hook point and way through the forward, and long to find.
+        if name not in self._norms:
+            self._norms[name] = self._find_norm(name)
+        return self._norms[name]
+
+    def _find_norm(self, name: str) -> str | None:
         for module, cls in self._line:
             for node in ast.walk(cls):
                 if isinstance(node, ast.Assign) and any(

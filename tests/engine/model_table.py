@@ -81,12 +81,12 @@ def table() -> dict[str, dict[str, str]]:
     for (origin, layer), names in users.items():
         source = vllm if origin == "vllm" else transformers
         title = f"{layer.name} ({origin} {layer.module.split('models.')[-1]}): {', '.join(names)}"
-        rows[title] = {kind: _verdict(source, layer, kind) for kind in KINDS}
+        subject = ClassSource(source, layer)
+        rows[title] = {kind: _verdict(subject, layer, kind) for kind in KINDS}
     return rows
 
 
-def _verdict(source: Source, layer: LayerClass, kind: str) -> str:
-    subject = ClassSource(source, layer)
+def _verdict(subject: ClassSource, layer: LayerClass, kind: str) -> str:
     # The second layer, so that what is said of the first alone does not count.
     whole = _place(subject, layer, kind)
     if not whole.startswith("refused"):
@@ -97,7 +97,7 @@ def _verdict(source: Source, layer: LayerClass, kind: str) -> str:
     verdicts = set()
     for choice in range(2 ** len(flags)):
         fixed = {flag: bool(choice >> i & 1) for i, flag in enumerate(flags)}
-        verdicts.add(_place(ClassSource(source, layer, fixed), layer, kind))
+        verdicts.add(_place(subject.taking(fixed), layer, kind))
     served = sorted(verdict for verdict in verdicts if not verdict.startswith("refused"))
     refused = sorted(verdict for verdict in verdicts if verdict.startswith("refused"))
     if not served:

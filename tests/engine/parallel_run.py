@@ -1,7 +1,7 @@
-"""Generates with one, or several, worker processes and prints what came out as one JSON line.
+"""What is answered with one, or several, worker processes.
 
-Run as a script by the tests of tensor and pipeline parallelism: worker processes import the
-main module, so it cannot be a test file.
+Several are run as a script by the tests of tensor and pipeline parallelism, which prints one JSON
+line: worker processes import the main module, so it cannot be a test file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
@@ -29,10 +30,15 @@ WIDTH_OF_HEADS: Final = 128
 
 def main() -> None:
     """Arguments: model folder, scratch folder, JSON of extra engine arguments."""
+    answers = run(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    print("RESULT " + json.dumps(answers), flush=True)
+
+
+def run(model: Path, folder: Path, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What an engine of these arguments answers to generations, a score and a read."""
     from tests.engine.engine import tiny_engine
     from tests.engine.outputs import GENERATION_ONLY, OTHER, STRONG, reporting, tokens
 
-    model, folder, arguments = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     heads = {"layer": 3, "hook_kind": "attn.hook_z", "d_in": WIDTH_OF_HEADS, "seed": 2}
     saes = (
         {"layer": 0},
@@ -71,7 +77,7 @@ def main() -> None:
     }
     fields = [None, both, *map(reporting, named), of_heads, reconstructed]
     made = engine.generate([tokens(700 + i, 12 + 9 * i) for i in range(len(fields))], fields)
-    result = [
+    result: list[dict[str, Any]] = [
         {
             "tokens": m.tokens,
             "logprobs": m.logprobs,
@@ -86,8 +92,8 @@ def main() -> None:
         {"tokens": scored.top_steered.tolist(), "logprobs": _columns(scored), "steering": None}
     )
     result.append(read_on(engine, tokens(702, 30), tokens(703, 20)[1:], both))
-    print("RESULT " + json.dumps(result), flush=True)
     engine.shut_down()
+    return result
 
 
 def scored_on(engine: Any, prompt: list[int], text: list[int], field: dict[str, Any]) -> Figures:

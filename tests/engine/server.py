@@ -203,7 +203,7 @@ def wait_until_ready(server: LiveServer) -> None:
         with contextlib.suppress(httpx.TransportError):
             if server.client.get("/health").is_success:
                 return
-        time.sleep(0.5)
+        time.sleep(0.1)
     pytest.fail(f"the server did not start:\n{server.last_log_lines()}", pytrace=False)
 
 

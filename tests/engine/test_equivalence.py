@@ -20,6 +20,7 @@ from tests.engine.reference import ReferenceModel, ReferenceSAE
 
 SPECS_A_CASE = 130
 LEAST_SPECS = 100
+SPECS_SHOWN_TO_ACT = 24
 
 # Family, the SAEs it is served with, and more arguments.
 CASES: dict[str, tuple[str, tuple[dict[str, Any], ...], dict[str, Any]]] = {
@@ -107,6 +108,8 @@ def test_steered_log_probabilities_agree_with_transformers_and_hooks(
         assert found < TOLERANCE, (found, field)
         worst = max(worst, found)
         compared += 1
+        if compared > SPECS_SHOWN_TO_ACT:
+            continue
         clean = reference.logprobs(made.prompt, made.tokens, saes, None)
         changes = [
             abs(float(clean[i, t]) - logprob)

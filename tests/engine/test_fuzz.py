@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -43,10 +44,15 @@ def catalog(live_server: LiveServer) -> Catalog:
     return Catalog.from_config(SteeringConfig(references, D_MODEL, NUM_LAYERS))
 
 
+@pytest.fixture(scope="module")
+def before(live_server: LiveServer) -> list[list[int]]:
+    """What an unsteered and a steered request are answered."""
+    return [live_server.tokens(PARIS, steering) for steering in (None, STEERED)]
+
+
 @pytest.fixture(autouse=True)
-def canary(live_server: LiveServer) -> Any:
-    """A steered and an unsteered request are answered as before, whatever came between."""
-    before = [live_server.tokens(PARIS, steering) for steering in (None, STEERED)]
+def canary(live_server: LiveServer, before: list[list[int]]) -> Iterator[None]:
+    """They are answered as before, whatever came between."""
     yield
     assert [live_server.tokens(PARIS, steering) for steering in (None, STEERED)] == before
 

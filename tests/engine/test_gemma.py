@@ -41,6 +41,7 @@ TOLERANCE: Final = 1e-3
 MARGIN: Final = 1e-4
 SPECS: Final = 48
 LEAST_SPECS: Final = 36
+SPECS_SHOWN_TO_ACT: Final = 12
 BLOCK: Final = 32  # tokens
 #: Six for every 32 tokens: layers share them in threes, and three of the 18 see the whole text.
 BLOCKS: Final = 150
@@ -152,7 +153,8 @@ def test_steered_log_probabilities_agree_with_transformers_and_hooks(
         assert found < TOLERANCE, (found, field)
         worst = max(worst, found)
         compared += 1
-        effect = max(effect, apart(served.expected(made, None, {}), made))
+        if compared <= SPECS_SHOWN_TO_ACT:
+            effect = max(effect, apart(served.expected(made, None, {}), made))
     assert compared >= LEAST_SPECS
     assert effect > 1.0, "the edits of this test do nothing"
     with capsys.disabled():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine import parallel_run
 from tests.engine.interpreted import INTERPRETER
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -38,9 +39,8 @@ def run(model: Path, folder: Path, arguments: dict[str, Any], **env: str) -> lis
 def alone(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """The same requests on one worker."""
-    folder = tmp_path_factory.mktemp("alone")
-    return run(tiny_model("llama"), folder, {}, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    """The same requests on one worker, in this process."""
+    return parallel_run.run(tiny_model("llama"), tmp_path_factory.mktemp("alone"), {})
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

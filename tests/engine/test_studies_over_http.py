@@ -96,7 +96,7 @@ def test_study_leaves_the_engine_with_its_client(live_server: LiveServer, stream
         assert b"steering.progress" in next(response.iter_bytes())
         response.close()
     else:
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), 5.0)
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), 2.0)
         with pytest.raises(httpx.ReadTimeout):
             live_server.client.send(request)
     deadline = time.monotonic() + PATIENCE

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sae.source import ResolvedSAE
-from steering.config import SteeringConfig
 from steering.vllm.door import catalog_for
-from steering.vllm.engine_arguments import engine_arguments
 from tests.engine.engine import SPECIAL_TOKEN_IDS, Engine
 from tests.engine.outputs import (
     GENERATION_ONLY,
@@ -30,9 +26,14 @@ from tests.engine.outputs import (
     same,
     tokens,
 )
-from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
 MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def make_engine(shared_engine: MakeEngine) -> MakeEngine:
+    """Engines by configuration, each with whatever the tests before have left in its slots."""
+    return shared_engine
 
 
 # Prefix cache
@@ -450,20 +451,9 @@ def test_an_invalid_request_is_refused_before_anything_runs(
     assert len(after.tokens) == 8
 
 
-def test_special_tokens_are_the_tokenizers_unless_they_are_named(
-    tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
-    from vllm import LLM
-
-    model, sae = tiny_model("llama"), make_tiny_sae(tmp_path / "sae")
-    reference = ResolvedSAE("a", str(sae), path=str(sae))
-    config = SteeringConfig((reference,), D_MODEL, NUM_LAYERS)
-    llm = LLM(str(model), enforce_eager=True, max_model_len=64, **engine_arguments(config))
-    engine = Engine(llm, model)
-    try:
-        [made] = engine.generate([[1, 9, 2, 9]], [reporting(STRONG)], max_tokens=1)
-    finally:
-        engine.shut_down()
+def test_special_tokens_are_the_tokenizers_unless_they_are_named(make_engine: MakeEngine) -> None:
+    engine = make_engine(special_token_ids=None)
+    [made] = engine.generate([[1, 9, 2, 9]], [reporting(STRONG)], max_tokens=1)
     assert edited(made) == 2
 
 

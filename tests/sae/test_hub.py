@@ -3,10 +3,8 @@ hub's client reads its environment when it is imported."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from sae.source import ResolvedSAE
 from tests.sae.fake_hub import COMMIT, FakeHub, serve
 from tests.sae.oracles import oracle
 from tests.sae.other_suites import LAYERS, write_circuit_tracer_clt
+from tests.sae.resolving import Resolving, resolving
 from tests.sae.suites import (
     HOOK,
     sae_lens_config,
@@ -33,19 +32,6 @@ from tests.sae.suites import (
     write_sparsify,
 )
 
-RESOLVE = """
-import json, sys
-from sae.errors import SAEError
-from sae.layers import resolve_all
-from sae.source import SAEReference
-for source in sys.argv[1:]:
-    try:
-        for ref in resolve_all(SAEReference.parse("l3=" + source)):
-            print(json.dumps(ref.to_dict()))
-    except SAEError as error:
-        print(json.dumps({"refused": str(error)}))
-"""
-
 
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
@@ -53,28 +39,27 @@ def hub() -> Iterator[FakeHub]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Resolving]:
+    with resolving() as running:
+        yield running
+
+
 @pytest.fixture
-def answers(hub: FakeHub, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+def answers(
+    processes: Resolving, hub: FakeHub, tmp_path: Path
+) -> Callable[..., list[dict[str, Any]]]:
     """Resolve sources in one process whose hub is the fake one: references, or refusals."""
 
-    def run(*sources: str, **environment: str) -> list[dict[str, Any]]:
+    def run(*sources: str, site: str = "", **environment: str) -> list[dict[str, Any]]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         settings = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
         }
-        done = subprocess.run(
-            [sys.executable, "-c", RESOLVE, *sources],
-            env=kept | settings | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        return processes.answers(sources, kept | settings | environment, [site] if site else [])
 
     return run
 
@@ -412,13 +397,12 @@ def test_factor_of_a_checkpoint_is_fetched(hub: FakeHub, suite: Path, resolve: R
 
 @pytest.fixture
 def registry(tmp_path: Path) -> dict[str, str]:
-    """An environment with a `sae_lens` whose import fails, and a registry in it."""
+    """Where a `sae_lens` lies whose import fails, and a registry in it."""
     package = tmp_path / "site" / "sae_lens"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('slow and not needed')")
     (package / "pretrained_saes.yaml").write_text(REGISTRY)
-    root = Path(__file__).parents[2]
-    return {"PYTHONPATH": os.pathsep.join((str(root), str(package.parent)))}
+    return {"site": str(package.parent)}
 
 
 def test_registry_names_the_repository_and_the_factor_to_fold(

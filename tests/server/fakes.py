@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -371,9 +372,14 @@ class FakeCollector:
         """Nothing is open."""
 
 
+@functools.cache
+def _parser() -> Any:
+    return make_arg_parser(FlexibleArgumentParser())
+
+
 def serve_args(*flags: str) -> Namespace:
     """vLLM's flags, parsed."""
-    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(["tiny", *flags])
+    args: Namespace = _parser().parse_args(["tiny", *flags])
     return args
 
 

@@ -32,9 +32,9 @@ from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from tests.models import make_tiny_model, make_tiny_sae
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_tiny_model(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -197,14 +197,16 @@ def test_refusal_is_one_line_with_exit_code_2() -> None:
     assert_refused(done, "/nonexistent: no such file or folder")
 
 
-@pytest.mark.slow
 def test_sae_of_another_width_is_refused_before_the_engine_starts(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide = make_tiny_sae(tmp_path / "wide", d_in=32)
-    done = run("serve", str(model), "--sae", f"a={wide}")
-    assert_refused(done, "d_in is 32", "hidden size is 64")
-    assert "EngineCore" not in done.stdout
+    monkeypatch.setattr("server.start.arguments.allow_ours", lambda *_: None)
+    monkeypatch.setattr(serving, "_run", lambda _: pytest.fail("the engine starts"))
+    assert main(["serve", str(model), "--sae", f"a={wide}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vllm-sae: error: ")
+    assert "d_in is 32" in line and "hidden size is 64" in line
 
 
 def test_layer_that_does_not_exist_is_refused(
