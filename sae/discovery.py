@@ -16,7 +16,7 @@ from sae.arrays import FloatArray, IntArray
 Float64Array = npt.NDArray[np.float64]
 
 POOLS: Final = ("mean", "max", "last")
-#: Activations that are ranked at a time: 2^22 float64 take 32 MiB, their order as much again.
+#: How many activations are ranked at a time: 2^22 float64 take 32 MiB, their order as much again.
 _RANKED_AT_ONCE: Final = 2**22
 
 
@@ -42,7 +42,15 @@ class Contrast:
 
 
 def pooled(f: FloatArray, pool: str) -> FloatArray:
-    """One value a feature of a text's activations ``[tokens, d_sae]``, of at least one token."""
+    """Pool a text's activations ``[tokens, d_sae]`` over its tokens: ``[d_sae]``.
+
+    Args:
+        f: of at least one token.
+        pool: one of `POOLS`.
+
+    Raises:
+        ValueError: if ``pool`` is another word.
+    """
     if pool not in POOLS:
         raise ValueError(f"pool {pool!r} is not one of {', '.join(POOLS)}")
     values: FloatArray
@@ -113,21 +121,6 @@ def attribution(f: FloatArray, gradient: FloatArray, W_dec: FloatArray) -> Float
     """
     lost: FloatArray = (f * (gradient @ W_dec.T)).sum(axis=0)
     return lost
-
-
-def written(f: FloatArray, gain: FloatArray, norms: FloatArray) -> Float64Array:
-    """How much each feature writes over a text: ``sum over tokens of f_i * g * |W_dec_i|``.
-
-    Args:
-        f: ``[tokens, d_sae]`` activations.
-        gain: ``[tokens]``, by which what a feature writes is scaled at each token.
-        norms: ``[d_sae]`` of the decoder rows.
-
-    Returns:
-        ``[d_sae]``.
-    """
-    total: Float64Array = (gain.astype(np.float64) @ f) * norms
-    return total
 
 
 def _mean(values: FloatArray) -> Float64Array:

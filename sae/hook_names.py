@@ -17,7 +17,7 @@ from typing import Final
 from sae.card import HOOK_KINDS, HookPoint
 from sae.errors import SAEError
 
-#: What to write where a hook point is not understood.
+#: What to write if a hook point is not understood.
 EXPECTED: Final = (
     f"blocks.LAYER.KIND with KIND one of {', '.join(HOOK_KINDS)}, or the name of a module "
     "(model.layers.LAYER, model.layers.LAYER.mlp, model.layers.LAYER.self_attn)"
@@ -65,7 +65,8 @@ _SUBMODULES: Final = {
         for name in _ATTENTION
         for projection in ("o_proj", "c_proj", "out_proj", "dense")
     },
-    # GPT-2's norm before the MLP. Elsewhere post_attention_layernorm is, but for Gemma 2 and 3.
+    # GPT-2's norm before the MLP. Most models call theirs post_attention_layernorm; in Gemma 2 and
+    # 3 that is another norm, so the name is not understood.
     "ln_2": "mlp.hook_in",
     "ln_2.output": "mlp.hook_in",
     # Gemma 2 and 3.
@@ -126,5 +127,5 @@ def _hint(name: str) -> str:
             f"embedding to it; expected {EXPECTED}"
         )
     if re.search(r"\.-\d", name):
-        return f"a layer counts from 0 and from the model's first one; expected {EXPECTED}"
+        return f"layers are counted from the model's first one, which is 0; expected {EXPECTED}"
     return f"expected {EXPECTED}"

@@ -1,17 +1,17 @@
-"""How good a dictionary is on text kept out of its training, and what each feature fires on.
+"""Measure a dictionary on text kept out of its training, and show what each feature fires on.
 
     python -m sae.training.evaluate --model FOLDER --work FOLDER --sae FOLDER [--statistics]
 
-prints the figures as JSON and writes ``contexts.HOOK.txt`` to the work folder, HOOK being where it
-writes: the strongest contexts of every feature, for a person to label them from. Losses are taken
-in ``--loss-windows`` windows, since each takes four passes of the whole model. With
+prints the figures as JSON and writes ``contexts.HOOK.txt`` to the work folder, HOOK being where the
+dictionary writes: the strongest contexts of every feature, from which a person labels them. Losses
+are taken in ``--loss-windows`` windows, since each takes four passes of the whole model. With
 ``--statistics`` the maximum activations and densities over the training text go to
 ``features.jsonl`` beside the weights, and the fraction of variance unexplained and L0 into their
 configuration, for a server to check itself against.
 
-What is reconstructed is what passes where the dictionary writes: of a transcoder the MLP's output.
-Every figure is over the tokens that `sae.training.activations` records: not a sequence's first,
-no special tokens, no sinks of the stream. In float32 on bfloat16 activations.
+What is reconstructed is what passes where the dictionary writes: for a transcoder, the MLP's
+output. Every figure is over the tokens that `sae.training.activations` records: not a sequence's
+first, no special tokens, no sinks of the stream. Figures are float32, of bfloat16 activations.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ AFTER: Final = 6
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well and with how much a dictionary says what passes where it writes.
+    """How well, and with how many features, a dictionary says what passes where it writes.
 
     Attributes:
-        tokens: measured on.
+        tokens: how many it is measured on.
         fvu: fraction of variance unexplained, sum |y - y_hat|^2 / sum |y - mean y|^2; an SAE's y is
             its x.
         l0: mean number of active features.
@@ -90,7 +90,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of every feature over some rows: `[d_sae]`, and where it is strongest: `[n, d_sae]`."""
+    """Figures of every feature over some rows, `[d_sae]`, and its n strongest, `[n, d_sae]`."""
 
     max_activation: torch.Tensor
     density: torch.Tensor
@@ -159,7 +159,7 @@ def losses(model: Any, tokenizer: Any, cuts: list[Window], sae: SAE, mean: torch
         model: with the decoder's layers at ``model.model.layers``.
         tokenizer: its tokenizer.
         cuts: the windows.
-        sae: the dictionary, of one place that it writes.
+        sae: the dictionary, which writes at one place.
         mean: `[d_out]`, of what passes there.
     """
     replacements: dict[str, Replacement] = {

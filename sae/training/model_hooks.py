@@ -40,11 +40,11 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 def watch(layers: Any, point: HookPoint, edit: Edit) -> Any:
-    """Let `edit` have what passes a hook point in every pass.
+    """Let `edit` replace what passes a hook point in every pass.
 
     Args:
         layers: the model's decoder layers.
-        point: which must be of a kind that the recipe knows.
+        point: the hook point, of a kind in `_MODULES`.
         edit: called once a pass.
 
     Returns:

@@ -32,7 +32,7 @@ from steering.vllm.support import UnsupportedEngineError
 
 
 def start_arguments(argv: Sequence[str], command: Any) -> Namespace:
-    """The arguments with which one of vLLM's commands runs, its engine steered by the SAEs named.
+    """The arguments for one of vLLM's commands, with an engine that steers through the named SAEs.
 
     Args:
         argv: what follows the command's name.
@@ -108,7 +108,7 @@ def add_presets(args: Namespace, presets: Sequence[str]) -> None:
 
 
 def check_presets(args: Namespace, options: ServerOptions, vllm_config: Any) -> None:
-    """SAEError if a preset is not what a request could ask for, or has a name that is taken."""
+    """Raises SAEError if a request could not ask for what a preset does, or its name is taken."""
     if options.preset_flag is None:
         return
     from steering.vllm.door import limits_of, open_catalog
@@ -136,7 +136,7 @@ def steer_engine(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
 
 
 def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:
-    """RefusedStartError for vLLM flags that leave no place for steering."""
+    """Raises RefusedStartError for vLLM's flags that leave no place for steering."""
     refusals = (
         (args.worker_cls != "auto", "--worker-cls: steering has a worker class of its own"),
         (args.scheduler_cls is not None, "--scheduler-cls: steering has a scheduler of its own"),
