@@ -29,7 +29,7 @@ class Contrast:
             second, ties counted half: the area under the ROC curve.
         difference: mean of the first set less that of the second.
         d: Cohen's d: ``difference / sqrt((s1^2 + s2^2) / 2)``, s with n - 1; NaN if that is
-            0 / 0 or a set has one text, infinite where two constants differ.
+            0 / 0 or a set has one text, infinite if two constants differ.
         mean_first: mean over the texts of the first set.
         mean_second: the same of the second.
     """
@@ -82,7 +82,7 @@ def auroc(first: FloatArray, second: FloatArray) -> Float64Array:
         second: ``[m, d_sae]``.
 
     Returns:
-        ``[d_sae]``: 1 where every value of ``first`` is larger than every one of ``second``.
+        ``[d_sae]``: 1 if every value of ``first`` is larger than every one of ``second``.
     """
     n, m = len(first), len(second)
     columns = max(1, _RANKED_AT_ONCE // (n + m))

@@ -101,12 +101,15 @@ class FeatureTable:
         self._loaded()
 
     def max_activation(self, index: int) -> float | None:
+        """None if it is not recorded. Raises IndexError if the feature is not in [0, d_sae)."""
         return self._row(index).max_activation
 
     def density(self, index: int) -> float | None:
+        """The share of tokens on which a feature fires; as `max_activation` otherwise."""
         return self._row(index).density
 
     def label(self, index: int) -> str | None:
+        """None if there is none. Raises IndexError if the feature is not in [0, d_sae)."""
         return self._row(index).label
 
     def labelled(self) -> list[int]:
@@ -135,6 +138,8 @@ class FeatureTable:
         """Features without their examples, and how many there are in all.
 
         Args:
+            limit: how many at most.
+            offset: how many to pass over.
             order: one of `sae.feature_search.ORDERS`, highest first; None for the order of indices.
         """
         stop = min(offset + limit, self.d_sae)
@@ -149,6 +154,9 @@ class FeatureTable:
         """Features whose label matches, and how many match; all for a blank query.
 
         Args:
+            query: as in `sae.feature_search`.
+            limit: how many at most.
+            offset: how many to pass over.
             order: as for `page`; None for the best match first.
         """
         if not query.strip():
@@ -212,7 +220,7 @@ def _read(path: Path | None, d_sae: int) -> _Table:
     for where, offset, line in _lines(path):
         feature = _parse(where, line, d_sae)
         if feature.index in features:
-            raise SAEError(f"{where}: feature {feature.index} stands there twice")
+            raise SAEError(f"{where}: feature {feature.index} is listed twice")
         offsets[feature.index] = offset
         features[feature.index] = Feature(
             feature.index,

@@ -67,6 +67,7 @@ _NO_WEIGHTS = (
 
 
 def is_weight_file(name: str) -> bool:
+    """Whether a file may hold the weights of an SAE, by its name."""
     return name.endswith(WEIGHT_SUFFIXES) and name not in _NO_WEIGHTS
 
 

@@ -24,7 +24,7 @@ EXPECTED: Final = (
 )
 
 #: What TransformerLens' bridge calls the places, beside the names that are kinds already. The
-#: post-norms are what its own `hook_mlp_out` and `hook_attn_out` stand for where they exist.
+#: post-norms are what its own `hook_mlp_out` and `hook_attn_out` stand for if they exist.
 _BRIDGE: Final = {
     "hook_in": "hook_resid_pre",
     "ln1.hook_in": "hook_resid_pre",
@@ -123,7 +123,7 @@ def parse_hook(name: str) -> HookPoint:
 def _hint(name: str) -> str:
     if name == "hook_embed" or name.endswith(("embed_tokens", "wte", "embed_in")):
         return (
-            "an embedding's output is blocks.0.hook_resid_pre where the model adds no position "
+            "an embedding's output is blocks.0.hook_resid_pre if the model adds no position "
             f"embedding to it; expected {EXPECTED}"
         )
     if re.search(r"\.-\d", name):

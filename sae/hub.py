@@ -65,10 +65,12 @@ class HubAddress:
 
     @property
     def parent(self) -> str:
+        """The path without its last part."""
         return self.path.rpartition("/")[0]
 
     @property
     def name(self) -> str:
+        """The last part of the path."""
         return self.path.rpartition("/")[2]
 
 

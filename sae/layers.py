@@ -24,7 +24,7 @@ def resolve_all(ref: SAEReference) -> list[ResolvedSAE]:
     found = layers(ref)
     if not found:
         raise SAEError(
-            f"{ref.source}: layer=all needs a source of several layers, and this one has one layer"
+            f"{ref.source}: layer=all needs a source of several layers, but this one has one layer"
         )
     return [resolve(replace(ref, name=f"{ref.name}.{layer}", layer=layer)) for layer in found]
 

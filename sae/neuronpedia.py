@@ -190,7 +190,7 @@ class _Reader:
             raise SAEError(f"{path}: truncated or damaged after line {number}: {error}") from error
 
     def refuse_smaller(self, known: Iterable[int]) -> None:
-        """Refuse an export that describes every feature up to one, and none from there to d_sae."""
+        """Refuse an export that describes all features up to some index and none of the others."""
         indices = set(known)
         complete = len(indices) == max(indices, default=-1) + 1
         if complete and BATCH <= len(indices) < self._card.d_sae and not self._force:

@@ -69,6 +69,7 @@ class SAE:
 
     @property
     def card(self) -> SAECard:
+        """What the SAE is, without its weights."""
         return self._card
 
     @property
@@ -210,7 +211,7 @@ class SAE:
         """Put what full passes read on a device in its stored dtype.
 
         Args:
-            device: where to.
+            device: the device to put it on.
             place: uint8 [at least place_bytes] on that device, to be overwritten with it; None
                 to allocate memory.
         """

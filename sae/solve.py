@@ -49,8 +49,8 @@ class Solved:
     Attributes:
         W_dec: ``[n, d_in]`` float32, with the decoder's scale folded in.
         norm_kept: ``|new W_dec| / |W_dec|`` of each latent: what `protected` left of it; None
-            where that is 0 / 0.
-        gain_kept: ``new G_jj / G_jj`` of each latent; None where G_jj is 0.
+            if that is 0 / 0.
+        gain_kept: ``new G_jj / G_jj`` of each latent; None if G_jj is 0.
     """
 
     W_dec: Tensor

@@ -113,7 +113,7 @@ class Weights:
         """Put what full passes read on a device in its stored dtype.
 
         Args:
-            device: where to.
+            device: the device to put it on.
             place: uint8 [at least place_bytes] on that device, to be overwritten with it; None
                 to allocate memory.
         """

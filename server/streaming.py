@@ -58,8 +58,8 @@ def with_report(response: Response | None, ticket: Ticket, splice: Splice) -> Re
 async def openai_chunks(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:
     """Chat and text completions: a chunk of its own, without choices, just before `[DONE]`.
 
-    What is read as it happens comes with the chunks that carry tokens. The prompt's comes before
-    them in a chunk of its own, and so does what no chunk of tokens could carry.
+    What is read as it happens comes with the chunks that carry tokens. Two parts have a chunk of
+    their own: the prompt's, before them, and what no chunk of tokens could carry, after them.
     """
     head: dict[str, Any] = {}
     failed = False

@@ -39,17 +39,17 @@ from sae.tensors import JoinedFile, TensorFile, open_tensors
 
 
 class Format(Protocol):
-    """A module of this package.
-
-    `matches` tells whether files are of the format, by what they hold and what they are called;
-    `read` lays them out, and raises SAEError if they do not fit.
-    """
+    """A module of this package."""
 
     NAME: str
 
-    def matches(self, files: SAEFiles) -> bool: ...
+    def matches(self, files: SAEFiles) -> bool:
+        """Whether the files are of this format, by what they hold and what they are called."""
+        ...
 
-    def read(self, files: SAEFiles, ref: ResolvedSAE) -> SAELayout: ...
+    def read(self, files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
+        """The layout of the files. Raises SAEError if they do not fit the format."""
+        ...
 
 
 # The first that matches is taken: the earlier ones can be told by tensors or keys of their own.

@@ -26,7 +26,7 @@ _OF_AN_SAE = re.compile(
 
 
 def layers(names: Iterable[str]) -> dict[int, str]:
-    """The tensors of `direction.L` by their layer, ascending."""
+    """The names of tensors `direction.L` by their layer L, ascending."""
     found = {int(match[1]): name for name in names if (match := _NAMED.fullmatch(name))}
     return dict(sorted(found.items()))
 

@@ -47,8 +47,12 @@ def matches(files: SAEFiles) -> bool:
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("cfg.json")
     activation = config.text("activation", "topk")
-    if activation != "topk" or config.flag("signed", False):
-        raise SAEError(f"{config.path}: unknown architecture, expected the top-k of relu")
+    signed = config.flag("signed", False)
+    if activation != "topk" or signed:
+        raise SAEError(
+            f"{config.path}: unknown architecture (activation {activation!r:.60}, signed "
+            f"{str(signed).lower()}), expected the top-k of relu (topk, not signed)"
+        )
     has_skip = config.flag("skip_connection", False) or _SKIP in files.names
     transcodes = config.flag("transcode", False) or has_skip
     run_transcodes = "transcode" not in config and _run_transcodes(files)

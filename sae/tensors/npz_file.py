@@ -48,7 +48,7 @@ class NpzFile(TensorFile):
                 for entry in archive.infolist():
                     name = entry.filename.removesuffix(".npy")
                     if name in self._members:
-                        raise SAEError(f"{path}: {name} is in it twice")
+                        raise SAEError(f"{path}: {name} is stored twice")
                     self._members[name] = _read_member(path, archive, entry)
         except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError) as error:
             if isinstance(error, SAEError):

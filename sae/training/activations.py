@@ -143,15 +143,15 @@ def places(work: Path, name: str, point: HookPoint | str) -> torch.Tensor:
 def stored_pairs(
     work: Path, name: str, reads: HookPoint | str, writes: HookPoint | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of two hook points, of the same tokens: `[num_rows, d_in]`, `[num_rows, d_out]`.
+    """Rows of two hook points at the same tokens: `[num_rows, d_in]`, `[num_rows, d_out]`.
 
     Raises:
-        ValueError: if the two were recorded of different tokens.
+        ValueError: if the two were recorded at different tokens.
     """
     if not torch.equal(places(work, name, reads), places(work, name, writes)):
         raise ValueError(
             f"{work}: {name}.{reads} and {name}.{writes} are of different tokens; record both in "
-            "one run, at hook points that leave out the same"
+            "one run, at hook points that leave out the same tokens"
         )
     return stored(work, name, reads), stored(work, name, writes)
 

@@ -68,7 +68,7 @@ def converse(model: Any, tokenizer: Any, count: int, seed: int) -> Iterator[dict
         model: a causal language model of transformers.
         tokenizer: its tokenizer, with a chat template.
         count: number of conversations.
-        seed: of the draw of requests and of the sampling.
+        seed: for the draw of requests and for the sampling.
 
     Yields:
         ``{"kind": "chat", "source": "the model", "context": system turn, "text": the rest}``.

@@ -97,7 +97,7 @@ def mixed(
         texts: what there is.
         tokens: the budget.
         length: tokens of a text.
-        seed: of the order within a source and of the result's.
+        seed: for the order within a source and the order of the result.
         shares: of each kind, adding up to 1. A kind with too little text gives all it has.
     """
     chance = random.Random(seed)

@@ -72,10 +72,10 @@ class Losses:
     """Mean next-token cross-entropy in nats after something stands in for recorded tokens.
 
     Attributes:
-        clean: nothing replaced.
-        reconstructed: by what the dictionary makes of it.
-        zero: by zero.
-        mean: by a mean over recorded tokens.
+        clean: nothing stands in.
+        reconstructed: what the dictionary makes of it stands in.
+        zero: zero stands in.
+        mean: the mean over recorded tokens stands in.
     """
 
     clean: float
@@ -110,7 +110,7 @@ def reconstruction(
 ) -> Reconstruction:
     """`Reconstruction` of `targets` `[num_rows, d_out]` from `rows` `[num_rows, d_in]`.
 
-    Without targets, of the rows themselves.
+    Without targets, the rows themselves are reconstructed.
     """
     targets = rows if targets is None else targets
     mean = targets.float().mean(dim=0)
@@ -153,7 +153,7 @@ Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def losses(model: Any, tokenizer: Any, cuts: list[Window], sae: SAE, mean: torch.Tensor) -> Losses:
     """`Losses` of a causal language model of transformers on these windows.
 
-    A token's loss counts where the token before it is a recorded one.
+    A token's loss counts if the token before it is a recorded one.
 
     Args:
         model: with the decoder's layers at ``model.model.layers``.
@@ -240,7 +240,7 @@ def context(tokenizer: Any, window: Window, position: int) -> str:
 def write_contexts(
     path: Path, tokenizer: Any, cuts: list[Window], place: torch.Tensor, found: Statistics
 ) -> None:
-    """The strongest contexts of every feature that fires, for a person."""
+    """Write the strongest contexts of every feature that fires, for a person to read."""
     with path.open("w", encoding="utf-8") as file:
         for feature in range(len(found.max_activation)):
             if found.max_activation[feature] == 0:
@@ -257,7 +257,7 @@ def write_contexts(
 
 
 def write_statistics(path: Path, found: Statistics) -> None:
-    """`features.jsonl` (see `sae.features`), without labels: these have yet to be written."""
+    """Write `features.jsonl` (see `sae.features`), without labels: these have yet to be written."""
     with path.open("w", encoding="utf-8") as file:
         for feature, (largest, density) in enumerate(
             zip(found.max_activation.tolist(), found.density.tolist(), strict=True)

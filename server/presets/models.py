@@ -129,9 +129,9 @@ def taken_names(models: Any) -> set[str]:
 
 @contextmanager
 def answering_as(meant: Meant | None) -> Iterator[None]:
-    """Within it, the preset that a request names is the base model, and names the response's model.
+    """Let the preset that a request names stand for the base model, and name the response's model.
 
-    This holds for tasks that are started within it, too.
+    It holds within the context, and in tasks that are started within it.
     """
     token = _ANSWERED_AS.set(None if meant is None or meant.by_default else meant.preset.name)
     try:
@@ -142,7 +142,7 @@ def answering_as(meant: Meant | None) -> Iterator[None]:
 
 @contextmanager
 def presets_mean_base() -> Iterator[None]:
-    """Within it, every preset's name is the base model's."""
+    """Let every preset's name stand for the base model within the context."""
     token = _MEANS_BASE.set(True)
     try:
         yield

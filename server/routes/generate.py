@@ -88,7 +88,7 @@ class SteerableRoute(APIRoute):
                     raise
                 raise SteeringError(
                     "invalid_value",
-                    "the body cannot be read: numbers too long or too deeply nested",
+                    "the body cannot be read: a number is too long, or it is nested too deeply",
                 ) from error
 
         return answer

@@ -39,6 +39,7 @@ router = APIRouter(tags=["saes"], responses=REFUSALS)
     },
 )
 async def inspect(raw_request: Request, sae: str) -> Response | None:
+    """The strongest features of a text, at each token and over all of it."""
     state = steering_state(raw_request)
     known_sae(state, sae)
     inspection = Inspection.parse(sae, await json_body(raw_request))

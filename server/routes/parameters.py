@@ -14,7 +14,7 @@ MAX_DIGITS: Final = 18
 
 
 def known_sae(state: SteeringState, name: str) -> SAE:
-    """The SAE of this name. Raises NotFoundError: it stands in the URL's path."""
+    """The SAE of this name, from the URL's path. Raises NotFoundError if there is none."""
     try:
         return state.catalog.sae(name)
     except SteeringError as error:

@@ -64,7 +64,7 @@ def start_arguments(argv: Sequence[str], command: Any) -> Namespace:
 
 
 def parse(argv: Sequence[str], command: Any) -> Namespace:
-    """Parse with vLLM's parser; `--sae` is on it for `--help` and for `--config` files."""
+    """Parse with vLLM's parser; our flags are on it for `--help` and for `--config` files."""
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -97,7 +97,11 @@ _USAGES = {
 
 
 def add_presets(args: Namespace, presets: Sequence[str]) -> None:
-    """Put the values of `--steering-preset` back beside those of a `--config` file."""
+    """Put the values of `--steering-preset` back beside those of a `--config` file.
+
+    Raises:
+        RefusedStartError: if the command opens no port.
+    """
     if not presets:
         return
     if not hasattr(args, "steering_preset"):
@@ -123,7 +127,12 @@ def check_presets(args: Namespace, options: ServerOptions, vllm_config: Any) -> 
 
 
 def steer_engine(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
-    """Check the SAEs against the model, and put the steering engine into the arguments."""
+    """Check the SAEs against the model, and put the steering engine into the arguments.
+
+    Raises:
+        SAEError: if an SAE does not fit the model, or a preset is wrong.
+        RefusedStartError: if a flag has a wrong value or leaves no place for steering.
+    """
     from vllm import AsyncEngineArgs, envs
 
     options = ServerOptions.of(args)
