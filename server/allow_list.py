@@ -16,8 +16,8 @@ PLUGIN_NAME: Final = "vllm_sae"
 ENDPOINT_GROUP: Final = "vllm.endpoint_plugins"
 GENERAL_GROUP: Final = "vllm.general_plugins"
 VARIABLE: Final = "VLLM_PLUGINS"
-#: Names the only endpoint plugins to load. It is set if the list had to name a plugin of another kind
-#: that shares its name with an endpoint plugin.
+#: Names the only endpoint plugins to load. It is set if the list had to name a plugin of another
+#: kind that shares its name with an endpoint plugin.
 ONLY_ENDPOINTS_VARIABLE: Final = "STEERING_ONLY_ENDPOINTS"
 
 
