@@ -51,7 +51,7 @@ _UNSERVED: Final = {
 
 _MLP: Final = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _ATTENTION: Final = ("self_attn", "attn", "attention", "self_attention")
-#: Below a decoder layer of Hugging Face's.
+#: What the names of modules below a decoder layer of Hugging Face's mean.
 _SUBMODULES: Final = {
     "": "hook_resid_post",
     "output": "hook_resid_post",

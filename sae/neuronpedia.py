@@ -30,7 +30,7 @@ from sae.numbers import finite
 
 KINDS = ("features", "explanations", "activations")
 NUM_EXAMPLES = 10
-#: Features of a batch.
+#: How many features a batch holds.
 BATCH = 1024
 # What is shown of an example around its strongest token.
 TOKENS_BEFORE = 24

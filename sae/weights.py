@@ -231,7 +231,7 @@ class Weights:
             return torch.zeros(len(index), dtype=torch.float64)
         rows = W_enc.double()
         if self._layout.centered:
-            # b_dec is subtracted after the mean: its own stays.
+            # b_dec is subtracted after the mean of x, so its own mean stays.
             stored = self._stored("W_enc").index_select(0, index)
             rows = self._scaled("W_enc", stored.float()).double()
         return rows @ self._b_dec()

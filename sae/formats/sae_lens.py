@@ -58,7 +58,7 @@ _ADDED = ("hook_attn_out", "hook_mlp_out", "attn.hook_out", "mlp.hook_out")
 _TRAINED_OVER_BATCHES = ("batchtopk", "matryoshka_batchtopk", "batch_topk")
 _HOOK_KEYS = ("hook_name", "hook_point")
 _LAYER_KEYS = ("hook_layer", "hook_point_layer")
-# Beyond these, folding a factor would leave float32.
+# Beyond these, folding a factor would leave the range of float32.
 MIN_FACTOR = 1e-9
 MAX_FACTOR = 1e9
 

@@ -49,7 +49,7 @@ class Recipe:
     learning_rate: float = 6e-4
     warm_up: float = 0.04  # of all steps
     decay: float = 0.25  # of all steps, to a tenth
-    #: Passes without firing after which the auxiliary loss takes a latent in hand.
+    #: Passes without firing after which the auxiliary loss revives a latent.
     dead_after: int = 250
     seed: int = 0
 

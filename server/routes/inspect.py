@@ -75,7 +75,7 @@ async def _read(
     text = await rendered(request, raw_request)
     if isinstance(text, Response):
         return text
-    # A client waits for this as for an answer, so it is no later than one.
+    # A client waits for this as for an answer, so it has an answer's priority.
     run = Run(text.prompt, accepted, lora_request=text.lora_request, priority=0)
     return await state.reader.run(run)
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, Final
 
-#: Of the memory that is free; the rest is left to everything else on the machine.
+#: The share taken of the memory that is free; the rest is left to everything else on the machine.
 SHARE_OF_FREE: Final = 0.75
 KV_CACHE_VARIABLE: Final = "VLLM_CPU_KVCACHE_SPACE"
 
