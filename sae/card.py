@@ -8,9 +8,9 @@ from typing import Any
 
 from sae.errors import SAEError
 
-# Where a layer normalizes or scales a branch before it adds it to the stream, hook_mlp_out and
-# hook_attn_out are what is added, mlp.hook_out and attn.hook_out the module's own output; in most
-# models the two are one.
+# If a layer normalizes or scales a branch before it adds it to the stream, hook_mlp_out and
+# hook_attn_out are what is added, and mlp.hook_out and attn.hook_out the module's own output. In
+# most models the two are the same.
 HOOK_KINDS = (
     "hook_resid_pre",
     "hook_resid_mid",
@@ -35,7 +35,8 @@ KIND_TRANSCODER = "transcoder"
 KIND_CLT = "clt"
 KIND_CROSSCODER = "crosscoder"
 KIND_DIRECTION = "direction"
-#: Of which `error_term: false` is defined: a decoder's whole output has a place of its own.
+#: Kinds for which `error_term: false` is defined: their decoder's output can stand in for what is
+#: at one place.
 KINDS_THAT_DECODE = (KIND_SAE, KIND_TRANSCODER)
 
 # The unit an activation is in. Libraries that fold the norm of the decoder row into the encoder
@@ -55,9 +56,9 @@ class HookPoint:
 
     @classmethod
     def parse(cls, name: str) -> HookPoint:
-        """Read a name as `str` writes it. Raises SAEError for any other.
+        """Parse a name of the form that `str` writes. Raises SAEError for any other.
 
-        What files and users write is read by `sae.hook_names.parse_hook`.
+        `sae.hook_names.parse_hook` takes what files and users write.
         """
         match = _HOOK_POINT.fullmatch(name)
         if match is None or match.group(2) not in HOOK_KINDS:
@@ -77,8 +78,8 @@ class SAECard:
 
     `exact_from_row` says whether one latent's encoder row is enough for its activation.
     `reads` and `writes` are the hook points at which activations are read and edits added; left
-    out, both are `hook`, as for every SAE. `hook` is the first of `writes`. `d_in` is the width
-    where it reads, `d_out` that where it writes; left out, it is `d_in`.
+    out, both are `hook`, as for every SAE. `hook` is the first of `writes`. `d_in` is the width of
+    the place where it reads, `d_out` that of the places where it writes; left out, it is `d_in`.
     """
 
     id: str

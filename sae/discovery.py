@@ -16,7 +16,7 @@ from sae.arrays import FloatArray, IntArray
 Float64Array = npt.NDArray[np.float64]
 
 POOLS: Final = ("mean", "max", "last")
-#: Activations that are ranked at a time: 2^22 float64 take 32 MiB, their order as much again.
+#: How many activations are ranked at a time: 2^22 float64 take 32 MiB, their order as much again.
 _RANKED_AT_ONCE: Final = 2**22
 
 
@@ -29,7 +29,7 @@ class Contrast:
             second, ties counted half: the area under the ROC curve.
         difference: mean of the first set less that of the second.
         d: Cohen's d: ``difference / sqrt((s1^2 + s2^2) / 2)``, s with n - 1; NaN if that is
-            0 / 0 or a set has one text, infinite where two constants differ.
+            0 / 0 or a set has one text, infinite if two constants differ.
         mean_first: mean over the texts of the first set.
         mean_second: the same of the second.
     """
@@ -42,7 +42,15 @@ class Contrast:
 
 
 def pooled(f: FloatArray, pool: str) -> FloatArray:
-    """One value a feature of a text's activations ``[tokens, d_sae]``, of at least one token."""
+    """Pool a text's activations ``[tokens, d_sae]`` over its tokens: ``[d_sae]``.
+
+    Args:
+        f: of at least one token.
+        pool: one of `POOLS`.
+
+    Raises:
+        ValueError: if ``pool`` is another word.
+    """
     if pool not in POOLS:
         raise ValueError(f"pool {pool!r} is not one of {', '.join(POOLS)}")
     values: FloatArray
@@ -74,7 +82,7 @@ def auroc(first: FloatArray, second: FloatArray) -> Float64Array:
         second: ``[m, d_sae]``.
 
     Returns:
-        ``[d_sae]``: 1 where every value of ``first`` is larger than every one of ``second``.
+        ``[d_sae]``: 1 if every value of ``first`` is larger than every one of ``second``.
     """
     n, m = len(first), len(second)
     columns = max(1, _RANKED_AT_ONCE // (n + m))
@@ -113,21 +121,6 @@ def attribution(f: FloatArray, gradient: FloatArray, W_dec: FloatArray) -> Float
     """
     lost: FloatArray = (f * (gradient @ W_dec.T)).sum(axis=0)
     return lost
-
-
-def written(f: FloatArray, gain: FloatArray, norms: FloatArray) -> Float64Array:
-    """How much each feature writes over a text: ``sum over tokens of f_i * g * |W_dec_i|``.
-
-    Args:
-        f: ``[tokens, d_sae]`` activations.
-        gain: ``[tokens]``, by which what a feature writes is scaled at each token.
-        norms: ``[d_sae]`` of the decoder rows.
-
-    Returns:
-        ``[d_sae]``.
-    """
-    total: Float64Array = (gain.astype(np.float64) @ f) * norms
-    return total
 
 
 def _mean(values: FloatArray) -> Float64Array:

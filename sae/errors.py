@@ -1,19 +1,19 @@
-"""The one exception this package raises for what a caller or a file got wrong."""
+"""The exception that this package raises for what a user or a file got wrong."""
 
 from __future__ import annotations
 
 import re
 from typing import Final
 
-# A terminal's colours, which PyTorch for one puts into its messages.
+# A terminal's colour codes, which PyTorch, for one, puts into its messages.
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;:]*m")
 
 
 class SAEError(ValueError):
     """One readable line: what the file or the flag says, and what was expected.
 
-    What a file says may be written by a stranger, so characters that a terminal would obey (escape
-    sequences, marks that turn the direction of text) are spelled out, and colours left out.
+    A stranger may have written the file, so characters that a terminal would obey (escape
+    sequences, marks that turn the direction of text) are spelled out, and colour codes left out.
     """
 
     def __init__(self, message: str) -> None:

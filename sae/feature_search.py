@@ -1,18 +1,19 @@
-"""Which features a list shows first: those whose labels match a query, or of the largest figure.
+"""The order of a list of features: by how well labels match a query, or by a recorded figure.
 
 Full-text search over feature labels is an inverted index in memory, ranked by BM25.
 
-A query is words, nothing in it is syntax. Every word may be the beginning of a label's word; whole
-words count more. Labels with all of the words come first; where there are none, labels with any of
-them, those with most words first; where there are none either, labels that contain the query.
+A query is a list of words; it has no syntax. Each word may be the beginning of a label's word;
+whole words count more. What matches are the labels with all of the words. If there are none, it is
+those with any of them, the ones with most words first; if there are none either, the labels that
+contain the query as a string.
 
     score(label) = sum over words w of idf(w) * sum over tokens t of the label that begin with w
                    of tf(t) (k + 1) / (tf(t) + k (1 - b + b |label| / mean |label|))
 
-(Robertson and Zaragoza 2009, eq. 3.15), a token equal to its word counted WHOLE_WORD times.
+(Robertson and Zaragoza 2009, eq. 3.15), with a token that equals its word counted WHOLE_WORD times.
 
-Why not SQLite's FTS5: over 65k labels a word that a third of them have takes it 100 ms, the
-beginning of many words 600 ms; this takes 1 to 3 ms.
+SQLite's FTS5 is not used because it is slow: over 65k labels, a word that a third of them have
+takes it 100 ms and the beginning of many words 600 ms. This index takes 1 to 3 ms.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Scores = npt.NDArray[np.float64]  # [labels]
 
 
 class Figures(Protocol):
-    """What is recorded of a feature, None where nothing is."""
+    """The recorded figures of a feature; None for one that is not recorded."""
 
     @property
     def index(self) -> int: ...
@@ -126,7 +127,7 @@ class LabelIndex:
         """BM25 of one word in every label; above 0 exactly where the label has it."""
         postings, size = self._postings, len(self._folded)
         part = postings.beginning_with(word)
-        # Without postings there is nothing to count in floats.
+        # Without postings, bincount returns integers.
         score = np.bincount(postings.labels[part], postings.weights[part], minlength=size) * 1.0
         frequency = np.count_nonzero(score)
         whole = postings.of(word)
@@ -140,7 +141,7 @@ class LabelIndex:
 
 
 def fold(text: str) -> str:
-    """Without case and accents, so that a query finds a label however either is written."""
+    """The text without case and accents, so that a query finds a label however they are written."""
     if text.isascii():
         return text.lower()
     decomposed = unicodedata.normalize("NFKD", text)

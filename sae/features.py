@@ -1,6 +1,6 @@
 """Labels and statistics of an SAE's features, from `features.jsonl` beside the weights.
 
-One JSON object a line; every part but the index may be missing or null, unknown keys are ignored:
+One JSON object a line. Every key but the index may be missing or null; unknown keys are ignored:
 
     {"index": 0, "label": "...", "max_activation": 6.1, "density": 0.003, "output_score": 0.2,
      "examples": [{"text": "...", "activation": 6.0}]}
@@ -66,15 +66,15 @@ class _Table:
 
 
 class FeatureTable:
-    """The features of one SAE. Opening costs two searches in the file; it is read on first use.
+    """The features of one SAE. Opening it searches the file twice; it is parsed on first use.
 
-    Safe to use from several threads. SAEError on first use where the file is damaged.
+    Safe to use from several threads. The first use raises SAEError if the file is damaged.
 
     Args:
-        path: of the file; None where there is none.
+        path: the file's path; None if there is none.
         d_sae: how many features there are.
-        maxima: gives the maximum activation of every feature, where the weights state it; what the
-            file says of it then does not count.
+        maxima: gives the maximum activation of every feature if the weights state it; what the
+            file says of it is then ignored.
     """
 
     def __init__(
@@ -93,20 +93,23 @@ class FeatureTable:
     def open(
         cls, weights: Path | str, d_sae: int, maxima: Callable[[], list[float]] | None = None
     ) -> FeatureTable:
-        """The table beside a weight file or in a folder; an empty one where there is none."""
+        """The table beside a weight file or in a folder; an empty one if there is none."""
         return cls(_find(Path(weights)), d_sae, maxima)
 
     def load(self) -> None:
-        """Read the file now; SAEError naming the line where it is damaged."""
+        """Read the file now. Raises SAEError, naming the line, if it is damaged."""
         self._loaded()
 
     def max_activation(self, index: int) -> float | None:
+        """None if it is not recorded. Raises IndexError if the feature is not in [0, d_sae)."""
         return self._row(index).max_activation
 
     def density(self, index: int) -> float | None:
+        """The share of tokens on which a feature fires; as `max_activation` otherwise."""
         return self._row(index).density
 
     def label(self, index: int) -> str | None:
+        """None if there is none. Raises IndexError if the feature is not in [0, d_sae)."""
         return self._row(index).label
 
     def labelled(self) -> list[int]:
@@ -115,9 +118,9 @@ class FeatureTable:
         return sorted(index for index, feature in features.items() if feature.label is not None)
 
     def get(self, index: int) -> Feature:
-        """One feature with its examples. IndexError where it is not in [0, d_sae).
+        """One feature with its examples. Raises IndexError if it is not in [0, d_sae).
 
-        Examples are read when asked for: none, where the file has gone or changed meanwhile.
+        Examples are read from the file on each call: none if it has gone or changed since.
         """
         feature = self._row(index)
         offset = self._loaded().offsets.get(index)
@@ -135,7 +138,9 @@ class FeatureTable:
         """Features without their examples, and how many there are in all.
 
         Args:
-            order: one of `sae.feature_search.ORDERS`, highest first; None for by index.
+            limit: how many at most.
+            offset: how many to pass over.
+            order: one of `sae.feature_search.ORDERS`, highest first; None for the order of indices.
         """
         stop = min(offset + limit, self.d_sae)
         if order is None:
@@ -149,6 +154,9 @@ class FeatureTable:
         """Features whose label matches, and how many match; all for a blank query.
 
         Args:
+            query: as in `sae.feature_search`.
+            limit: how many at most.
+            offset: how many to pass over.
             order: as for `page`; None for the best match first.
         """
         if not query.strip():
@@ -212,7 +220,7 @@ def _read(path: Path | None, d_sae: int) -> _Table:
     for where, offset, line in _lines(path):
         feature = _parse(where, line, d_sae)
         if feature.index in features:
-            raise SAEError(f"{where}: feature {feature.index} a second time")
+            raise SAEError(f"{where}: feature {feature.index} is listed twice")
         offsets[feature.index] = offset
         features[feature.index] = Feature(
             feature.index,

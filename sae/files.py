@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from sae.errors import SAEError
 
-# What directions alone come in; beside other weights it is something else.
+# Only directions come in these; beside other weights such a file is something else.
 _DIRECTION_SUFFIXES = (".gguf", ".npy")
 _DICTIONARY_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 WEIGHT_SUFFIXES = (*_DICTIONARY_SUFFIXES, *_DIRECTION_SUFFIXES)
@@ -20,18 +20,18 @@ WEIGHT_SUFFIXES = (*_DICTIONARY_SUFFIXES, *_DIRECTION_SUFFIXES)
 SCALER_NAME = "activation_scaler.json"
 CONFIG_NAMES = ("cfg.json", "config.json", "hyperparams.json", SCALER_NAME)
 FEATURES_NAME = "features.jsonl"
-# Behind the name of a weight file without its suffix: a configuration of that file alone.
+# Put behind the name of a weight file without its suffix: the configuration of that file alone.
 OWN_CONFIG = "_cfg.json"
 
 # Llama Scope keeps its weights one folder down.
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = f"{CHECKPOINTS}/final.safetensors"
 
-# sparsify keeps the configuration of a run, which older ones of its folders need, one folder up.
+# sparsify keeps the configuration of a run one folder up; its older folders need it.
 SPARSIFY_WEIGHTS = "sae.safetensors"
 RUN_CONFIG = "config.json"
 
-# Sets of a file a layer. A cross-layer transcoder of circuit-tracer has two files for each.
+# Sets with one file per layer. A cross-layer transcoder of circuit-tracer has two per layer.
 CLT_ENCODER = re.compile(r"W_enc_(\d{1,5})\.safetensors", re.ASCII)
 _NUMBERED = (
     CLT_ENCODER,
@@ -48,7 +48,7 @@ SET_CONFIG = "config.yaml"
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.\w+")
 _SHARD_INDEX = re.compile(r".+\.index\.json")
 
-# What the published suites call their weights: what else lies beside them is something else.
+# What the published suites call their weights. Other files beside them are something else.
 _WEIGHT_NAMES = (
     "sae_weights.safetensors",
     SPARSIFY_WEIGHTS,
@@ -57,7 +57,7 @@ _WEIGHT_NAMES = (
     "params.npz",
     "params.safetensors",
 )
-# SAELens' statistics and the state of its training, in the suffix of weights.
+# SAELens' statistics and the state of its training, which have the suffix of weights.
 _NO_WEIGHTS = (
     "sparsity.safetensors",
     "activations_store_state.safetensors",
@@ -67,17 +67,18 @@ _NO_WEIGHTS = (
 
 
 def is_weight_file(name: str) -> bool:
+    """Whether a file may hold the weights of an SAE, by its name."""
     return name.endswith(WEIGHT_SUFFIXES) and name not in _NO_WEIGHTS
 
 
 def numbered_layer(name: str) -> int | None:
-    """The number that a file of a set has in its name; None if it is none."""
+    """The layer's number in the name of a file of a set; None if the file is not one of a set."""
     match = next((match for pattern in _NUMBERED if (match := pattern.fullmatch(name))), None)
     return None if match is None else int(match[1])
 
 
 def crosscoder_layers(text: str) -> list[int]:
-    """The model's layers of a crosscoder's slots, in a folder's name or a hook point's."""
+    """The model's layers of a crosscoder's slots, from the name of a folder or a hook point."""
     match = _SLOTS.search(text)
     return [] if match is None else [int(layer) for layer in re.findall(r"\d+", match[0])]
 
@@ -87,7 +88,7 @@ def layers_of(folder: str, names: Iterable[str]) -> dict[int, str]:
 
     Args:
         folder: its path, whose last part may name the layers of a crosscoder's slots.
-        names: of the files in it.
+        names: the names of the files in it.
     """
     found = {layer: name for name in names if (layer := numbered_layer(name)) is not None}
     slots = crosscoder_layers(folder.rstrip("/").rpartition("/")[2])
@@ -103,12 +104,12 @@ def choose_weights(
 
     Args:
         source: what the messages name.
-        names: of the files.
+        names: the names of the files.
         layer: which of a set of layers.
         folder: the path of the folder; left out, it is the source.
 
     Raises:
-        SAEError: there is none, or several would do.
+        SAEError: if there is none, or several would do.
     """
     names = sorted(names)
     weights = [name for name in names if "/" not in name and is_weight_file(name)]
@@ -149,14 +150,14 @@ def _refuse_several(
             f"{source}: a set of {len(by_layer)} layers ({has:.80}); state which, as "
             f"{source},layer={next(iter(by_layer))}, or layer=all for each of them"
         )
-    raise SAEError(f"{source}: has no layer {layer}, but {has:.80}")
+    raise SAEError(f"{source}: has no layer {layer}; it has {has:.80}")
 
 
 def refuse_unreadable(source: str, name: str) -> None:
     """Refuse one file of a folder if its name says that it is a part of something else.
 
     Raises:
-        SAEError: it is a part of a larger file, or the lesser half of two.
+        SAEError: if it is a part of a larger file, or the decoder's file of an encoder's.
     """
     _refuse_shards(source, [name])
     if _CLT_DECODER.fullmatch(name):
@@ -180,7 +181,7 @@ def _refuse_shards(source: str, names: list[str]) -> None:
 
 
 def find_weights(path: Path, layer: int | None = None) -> Path:
-    """The one weight file that a path on disk names; SAEError where it is none or several."""
+    """The one weight file that a path on disk names. Raises SAEError if it is none or several."""
     if not path.is_dir():
         refuse_unreadable(str(path), path.name)
         return path
@@ -191,12 +192,12 @@ def find_weights(path: Path, layer: int | None = None) -> Path:
 
 
 def clt_decoder(weights: str) -> str | None:
-    """The decoder's file beside the encoder's of a cross-layer transcoder; None of any other."""
+    """The decoder's file beside a cross-layer transcoder's encoder; None for any other file."""
     return weights.replace("W_enc", "W_dec") if CLT_ENCODER.fullmatch(weights) else None
 
 
 def own_config(weights: str) -> str | None:
-    """What the configuration of a torch file alone is called; None of any other weight file."""
+    """The name of a configuration of one torch file alone; None for any other weight file."""
     stem = weights.removesuffix(".pt")
     return None if stem == weights else f"{stem}{OWN_CONFIG}"
 

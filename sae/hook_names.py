@@ -17,14 +17,14 @@ from typing import Final
 from sae.card import HOOK_KINDS, HookPoint
 from sae.errors import SAEError
 
-#: What to write where a hook point is not understood.
+#: What to write if a hook point is not understood.
 EXPECTED: Final = (
     f"blocks.LAYER.KIND with KIND one of {', '.join(HOOK_KINDS)}, or the name of a module "
     "(model.layers.LAYER, model.layers.LAYER.mlp, model.layers.LAYER.self_attn)"
 )
 
 #: What TransformerLens' bridge calls the places, beside the names that are kinds already. The
-#: post-norms are what its own `hook_mlp_out` and `hook_attn_out` stand for where they exist.
+#: post-norms are what its own `hook_mlp_out` and `hook_attn_out` stand for if they exist.
 _BRIDGE: Final = {
     "hook_in": "hook_resid_pre",
     "ln1.hook_in": "hook_resid_pre",
@@ -51,7 +51,7 @@ _UNSERVED: Final = {
 
 _MLP: Final = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _ATTENTION: Final = ("self_attn", "attn", "attention", "self_attention")
-#: Below a decoder layer of Hugging Face's.
+#: What the names of modules below a decoder layer of Hugging Face's mean.
 _SUBMODULES: Final = {
     "": "hook_resid_post",
     "output": "hook_resid_post",
@@ -65,7 +65,8 @@ _SUBMODULES: Final = {
         for name in _ATTENTION
         for projection in ("o_proj", "c_proj", "out_proj", "dense")
     },
-    # GPT-2's norm before the MLP. Elsewhere post_attention_layernorm is, but for Gemma 2 and 3.
+    # GPT-2's norm before the MLP. Most models call theirs post_attention_layernorm; in Gemma 2 and
+    # 3 that is another norm, so the name is not understood.
     "ln_2": "mlp.hook_in",
     "ln_2.output": "mlp.hook_in",
     # Gemma 2 and 3.
@@ -122,9 +123,9 @@ def parse_hook(name: str) -> HookPoint:
 def _hint(name: str) -> str:
     if name == "hook_embed" or name.endswith(("embed_tokens", "wte", "embed_in")):
         return (
-            "an embedding's output is blocks.0.hook_resid_pre where the model adds no position "
+            "an embedding's output is blocks.0.hook_resid_pre if the model adds no position "
             f"embedding to it; expected {EXPECTED}"
         )
     if re.search(r"\.-\d", name):
-        return f"a layer counts from 0 and from the model's first one; expected {EXPECTED}"
+        return f"layers are counted from the model's first one, which is 0; expected {EXPECTED}"
     return f"expected {EXPECTED}"

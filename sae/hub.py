@@ -1,6 +1,6 @@
 """SAEs on the Hugging Face hub: `hf://OWNER/REPO[/SUBFOLDER][@REVISION]`.
 
-Only the files of one SAE are fetched, all of one commit, into the hub's own cache. Where the hub
+Only the files of one SAE are fetched, all of one commit, into the hub's own cache. If the hub
 cannot be reached, or HF_HUB_OFFLINE is set, the cache answers. HF_ENDPOINT, HF_HOME and HF_TOKEN
 mean what they mean to huggingface_hub.
 """
@@ -44,6 +44,7 @@ class HubAddress:
 
     @classmethod
     def parse(cls, source: str) -> HubAddress:
+        """Read `hf://OWNER/REPO[/SUBFOLDER][@REVISION]`. Raises SAEError if it is anything else."""
         match = _ADDRESS.fullmatch(source.removeprefix(SCHEME))
         if match is None:
             raise SAEError(f"{source}: expected hf://OWNER/REPO[/SUBFOLDER][@REVISION]")
@@ -56,15 +57,20 @@ class HubAddress:
 
     @property
     def may_name_a_file(self) -> bool:
-        """Only a listing tells: published folders too are called `v5_32k_layer_0.pt`."""
+        """Whether its last part may be a file; only a listing tells.
+
+        Folders have been published under names such as `v5_32k_layer_0.pt`, too.
+        """
         return is_weight_file(self.name)
 
     @property
     def parent(self) -> str:
+        """The path without its last part."""
         return self.path.rpartition("/")[0]
 
     @property
     def name(self) -> str:
+        """The last part of the path."""
         return self.path.rpartition("/")[2]
 
 
@@ -74,7 +80,7 @@ class _Folder:
 
     The name of a folder in it ends in a slash, which keeps it from being taken for a weight file;
     what lies in such a folder may be there too. `asked_for` is the file that the address names,
-    None where it names the folder.
+    None if it names the folder.
     """
 
     path: str
@@ -82,7 +88,7 @@ class _Folder:
     asked_for: str | None = None
 
     def choose(self, source: str, layer: int | None) -> str:
-        """The name of the weight file. Raises SAEError where it is none or several."""
+        """The name of the weight file. Raises SAEError if there is none, or several."""
         if self.asked_for is None:
             return choose_weights(source, self.names, layer, self.path)
         if self.asked_for not in self.names:
@@ -101,7 +107,7 @@ def fetch(source: str, layer: int | None = None) -> Path:
         layer: which of a set of layers.
 
     Raises:
-        SAEError: they cannot be had, or which file it is cannot be told.
+        SAEError: if they cannot be fetched, or it is not clear which file is meant.
     """
     address = HubAddress.parse(source)
     try:
@@ -123,7 +129,11 @@ def fetch(source: str, layer: int | None = None) -> Path:
 
 
 def layers(source: str) -> list[int]:
-    """The layers of a folder that is a set of them, ascending; none where it is no such set."""
+    """The layers of a folder that is a set of them, ascending; none if it is no such set.
+
+    Raises:
+        SAEError: if the hub refuses, or cannot be reached and the cache does not have the folder.
+    """
     address = HubAddress.parse(source)
     try:
         _, folder = _look(address)
@@ -193,9 +203,9 @@ def _download(source: str, address: HubAddress, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        # By its name, the revision is recorded in the cache and found there when offline.
+        # Asked for by its name, a revision is recorded in the cache and found there when offline.
         return Path(hf_hub_download(address.repo, file, revision=address.revision or None))
-    # As above, and the disk has its own.
+    # As above; a disk raises errors of its own, too.
     except Exception as error:
         raise SAEError(f"{source}: fetching {file} failed: {error}") from error
 

@@ -30,7 +30,7 @@ def lines(file: Readable, path: Path) -> Iterator[tuple[int, int, bytes]]:
     """(line number, offset, line) of every line that is not blank.
 
     Raises:
-        SAEError: a line is longer than `MAX_LINE_BYTES`.
+        SAEError: if a line is longer than `MAX_LINE_BYTES`.
     """
     number = offset = 0
     while line := file.readline(MAX_LINE_BYTES):
@@ -43,7 +43,7 @@ def lines(file: Readable, path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def parsed(where: str, line: bytes) -> dict[str, Any]:
-    """A line's object; SAEError where it is none."""
+    """A line's object. Raises SAEError if it is none."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -54,7 +54,7 @@ def parsed(where: str, line: bytes) -> dict[str, Any]:
 
 
 def number_of(where: str, values: dict[str, Any], key: str) -> float | None:
-    """An object's number, None where it is missing or null; SAEError where it is not finite."""
+    """An object's number, None if it is missing or null. Raises SAEError if it is not finite."""
     value = values.get(key)
     if value is None:
         return None

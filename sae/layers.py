@@ -14,7 +14,7 @@ from sae.tensors import open_tensors
 
 
 def resolve_all(ref: SAEReference) -> list[ResolvedSAE]:
-    """Every dictionary that a reference stands for: one, or with `layer=all` one a layer.
+    """Every dictionary that a reference stands for: one, or with `layer=all` one for each layer.
 
     Raises:
         SAEError: as `sae.source.resolve` does, or if the source has one layer only.
@@ -24,16 +24,16 @@ def resolve_all(ref: SAEReference) -> list[ResolvedSAE]:
     found = layers(ref)
     if not found:
         raise SAEError(
-            f"{ref.source}: layer=all needs a source of several layers, and this one has one layer"
+            f"{ref.source}: layer=all needs a source of several layers, but this one has one layer"
         )
     return [resolve(replace(ref, name=f"{ref.name}.{layer}", layer=layer)) for layer in found]
 
 
 def layers(ref: SAEReference) -> list[int]:
-    """The layers of a source, ascending; none where it holds one dictionary.
+    """The layers of a source, ascending; none if it holds one dictionary.
 
     Raises:
-        SAEError: it cannot be had.
+        SAEError: if it cannot be found or fetched.
     """
     if ref.source.startswith(hub.SCHEME) and (found := hub.layers(ref.source)):
         return found

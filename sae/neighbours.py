@@ -15,8 +15,11 @@ def nearest(sae: SAE, latent: int, count: int = 10) -> list[tuple[int, float]]:
 
     cos(i, j) = W_dec_i . W_dec_j / (|W_dec_i| |W_dec_j|)
 
-    Best first, ties by lower index; rows without a direction are near to nothing. One pass over
-    W_dec in parts of the workspace. IndexError where the latent is not in [0, d_sae).
+    Best first, ties by lower index; a row of zeros is near to nothing. W_dec is read once, in parts
+    that fit the workspace.
+
+    Raises:
+        IndexError: if the latent is not in [0, d_sae).
     """
     if not 0 <= latent < sae.card.d_sae:
         raise IndexError(f"latent {latent} not in [0, {sae.card.d_sae})")
@@ -30,7 +33,7 @@ def nearest(sae: SAE, latent: int, count: int = 10) -> list[tuple[int, float]]:
         rows = sae.decoder_rows(start, stop)  # [stop - start, d_out] float32
         cosines = rows @ (direction / length) / rows.norm(dim=1)
         latents = torch.arange(start, stop)
-        # A row without a direction gave 0 / 0.
+        # A row of zeros gave 0 / 0.
         kept = (latents != latent) & cosines.isfinite()
         # Stable, and what is kept has lower indices than what comes: ties stay in order.
         cosines = torch.cat([best_cosines, cosines[kept]])
@@ -49,8 +52,8 @@ def interference(
 
     Returns:
         G_jj, the latent's own, and `[(i, G_ij)]` of the `count` others that move most by size,
-        largest first, ties by lower index. None and nothing if the SAE reads another width than it
-        writes. One pass over the weights in parts of the workspace.
+        largest first, ties by lower index. None and an empty list if the SAE reads another width
+        than it writes. The weights are read once, in parts that fit the workspace.
 
     Raises:
         IndexError: if the latent is not in [0, d_sae).
@@ -59,8 +62,8 @@ def interference(
     written = row.W_dec[0] * row.decoder_scale  # [d_out] float32
     if row.W_enc.shape[1] != len(written):
         return None, []
-    own = float(row.gain * (row.W_enc[0] @ written))
-    return own, most_moved(sae, written, [latent], count)
+    self_gain = float(row.gain * (row.W_enc[0] @ written))
+    return self_gain, most_moved(sae, written, [latent], count)
 
 
 def most_moved(
@@ -69,18 +72,18 @@ def most_moved(
     """The latents whose pre-activations a change of the stream moves most.
 
     Args:
-        sae: which reads the width of `written`.
+        sae: one that reads the width of `written`.
         written: ``[d_in]`` float32, the change.
-        left_out: latents that are not asked about.
+        left_out: latents that are not to be returned.
         count: how many to return.
 
     Returns:
-        `[(i, gain_i W_enc_i . written)]` by size, largest first, ties by lower index. One pass over
-        the weights in parts of the workspace.
+        `[(i, gain_i W_enc_i . written)]` by size, largest first, ties by lower index. The weights
+        are read once, in parts that fit the workspace.
     """
     skipped = torch.tensor(sorted(left_out), dtype=torch.long)
     best_changes, best_latents = torch.empty(0), torch.empty(0, dtype=torch.long)
-    # Both matrices, and a copy of one in float64, from which `rows` makes the vectors.
+    # A part holds both matrices, and a copy of one in float64 from which `rows` makes the vectors.
     for start, stop in sae.chunks(16 * len(written)):
         rows = sae.rows(range(start, stop))
         changes = rows.gain * (rows.W_enc @ written)  # [stop - start]

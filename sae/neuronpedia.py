@@ -30,7 +30,7 @@ from sae.numbers import finite
 
 KINDS = ("features", "explanations", "activations")
 NUM_EXAMPLES = 10
-#: Features of a batch.
+#: How many features a batch holds.
 BATCH = 1024
 # What is shown of an example around its strongest token.
 TOKENS_BEFORE = 24
@@ -41,8 +41,8 @@ _SPELLING = str.maketrans({"\u2581": " ", "\u21b5": "\n"})
 
 
 _GO_ON = "to import it all the same, add --force"
-# What a source's name begins with, and words in it for what is read; a transcoder is no SAE of
-# either place.
+# A source's name begins with its layer, and words in it say what is read; a transcoder is no SAE of
+# either of its places.
 _SOURCE = re.compile(r"(?P<layer>\d{1,4})(?![\d.])", re.ASCII)
 _SITES = {
     "res": "resid",
@@ -97,13 +97,15 @@ def import_neuronpedia(
 
     Args:
         export: the folder of one source, or several parts of it: folders and `KIND/batch-N` files.
-        decoder_norms: |W_dec_i| of every latent, [d_sae]; where the card's activations are plain,
-            the export's are divided by them.
+        out: the file to write.
+        card: the SAE's.
+        decoder_norms: |W_dec_i| of every latent, [d_sae]; if the card's activations are plain, the
+            export's are divided by them.
         model: what the SAE was trained on, None if that is not known.
         force: take an export of another SAE all the same, and leave out what lies past d_sae.
 
     Raises:
-        SAEError: a part is no export, a file is damaged, or it is of another SAE.
+        SAEError: if a part is no export, a file is damaged, or it is of another SAE.
     """
     reader = _Reader(card, model, force)
     if len(decoder_norms) != card.d_sae:
@@ -142,13 +144,13 @@ def import_neuronpedia(
 
 
 def _batches_of(part: Path) -> dict[str, list[Path]]:
-    """The batches of each kind in a folder of an export; of a single file, itself."""
+    """The batches of each kind in a folder of an export; a file is the only batch of its kind."""
     if part.is_file() and part.absolute().parent.name in KINDS:
         return {part.absolute().parent.name: [part]}
     found = {kind: paths for kind in KINDS if (paths := _batches(part / kind))}
     if not found:
         raise SAEError(
-            f"{part}: no Neuronpedia export, expected a folder with batch-N.jsonl.gz in its "
+            f"{part}: not a Neuronpedia export, expected a folder with batch-N.jsonl.gz in its "
             "features/, explanations/ or activations/, or such a file in a folder of that name"
         )
     return found
@@ -188,14 +190,13 @@ class _Reader:
             raise SAEError(f"{path}: truncated or damaged after line {number}: {error}") from error
 
     def refuse_smaller(self, known: Iterable[int]) -> None:
-        """Refuse what describes each of the first features and stops short of d_sae."""
+        """Refuse an export that describes all features up to some index and none of the others."""
         indices = set(known)
         complete = len(indices) == max(indices, default=-1) + 1
         if complete and BATCH <= len(indices) < self._card.d_sae and not self._force:
             raise SAEError(
-                f"the export describes features 0 to {len(indices) - 1}, and the SAE has "
-                f"{self._card.d_sae}: it is of an SAE of another size, or only part of the export; "
-                f"{_GO_ON}"
+                f"the export describes features 0 to {len(indices) - 1}, but the SAE has "
+                f"{self._card.d_sae}: it is for an SAE of another size, or is only a part; {_GO_ON}"
             )
 
     def _feature(self, where: str, values: dict[str, Any]) -> int:
@@ -237,7 +238,7 @@ class _Reader:
 
 
 def same(exported: str, model: str) -> bool:
-    """Whether Neuronpedia's name of a model and Hugging Face's or TransformerLens' are of one."""
+    """Whether Neuronpedia's name and Hugging Face's or TransformerLens' mean the same model."""
     return _plain_name(exported) == _plain_name(model)
 
 

@@ -1,4 +1,4 @@
-"""Numbers out of JSON, where anything may stand."""
+"""Numbers out of JSON, in which anything may stand in their place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def finite(value: object) -> float | None:
-    """The value as a float; None where it is no number, is true or false, or is not finite."""
+    """The value as a float; None if it is no number, is true or false, or is not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -17,6 +17,6 @@ def finite(value: object) -> float | None:
 
 
 def positive(value: object) -> float | None:
-    """The value as a float; None where it is no finite number above 0."""
+    """The value as a float; None if it is no finite number above 0."""
     number = finite(value)
     return number if number is not None and number > 0 else None

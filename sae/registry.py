@@ -1,4 +1,4 @@
-"""SAELens' registry of published SAEs: `sae_lens://RELEASE/SAE_ID`, and what it says of others.
+"""SAELens' registry of published SAEs: `sae_lens://RELEASE/SAE_ID`, and what else it tells of SAEs.
 
 The registry is a YAML file inside the `sae-lens` package. It is read without importing the package,
 whose import takes long and is not needed.
@@ -22,7 +22,7 @@ SCHEME = "sae_lens://"
 
 _FILE_NAME = "pretrained_saes.yaml"
 
-# SAELens' own name of the loader of a release; none means its own format.
+# SAELens' names for the loaders of releases; None stands for its own format.
 _LOADERS = (
     None,
     "sae_lens",
@@ -44,16 +44,16 @@ _LOADERS = (
 _UNSERVED_LOADERS = {
     "temporal": "a temporal SAE, which attends over the sequence",
 }
-# The registry names a layer of a cross-layer transcoder by its number.
+# With this loader, a path in the registry is a layer's number.
 _BY_NUMBER = "mntss_clt_layer_transcoder"
 
-# Of a folder in the hub's cache: models--OWNER--REPO/snapshots/COMMIT/PATH.
+# A path in the hub's cache: models--OWNER--REPO/snapshots/COMMIT/PATH.
 _CACHED = re.compile(r"(?:.*/)?models--([^/]+?)--([^/]+)/snapshots/[^/]+/(.+)")
 
 
 @dataclass(frozen=True)
 class RegistryFacts:
-    """What the registry says of an SAE beside its files; None and False where it says nothing.
+    """What the registry says of an SAE beside its files; None and False if it says nothing.
 
     Attributes:
         norm_scaling_factor: s that brings inputs to an average norm of sqrt(d_in), for weights into
@@ -61,6 +61,8 @@ class RegistryFacts:
         normalize_activations: a normalization that replaces the configuration's.
         center_writing_weights: it was trained on a model whose stream has no mean.
         model: what it was trained on.
+        l0: mean number of active features.
+        variance_explained: share of the variance, at most 1.
     """
 
     norm_scaling_factor: float | None = None
@@ -72,7 +74,7 @@ class RegistryFacts:
 
     @property
     def change_arithmetic(self) -> bool:
-        """Whether files that are read without them are read wrongly."""
+        """Whether files that are read without these facts are read wrongly."""
         return (
             self.norm_scaling_factor is not None
             or self.normalize_activations is not None
@@ -100,7 +102,8 @@ def look_up(source: str) -> RegistryEntry:
     """Find `sae_lens://RELEASE/SAE_ID`.
 
     Raises:
-        SAEError: there is none, with the nearest names; or it is of a kind that is not served.
+        SAEError: if there is none (the message has the nearest names), or it is of a kind that is
+            not served, or `sae-lens` is not installed.
     """
     release_name, separator, sae_id = source.removeprefix(SCHEME).partition("/")
     if not separator or not sae_id:
@@ -122,19 +125,19 @@ def find(repo: str, *paths: str) -> RegistryEntry | None:
     """The entry of a repository and the first of these paths in it that has one, if any has.
 
     Args:
+        repo: OWNER/REPO.
         paths: of the folder or of the file that the registry names.
     """
-    # Reading the whole registry takes a second, which most sources need not.
+    # Reading the whole registry takes a second, and most sources can be spared it.
     if repo not in _repositories():
         return None
     return next((found for path in paths if (found := _by_place().get((repo, path)))), None)
 
 
 def find_on_disk(path: Path) -> RegistryEntry | None:
-    """The entry that a copy on disk is of, told by the folders' names.
+    """The entry that a folder or weight file on disk is a copy of; None if no name tells.
 
-    They are the hub cache's own, or those of the repository and of the path in it. The path is of
-    the folder, or of the weight file in it.
+    The folders' names tell: those of the hub's cache, or of the repository and the path in it.
     """
     if match := _CACHED.fullmatch(path.as_posix()):
         owner, repo, inside = match.groups()
@@ -205,7 +208,7 @@ def _by_place() -> dict[tuple[str, str], RegistryEntry]:
         if release.get("conversion_func") in _LOADERS
         for sae in release["saes"]
     )
-    # Of several names of one place the first stands: they differ in nothing that is read here.
+    # If a place has several names, the first stands: they differ in nothing that is read here.
     found: dict[tuple[str, str], RegistryEntry] = {}
     for entry in entries:
         found.setdefault((entry.repo, entry.path), entry)

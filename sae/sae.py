@@ -54,7 +54,7 @@ class LatentRows:
 
 
 class SAE:
-    """One opened SAE. Nothing is resident until asked for; every read is of the memory map."""
+    """One opened SAE. Nothing is resident until it is asked for; all reads use the memory map."""
 
     def __init__(self, card: SAECard, layout: SAELayout, tensors: TensorFile) -> None:
         self._card = card
@@ -69,6 +69,7 @@ class SAE:
 
     @property
     def card(self) -> SAECard:
+        """What the SAE is, without its weights."""
         return self._card
 
     @property
@@ -86,7 +87,7 @@ class SAE:
     def rows(self, latents: Sequence[int], write: int = 0) -> LatentRows:
         """Read only these latents, and what they write at `card.writes[write]`.
 
-        IndexError for a latent that is not in [0, d_sae).
+        Raises IndexError if a latent is not in [0, d_sae).
         """
         assert 0 <= write < len(self._card.writes), write
         index = self._weights.index(latents)
@@ -97,7 +98,7 @@ class SAE:
         return LatentRows(W_enc, W_dec, **vars(vectors))
 
     def nonfinite_latents(self, latents: Sequence[int]) -> list[int]:
-        """Those of the latents that have a weight or bias which is NaN or infinite."""
+        """Those of the latents that have a weight or a bias that is NaN or infinite."""
         index = self._weights.index(latents)
         rows = self.rows(latents)
         finite = rows.W_enc.isfinite().all(dim=1) & rows.W_dec.isfinite().all(dim=1)
@@ -109,8 +110,8 @@ class SAE:
     def decoder_rows(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """W_dec[start:stop] as [stop - start, d_out] float32 on the device.
 
-        Of a dictionary that writes at several places it is their sum: what it adds to the stream in
-        all.
+        For a dictionary that writes at several places it is the sum over them: what a latent adds
+        to the stream in all.
         """
         return self._weights.matrix("W_dec", start, stop, _indexed(device))
 
@@ -123,7 +124,11 @@ class SAE:
         return torch.cat(norms)
 
     def chunks(self, bytes_per_latent: int | None = None) -> Iterator[tuple[int, int]]:
-        """Ranges of latents whose float32 rows fit the workspace together."""
+        """Ranges [start, stop) of latents, in order, that fit the workspace.
+
+        Args:
+            bytes_per_latent: what one latent takes there; None for a float32 row of d_in.
+        """
         return self._weights.chunks(bytes_per_latent)
 
     # Whole passes
@@ -148,8 +153,8 @@ class SAE:
     def decode(self, f: Tensor, x: Tensor) -> Tensor:
         """f [n, d_sae] and the x [n, d_in] it came from -> x_hat [n, d_out] float32, with b_dec.
 
-        A transcoder's is the output y that it stands for, its skip connection included. An SAE that
-        reads x without its mean says nothing of it: x_hat has the mean of x.
+        For a transcoder x_hat is its approximation of the output y, skip connection included. An
+        SAE that reads x without its mean says nothing of the mean: x_hat has that of x.
         """
         assert self._card.kind in KINDS_THAT_DECODE, self._card.kind
         out = self._add_written(self.b_dec.to(f.device).repeat(f.shape[0], 1), f)
@@ -165,8 +170,8 @@ class SAE:
     def written(self, f: Tensor) -> Tensor:
         """f [n, d_sae] -> what the features alone write, [n, d_out] float32.
 
-        No bias, no skip connection, and of an SAE that normalizes its input not times g. Every kind
-        of dictionary has it; of one that writes at several places it is the sum.
+        Bias and skip connection are left out, and so is g if the SAE normalizes its input. It is
+        defined for every kind of dictionary; for one that writes at several places it is the sum.
         """
         return self._add_written(f.new_zeros(f.shape[0], self._card.d_out), f)
 
@@ -194,21 +199,21 @@ class SAE:
 
     @property
     def matrix_bytes(self) -> int:
-        """Size of what full passes read, as it is stored: W_enc, and W_dec if it decodes."""
+        """Bytes of what full passes read, as it is stored: W_enc, and W_dec if it decodes."""
         return self._weights.matrix_bytes
 
     @property
     def place_bytes(self) -> int:
-        """Size of a place for what full passes read, as it is stored, one after the other."""
+        """Bytes that `resident` needs at a place: the same matrices, each aligned."""
         return self._weights.place_bytes
 
     def resident(self, device: torch.device | str, place: Tensor | None = None) -> None:
         """Put what full passes read on a device in its stored dtype.
 
         Args:
-            device: where to.
+            device: the device to put it on.
             place: uint8 [at least place_bytes] on that device, to be overwritten with it; None
-                for memory of their own.
+                to allocate memory.
         """
         self._weights.make_resident(_indexed(device), place)
 
@@ -223,15 +228,20 @@ class SAE:
     # Checks
 
     def scan_nonfinite(self) -> None:
-        """Read every weight once; SAEError naming the tensor and the first latent that is bad."""
+        """Read every weight once, in float32, as it is computed with.
+
+        Raises:
+            SAEError: if one is not finite, or a direction is zero. The message names the tensor and
+                the first latent that is bad.
+        """
         self._weights.scan_nonfinite()
 
     def refuse_changed(self) -> None:
-        """SAEError where the weight file was written to since it was opened."""
+        """Raises SAEError if the weight file was written to since it was opened."""
         self._tensors.refuse_changed()
 
     def sha256(self) -> str:
-        """SHA-256 of the weight file, in hexadecimal; computed once, then also on the card."""
+        """SHA-256 of the weights, in hexadecimal; computed once, then also on the card."""
         with self._lock:
             if self._card.sha256 is None:
                 self._card = replace(self._card, sha256=self._tensors.sha256())
@@ -309,9 +319,9 @@ def open_sae(ref: SAEReference | ResolvedSAE) -> SAE:
 
 
 def check_fits(card: SAECard, d_model: int, num_layers: int) -> None:
-    """SAEError where the SAE cannot belong to a model of this width and depth.
+    """Raises SAEError if the SAE cannot belong to a model of this width and depth.
 
-    How wide attention's heads are is known when the model is loaded.
+    The width of attention's heads is known, and checked, only when the model is loaded.
     """
     reads = ("d_in", card.d_in, card.reads)
     for name, width, hook in (reads, *(("d_out", card.d_out, hook) for hook in card.writes)):
@@ -328,5 +338,5 @@ def check_fits(card: SAECard, d_model: int, num_layers: int) -> None:
 
 
 def _indexed(device: torch.device | str) -> torch.device:
-    """The device as its tensors name it: cuda is cuda:0, say."""
+    """The device as its tensors name it: for "cuda" it is "cuda:0", say."""
     return torch.empty(0, device=device).device

@@ -26,11 +26,11 @@ card says L0 32.4 and 0.82) on `TEXT`, 437 tokens counted, in float32:
     layer 14, decoder rows in another order                     33                -0.45
     ====================================================  =========  ==================
 
-So another hook, a wrong architecture or scale show at once; a layer four or more away shows where
-the SAE's files state the variance that it explains; and a neighbouring layer does not: the stream
+So another hook, or a wrong architecture or scale, shows at once. A layer four or more away shows if
+the SAE's files state the variance that it explains. A neighbouring layer does not show: the stream
 changes little from one to the next. Nor need a base model's SAE on the instruct model show in these
-numbers (none was measured: there was no such pair to be had); there the models' names are compared,
-where the SAE's files state one.
+numbers (there was no such pair to measure); so the models' names are compared if the SAE's files
+state one.
 """
 
 from __future__ import annotations
@@ -81,26 +81,27 @@ vide. Une femme vendait des pommes sous un parapluie rouge ; elle demanda au vie
 avait fait bon voyage, mais il ne répondit pas tout de suite.
 """
 
-#: A token whose norm is so many times the median is an attention sink.
+#: A token whose norm is more than this many times the median is an attention sink.
 SINK_FACTOR: Final = 10.0
-#: An L0 more than so many times the stated one, or less than its part, is not that SAE's.
+#: An L0 that is more than the stated one times this, or less than it divided by this, is wrong.
 L0_FACTOR: Final = 2.0
-#: A larger part of the features than this does not fire on each token of any sparse autoencoder.
+#: In no sparse autoencoder does a larger part of the features than this fire on each token.
 DENSE: Final = 0.1
-#: Variance explained so far below the stated value is not that SAE's.
+#: A variance explained that is more than this below the stated one is wrong.
 VARIANCE_MARGIN: Final = 0.15
-#: The least variance explained where no value is stated.
+#: The least variance explained that is right if no value is stated.
 VARIANCE_FLOOR: Final = 0.3
-#: On fewer tokens than this nothing is said of the values.
+#: On fewer tokens than this the values are not judged.
 ENOUGH_TOKENS: Final = 64
 
 _L0_IN_FOLDER = re.compile(r"average_l0_(\d+)")
 _GEMMA_SCOPE = re.compile(r"gemma-scope-((?:2b|9b|27b)-(?:pt|it))(?![a-z])")
-#: Keys of configurations, the most telling first; sparsity aimed at in training stands in for L0.
+#: Keys of configurations, the most telling first; the sparsity that training aimed at stands in for
+#: L0.
 _L0_KEYS = ("l0", "target_l0", "top_k", "k")
 _VARIANCE_KEYS = ("variance_explained", "explained_variance", "frac_variance_explained")
 _MODEL_KEYS = ("model_name", "lm_name")
-#: It is printed and logged, and whoever wrote the file may be a stranger.
+#: A model's name is printed and logged, and whoever wrote the file may be a stranger.
 _MODEL_NAME = re.compile(r"[\w./:@+ -]{1,200}")
 #: Parts of models' names that say how they were trained, not which they are. A name without any is
 #: a base model's (gemma-2-2b) or, beside one that ends in -Base, an instruct model's (Qwen3-8B).
@@ -111,7 +112,7 @@ _PRETRAINED = frozenset({"pt"})
 
 @dataclass(frozen=True)
 class Stated:
-    """What an SAE's files, its folder or SAELens' registry say of it; None where nothing."""
+    """What an SAE's files, its folder or SAELens' registry say of it; None for what they do not."""
 
     l0: float | None = None
     variance_explained: float | None = None
@@ -120,11 +121,13 @@ class Stated:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found; `variance_explained` is NaN where the stream does not vary or is not finite.
+    """What was found.
 
     Attributes:
-        tokens: tokens that count.
-        sinks: tokens left out for their norm.
+        tokens: how many tokens count.
+        sinks: how many were left out for their norm.
+        l0: mean number of active features; NaN if no token counts.
+        variance_explained: at most 1; NaN if the stream does not vary or is not finite.
         median_norm: of the stream at the tokens that count; None if there is none.
     """
 
@@ -160,7 +163,7 @@ class Observed:
             self._tokens[position] = (x[i].copy(), float(error[i]), int(l0[i]))
 
     def measured(self, limit: int) -> Measured:
-        """Over the positions below ``limit``, without sinks."""
+        """What was found at the positions below ``limit``, without sinks."""
         tokens = [token for position, token in self._tokens.items() if position < limit]
         if not tokens:
             return Measured(0, 0, math.nan, math.nan)
@@ -194,7 +197,7 @@ class Outcome:
 
     @property
     def complaints(self) -> list[str]:
-        """What is off, and what that likely means; nothing where nothing is."""
+        """What is off, and what that likely means; empty if nothing is."""
         if self.judged and not math.isfinite(self.measured.variance_explained):
             return ["the stream or its reconstruction does not vary or is not finite"]
         found = self._facts() if self.judged else []
@@ -202,19 +205,19 @@ class Outcome:
             found.append(self._likely())
         if self.stated.model is not None and is_other_training(self.stated.model, self.model):
             found.append(
-                f"it was trained on {self.stated.model} and this is {self.model}, base and "
-                "instruct of one model"
+                f"it was trained on {self.stated.model} and this is {self.model}: one is the base "
+                "model, the other its instruct version"
             )
         return found
 
     @property
     def remarks(self) -> list[str]:
-        """The complaints, and that there is too little to complain of."""
+        """The complaints, after a word about too few tokens if there were too few to judge by."""
         few = [] if self.judged else [f"fewer than {ENOUGH_TOKENS} tokens are too few to judge by"]
         return few + self.complaints
 
     def line(self) -> str:
-        """All of it in one line."""
+        """The measured and the stated values, and the remarks, in one line."""
         measured, stated = self.measured, self.stated
         sinks = f" (sinks left out: {measured.sinks})" if measured.sinks else ""
         values = (
@@ -230,7 +233,7 @@ class Outcome:
 
     @property
     def _dense(self) -> bool:
-        """Never of a top-k SAE, which cannot be denser than it was made."""
+        """Whether too many features fire. A top-k SAE cannot be denser than it was made."""
         ratio = self._l0_ratio
         as_stated = ratio is not None and ratio <= L0_FACTOR
         dense = self.measured.l0 > DENSE * self.card.d_sae
@@ -274,7 +277,8 @@ def stated_by(ref: ResolvedSAE, *, exactly_k: bool) -> Stated:
     """What is stated of a resolved source; reads its configurations and headers.
 
     Args:
-        exactly_k: a top-k SAE, whose k says nothing that could be wrong.
+        ref: the source.
+        exactly_k: whether it is a top-k SAE. Its L0 is k by construction, so k is not taken.
 
     Raises:
         SAEError: as opening the SAE does.
@@ -313,9 +317,10 @@ def stated_by(ref: ResolvedSAE, *, exactly_k: bool) -> Stated:
 
 
 def is_other_training(trained_on: str, served: str) -> bool:
-    """Whether the names are of one model, base and instruct: nothing is said of other names.
+    """Whether one name is a base model's and the other that of its instruct version.
 
-    One may say more (a version, a quantization) at its end.
+    False for the names of different models. Either may say more (a version, a quantization) at its
+    end.
     """
     family, training = _family_and_training(trained_on)
     served_family, served_training = _family_and_training(served)

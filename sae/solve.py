@@ -27,16 +27,19 @@ from sae.sae import SAE
 
 #: The least diagonal entry of G with which an edit is solved.
 LEAST_GAIN: Final = 0.2
-#: The largest condition number of G with which it is.
+#: The largest condition number of G with which an edit is solved.
 MOST_CONDITION: Final = 1e4
-#: Architectures whose pre-activation is affine in the stream and decides about itself alone.
+#: Architectures whose pre-activation is affine in the stream and alone decides the activation.
 _AFFINE: Final = frozenset({"standard", "jumprelu", "direction"})
 
 LatentOf = tuple[SAE, int]
 
 
 class IllConditionedError(SAEError):
-    """An edit that cannot be solved: what it writes hardly moves, or hardly parts, what is read."""
+    """An edit that cannot be solved.
+
+    What it writes hardly moves what is read, or hardly tells two of the features apart.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Solved:
     Attributes:
         W_dec: ``[n, d_in]`` float32, with the decoder's scale folded in.
         norm_kept: ``|new W_dec| / |W_dec|`` of each latent: what `protected` left of it; None
-            where that is 0 / 0.
-        gain_kept: ``new G_jj / G_jj`` of each latent; None where G_jj is 0.
+            if that is 0 / 0.
+        gain_kept: ``new G_jj / G_jj`` of each latent; None if G_jj is 0.
     """
 
     W_dec: Tensor
@@ -66,14 +69,14 @@ def solve(
     """Rows for edits of these latents together.
 
     Args:
-        sae: of which `is_affine` holds.
-        latents: of the edits at this SAE, distinct.
-        protected: features of SAEs at the same hook point, of which `is_affine` holds too.
+        sae: one for which `is_affine` holds.
+        latents: those that the edits at this SAE name, distinct.
+        protected: features of SAEs at the same hook point, for which `is_affine` holds too.
         reread: solve for what is read again; else the rows are only made to spare ``protected``.
 
     Raises:
-        IllConditionedError: with ``reread``, if a diagonal entry of G is below `LEAST_GAIN` or its
-            condition number above `MOST_CONDITION`.
+        IllConditionedError: with ``reread``, if a diagonal entry of G is below `LEAST_GAIN` or the
+            condition number of G above `MOST_CONDITION`.
     """
     W_enc, W_dec = _folded(sae, latents)
     kept = _orthogonal(W_dec, protected)
@@ -127,11 +130,11 @@ def _orthogonal(W_dec: Tensor, protected: Sequence[LatentOf]) -> Tensor:
     if not protected:
         return W_dec
     W_enc = torch.cat([sae.rows([latent]).W_enc for sae, latent in protected]).double()
-    # Rows that are nearly the same span fewer directions than there are rows: those that singular
-    # values say are there, and no direction made of rounding errors.
+    # Rows that are nearly the same span fewer directions than there are rows. The singular values
+    # tell which are real and which are made of rounding errors.
     _, sizes, basis = torch.linalg.svd(W_enc, full_matrices=False)
     basis = basis[sizes > sizes.max() * torch.finfo(torch.float32).eps]
-    # Twice: what rounding leaves after the first is as small as that of the second.
+    # Twice: the second time takes out what rounding left of the first.
     for _ in range(2):
         W_dec = W_dec - (W_dec @ basis.T) @ basis
     return W_dec
@@ -148,7 +151,7 @@ def _reread_rows(name: str, latents: Sequence[int], W_enc: Tensor, W_dec: Tensor
     gain = float(G[least, least])
     if not gain >= LEAST_GAIN:
         raise IllConditionedError(
-            f"feature {latents[least]} of SAE {name!r}: read again, a unit of it moves it by only "
+            f"feature {latents[least]} of SAE {name!r}: a unit of it, read again, moves it by only "
             f"{gain:.3g}, and 'reread' needs at least {LEAST_GAIN:g}"
         )
     condition = float(torch.linalg.cond(G))
@@ -156,7 +159,7 @@ def _reread_rows(name: str, latents: Sequence[int], W_enc: Tensor, W_dec: Tensor
         raise IllConditionedError(
             f"features {', '.join(map(str, sorted(latents)))} of SAE {name!r}: the matrix of their "
             f"gains has condition number {condition:.3g}, and 'reread' needs at most "
-            f"{MOST_CONDITION:g}; leave one of the features out that mean nearly the same"
+            f"{MOST_CONDITION:g}; leave out one of the features that mean nearly the same"
         )
     solved: Tensor = torch.linalg.solve(G.T, W_dec)  # inverse(G).T @ W_dec
     return solved

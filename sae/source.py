@@ -47,7 +47,7 @@ _WEB_PAGE = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?:/(?P<path>[^?#]*))?)?/?(?:[?#].*)?"
 )
-# What a path relative to this folder could be, and a repository is.
+# What may be a repository. A path relative to this folder may look the same.
 _REPOSITORY = re.compile(r"(?![.~])[\w.-]+/(?![.])[\w.-]+(?:/[^@]+)?(?:@[^@]+)?")
 
 
@@ -73,7 +73,11 @@ class SAEReference:
 
     @classmethod
     def parse(cls, flag: str) -> SAEReference:
-        """Read `NAME=SOURCE[,hook=..][,layer=..][,format=..][,sink_norm=N]...`."""
+        """Read `NAME=SOURCE[,hook=..][,layer=..][,format=..][,sink_norm=N]...`.
+
+        Raises:
+            SAEError: if the name, an option or its value is not as it should be.
+        """
         name, separator, source = flag.partition("=")
         if not separator:
             raise SAEError(f"--sae {flag!r}: expected NAME=SOURCE")
@@ -123,11 +127,16 @@ class ResolvedSAE:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ResolvedSAE:
+        """The inverse of `to_dict`."""
         return cls(**{**fields, "facts": RegistryFacts(**fields["facts"])})
 
 
 def parse_source(text: str) -> SAEReference:
-    """Read `SOURCE[,hook=..][,layer=..]...`; the name comes from the source."""
+    """Read `SOURCE[,hook=..][,layer=..]...`; the name comes from the source.
+
+    Raises:
+        SAEError: if an option or its value is not as it should be.
+    """
     ref = _with_options("", text)
     stem = PurePosixPath(ref.source.partition("@")[0].rstrip("/")).name
     name = re.sub(r"[\s/\\,=?#%:]+", "-", stem).strip("-")[:128]
@@ -138,8 +147,8 @@ def resolve(ref: SAEReference | ResolvedSAE) -> ResolvedSAE:
     """Find the path on disk, fetching what lies elsewhere, and what the registry says of it.
 
     Raises:
-        SAEError: it cannot be had, its names say that it is of a kind that is not served, or it
-            stands for several (`sae.layers.resolve_all`).
+        SAEError: if it cannot be found or fetched, its names say that it is of a kind that is not
+            served, or it stands for several (which `sae.layers.resolve_all` takes).
     """
     if isinstance(ref, ResolvedSAE):
         return ref
@@ -210,8 +219,8 @@ def _with_options(name: str, text: str) -> SAEReference:
     hooks = {key: _hook(text, key, values[key]) for key in _HOOKS if key in values}
     if "hook" in hooks and len(hooks) > 1:
         raise SAEError(
-            f"{text!r}: hook= says where an SAE reads and writes, reads= and writes= the two of a "
-            "transcoder; state one or the other"
+            f"{text!r}: hook= states where an SAE reads and writes, reads= and writes= the two "
+            "places of a transcoder; state one or the other"
         )
     return SAEReference(
         name=name,
@@ -241,7 +250,7 @@ def _layer(text: str, value: str) -> int | str:
 def _split(text: str) -> tuple[str, list[str]]:
     """The source, and the options after it.
 
-    What looks like an option and has no known name is part of the path where that exists.
+    What looks like an option but has no known name is part of the path if such a path exists.
     """
     parts = re.split(r",(?=\w+=)", text)
     known = [part.partition("=")[0] in _OPTIONS for part in parts]

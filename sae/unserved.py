@@ -17,7 +17,7 @@ def _word(pattern: str) -> re.Pattern[str]:
     return re.compile(_NOT_IN_WORD.format(pattern), re.IGNORECASE)
 
 
-#: What cannot be served at all, by a word in its names, and why.
+#: What cannot be served at all, told by a word in its names, and why.
 _UNSERVED: Final = {
     "a Lorsa (low-rank sparse attention)": (_word("lorsas?"), "which attends over the sequence"),
     "an SAE of mlsae": (_word("mlsaes?"), "which reads every layer at once"),
@@ -25,7 +25,7 @@ _UNSERVED: Final = {
 #: An organization's CLTs choose their top k over all layers together.
 _JOINT_TOP_K: Final = re.compile(r"(?i)(?:^|/)bytedance-seed/[^/]*(?<![a-z])clt(?![a-z])")
 
-#: What is no SAE, by a word in its names.
+#: What is no SAE, told by a word in its names.
 _OTHER_KINDS: Final = {
     "a cross-layer transcoder": _word("clts?"),
     "a transcoder": _word("transcoders?"),
@@ -34,30 +34,30 @@ _OTHER_KINDS: Final = {
 _SAE_WORD: Final = _word("saes?")
 
 
-def refuse_by_name(source: str, path: str, *more: str) -> None:
+def refuse_by_name(source: str, path: str, *names: str) -> None:
     """Refuse a source whose names say that it is of a kind that is not served.
 
     Args:
         source: what the message names.
         path: the repository and the path in it, or the last folders of a path on disk.
-        more: other names of it.
+        names: other names of it.
 
     Raises:
-        SAEError: it is one.
+        SAEError: if it is one.
     """
     if _JOINT_TOP_K.search(path):
         raise SAEError(
             f"{source}: by its name this is a cross-layer transcoder of ByteDance, which chooses "
             "its top k over all layers together: no layer knows its features before the last one"
         )
-    for part in (*more, *reversed(path.split("/"))):
+    for part in (*names, *reversed(path.split("/"))):
         for what, (pattern, why) in _UNSERVED.items():
             if pattern.search(part):
                 raise SAEError(f"{source}: by its name ({part!r:.80}) this is {what}, {why}")
 
 
 def refuse_word_of_another_kind(where: str, path: str, source: str) -> None:
-    """Refuse an SAE of an unstated hook point whose names say that it is no SAE.
+    """Refuse what states no hook point and has names that say that it is no SAE.
 
     Args:
         where: what the message names.
@@ -65,7 +65,7 @@ def refuse_word_of_another_kind(where: str, path: str, source: str) -> None:
         source: what the user wrote, for the message.
 
     Raises:
-        SAEError: saying how to state where a transcoder reads and writes.
+        SAEError: if it is no SAE. The message says how to state a transcoder's places.
     """
     for part in reversed(path.split("/")):
         # A folder of SAEs in a collection of both.

@@ -1,8 +1,8 @@
-"""An SAE's tensors in the form that it is computed with, read out of its memory-mapped file.
+"""An SAE's tensors in the form in which they are computed with, out of its memory-mapped file.
 
 In use are W_enc*s, W_dec/s and b_dec/s, s being the layout's scale, in float32; a transcoder may
-have another s for its output. A direction's rows in use have norm 1. Where the SAE was
-trained on a stream without its mean, each row of W_enc has lost its own mean as well:
+have another s for its output. A direction's rows in use have norm 1. If the SAE was trained on a
+stream without its mean, the mean of each row of W_enc is subtracted from it:
 (e - mean(e)) . x = e . (x - mean(x)). The subtraction of b_dec from the input is folded into the
 latents' biases in float64.
 """
@@ -22,12 +22,12 @@ from sae.tensors import TensorFile
 
 # Workspace of a pass over all latents or tokens: weights upcast, activations not kept.
 WORKSPACE_BYTES = 64 * 2**20
-# What an accelerator's products like a matrix to begin at.
+# Bytes: an accelerator's products are fast for matrices that begin at a multiple of it.
 _ALIGNMENT = 256
 
 
 class Weights:
-    """The tensors of one SAE. Nothing is resident until asked for."""
+    """The tensors of one SAE. Nothing is resident until it is asked for."""
 
     def __init__(self, card: SAECard, layout: SAELayout, tensors: TensorFile) -> None:
         self._card = card
@@ -43,14 +43,14 @@ class Weights:
 
     @property
     def W_skip(self) -> Tensor | None:
-        """[d_out, d_in] float32 as it is computed with; None where there is no skip connection."""
+        """[d_out, d_in] float32 as it is computed with; None if there is no skip connection."""
         if "W_skip" not in self._layout.tensors:
             return None
         return self._stored("W_skip").float() * (self._layout.scale / self._scale_out)
 
     @property
     def matrix_bytes(self) -> int:
-        """Size of what full passes read, as it is stored."""
+        """Bytes of what full passes read, as it is stored."""
         return sum(self._stored(name).nbytes for name in self._matrices)
 
     @property
@@ -64,13 +64,17 @@ class Weights:
         return layout.scale if layout.scale_out is None else layout.scale_out
 
     def chunks(self, bytes_per_latent: int | None = None) -> Iterator[tuple[int, int]]:
-        """Ranges of latents whose float32 rows fit the workspace together."""
+        """Ranges [start, stop) of latents, in order, that fit the workspace.
+
+        Args:
+            bytes_per_latent: what one latent takes there; None for a float32 row of d_in.
+        """
         size = max(1, WORKSPACE_BYTES // (bytes_per_latent or 4 * self._card.d_in))
         for start in range(0, self._card.d_sae, size):
             yield start, min(start + size, self._card.d_sae)
 
     def index(self, latents: Sequence[int]) -> Tensor:
-        """The latents as a tensor [n] int64. IndexError for one that is not in [0, d_sae)."""
+        """The latents as a tensor [n] int64. Raises IndexError if one is not in [0, d_sae)."""
         for latent in latents:
             if not 0 <= latent < self._card.d_sae:
                 raise IndexError(f"latent {latent} not in [0, {self._card.d_sae})")
@@ -79,7 +83,7 @@ class Weights:
     def rows(self, canonical: str, index: Tensor, write: int = 0) -> Tensor:
         """Rows of W_enc [n, d_in] or W_dec [n, d_out] as they are computed with, in float32.
 
-        `write` is which of the places where a dictionary writes, for the rows of W_dec.
+        For rows of W_dec, `write` chooses among the places where the dictionary writes.
         """
         stored = self._stored(canonical)
         if stored.dim() == 3:  # [d_sae, places, d_out]
@@ -87,7 +91,7 @@ class Weights:
         return self._in_use(canonical, stored.index_select(0, index))
 
     def matrix(self, canonical: str, start: int, stop: int, device: torch.device) -> Tensor:
-        """The same for a range of latents, on a device; of several places their sum."""
+        """The rows of a range of latents, on a device; those of several places are summed."""
         whole = self._resident.get(device, {}).get(canonical)
         if whole is None:
             whole = self._stored(canonical)
@@ -101,7 +105,7 @@ class Weights:
 
     @property
     def place_bytes(self) -> int:
-        """Size of a place for what full passes read, as it is stored, one after the other."""
+        """Bytes that `make_resident` needs at a place: the same matrices, each aligned."""
         *first, last = (self._stored(name).nbytes for name in self._matrices)
         return sum(map(_aligned, first)) + last
 
@@ -109,9 +113,9 @@ class Weights:
         """Put what full passes read on a device in its stored dtype.
 
         Args:
-            device: where to.
+            device: the device to put it on.
             place: uint8 [at least place_bytes] on that device, to be overwritten with it; None
-                for memory of its own.
+                to allocate memory.
         """
         if device in self._resident:
             return
@@ -135,7 +139,7 @@ class Weights:
     def vectors(self, index: Tensor, W_enc: Tensor, W_dec: Tensor) -> LatentVectors:
         """The vectors of these latents in float32, given their rows in use [n, d_in], [n, d_out].
 
-        What is written at the first place counts where decoder rows do.
+        If the dictionary writes at several places, the decoder rows are those of the first.
         """
         architecture = self._card.architecture
         stored = {name: self.vector(name, index) for name in VECTORS[architecture]}
@@ -171,9 +175,11 @@ class Weights:
         return torch.cat(parts)
 
     def scan_nonfinite(self) -> None:
-        """Read every weight once; SAEError naming the tensor and the first latent that is bad.
+        """Read every weight once, in float32, as it is computed with.
 
-        What is tested is what is computed with: a float64 that is too large for float32 is bad.
+        Raises:
+            SAEError: if one is not finite, or a direction is zero. The message names the tensor and
+                the first latent that is bad.
         """
         for canonical, stored in self._layout.tensors.items():
             bad = self._first_nonfinite(canonical)
@@ -225,7 +231,7 @@ class Weights:
             return torch.zeros(len(index), dtype=torch.float64)
         rows = W_enc.double()
         if self._layout.centered:
-            # b_dec is subtracted after the mean: its own stays.
+            # b_dec is subtracted after the mean of x, so its own mean stays.
             stored = self._stored("W_enc").index_select(0, index)
             rows = self._scaled("W_enc", stored.float()).double()
         return rows @ self._b_dec()

@@ -27,7 +27,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # The flags of these three are vLLM's, whose parser is slow to import.
+    # These three take vLLM's flags, and its parser is slow to import.
     if words[:1] == ["serve"]:
         from server.commands.serve import serve
 
@@ -76,7 +76,7 @@ def _study(args: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Run a command of vLLM's; whatever ends it is the last line on stderr."""
+    """Run a command of vLLM's and return the exit code; an error is the last line on stderr."""
     from server.start.engine_death import EngineDiedError
     from server.start.errors import EngineStartError, RefusedStartError, in_one_line
 
@@ -158,12 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     labels.add_argument(
         "--force",
         action="store_true",
-        help="take exports of another model, layer or size all the same; features past the SAE's "
-        "last one are left out",
+        help="import exports of another model, layer or size all the same; features past the "
+        "SAE's last one are left out",
     )
     commands.add_parser(
         "demo",
-        help="serve the model and the SAE that come along, and show a steered answer",
+        help="serve the model and the SAE that come with the package, and show a steered answer",
         usage="vllm-sae demo [any vllm serve flag, e.g. --port 8001]",
     )
     return parser
@@ -172,16 +172,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_study(commands: Any) -> None:
     study = commands.add_parser(
         "study",
-        help="run the studies of a file on a server, or on an engine of their own",
+        help="run the studies in a file on a running server, or on an engine started for them",
         usage="vllm-sae study FILE.json [-o OUT.json] (--url URL [--api-key KEY] | "
         "--model MODEL --sae NAME=SOURCE [any vllm engine flag])",
-        description='A file of studies: {"study": NAME, "sae": NAME, "body": {...}}, a list of '
-        "them, or an object of them. What they answer is printed in the same form.",
+        description='FILE.json holds one study, {"study": NAME, "sae": NAME, "body": {...}}, a '
+        "list of them, or an object of them by name. The answers are printed in the same form.",
     )
     study.add_argument("file", metavar="FILE.json", help="the studies; - for standard input")
-    study.add_argument("-o", "--output", metavar="OUT.json", help="where the answers go")
+    study.add_argument(
+        "-o", "--output", metavar="OUT.json", help="where the answers go; default: standard output"
+    )
     study.add_argument("--url", help="a running server, such as http://localhost:8000")
-    study.add_argument("--api-key", metavar="KEY", help="the server's")
+    study.add_argument("--api-key", metavar="KEY", help="the API key of that server")
     study.add_argument("--model", help="without --url: the model to run")
     study.add_argument(
         "--sae",
@@ -189,13 +191,13 @@ def _add_study(commands: Any) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="its SAEs, as serve takes them",
+        help="without --url: the model's SAEs, written as for serve",
     )
     study.add_argument(
         "--steering-max-study-tokens",
         metavar="N",
         type=int,
-        help="how many tokens one study may send through that model",
+        help="without --url: how many tokens one study may send through the model",
     )
 
 

@@ -21,9 +21,9 @@ UNSUPPORTED: Final = "unsupported_combination"
 
 
 def refuse_smuggled(extra_args: object, param: str, catalog: Catalog) -> None:
-    """SteeringError if a client fills the engine's extra arguments with steering itself.
+    """Raises SteeringError if a client puts steering into the engine's extra arguments itself.
 
-    All that begins like the field is kept for it.
+    Every key there that begins with the field's name is reserved.
     """
     if not isinstance(extra_args, Mapping):
         return
@@ -45,10 +45,10 @@ async def accept(
     inspection: Inspection | None = None,
     meant: Meant | None = None,
 ) -> Accepted | None:
-    """Validate a request's steering, the only time that anything parses it; None if it has none.
+    """Validate a request's steering; None if it has none. Nothing else parses it.
 
     Args:
-        request: whose sampling parameters are to carry what is accepted.
+        request: its sampling parameters are to carry what is accepted.
         catalog: the SAEs.
         inspection: how the request reads, if it comes from `inspect`.
         meant: the preset that its model's name stands for.
@@ -90,7 +90,7 @@ def _refuse_combinations(request: Steerable, spec: SteeringSpec) -> None:
             "steering.read.stream",
         )
     if getattr(request, "background", False) and wants_report(spec):
-        raise _combination("a report, a read or a stop_when of a background response")
+        raise _combination("background if it has a report, a read or a stop_when")
 
 
 def _has_embeds(request: Steerable) -> bool:

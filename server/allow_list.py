@@ -1,8 +1,8 @@
 """`VLLM_PLUGINS`, vLLM's one allow-list for plugins of every kind.
 
-Endpoint plugins load only if the list names them, so ours must be on it; but every other kind loads
-unless there is a list without it. Naming ours alone would switch off a user's others, and naming
-theirs could switch on routes that were off.
+Endpoint plugins load only if the list names them, so ours must be on it. Every other kind loads
+unless there is a list that leaves it out. So naming ours alone would switch off a user's others,
+and naming theirs as well could switch on routes that were off.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ PLUGIN_NAME: Final = "vllm_sae"
 ENDPOINT_GROUP: Final = "vllm.endpoint_plugins"
 GENERAL_GROUP: Final = "vllm.general_plugins"
 VARIABLE: Final = "VLLM_PLUGINS"
-#: Set where the list had to name a plugin whose namesake adds routes: the only routes to add.
+#: Names the only endpoint plugins to load. It is set if the list had to name a plugin of another
+#: kind that shares its name with an endpoint plugin.
 ONLY_ENDPOINTS_VARIABLE: Final = "STEERING_ONLY_ENDPOINTS"
 
 
@@ -32,7 +33,7 @@ def allow_ours(environ: MutableMapping[str, str], installed: Iterable[EntryPoint
         installed: every entry point there is.
 
     Raises:
-        NotInstalledError: where our entry points are not among them.
+        NotInstalledError: if our entry points are not among them.
     """
     groups: dict[str, set[str]] = {}
     for entry in installed:
@@ -56,7 +57,7 @@ def allow_ours(environ: MutableMapping[str, str], installed: Iterable[EntryPoint
 def restrict_endpoints() -> None:
     """A `vllm.general_plugins` entry point: let only those endpoint plugins load that were meant.
 
-    Needed where one package has a general plugin and an endpoint plugin of the same name.
+    Needed if a general plugin and an endpoint plugin have the same name.
     """
     allowed = os.environ.get(ONLY_ENDPOINTS_VARIABLE)
     if allowed is None:

@@ -83,7 +83,7 @@ class _Exchange:
 
 
 def _content_length(scope: Scope) -> int:
-    """What the head states, 0 where it states nothing that is a number: it is counted anyway."""
+    """The length that the head states; 0 if it states no number, since bytes are counted anyway."""
     try:
         return int(Headers(scope=scope).get("content-length", 0))
     except ValueError:

@@ -60,7 +60,7 @@ def refusal(path: str, error: SteeringError) -> Response:
 
 
 def error_object(error: SteeringError) -> dict[str, Any]:
-    """What stands as `error` in an answer."""
+    """The object that stands as `error` in an answer."""
     return {
         "message": error.message,
         "type": INVALID_REQUEST,

@@ -41,7 +41,11 @@ class FeatureDetails:
 
         `nearest` is [[feature, cosine]], `self_gain` a number, `interferers` [[feature, change]],
         `promoted` and `suppressed` [[token, score]]. The latter two are empty if the model's
-        checkpoint does not show its unembedding.
+        checkpoint does not show its unembedding. If the SAE reads another width than it writes,
+        `self_gain` is None and `interferers` empty.
+
+        Raises:
+            IndexError: if the feature is not in [0, d_sae).
         """
         key = (sae.card.id, feature)
         if key not in self._remembered:
@@ -55,7 +59,7 @@ class FeatureDetails:
     def unembedding(self) -> Unembedding | None:
         """The model's, opened when it is first asked for; None if its checkpoint does not show it.
 
-        From any thread.
+        May be called from any thread.
         """
         with self._opening:
             if not self._opened:

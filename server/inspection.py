@@ -63,7 +63,11 @@ class Inspection:
 
     @classmethod
     def parse(cls, sae: str, body: object) -> Inspection:
-        """Validate strictly, as the `steering` field is. Raises SteeringError."""
+        """Validate a body strictly, as the `steering` field is.
+
+        Raises:
+            SteeringError: with the code and path of the error table.
+        """
         if not isinstance(body, Mapping):
             raise SteeringError("invalid_type", f"expected an object, got {shown(body)}")
         for key in body:
@@ -120,7 +124,7 @@ class Inspection:
         """The request as which the text is rendered.
 
         Raises:
-            pydantic.ValidationError: where the messages are not what vLLM takes.
+            pydantic.ValidationError: if the messages are not what vLLM takes.
         """
         common = {"model": self.model, "max_tokens": 1, "steering": self.steering()}
         if self.messages is None:
@@ -131,7 +135,7 @@ class Inspection:
 
 
 def _prompt(body: Mapping[str, Any]) -> str | list[int] | None:
-    """One text, or the ids of one. Those past the vocabulary, which vLLM knows, it refuses."""
+    """One text, or the ids of one. vLLM, which knows the vocabulary, refuses ids past its end."""
     value = body.get("prompt")
     if value is None or isinstance(value, str):
         return value

@@ -65,7 +65,7 @@ def start_series(saes: Iterable[str], presets: Iterable[str] = ()) -> None:
 
 
 def count_accepted(spec: SteeringSpec, preset: str | None = None) -> None:
-    """Count one request, once for each SAE and operation in it, and for the preset it names."""
+    """Count one request: once for each SAE and operation in it, and once for its preset."""
     if preset is not None:
         PRESET_REQUESTS.labels(preset=preset).inc()
     uses = {(edit.sae, edit.op) for edit in spec.edits}

@@ -61,8 +61,8 @@ class ForeignSteering:
     """Refuses `steering` in the body of a route that could only ignore it.
 
     Embeddings, batches of chats, tokenize and the like drop unknown fields, so a request to steer
-    would end in an unsteered answer. Bodies are searched for the key as bytes, and parsed only
-    where it is found.
+    would end in an unsteered answer. Bodies are searched for the key as bytes, and parsed only if
+    it is found.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -94,7 +94,7 @@ def _steers(path: str) -> bool:
 
 
 def refuse_foreign(body: bytes, catalog: Catalog) -> None:
-    """SteeringError where a body asks for steering, in its own field or in the engine's."""
+    """Raises SteeringError if a body asks for steering, in its own field or in the engine's."""
     # A zero byte so early is UTF-16 or UTF-32, which JSON parsers take as well.
     if not _MENTIONS_STEERING.search(body) and b"\0" not in body[:4]:
         return
@@ -116,7 +116,7 @@ def refuse_foreign(body: bytes, catalog: Catalog) -> None:
 
 
 def refuse_unsteered(body: bytes, state: SteeringState) -> None:
-    """SteeringError where the default preset ought to steer what a route runs, and cannot."""
+    """Raises SteeringError if the default preset ought to steer what a route runs, and cannot."""
     if state.served is None or not state.served.steers_by_default:
         return
     try:

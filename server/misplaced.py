@@ -9,9 +9,10 @@ from steering.request.misplaced import refuse_misplaced
 
 
 async def refuse_misplaced_in(request: Request) -> None:
-    """SteeringError if the body has `steering` where no route reads it.
+    """Raises SteeringError if the body has `steering` where no route reads it.
 
-    Starlette parses a body once. One that cannot be parsed, or never came, its route refuses.
+    Starlette keeps the parsed body for the route. A body that cannot be parsed, or never came, is
+    left to the route to refuse.
     """
     try:
         body = await request.json()

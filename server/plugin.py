@@ -31,7 +31,7 @@ from steering.vllm.results import worker_stats
 
 
 class SteeringEndpointPlugin:
-    """Adds the SAE routes and replaces those that generate by ones that take `steering`.
+    """Adds the SAE routes, and replaces the generating routes by ones that take `steering`.
 
     It is on without SAEs too, to refuse steering rather than ignore it.
     """
@@ -40,7 +40,7 @@ class SteeringEndpointPlugin:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """vLLM's first hook, after its own routes and before its middlewares.
+        """Add routes and middlewares; vLLM calls it after its own routes, before its middlewares.
 
         vLLM's middlewares go around ours, so `--api-key` is asked for first.
         """
@@ -66,7 +66,13 @@ class SteeringEndpointPlugin:
         SteeringState(Catalog({}), FeatureDetails(lambda: None), None).attach(app.state)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """vLLM's second hook, once the engine runs. `engine_client` is None for a renderer."""
+        """Make the routes' state; vLLM calls it once the engine runs.
+
+        Args:
+            engine_client: None if vLLM runs as a renderer, without an engine.
+            state: the app's, in which vLLM has put its handlers.
+            args: the flags of the command line.
+        """
         if engine_client is None:
             return
         engine_death.watch(engine_client)

@@ -1,7 +1,7 @@
 """vLLM's request types with a `steering` field, and that field's JSON schema.
 
-The field is taken as it came, and `Catalog.parse` validates it: vLLM's own answer to an error of
-pydantic's would have neither our code nor our path. OpenAPI shows the shape it is held to.
+The field is taken as it comes, and `Catalog.parse` validates it: vLLM's own answer to an error of
+pydantic's would have neither our code nor our path. OpenAPI shows the shape that it must have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Steerable(BaseModel):
     """A request that can carry a `steering` field to the engine.
 
     `extra_args` is what goes into the sampling parameters once the request has been admitted;
-    `refusal` is what refused it after that, where vLLM's own route would hide it.
+    `refusal` is what refused it after that, if vLLM's own route would hide it.
     """
 
     steering: SteeringField = Field(default=None)
@@ -34,10 +34,12 @@ class Steerable(BaseModel):
 
     @property
     def extra_args(self) -> dict[str, Any]:
+        """What is added to the `extra_args` of the sampling parameters; callers fill it."""
         return self._extra_args
 
     @property
     def refusal(self) -> SteeringError | None:
+        """What refused the request inside vLLM's route; None if nothing did."""
         return self._refusal
 
     @refusal.setter

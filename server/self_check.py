@@ -3,7 +3,7 @@
 It costs a prefill of some 400 tokens whose stream is encoded and decoded in full. Nothing waits for
 it: a server starts it once the engine runs and serves meanwhile, and each SAE waits for a moment in
 which nobody is served, within limits. It comes last if the scheduler knows priorities, takes no
-rows, shares no cached block, and no `steering_*` series counts it; of vLLM's own series it is one
+rows, shares no cached block, and no `steering_*` series counts it; in vLLM's own series it is one
 more request.
 """
 
@@ -26,7 +26,7 @@ from steering.vllm.reader import Finished, Reader, Run, Text, run_offline
 logger = logging.getLogger("vllm.sae.server")
 
 CACHE_SALT: Final = "vllm-sae self-check"
-#: Seconds that an SAE waits for others' requests to end, and between looks.
+#: Seconds that an SAE waits for others' requests to end, and seconds between two looks.
 PATIENCE: Final = 60.0
 LOOK_EVERY: Final = 0.1
 
@@ -41,8 +41,8 @@ def start(engine: Any, max_bytes: int | None) -> None:
 
     Args:
         engine: the engine client.
-        max_bytes: how much of weights may be read in all; None is no limit. A check maps all of an
-            SAE's weights into the worker, where opening it costs its header.
+        max_bytes: how many bytes of weights may be read in all; None for no limit. A check maps all
+            of an SAE's weights into the worker, while opening it costs only its header.
     """
     if engine.vllm_config.parallel_config._api_process_rank > 0:
         return
@@ -52,7 +52,7 @@ def start(engine: Any, max_bytes: int | None) -> None:
 
 
 async def check_all(engine: Any, max_bytes: int | None = None) -> None:
-    """One SAE after the other: an outcome with complaints is logged as a warning."""
+    """Check one SAE after the other; an outcome with complaints is logged as a warning."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     config = SteeringConfig.from_additional_config(engine.vllm_config.additional_config)
@@ -83,7 +83,7 @@ async def check_all(engine: Any, max_bytes: int | None = None) -> None:
 
 
 def check_offline(llm: Any, reference: ResolvedSAE) -> Outcome:
-    """Check one SAE of a `vllm.LLM`."""
+    """Check one SAE of a `vllm.LLM` and return the outcome."""
     config = llm.llm_engine.vllm_config
     run = _run(llm.get_tokenizer(), config, _accepted(config, reference))
     return _outcome(config, reference, run_offline(llm, run))

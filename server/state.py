@@ -22,8 +22,8 @@ from steering.vllm.reader import Reader
 class SteeringState:
     """The SAEs, what is computed about their features, the workers' numbers, and the reader.
 
-    `worker_series` and `max_body_bytes` are None where no SAE is loaded: plain vLLM workers have
-    no numbers, and plain vLLM reads any body.
+    `worker_series` and `max_body_bytes` are None if no SAE is loaded: plain vLLM workers have no
+    numbers, and plain vLLM reads any body.
     """
 
     catalog: Catalog
@@ -38,24 +38,27 @@ class SteeringState:
 
     @property
     def reader(self) -> Reader:
-        """What runs texts; there is one wherever a route can be asked for it."""
+        """What runs texts; there is one as soon as the engine runs."""
         assert self.running_reader is not None, "the engine does not run yet"
         return self.running_reader
 
     @property
     def preset_store(self) -> PresetStore:
-        """The presets; there is a store wherever a route can be asked for it."""
+        """The presets; there is a store as soon as the engine runs."""
         assert self.presets is not None, "the engine does not run yet"
         return self.presets
 
     @property
     def models(self) -> PresetModels:
-        """The served models, presets among them."""
+        """The served models, presets among them; they are there as soon as the engine runs."""
         assert self.served is not None, "the engine does not run yet"
         return self.served
 
     def context(self, progress: Progress) -> Context:
-        """What a study is given that tells its progress there.
+        """What a study is given to run with.
+
+        Args:
+            progress: where the study tells how far it is.
 
         Raises:
             SteeringError: if no SAE is loaded.

@@ -1,4 +1,4 @@
-"""What happened to a request's tokens, added to vLLM's response or to the end of its stream."""
+"""The report of a request, added to vLLM's response or to its stream."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class ReportedStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            # A client that leaves drops the generators, and dropped ones end when memory is tidied.
+            # If the client leaves, the generators would end only when they are garbage-collected.
             for stream in self._streams:
                 if isinstance(stream, AsyncGenerator):
                     await stream.aclose()
 
 
 def with_report(response: Response | None, ticket: Ticket, splice: Splice) -> Response | None:
-    """`response` with what was reported in it. None stands for a client that is gone."""
+    """`response` with the report added to it. None stands for a client that is gone."""
     if isinstance(response, StreamingResponse):
         return ReportedStream(response, ticket, splice)
     if not isinstance(response, JSONResponse) or response.status_code != HTTPStatus.OK:
@@ -58,8 +58,8 @@ def with_report(response: Response | None, ticket: Ticket, splice: Splice) -> Re
 async def openai_chunks(events: AsyncIterable[str], ticket: Ticket) -> AsyncGenerator[str, None]:
     """Chat and text completions: a chunk of its own, without choices, just before `[DONE]`.
 
-    What is read as it happens comes with the chunks that carry tokens, but for the prompt's, which
-    is in a chunk of its own before them; so is what no chunk of tokens could carry.
+    What is read as it happens comes with the chunks that carry tokens. Two parts have a chunk of
+    their own: the prompt's, before them, and what no chunk of tokens could carry, after them.
     """
     head: dict[str, Any] = {}
     failed = False

@@ -1,4 +1,4 @@
-"""A study on its way: in a task of its own, told as server-sent events, ended with its client."""
+"""A running study: in a task of its own, told as server-sent events, ended with its client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from steering.studies.progress import Progress
 logger = logging.getLogger("vllm.sae.server")
 
 _DONE: Final = "data: [DONE]\n\n"
-#: What is told of a study that failed through no fault of its body.
+#: The answer to a study that failed through no fault of its body.
 FAILED: Final = {
     "error": {
         "message": "the study failed",
@@ -49,14 +49,14 @@ class RunningStudy:
         self._task = asyncio.ensure_future(self._run(work))
 
     async def result(self) -> Answer:
-        """What the study answers. Cancelled, the study ends."""
+        """What the study answers. If this is cancelled, the study ends."""
         try:
             return await self._task
         finally:
             await self.end()
 
     async def begun(self) -> bool:
-        """True once the study runs texts, or is done. Cancelled, the study ends.
+        """True once the study runs texts, or is done. If this is cancelled, the study ends.
 
         Raises:
             SteeringError: if it was refused before.

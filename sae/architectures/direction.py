@@ -1,4 +1,4 @@
-"""A direction: f = u . x, u = v / |v|, of either sign; what it writes is u.
+"""A direction v: with u = v / |v|, f = u . x, of either sign, and W_dec is u.
 
 So ablating it takes the direction out of the stream, and adding |v| adds v.
 """
@@ -16,5 +16,5 @@ VECTORS = ()
 
 
 def latent_vectors(_: Mapping[str, Tensor], shift: Tensor) -> LatentVectors:
-    """Nothing is stored; shift: [n] float64, zeros. Every f is above the threshold."""
+    """Nothing is stored; shift: [n] float64, zeros. The threshold is -inf: every f passes."""
     return ungated(torch.zeros_like(shift), threshold=torch.full_like(shift, -torch.inf))

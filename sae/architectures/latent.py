@@ -25,7 +25,10 @@ class LatentVectors:
     decoder_scale: Tensor
 
     def times(self, norm: Tensor) -> LatentVectors:
-        """The same latents with activations times the decoder norm [n] >= 0, undone in decode."""
+        """The same latents with activations multiplied by the decoder norms [n] >= 0.
+
+        The decoder scale is divided by them, so that what is written stays the same.
+        """
         return LatentVectors(
             bias=self.bias * norm,
             gain=self.gain * norm,
@@ -48,12 +51,15 @@ class LatentVectors:
         return torch.addcmul(self.bias, z, self.gain)
 
     def cast(self) -> LatentVectors:
+        """The vectors in float32."""
         return self._each(Tensor.float)
 
     def to(self, device: torch.device) -> LatentVectors:
+        """The vectors on a device."""
         return self._each(lambda vector: vector.to(device))
 
     def part(self, start: int, stop: int) -> LatentVectors:
+        """The vectors of the latents in [start, stop)."""
         return self._each(lambda vector: vector[start:stop])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> LatentVectors:
@@ -61,6 +67,7 @@ class LatentVectors:
 
     @classmethod
     def join(cls, parts: Sequence[LatentVectors]) -> LatentVectors:
+        """The vectors of all parts, one after the other."""
         columns = zip(*(vars(part).values() for part in parts), strict=True)
         return cls(*(torch.cat(column) for column in columns))
 

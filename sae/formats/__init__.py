@@ -39,16 +39,20 @@ from sae.tensors import JoinedFile, TensorFile, open_tensors
 
 
 class Format(Protocol):
-    """A module of this package: `matches` looks at content only, `read` refuses misfits."""
+    """A module of this package."""
 
     NAME: str
 
-    def matches(self, files: SAEFiles) -> bool: ...
+    def matches(self, files: SAEFiles) -> bool:
+        """Whether the files are of this format, by what they hold and what they are called."""
+        ...
 
-    def read(self, files: SAEFiles, ref: ResolvedSAE) -> SAELayout: ...
+    def read(self, files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
+        """The layout of the files. Raises SAEError if they do not fit the format."""
+        ...
 
 
-# The first that matches is taken: those before make their own tensors or configuration plain.
+# The first that matches is taken: the earlier ones can be told by tensors or keys of their own.
 _FORMATS: tuple[Format, ...] = (
     gemma_scope,
     gemma_scope_2,
@@ -67,7 +71,11 @@ _FORMATS: tuple[Format, ...] = (
 
 
 def open_layout(ref: ResolvedSAE) -> tuple[SAEFiles, SAELayout]:
-    """Open a resolved source at the cost of its headers, and say what it holds."""
+    """Open a resolved source at the cost of its headers, and say what it holds.
+
+    Raises:
+        SAEError: if the files cannot be read, are of no known format, or do not fit it.
+    """
     weights = find_weights(Path(ref.path), ref.layer)
     files = SAEFiles(_tensors(weights), _configs(weights))
     refuse_unserved(files)
@@ -76,20 +84,20 @@ def open_layout(ref: ResolvedSAE) -> tuple[SAEFiles, SAELayout]:
     layout.check(files.tensors)
     if ref.layer is not None and ref.layer != layout.read_point.layer:
         raise SAEError(
-            f"{files.path}: layer={ref.layer} is stated, and this {layout.kind} is of layer "
-            f"{layout.read_point.layer}; layer= chooses one of a source that has several"
+            f"{files.path}: layer={ref.layer} is stated, but this {layout.kind} belongs to layer "
+            f"{layout.read_point.layer}; layer= chooses one layer of a source that has several"
         )
     return files, layout
 
 
 def _tensors(weights: Path) -> TensorFile:
-    """The weight file, or the two of a layer of a cross-layer transcoder."""
+    """The weight file, or the two files of a cross-layer transcoder's layer."""
     name = clt_decoder(weights.name)
     if name is None:
         return open_tensors(weights)
     decoder = weights.with_name(name)
     if not decoder.is_file():
-        raise SAEError(f"{weights}: no {name} beside it, which holds the decoder")
+        raise SAEError(f"{weights}: {name}, which holds the decoder, is not beside it")
     return JoinedFile([open_tensors(weights), open_tensors(decoder)])
 
 
@@ -117,6 +125,6 @@ def _detect(files: SAEFiles, ref: ResolvedSAE) -> Format:
         if ref.format == candidate.NAME or (ref.format is None and candidate.matches(files)):
             return candidate
     raise SAEError(
-        f"{files.path}: not an SAE format that is known here (tensors: "
+        f"{files.path}: not a known format of an SAE (tensors: "
         f"{', '.join(sorted(files.names)[:6]) or 'none'})"
     )

@@ -1,14 +1,14 @@
 """circuit-tracer's sets of transcoders, described by a `config.yaml`, with one row a latent.
 
-* `layer_L.safetensors`, transcoders of a layer each: W_enc, W_dec [d_sae, d], b_enc, b_dec, perhaps
-  W_skip [d, d] and activation_function.threshold; ReLU without one, or TopK if `activation` says
-  so.
+* `layer_L.safetensors`, one transcoder per layer: W_enc, W_dec [d_sae, d], b_enc, b_dec, perhaps
+  W_skip [d, d] and activation_function.threshold. Without a threshold it is a ReLU, or a TopK if
+  `activation` says so.
 * `W_enc_L.safetensors` and `W_dec_L.safetensors`, a cross-layer transcoder: W_enc_L, b_enc_L,
   b_dec_L, perhaps threshold_L, and W_dec_L [d_sae, layers - L, d]: what is written at layers L and
   above.
 
-b_dec is not subtracted. A TopK there keeps what is negative of the k largest, which is 0 here; that
-differs only where fewer than k latents of all are positive.
+b_dec is not subtracted from the input. circuit-tracer's TopK keeps negative values among the k
+largest, which are 0 here; the two differ only if fewer than k latents are positive.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAME = "circuit_tracer"
 _THRESHOLD = "activation_function.threshold"
 _LAYER_FILE = re.compile(r"layer_\d+\.safetensors")
 _INPUT, _OUTPUT = "feature_input_hook", "feature_output_hook"
-# The sets of Qwen3 14B lack the configuration that those of its kin have.
+# The set of Qwen3 14B lacks the configuration that those of the other sizes have.
 _QWEN3 = re.compile(r"(qwen3-[\d.]+b-transcoders)")
 _QWEN3_HOOKS = ("mlp.hook_in", "hook_mlp_out")
 _ACTIVATION_KEYS = ("activation", "activation_fn", "activation_function")
@@ -80,7 +80,8 @@ def _cross_layer(files: SAEFiles, ref: ResolvedSAE, layer: int) -> SAELayout:
     _, places, d_out = files.shape(f"W_dec_{layer}", rank=3)
     if reads.layer != layer or hook.layer != layer:
         raise SAEError(
-            f"{files.path}: it is of layer {layer}, and reads= and writes= are {reads} and {hook}"
+            f"{files.path}: it belongs to layer {layer}, but reads= and writes= are {reads} and "
+            f"{hook}"
         )
     optional = [name for name in ("threshold",) if f"{name}_{layer}" in files.names]
     return SAELayout(

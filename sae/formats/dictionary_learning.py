@@ -1,9 +1,9 @@
-"""dictionary_learning: `config.json` and `ae.pt`, or the same tensors in a safetensors file; one
-class of the library each.
+"""dictionary_learning: `config.json` and `ae.pt`, or the same tensors in a safetensors file. Each
+dictionary is of one of the library's classes.
 
 `load_dictionary` of the library normalizes the decoder of an AutoEncoder, so its activations are
-times the norm of their decoder row; those of the other classes are plain. BatchTopK and Matryoshka
-SAEs apply their one threshold at inference.
+multiplied by the norm of their decoder row; those of the other classes are plain. BatchTopK and
+Matryoshka SAEs apply their one threshold at inference.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _CLASSES = {
     ),
 }
 
-# The library's own names of what it records, and those that its users give it.
+# The library's own names for the places that it records, and those that its users give them.
 _SUBMODULES = {
     "resid_post": "hook_resid_post",
     "resid": "hook_resid_post",
@@ -94,7 +94,7 @@ _SUBMODULE = re.compile(
     rf"(?P<place>{'|'.join(_SUBMODULES)})(?:(?:_layer)?_?(?P<layer>\d{{1,5}}))?"
 )
 _DIGITS = re.compile(r"\d{1,5}", re.ASCII)
-# What is at each side of a module: of a layer, the stream; of a branch, its output alone is served.
+# The hook point at each side of a module. An SAE of a branch's input is refused further on.
 _SIDES = {
     **{(kind, "out"): kind for kind in HOOK_KINDS},
     ("hook_resid_pre", "in"): "hook_resid_pre",
@@ -142,9 +142,9 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
 
 
 def _stated_hook(config: Config, trainer: Config) -> str | None:
-    """From the layer, the submodule's name (`resid_post_layer_8`) and which side was recorded.
+    """By the layer, the submodule's name (`resid_post_layer_8`) and the side that was recorded.
 
-    What is not understood comes back in words, for `hook=` to decide over.
+    What is not understood is returned in words, and `hook=` then decides.
     """
     layer, submodule = trainer.get("layer"), trainer.get("submodule_name", "")
     side = config.section("buffer").get("io", "out")
@@ -166,7 +166,7 @@ def _stated_hook(config: Config, trainer: Config) -> str | None:
     if kind is None or not isinstance(side, str) or (kind, side) not in _SIDES:
         return said
     if number is not None and named_layer not in (None, number):
-        return f"{said}, of which the name says layer {named_layer}"
+        return f"{said}, whose name says layer {named_layer}"
     found = named_layer if number is None else number
     return said if found is None else f"blocks.{found}.{_SIDES[kind, side]}"
 
@@ -192,7 +192,7 @@ def _place(submodule: str) -> tuple[str | None, int | None]:
 
 
 def _k(files: SAEFiles, trainer: Config) -> int:
-    """k of the configuration; the library refuses one that contradicts the weights'."""
+    """The configuration's k; as in the library, one that contradicts the weights' is refused."""
     k = trainer.count("k")
     if "k" in files.names and files.shape("k", rank=0) == ():
         stored = files.tensors.tensor("k").item()

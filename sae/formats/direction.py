@@ -2,7 +2,7 @@
 
 `direction.L`, in GGUF (llama.cpp, repeng) or any other container, is one vector [d] that is added
 to the output of block L, counted from 0. A tensor [n, d] or [d] alone in its file (`.safetensors`,
-`.pt`, `.npy`) is n directions, of which only the user knows where.
+`.pt`, `.npy`) is n directions; only the user knows at which hook point.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sae.source import ResolvedSAE
 NAME = "direction"
 
 _NAMED = re.compile(r"direction\.(\d{1,5})", re.ASCII)
-# What a tensor alone in its file is called where it is the rest of something else.
+# Names by which a tensor that is alone in its file is a part of something else.
 _OF_AN_SAE = re.compile(
     r"(?i)(?:encoder|decoder|w_?enc|w_?dec|b_?enc|b_?dec|threshold|log_jumprelu|bias)"
 )
 
 
 def layers(names: Iterable[str]) -> dict[int, str]:
-    """The tensors of `direction.L` by their layer, ascending."""
+    """The names of tensors `direction.L` by their layer L, ascending."""
     found = {int(match[1]): name for name in names if (match := _NAMED.fullmatch(name))}
     return dict(sorted(found.items()))
 
@@ -82,7 +82,7 @@ def _chosen(files: SAEFiles, ref: ResolvedSAE, by_layer: dict[int, str]) -> int:
             f"{files.path}: has directions of {len(by_layer)} layers ({has:.80}); state which, as "
             f"{ref.source},layer={next(iter(by_layer))}, or layer=all for each of them"
         )
-    raise SAEError(f"{files.path}: has no direction of layer {ref.layer}, but of {has:.80}")
+    raise SAEError(f"{files.path}: has no direction of layer {ref.layer}, only of {has:.80}")
 
 
 def _only(files: SAEFiles) -> str:

@@ -1,10 +1,10 @@
 """Gemma Scope: `layer_L/width_W/average_l0_N/params.npz`, JumpReLU, b_dec not subtracted.
 
-Neither layer nor site are in the file: the layer is the folder's name, the site the repository's
-(`gemma-scope-2b-pt-res`, `-mlp`, `-att`, whose input is the concatenated heads). The case of the
-keys varies.
+The file holds neither layer nor site: the layer is in the folder's name, the site in the
+repository's (`gemma-scope-2b-pt-res`, `-mlp`, `-att`, whose input is the concatenated heads). The
+case of the keys varies.
 
-The transcoders (`-transcoders`) read what stands before the gain of the norm before the MLP: their
+The transcoders (`-transcoders`) read the output of the norm before the MLP without its gain: their
 model card says that the gain was folded into the MLP.
 
 The SAEs in `embedding/width_W/average_l0_N` were trained on the token embeddings before Gemma
@@ -70,7 +70,7 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
 
 
 def by_lower_case(files: SAEFiles) -> dict[str, str]:
-    """The names as stored by their lower case; SAEError where two differ in case alone."""
+    """The stored names, by their lower case. Raises SAEError if two differ in case alone."""
     names: dict[str, str] = {}
     for name in sorted(files.names):
         if (other := names.setdefault(name.lower(), name)) != name:
@@ -79,7 +79,7 @@ def by_lower_case(files: SAEFiles) -> dict[str, str]:
 
 
 def jumprelu_tensors(names: dict[str, str]) -> dict[str, Stored]:
-    """Gemma Scope's tensors, w_enc [d_in, d_sae]; a name that is missing stays to be missed."""
+    """Gemma Scope's tensors, w_enc [d_in, d_sae]; a missing one is refused when it is read."""
     canonical = {"W_enc": "w_enc", "W_dec": "w_dec"} | {
         name: name for name in ("b_enc", "b_dec", "threshold")
     }

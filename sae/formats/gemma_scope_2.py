@@ -4,13 +4,13 @@ of the keys varies.
 
 SITE is resid_post, attn_out (the concatenated heads), mlp_out (what is added to the stream) or
 transcoder, which reads what the MLP is given, may have an affine skip connection [d_in, d_out], and
-writes what the MLP adds. Two more are sets of layers, a file each:
+writes what the MLP adds. Two more kinds are sets of layers, with one file per layer:
 
 * `clt/width_W_l0_S/params_layer_L.safetensors`, cross-layer transcoders: layer L reads what its MLP
   is given and writes at the MLPs of layers m >= L, w_dec [d_sae, layers, d] with all layers stored.
 * `crosscoder/layer_A_B_C_D_width_W_l0_S/params_layer_I.safetensors`, weakly causal crosscoders:
   slot I reads the output of the I-th of the layers that the folder names. That slot alone is
-  edited, as an SAE with w_dec[:, I]: the stream at the later ones carries the edit already.
+  edited, as an SAE with w_dec[:, I]: the stream carries the edit on to the later layers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def matches(files: SAEFiles) -> bool:
     if files.tensors.container != "safetensors" or not matrices:
         return False
     if matrices <= {"W_enc", "W_dec"}:
-        # Spelled as SAELens spells them: what lies around them tells the two apart.
+        # SAELens spells these names so too: what lies beside the file tells the two apart.
         config = files.configs.get("config.json")
         described = config is not None and "hf_hook_point_in" in config
         placed = _SAE_FOLDER.fullmatch(files.path.parent.name) is not None
@@ -100,7 +100,7 @@ def _kind(files: SAEFiles, ref: ResolvedSAE, config: Config | None, names: dict[
     if rank == 3:
         raise SAEError(
             f"{files.path}: {names['w_dec']} has {rank} dimensions, and neither a config.json nor "
-            "its folders' names (clt, crosscoder) say of what"
+            "its folders' names (clt, crosscoder) say what it is"
         )
     is_transcoder = (
         said is not None
@@ -133,13 +133,16 @@ def _clt(files: SAEFiles, ref: ResolvedSAE, plain: SAELayout, names: dict[str, s
     layer = numbered_layer(files.path.name)
     if layer is None:
         raise SAEError(
-            f"{files.path}: the name of a file of a cross-layer transcoder says its layer, as "
-            "params_layer_3.safetensors"
+            f"{files.path}: the file of a cross-layer transcoder must have its layer in its name, "
+            "as params_layer_3.safetensors has"
         )
     _refuse_stated_places(files, ref, "cross-layer transcoder")
     _, layers, width = files.shape(names.get("w_dec", "w_dec"), rank=3)
     if layer >= layers:
-        raise SAEError(f"{files.path}: it is of layer {layer}, and its decoder of {layers} layers")
+        raise SAEError(
+            f"{files.path}: its name says layer {layer}, but its decoder has layers 0 to "
+            f"{layers - 1}"
+        )
     return _of_several(
         plain,
         names,
@@ -171,7 +174,7 @@ def _crosscoder(
 
 
 def _of_several(plain: SAELayout, names: dict[str, str], **changes: Any) -> SAELayout:
-    """A layer of a set: its bias and its skip connection are of an output that is not edited."""
+    """A layer of a set: its bias and skip connection belong to an output that is not edited."""
     tensors = {name: stored for name, stored in plain.tensors.items() if name != "b_dec"}
     unused = tuple(names[name] for name in ("b_dec", _SKIP) if name in names)
     return replace(
@@ -185,7 +188,7 @@ def _of_several(plain: SAELayout, names: dict[str, str], **changes: Any) -> SAEL
 
 
 def _slot_layers(files: SAEFiles, ref: ResolvedSAE) -> list[int]:
-    """The model's layers that the slots of a crosscoder are of."""
+    """The model's layers that the slots of a crosscoder stand for."""
     config = files.configs.get("config.json")
     said = "" if config is None else config.words("hf_hook_point_in") or ""
     found = crosscoder_layers(said)
@@ -193,8 +196,8 @@ def _slot_layers(files: SAEFiles, ref: ResolvedSAE) -> list[int]:
         found = found or crosscoder_layers(part)
     if not found:
         raise SAEError(
-            f"{files.path}: which layers this crosscoder is of is stated nowhere: keep the "
-            "folder's name (layer_5_9_12_15_width_...) or the config.json with hf_hook_point_in"
+            f"{files.path}: nothing states which layers this crosscoder reads: keep the folder's "
+            "name (layer_5_9_12_15_width_...) or the config.json with hf_hook_point_in"
         )
     return found
 

@@ -12,7 +12,7 @@ from sae.source import ResolvedSAE
 
 NAME = "goodfire"
 
-#: What both Goodfire and qresearch name a file or a repository by.
+#: The layer, in the names of files and repositories of both Goodfire and qresearch.
 LAYER = re.compile(r"-SAE-l(\d+)\b")
 
 
@@ -29,10 +29,10 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
 def relu_layout(
     name: str, files: SAEFiles, ref: ResolvedSAE, tensors: Mapping[str, Stored]
 ) -> SAELayout:
-    """A ReLU SAE of a layer's output, of two linear layers, which only `LAYER` places.
+    """A ReLU SAE of two linear layers, at the output of the layer that `LAYER` finds in the names.
 
     Raises:
-        SAEError: W_enc is missing or no matrix, or the layer is stated nowhere.
+        SAEError: if W_enc is missing or no matrix, or the layer is stated nowhere.
     """
     d_sae, d_in = files.shape(tensors["W_enc"].name, rank=2)
     return SAELayout(

@@ -18,19 +18,22 @@ from sae.source import ResolvedSAE
 from sae.tensors import FLOAT_DTYPES, TensorFile
 
 MAX_CONFIG_BYTES = 16 * 2**20
-#: Of rows or columns; what is larger is no shape of a tensor.
+#: The most rows or columns that a tensor may have.
 MAX_COUNT = 2**31 - 1
-#: Folders around a weight file that a publisher names; above them lies somebody's disk.
+#: How many of the folders around a weight file a publisher may have named; the rest is the user's.
 PUBLISHED_FOLDERS = 4
 #: Objects of a configuration that may hold a sink_norm; "trainer" is dictionary_learning's.
 _SINK_NORM_SECTIONS = ("metadata", "trainer")
-#: Kinds that messages call otherwise than cards do.
+#: Kinds for which messages have another word than cards.
 _KIND_WORDS = {"sae": "SAE", "clt": "CLT"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """A configuration beside the weights, with reads that say which file they complain about."""
+    """A configuration beside the weights.
+
+    What reads a value raises SAEError, naming the file, if the value is not what it should be.
+    """
 
     path: Path
     values: Mapping[str, Any]
@@ -39,29 +42,31 @@ class Config:
         return self.values.get(key) is not None
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value; the default where it is missing or null."""
+        """The value; the default if it is missing or null."""
         value = self.values.get(key)
         return default if value is None else value
 
     def section(self, key: str) -> Config:
-        """A nested object, empty where it is missing."""
+        """A nested object, empty if it is missing."""
         value = self.get(key, {})
         if not isinstance(value, dict):
             raise SAEError(f"{self.path}: {key} must be an object, got {value!r:.60}")
         return Config(self.path, value)
 
     def text(self, key: str, default: str | None = None) -> str:
+        """A string; the default if it is missing or null."""
         value = self.get(key, default)
         if not isinstance(value, str):
             raise SAEError(f"{self.path}: {key} must be a string, got {value!r:.60}")
         return value
 
     def words(self, key: str) -> str | None:
-        """What is said, in words whatever its type; None where it is missing or null."""
+        """The value as text, whatever its type; None if it is missing or null."""
         value = self.get(key)
         return None if value is None else value if isinstance(value, str) else f"{value!r:.120}"
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false; the default if it is missing or null."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise SAEError(f"{self.path}: {key} must be true or false, got {value!r:.60}")
@@ -84,7 +89,7 @@ class Config:
         return number
 
     def sink_norm(self) -> float | None:
-        """The norm above which a token is a sink, as stated at the top or in a section."""
+        """The norm above which a token is a sink, from the top or a section; None if unstated."""
         sections = (self.values.get(key) for key in _SINK_NORM_SECTIONS)
         for values in (self.values, *(part for part in sections if isinstance(part, dict))):
             value = values.get("sink_norm")
@@ -114,26 +119,26 @@ class SAEFiles:
         return frozenset(self.tensors.headers)
 
     def config(self, *names: str) -> Config:
-        """The first configuration of these names; SAEError where there is none."""
+        """The first configuration of these names. Raises SAEError if there is none."""
         for name in names:
             if name in self.configs:
                 return self.configs[name]
         raise SAEError(f"{self.path}: missing configuration: no {' or '.join(names)} beside it")
 
     def sink_norm(self) -> float | None:
-        """What the first configuration that states a sink_norm says."""
+        """What the first configuration that states a sink_norm says; None if none does."""
         stated = (config.sink_norm() for config in self.configs.values())
         return next((norm for norm in stated if norm is not None), None)
 
     def search(self, ref: ResolvedSAE, pattern: re.Pattern[str]) -> str | None:
-        """The pattern's first group in the nearest folder's name, or in the source's."""
+        """The pattern's first group, in the file's name, the nearest folder's or the source's."""
         for part in (*reversed(self.path.parts), *reversed(ref.source.split("/"))):
             if match := pattern.search(part):
                 return str(match.group(1))
         return None
 
     def folder(self, ref: ResolvedSAE, pattern: re.Pattern[str]) -> str | None:
-        """The nearest folder that a publisher named so, whole, on disk or in the source."""
+        """The nearest folder, on disk or in the source, whose whole name matches the pattern."""
         folders = self.path.parent.parts[-PUBLISHED_FOLDERS:]
         for part in (*reversed(folders), *reversed(ref.source.split("/"))):
             if pattern.fullmatch(part):
@@ -141,7 +146,7 @@ class SAEFiles:
         return None
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
-        """The declared shape of a tensor that must be there, with so many dimensions."""
+        """A tensor's declared shape. Raises SAEError if it is missing or of another rank."""
         header = self.tensors.headers.get(name)
         if header is None:
             raise SAEError(f"{self.path}: missing tensor {name}")
@@ -169,8 +174,9 @@ class SAELayout:
 
     `tensors` maps canonical names (W_enc [d_sae, d_in], W_dec [d_sae, d_out]; b_dec [d_out]; b_enc,
     threshold, b_gate, b_mag, r_mag [d_sae]; W_skip [d_out, d_in]) to what the file stores;
-    `constants` gives vectors that are one stated number. `scale` is s of SAE-wide input scaling:
-    W_enc*s, W_dec/s, b_dec/s in use. `ignored` names tensors that play no part at inference.
+    `constants` gives vectors that are one stated number. `scale` is s, by which the SAE's input is
+    scaled: in use are W_enc*s, W_dec/s and b_dec/s. `ignored` names tensors that play no part at
+    inference.
 
     Attributes:
         hook: where it is edited: the first of `writes`.
@@ -179,13 +185,13 @@ class SAELayout:
         d_out: width of what it writes; None for d_in.
         scale_out: s of the output, in place of `scale`: W_dec/s_out, b_dec/s_out.
         stored_places: W_dec is stored as [d_sae, stored_places, d_out]; None for [d_sae, d_out].
-        first_place: which of them is that of the first of `writes`; the next ones follow.
+        first_place: which of these places is the first of `writes`; the others follow it.
         log_threshold: the threshold is stored as its logarithm.
         centered: it was trained on streams without their mean over d_in: it reads x - mean(x).
         threshold_over_decoder_norm: the threshold is compared with h_i |W_dec_i|, W_dec as stored.
         kind: one of `sae.card`'s.
-        unit_rows: rows in use have norm 1: directions.
-        remarks: what the files leave open and how it was taken, for the user to know.
+        unit_rows: rows are scaled to norm 1 for use, as those of directions are.
+        remarks: what the files leave open and what is assumed, for the user to know.
     """
 
     format: str
@@ -227,11 +233,15 @@ class SAELayout:
 
     @property
     def width_out(self) -> int:
-        """d_out, whether or not it is that of the input."""
+        """d_out, which is d_in if it is left out."""
         return self.d_in if self.d_out is None else self.d_out
 
     def check(self, tensors: TensorFile) -> None:
-        """SAEError for a missing, misshaped, integer or unexpected tensor; reads headers only."""
+        """Check every tensor by its header.
+
+        Raises:
+            SAEError: if one is missing, misshaped, of integers or unexpected.
+        """
         if self.d_in < 1 or self.d_sae < 1:
             raise SAEError(
                 f"{tensors.path}: d_in is {self.d_in} and d_sae {self.d_sae}, both must be "
@@ -291,9 +301,10 @@ def linear_layers(encoder: str = "encoder", decoder: str = "decoder") -> dict[st
 
 
 def check_scaling_factor(files: SAEFiles, name: str, d_sae: int) -> tuple[str, ...]:
-    """The name of an old file's finetuning factor per latent, to be ignored, if it is there.
+    """The name of an old file's finetuning factor [d_sae], to be ignored; empty if it has none.
 
-    As in SAELens 6, only the trivial factor is taken: SAEError for one that is not 1 everywhere.
+    Raises:
+        SAEError: if it has another shape, or is not 1 everywhere: SAELens 6 takes no other either.
     """
     header = files.tensors.headers.get(name)
     if header is None:
@@ -312,7 +323,7 @@ def check_scaling_factor(files: SAEFiles, name: str, d_sae: int) -> tuple[str, .
 
 
 def read_config(path: Path) -> Config:
-    """A JSON object from disk; SAEError where it is not one, or is absurdly long."""
+    """A JSON object from disk. Raises SAEError if it is not one, or is absurdly long."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise SAEError(f"{path}: configuration of more than {MAX_CONFIG_BYTES} bytes")

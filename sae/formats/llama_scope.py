@@ -8,7 +8,7 @@ threshold theta is stated for unscaled inputs, and is multiplied by s as SAELens
 With `sparsity_include_decoder_norm` theta was chosen on activations times |D_i|, the norm of the
 decoder's row as it is stored: lm-saes folds that norm into the encoder before it compares
 (`transform_to_unit_decoder_norm`), so latent i fires if (s E_i x + b_i) |D_i| > theta s. SAELens
-leaves the norm out, which is another set of active latents wherever |D_i| is not 1.
+leaves the norm out, which gives another set of active latents wherever |D_i| is not 1.
 
 The transcoders (LXTC) read `ln2.hook_normalized`, before the norm's gain, and write `hook_mlp_out`;
 each side has a norm and a scale of its own: W_enc*s_in, W_dec/s_out, b_dec/s_out.
@@ -27,7 +27,7 @@ from sae.source import ResolvedSAE
 
 NAME = "llama_scope"
 
-# Beyond these, folding s would leave float32.
+# Beyond these, folding s would leave the range of float32.
 MIN_NORM = 1e-9
 MAX_NORM = 1e9
 
@@ -76,17 +76,17 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
 
 
 def dataset_scale(config: Config, d: int, side: str) -> float:
-    """s = sqrt(d) / average norm, of the norm that a configuration states of a side.
+    """s = sqrt(d) / average norm, with the norm that a configuration states for a side.
 
     Raises:
-        SAEError: it states none, or one with which s would leave float32.
+        SAEError: if it states none, or one with which s would leave the range of float32.
     """
     norm = config.section("dataset_average_activation_norm").number(side)
     return scale_of_norm(config.path, norm, d)
 
 
 def scale_of_norm(path: Path, norm: float, d: int) -> float:
-    """s = sqrt(d) / norm. Raises SAEError if s would leave float32."""
+    """s = sqrt(d) / norm. Raises SAEError if s would leave the range of float32."""
     if not MIN_NORM <= norm <= MAX_NORM:
         raise SAEError(
             f"{path}: the average norm must be from {MIN_NORM} to {MAX_NORM}, got {norm}"

@@ -3,9 +3,9 @@ Llama Scope's of R1-Distill.
 
 Keys are W_E [d, d_sae], W_D [d_sae, d], b_E, b_D, or in older files encoder.* and decoder.* as
 torch's linear layers have them; thresholds are stored as logarithms. With `norm_activation`
-`dataset-wise` the dictionary was trained on x * s, s = sqrt(d) / average norm, of a norm for each
-hook point that is a tensor (`dataset_average_activation_norm.HOOK`) or stated in the configuration;
-it is folded: W_enc*s_in, W_dec/s_out, b_dec/s_out. The threshold is of the scaled activations.
+`dataset-wise` the dictionary was trained on x * s, s = sqrt(d) / average norm. Each hook point has
+its own norm, a tensor (`dataset_average_activation_norm.HOOK`) or a number in the configuration.
+s is folded in: W_enc*s_in, W_dec/s_out, b_dec/s_out. The threshold applies to scaled activations.
 
 With `sparsity_include_decoder_norm`, lm-saes' default, latents pass by h_i |D_i|, the norm of the
 decoder's row as it is stored: a JumpReLU has its threshold divided by it, and a TopK ranks by the
@@ -120,7 +120,7 @@ def _scales(
             "inference"
         )
     found = []
-    # An SAE's two sides are one.
+    # An SAE has one side for both.
     for hook, side in zip(hooks, _SIDES if hooks[0] != hooks[1] else ("in", "in"), strict=True):
         scale = _norm_scale(files, config, hook, side, d) or ref.facts.norm_scaling_factor
         if scale is None:
@@ -135,7 +135,7 @@ def _scales(
 def _norm_scale(
     files: SAEFiles, config: Config, hook: str | None, side: str, d: int
 ) -> float | None:
-    """s by the norm that the files state of a hook point; None if they state none."""
+    """s, by the norm that the files state for a hook point; None if they state none."""
     name = f"{_NORM}.{hook}"
     if name in files.names:
         if files.tensors.headers[name].shape not in ((), (1,)):

@@ -21,7 +21,7 @@ def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str |
         ref: what the user said.
         stated: what the configuration says, in any spelling; `hook=` must agree with it if it is
             understood, and decides if it is not.
-        guessed: what the file or folder name says; `hook=` goes before it.
+        guessed: what the file or folder name says; `hook=` takes precedence.
 
     Raises:
         SAEError: naming the file, and what to write.
@@ -33,7 +33,7 @@ def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str |
         )
     example = "hook=blocks.LAYER.hook_resid_post"
     if stated is None:
-        # What the names rule out is not to be had by stating another hook point.
+        # A kind that the names rule out cannot be had by stating a hook point.
         guess = _named(path, ref, guessed, example)
         folders = "/".join(path.parent.parts[-PUBLISHED_FOLDERS:])
         refuse_by_name(str(path), folders)
@@ -50,12 +50,12 @@ def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str |
 
 
 def choose_layer_output(files: SAEFiles, ref: ResolvedSAE, pattern: re.Pattern[str]) -> HookPoint:
-    """The output of a layer that only names tell, for an SAE without a configuration.
+    """The hook point of an SAE without a configuration: the output of the layer that names tell.
 
     Args:
-        files: of the SAE.
-        ref: what the user said; `hook=` goes before the names.
-        pattern: whose first group is the layer, in the file's name, a folder's or the source's.
+        files: the SAE's.
+        ref: what the user said; `hook=` takes precedence over the names.
+        pattern: its first group is the layer, in the file's name, a folder's or the source's.
 
     Raises:
         SAEError: naming the file, and what to write.
@@ -68,7 +68,7 @@ def choose_layer_output(files: SAEFiles, ref: ResolvedSAE, pattern: re.Pattern[s
 def choose_stated(
     config: Config, ref: ResolvedSAE, reads: str | None, writes: str | None
 ) -> tuple[str, HookPoint, HookPoint]:
-    """The kind, and where it reads and writes, by a configuration that has room for both.
+    """The kind, and where it reads and writes, by a configuration that can state both.
 
     Args:
         config: what the messages name.
@@ -95,7 +95,7 @@ def choose_places(
         ref: what the user said.
         reads: what the files say of where it reads, in any spelling; None if nothing.
         writes: the same of where it writes.
-        guessed: the two are what names say: `reads=` and `writes=` go before them.
+        guessed: whether the two come from names; `reads=` and `writes=` then take precedence.
 
     Raises:
         SAEError: naming the file, and what to write.
@@ -103,8 +103,8 @@ def choose_places(
     example = "reads=blocks.LAYER.mlp.hook_in,writes=blocks.LAYER.hook_mlp_out"
     if ref.hook is not None:
         raise SAEError(
-            f"{path}: this is a transcoder, which reads at one place and writes at another; where "
-            f"its files do not say, state them as {ref.source},{example}"
+            f"{path}: this is a transcoder, which reads at one place and writes at another; if its "
+            f"files do not say where, state both as {ref.source},{example}"
         )
     found = []
     for key, stated in (("reads", reads), ("writes", writes)):
@@ -161,6 +161,6 @@ def _named(path: Path, ref: ResolvedSAE, name: str | None, example: str) -> Hook
 def _refuse_read_only(path: Path, hook: HookPoint) -> None:
     if hook.kind in READ_ONLY_KINDS:
         raise SAEError(
-            f"{path}: {hook} can be read at and not edited: what stands there is not part of the "
+            f"{path}: {hook} can be read but not edited: what stands there is not part of the "
             "stream; an SAE of it cannot be served at another hook point"
         )

@@ -7,15 +7,15 @@ Configurations of SAELens 6 keep the hook in `metadata.hook_name`; older ones at
 fold, or, for a checkpoint of a training run, `activation_scaler.json` beside it does.
 
 Its transcoders are named by their architecture (`jumprelu_skip_transcoder`), read at
-`metadata.hook_name` and write at `metadata.hook_name_out`; `hf_hook_name` beside it, the module of
-Hugging Face's, goes before where it is stated: `blocks.L.hook_mlp_in` of SAELens' Gemma Scope 2 is
-no hook point of TransformerLens' of that name. SAELens loads models without folding the norms'
-gains unless `fold_ln` asks for it, and of a LayerNorm that is not folded TransformerLens'
-`ln2.hook_normalized` is what stands behind gain and bias.
+`metadata.hook_name` and write at `metadata.hook_name_out`. If `hf_hook_name`, the name of Hugging
+Face's module, is stated beside it, it takes precedence: `blocks.L.hook_mlp_in` in SAELens' Gemma
+Scope 2 is not TransformerLens' hook point of that name. SAELens loads models without folding the
+norms' gains unless `fold_ln` asks for it, and for a LayerNorm that is not folded, TransformerLens'
+`ln2.hook_normalized` is its output with gain and bias.
 
 With `center_writing_weights` an SAE was trained on a model whose weights TransformerLens had
-centered, and whose stream has no mean over d_in. It reads x - mean(x) here. TransformerLens centers
-only models with LayerNorm, whatever is asked of it.
+centred, and whose stream has no mean over d_in. It reads x - mean(x) here. TransformerLens centres
+only models with LayerNorm, whatever it is asked to do.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _RMS_NORM = re.compile(
 _LAYER_NORM = re.compile(r"(?:gpt2|gpt-2|distilgpt2|gpt-neo|pythia|opt-|bloom|gelu-|solu-)", re.I)
 # A transcoder's architecture is that of its encoder and decoder, perhaps with a skip connection.
 _TRANSCODER = re.compile(r"(?P<encoder>|jumprelu_)(?P<skip>|skip_)transcoder")
-# Where a stream stands, or what is added to it: these lose their mean with centered weights.
+# The stream, and what is added to it: with centred weights these have no mean.
 _STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 _ADDED = ("hook_attn_out", "hook_mlp_out", "attn.hook_out", "mlp.hook_out")
 # Trained over whole batches; their inference form is a JumpReLU SAE.
 _TRAINED_OVER_BATCHES = ("batchtopk", "matryoshka_batchtopk", "batch_topk")
 _HOOK_KEYS = ("hook_name", "hook_point")
 _LAYER_KEYS = ("hook_layer", "hook_point_layer")
-# Beyond these, folding a factor would leave float32.
+# Beyond these, folding a factor would leave the range of float32.
 MIN_FACTOR = 1e-9
 MAX_FACTOR = 1e9
 
@@ -108,11 +108,11 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
         k=k,
         normalize_activations=normalize,
         apply_b_dec_to_input=config.flag("apply_b_dec_to_input", transcoder is None),
-        # SAELens knows this only of its top-k classes; the others are saved with it folded in.
+        # In SAELens only top-k classes have this option; the others are saved with it folded in.
         rescale_acts_by_decoder_norm=k is not None
         and config.flag("rescale_acts_by_decoder_norm", False),
         scale=scale,
-        # A transcoder's input alone is scaled.
+        # Of a transcoder only the input is scaled.
         scale_out=None if transcoder is None else 1.0,
         ignored=check_scaling_factor(files, "scaling_factor", d_sae),
         centered=_is_centered(config, metadata, facts, normalize, reads),
@@ -139,7 +139,10 @@ def _transcoder_places(
 
 
 def _check_transcoder(config: Config, normalize: str) -> None:
-    """What SAELens does not know of its transcoders, and what has no inverse at another place."""
+    """Refuse options that no transcoder of SAELens has, and a normalization of the input.
+
+    The output stands at another place, where the normalization could not be undone.
+    """
     if config.flag("apply_b_dec_to_input", False):
         raise SAEError(
             f"{config.path}: apply_b_dec_to_input is set, which SAELens has no transcoder for"
@@ -198,7 +201,7 @@ def _k(config: Config, arguments: Config) -> int:
 def _registry_facts(
     config: Config, metadata: Config, ref: ResolvedSAE
 ) -> tuple[registry.RegistryFacts, tuple[str, ...]]:
-    """What the registry says of this SAE, and what it may say of it that cannot be known."""
+    """What the registry says of this SAE, and a remark if an entry may be of it or may not."""
     if ref.facts != registry.RegistryFacts() or _is_of_sae_lens_6(config, metadata):
         return ref.facts, ()
     model = metadata.get("model_name", config.get("model_name"))
@@ -207,14 +210,14 @@ def _registry_facts(
     if entry is None:
         return ref.facts, ()
     return ref.facts, (
-        f"{config.path}: SAELens' registry changes how its {entry.release} is read, which is of "
-        f"this model and hook point; if this is a copy of it, name it as "
+        f"{config.path}: SAELens' registry changes how its {entry.release} is read, which has this "
+        f"model and hook point; if this is a copy of it, name it as "
         f"sae_lens://{entry.release}/{entry.sae_id}",
     )
 
 
 def _is_of_sae_lens_6(config: Config, metadata: Config) -> bool:
-    """Such configurations say themselves what older ones leave to the registry."""
+    """Whether SAELens 6 wrote it: such files state what older ones leave to the registry."""
     version = metadata.get("sae_lens_version", config.get("sae_lens_version"))
     found = re.match(r"(\d+)\.", version) if isinstance(version, str) else None
     return found is not None and int(found[1]) >= 6
@@ -273,14 +276,14 @@ def _unfolded_factor(scaler: Config, stated: str, facts: registry.RegistryFacts)
 
 
 def _unknown_folding(config: Config) -> tuple[str, ...]:
-    """A remark where weights may lack a fold that nothing beside them states."""
+    """A remark if nothing says whether a normalization is folded into the weights."""
     stated = config.get("normalize_activations")
     if stated not in ("expected_average_only_in", "covariance_whitening", True):
         return ()
     missing = "" if registry.is_installed() else ", and SAELens' registry is not installed"
     return (
         f"{config.path}: trained with normalize_activations {stated}, and nothing says whether "
-        f"that is folded into the weights{missing}; taken as folded, as SAELens does",
+        f"that is folded into the weights{missing}; it is taken as folded, as in SAELens",
     )
 
 
@@ -323,7 +326,7 @@ def _word(metadata: Config, config: Config, keys: tuple[str, ...]) -> str | None
 
 
 def _check_layer(config: Config, metadata: Config, hook: HookPoint) -> None:
-    """Refuse a layer beside the hook's name that is another one; what is none says nothing."""
+    """Refuse a stated layer that is not the hook's; a value that is no layer is ignored."""
     for section in (metadata, config):
         for key in _LAYER_KEYS:
             stated = section.get(key)

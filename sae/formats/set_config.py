@@ -11,7 +11,7 @@ from sae.formats.layout import MAX_CONFIG_BYTES, Config
 def read_yaml(path: Path) -> Config:
     """A mapping from disk. Raises SAEError if it is none, is damaged, or has aliases.
 
-    A few aliases of aliases stand for more text than any memory holds.
+    Aliases are refused because a few aliases of aliases stand for more text than any memory holds.
     """
     import yaml
 

@@ -22,7 +22,7 @@ from sae.source import ResolvedSAE
 NAME = "sparsify"
 
 _SKIP = "W_skip"
-# What stands before a module, by what stands behind it.
+# The hook point before a module, by the one behind it.
 _INPUTS = {"mlp.hook_out": "mlp.hook_in", "hook_resid_post": "hook_resid_pre"}
 _LAYER = re.compile(r"layers?_(\d+)")
 
@@ -33,7 +33,7 @@ def matches(files: SAEFiles) -> bool:
         config is not None
         and "k" in config
         and ("expansion_factor" in config or "num_latents" in config)
-        # SAELens' own name of the width, and of the encoder below: its files may state these too.
+        # SAELens calls the width so, and the encoder below W_enc; its files may state k as well.
         and "d_sae" not in config
     )
     named = {"encoder.weight", "W_dec"} <= files.names
@@ -47,8 +47,12 @@ def matches(files: SAEFiles) -> bool:
 def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
     config = files.config("cfg.json")
     activation = config.text("activation", "topk")
-    if activation != "topk" or config.flag("signed", False):
-        raise SAEError(f"{config.path}: unknown architecture, expected the top-k of relu")
+    signed = config.flag("signed", False)
+    if activation != "topk" or signed:
+        raise SAEError(
+            f"{config.path}: unknown architecture (activation {activation!r:.60}, signed "
+            f"{str(signed).lower()}), expected the top-k of relu (topk, not signed)"
+        )
     has_skip = config.flag("skip_connection", False) or _SKIP in files.names
     transcodes = config.flag("transcode", False) or has_skip
     run_transcodes = "transcode" not in config and _run_transcodes(files)
@@ -88,7 +92,7 @@ def _d_sae(config: Config) -> int:
 
 
 def _guess_hook(files: SAEFiles) -> HookPoint | None:
-    """The output of the module that the folder is named after; None if it is understood as none."""
+    """The output of the module that the folder is named after; None if that is not understood."""
     name = _LAYER.sub(r"layers.\1", files.path.parent.name)
     try:
         return parse_hook(name)

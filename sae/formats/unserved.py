@@ -11,7 +11,7 @@ from sae.card import KIND_CLT, KIND_CROSSCODER, KIND_SAE, KIND_TRANSCODER
 from sae.errors import SAEError
 from sae.formats.layout import Config, SAEFiles
 
-#: Where a configuration says what is written, and where beside it what is read.
+#: Keys that say where a dictionary writes, each with those that say where it reads.
 _WRITES: Final = {
     "hook_name_out": ("hook_name", "hook_point"),
     "hook_point_out": ("hook_point_in", "hook_point", "hook_name"),
@@ -28,7 +28,7 @@ _SECTIONS: Final = ("metadata", "trainer", "sae", "cfg")
 _CLT: Final = re.compile(r"clt|cross_?layer_?transcoder(?:_set)?")
 
 _CROSS_LAYER_TENSOR: Final = re.compile(r"W_decs\.\d+")
-#: What else is told by one of its tensors.
+#: Kinds that the name of one tensor gives away.
 _BY_TENSOR: Final = {
     "pre_encoder_bias": "an SAE of mlsae, which reads every layer; it cannot be served",
     "W_Q": "a Lorsa (low-rank sparse attention), which attends over the sequence; it cannot be "
@@ -62,7 +62,7 @@ def said_kind(files: SAEFiles) -> Said | None:
 
 
 def refuse_contradiction(files: SAEFiles, format_name: str, kind: str) -> None:
-    """SAEError if the configurations say a kind that the format's reader did not find."""
+    """Raises SAEError if the configurations say a kind that the format's reader did not find."""
     said = said_kind(files)
     # A layer of one of the others is described as a transcoder, too.
     described = (KIND_TRANSCODER, KIND_CLT, KIND_CROSSCODER)
@@ -86,20 +86,22 @@ def refuse_unserved(files: SAEFiles) -> None:
             raise SAEError(f"{files.path}: this is {_BY_TENSOR[name]}")
     if files.names == {"W", "b_enc", "b_dec"}:
         raise SAEError(
-            f"{files.path}: this is an SAE with tied weights (W, b_enc, b_dec), as Goodfire's of "
-            "DeepSeek-R1, whose threshold is not published; it cannot be served"
+            f"{files.path}: this is an SAE with tied weights (W, b_enc, b_dec), such as Goodfire's "
+            "of DeepSeek-R1, whose threshold is not published; it cannot be served"
         )
     if any(name.lower().startswith("w_dec_norm") for name in files.names):
         raise SAEError(
             f"{files.path}: this is a cross-layer transcoder that chooses its top k over all "
-            "layers together (W_dec_norm), as ByteDance's; no layer knows its features before the "
-            "last one"
+            "layers together (W_dec_norm), such as ByteDance's; no layer knows its features before "
+            "the last one"
         )
     for config in files.configs.values():
         if config.get("architecture") == "temporal":
             raise SAEError(f"{config.path}: a temporal SAE attends over the sequence")
         if "input_hookpoint" in config and "input_normalize" in config:
-            raise SAEError(f"{config.path}: this is an SAE of OpenSAE, a format without a reader")
+            raise SAEError(
+                f"{config.path}: this is an SAE of OpenSAE, a format without a reader here"
+            )
 
 
 def _kind_in(kind: str) -> str | None:

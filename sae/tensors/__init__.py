@@ -17,7 +17,7 @@ __all__ = ["FLOAT_DTYPES", "JoinedFile", "TensorFile", "TensorHeader", "open_ten
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Open a weight file at the cost of its header. SAEError where it is damaged or unknown."""
+    """Open a weight file at the cost of its header. Raises SAEError if it is damaged or unknown."""
     try:
         with path.open("rb") as file:
             magic = file.read(16)
@@ -36,7 +36,7 @@ def open_tensors(path: Path) -> TensorFile:
             f"{path}: a bare pickle, which cannot be memory-mapped; save it again with a current "
             "torch.save, or as safetensors"
         )
-    raise SAEError(f"{path}: no weight file that is known here (safetensors, torch, NumPy, GGUF)")
+    raise SAEError(f"{path}: not a known weight file (safetensors, torch, NumPy, GGUF)")
 
 
 def _open_archive(path: Path) -> TensorFile:

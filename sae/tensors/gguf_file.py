@@ -5,7 +5,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 The package gguf writes the files that this is tested with, and does not read them here, because its
 reader trusts them: an array of keys that declares 2**40 elements and holds none kept gguf 0.19 busy
-for as long as it was left, at 100 MB more each second, where a file from the hub may say anything.
+for as long as it was left, at 100 MB more each second, and a file from the hub may say anything.
 It also keeps every key, token by token: the header of a 98 MB model takes it 2.4 s and 210 MB, and
 this 0.04 s. And it is a dependency of the demo alone, with requests and tqdm behind it.
 """
@@ -58,7 +58,7 @@ class _Place:
 
 
 class GGUFFile(TensorFile):
-    """A GGUF file. Its keys are passed over: what they say of a model is nothing of weights."""
+    """A GGUF file. Its keys are passed over: they tell of a model, and nothing of weights."""
 
     container = "gguf"
 
@@ -120,7 +120,7 @@ def _read_header(file: IO[bytes]) -> tuple[dict[str, _Place], int]:
             _skip(file, kind)
     places = dict(_tensors(file, num_tensors))
     if len(places) < num_tensors:
-        raise ValueError("a tensor's name a second time")
+        raise ValueError("two tensors have one name")
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"alignment {alignment}, expected a power of two")
     return places, -(-file.tell() // alignment) * alignment
@@ -158,7 +158,7 @@ def _skip(file: IO[bytes], kind: int) -> None:
 
 
 def _skip_bytes(file: IO[bytes], size: int) -> None:
-    # Past the end nothing can be read any more, which the next read says.
+    # The next read fails if this is past the end.
     file.seek(size, 1)
 
 

@@ -36,7 +36,7 @@ class JoinedFile(TensorFile):
             file.refuse_changed()
 
     def sha256(self) -> str:
-        """SHA-256 of the files' own, one after the other, in hexadecimal."""
+        """SHA-256 of the hexadecimal digests of the files, one after the other, in hexadecimal."""
         digests = "".join(file.sha256() for file in self._files)
         return hashlib.sha256(digests.encode()).hexdigest()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.errors import SAEError
 from sae.tensors.tensor_file import FLOAT_DTYPES, TensorFile, TensorHeader
 
-# Weights barely compress. An array this small may, one that grows more than this is a bomb.
+# Weights barely compress. A small array may; a larger one that grows more than this is a bomb.
 FREE_BYTES = 64 * 2**20
 MAX_RATIO = 64
 
@@ -48,7 +48,7 @@ class NpzFile(TensorFile):
                 for entry in archive.infolist():
                     name = entry.filename.removesuffix(".npy")
                     if name in self._members:
-                        raise SAEError(f"{path}: {name} a second time")
+                        raise SAEError(f"{path}: {name} is stored twice")
                     self._members[name] = _read_member(path, archive, entry)
         except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError) as error:
             if isinstance(error, SAEError):
@@ -99,7 +99,7 @@ class NpzFile(TensorFile):
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Member:
-    """Read one array's header, and hold what it declares against what the archive declares."""
+    """Read one array's header, and compare the size it declares with what the archive declares."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise SAEError(f"{path}: {entry.filename} is compressed in an unknown way")
     if entry.flag_bits & 1:
@@ -124,7 +124,7 @@ def _read_member(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
     """Shape, whether in Fortran's order, and dtype; the file then stands at the numbers.
 
-    Raises ValueError if the header is none.
+    Raises ValueError if this is no header of an npy file.
     """
     version = _npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):

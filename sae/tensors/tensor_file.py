@@ -50,9 +50,9 @@ class TensorFile(ABC):
         return self._opened[0]
 
     def refuse_changed(self) -> None:
-        """SAEError where the file was written to since it was opened, which costs a microsecond.
+        """Raises SAEError if the file was written to since it was opened. Costs a microsecond.
 
-        A map shows what is written over it, and to read one past the end of a file that has shrunk
+        A map shows what is written over it, and reading it past the end of a file that has shrunk
         kills the process. A file that was deleted or replaced by another lives on in the map.
         """
         if _size_and_time(self._descriptor) != self._opened:
@@ -63,7 +63,7 @@ class TensorFile(ABC):
         return open(f"/proc/self/fd/{self._descriptor}", "rb")
 
     def sha256(self) -> str:
-        """SHA-256 of the whole file, in hexadecimal. SAEError where it has changed."""
+        """SHA-256 of the whole file, in hexadecimal. Raises SAEError if it has changed."""
         with self.open_again() as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.refuse_changed()
@@ -71,7 +71,7 @@ class TensorFile(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """The tensor in its stored dtype and layout, memory-mapped where the file allows it."""
+        """The tensor in its stored dtype and layout, memory-mapped if the file allows it."""
 
 
 def _size_and_time(descriptor: int) -> tuple[int, int]:

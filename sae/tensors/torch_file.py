@@ -28,10 +28,10 @@ class TorchFile(TensorFile):
         _check_archive(path)
         try:
             with warnings.catch_warnings(), path.open("rb") as file:
-                # About pickles of unusual versions; they are read, or refused below.
+                # Warnings are about pickles of unusual versions, which are read or refused below.
                 warnings.simplefilter("ignore")
                 # weights_only: a restricted unpickler that builds tensors and containers alone.
-                # Under a name without a suffix: torch.load would go by it, not by the content.
+                # The name has no suffix: torch.load would go by it, not by the content.
                 content = torch.load(
                     f"/proc/self/fd/{file.fileno()}",
                     map_location="cpu",
@@ -71,7 +71,9 @@ def _check_archive(path: Path) -> None:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise SAEError(f"{path}: {member.filename} is compressed, as torch.save never does")
         if member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE_BYTES:
-            raise SAEError(f"{path}: a pickle of {member.file_size} bytes, over {MAX_PICKLE_BYTES}")
+            raise SAEError(
+                f"{path}: its pickle has {member.file_size} bytes, more than {MAX_PICKLE_BYTES}"
+            )
 
 
 def _check_dense(path: Path, name: str, tensor: Tensor) -> None:

@@ -1,17 +1,17 @@
-"""What passes hook points of the model on the corpus, on disk, for dictionaries to be trained on.
+"""Record what passes hook points of the model on the corpus, for dictionaries to be trained on.
 
     python -m sae.training.activations --model FOLDER --work FOLDER [--hooks HOOK ...]
 
 reads ``corpus.jsonl`` and ``held_out.jsonl``, and writes for each of them and each hook point
 ``NAME.HOOK.activations``, which is ``[num_rows, d]`` bfloat16, and ``NAME.HOOK.places``,
 ``[num_rows, 2]`` int32: the window and the position in it of each row. Reading the corpus once and
-training from disk is what makes several passes cheap: on one core the model reads about 1,000
-tokens a second, however many hook points are recorded.
+training from disk makes several passes cheap: on one core the model reads about 1,000 tokens a
+second, however many hook points are recorded.
 
 Left out are the tokens that a served request does not steer either: a sequence's first, special
 tokens, and, of the residual stream, attention sinks, whose norm is a hundred times the median and
 would be all the loss. Elsewhere sinks do not stand out: at layer 14 the MLP's input has a norm of
-0.6 there, at a median of 3.5.
+0.6 at sinks, and a median norm of 3.5.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sae.training.texts import Document
 
 logger = logging.getLogger(__name__)
 
-#: Of the demo SAE.
+#: The demo SAE's.
 HOOK: Final = "blocks.14.hook_resid_post"
 SINK_NORM: Final = 2000.0
 #: Tokens of a window; a served chat is about as long.
@@ -63,7 +63,7 @@ def windows(tokenizer: Any, texts: Iterable[Document]) -> list[Window]:
 
 
 def batches(cuts: list[Window], pad: int) -> Iterator[tuple[list[Window], torch.Tensor]]:
-    """Windows of about one length together, with their ids `[windows, length]` padded by `pad`."""
+    """Batches of windows of about one length, and their ids `[windows, length]` padded by `pad`."""
     start = 0
     while start < len(cuts):
         length = len(cuts[start].ids)
@@ -74,7 +74,7 @@ def batches(cuts: list[Window], pad: int) -> Iterator[tuple[list[Window], torch.
 
 
 def sink_norm(point: HookPoint) -> float | None:
-    """The norm above which a token is a sink at a hook point; None where norms do not tell."""
+    """The norm above which a token is a sink at a hook point; None if norms do not tell there."""
     return SINK_NORM if point.kind.startswith("hook_resid_") else None
 
 
@@ -105,7 +105,7 @@ def recorded(
 def extract(
     model: Any, tokenizer: Any, cuts: list[Window], points: Sequence[HookPoint]
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """For each batch and hook point its rows, `[num_recorded, d]`, and places, `[num_recorded, 2]`.
+    """For each batch, each hook point's rows `[num_recorded, d]` and places `[num_recorded, 2]`.
 
     Args:
         model: the decoder, with its layers at ``model.layers``.
@@ -143,15 +143,15 @@ def places(work: Path, name: str, point: HookPoint | str) -> torch.Tensor:
 def stored_pairs(
     work: Path, name: str, reads: HookPoint | str, writes: HookPoint | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of two hook points, of the same tokens: `[num_rows, d_in]`, `[num_rows, d_out]`.
+    """Rows of two hook points at the same tokens: `[num_rows, d_in]`, `[num_rows, d_out]`.
 
     Raises:
-        ValueError: if the two were recorded of different tokens.
+        ValueError: if the two were recorded at different tokens.
     """
     if not torch.equal(places(work, name, reads), places(work, name, writes)):
         raise ValueError(
             f"{work}: {name}.{reads} and {name}.{writes} are of different tokens; record both in "
-            "one run, at hook points that leave out the same"
+            "one run, at hook points that leave out the same tokens"
         )
     return stored(work, name, reads), stored(work, name, writes)
 

@@ -53,11 +53,11 @@ def prompts(count: int, seed: int) -> list[str]:
     """`count` requests drawn without repetition from all pairs of request and topic.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: if there are not so many.
     """
     pairs = [request.format(topic) for request, topic in product(REQUESTS, TOPICS)]
     if count > len(pairs):
-        raise ValueError(f"{count} conversations of {len(pairs)}")
+        raise ValueError(f"{count} conversations, more than the {len(pairs)} that there are")
     return random.Random(seed).sample(pairs, count)
 
 
@@ -68,7 +68,7 @@ def converse(model: Any, tokenizer: Any, count: int, seed: int) -> Iterator[dict
         model: a causal language model of transformers.
         tokenizer: its tokenizer, with a chat template.
         count: number of conversations.
-        seed: of the draw of requests and of the sampling.
+        seed: for the draw of requests and for the sampling.
 
     Yields:
         ``{"kind": "chat", "source": "the model", "context": system turn, "text": the rest}``.
@@ -118,7 +118,7 @@ def render(tokenizer: Any, request: str) -> tuple[str, str]:
 def write_chat(model_path: Path, target: Path, count: int, seed: int) -> None:
     """Write `count` conversations to `target`, one JSON document a line.
 
-    It is there once it is whole: a later step would take a part for all of it.
+    The file appears once it is whole: a later step would take a part for all of it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

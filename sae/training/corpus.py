@@ -26,7 +26,7 @@ from sae.training.texts import Document, Kind, documents
 
 logger = logging.getLogger(__name__)
 
-#: Of all tokens. Chat is the model's own, nearly all of it English.
+#: Shares of all tokens. Chat is the model's own, nearly all of it English.
 SHARES: Final[dict[Kind, float]] = {
     "english": 0.53,
     "chat": 0.07,
@@ -38,7 +38,7 @@ SHARES: Final[dict[Kind, float]] = {
 HELD_OUT_EVERY: Final = 10
 #: A paragraph shorter than this may repeat: a date, a name, "Yes."
 SHORTEST_UNIQUE: Final = 40
-#: What is left of a document after its repeated paragraphs are gone, or the document goes too.
+#: A document goes whole if less than this share of it is left without its repeated paragraphs.
 LEAST_LEFT: Final = 0.5
 #: In characters. Longer documents are cut, so that one long speech does not fill its source's turn.
 LONGEST: Final = 3000
@@ -68,7 +68,7 @@ def deduplicated(texts: Iterable[Document]) -> Iterator[Document]:
 
 
 def is_held_out(document: Document) -> bool:
-    """Whether a document is for evaluation: by its own text, so that it stays so in any mix."""
+    """Whether a document is for evaluation. Its text alone decides, so that any mix agrees."""
     digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_EVERY == 0
 
@@ -97,7 +97,7 @@ def mixed(
         texts: what there is.
         tokens: the budget.
         length: tokens of a text.
-        seed: of the order within a source and of the result's.
+        seed: for the order within a source and the order of the result.
         shares: of each kind, adding up to 1. A kind with too little text gives all it has.
     """
     chance = random.Random(seed)
@@ -124,7 +124,7 @@ def mixed(
 
 
 def write(path: Path, texts: Iterable[Document]) -> None:
-    """One document a line."""
+    """Write one document a line."""
     with path.open("w", encoding="utf-8") as file:
         for document in texts:
             file.write(json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n")

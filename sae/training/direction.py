@@ -1,4 +1,4 @@
-"""A control vector: by how much the stream differs between two sets of texts, as GGUF.
+"""Write a control vector, by how much the stream differs between two sets of texts, as GGUF.
 
     python -m sae.training.direction --model FOLDER --positive FILE --negative FILE \\
         --output FILE.gguf [--layers LAYER ...]
@@ -6,8 +6,9 @@
 FILE has one text a line. For each layer, `direction.LAYER` is the mean of the stream after it over
 the tokens of the positive texts, less that of the negative ones (Marks and Tegmark 2023, "The
 Geometry of Truth", call such a probe mass-mean; Rimsky et al. 2023 steer with it). A sequence's
-first token, special tokens and attention sinks, as in the self-check ten times the median norm,
-take no part. Left out, LAYER is each but the first: llama.cpp knows no direction of layer 0.
+first token, special tokens and attention sinks (as in the self-check, ten times the median norm)
+take no part. Without `--layers` it is every layer but the first: llama.cpp knows no direction of
+layer 0.
 
 The file is what llama.cpp's `--control-vector` and this server read: `--sae
 NAME=FILE.gguf,layer=LAYER`. `add` of 1 with `max_act` adds the vector as it is.
@@ -31,7 +32,7 @@ from sae.training.texts import Document
 
 logger = logging.getLogger(__name__)
 
-#: Of the format, in llama.cpp and repeng.
+#: The format's name in llama.cpp and repeng.
 ARCHITECTURE = "controlvector"
 
 
@@ -64,7 +65,7 @@ def mean_stream(
 
 def _mean_without_sinks(x: torch.Tensor) -> torch.Tensor:
     if len(x) == 0:
-        raise ValueError("the texts hold no token that counts: each has one beyond its first")
+        raise ValueError("the texts hold no token that counts; give texts of more than one token")
     norms = x.norm(dim=1)
     return x[norms <= SINK_FACTOR * norms.median()].mean(dim=0)
 

@@ -1,17 +1,17 @@
-"""How good a dictionary is on text kept out of its training, and what each feature fires on.
+"""Measure a dictionary on text kept out of its training, and show what each feature fires on.
 
     python -m sae.training.evaluate --model FOLDER --work FOLDER --sae FOLDER [--statistics]
 
-prints the figures as JSON and writes ``contexts.HOOK.txt`` to the work folder, HOOK being where it
-writes: the strongest contexts of every feature, for a person to label them from. Losses are taken
-in ``--loss-windows`` windows, since each takes four passes of the whole model. With
+prints the figures as JSON and writes ``contexts.HOOK.txt`` to the work folder, HOOK being where the
+dictionary writes: the strongest contexts of every feature, from which a person labels them. Losses
+are taken in ``--loss-windows`` windows, since each takes four passes of the whole model. With
 ``--statistics`` the maximum activations and densities over the training text go to
 ``features.jsonl`` beside the weights, and the fraction of variance unexplained and L0 into their
 configuration, for a server to check itself against.
 
-What is reconstructed is what passes where the dictionary writes: of a transcoder the MLP's output.
-Every figure is over the tokens that `sae.training.activations` records: not a sequence's first,
-no special tokens, no sinks of the stream. In float32 on bfloat16 activations.
+What is reconstructed is what passes where the dictionary writes: for a transcoder, the MLP's
+output. Every figure is over the tokens that `sae.training.activations` records: not a sequence's
+first, no special tokens, no sinks of the stream. Figures are float32, of bfloat16 activations.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ AFTER: Final = 6
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well and with how much a dictionary says what passes where it writes.
+    """How well, and with how many features, a dictionary says what passes where it writes.
 
     Attributes:
-        tokens: measured on.
+        tokens: how many it is measured on.
         fvu: fraction of variance unexplained, sum |y - y_hat|^2 / sum |y - mean y|^2; an SAE's y is
             its x.
         l0: mean number of active features.
@@ -72,10 +72,10 @@ class Losses:
     """Mean next-token cross-entropy in nats after something stands in for recorded tokens.
 
     Attributes:
-        clean: nothing replaced.
-        reconstructed: by what the dictionary makes of it.
-        zero: by zero.
-        mean: by a mean over recorded tokens.
+        clean: nothing stands in.
+        reconstructed: what the dictionary makes of it stands in.
+        zero: zero stands in.
+        mean: the mean over recorded tokens stands in.
     """
 
     clean: float
@@ -90,7 +90,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of every feature over some rows: `[d_sae]`, and where it is strongest: `[n, d_sae]`."""
+    """Figures of every feature over some rows, `[d_sae]`, and its n strongest, `[n, d_sae]`."""
 
     max_activation: torch.Tensor
     density: torch.Tensor
@@ -110,7 +110,7 @@ def reconstruction(
 ) -> Reconstruction:
     """`Reconstruction` of `targets` `[num_rows, d_out]` from `rows` `[num_rows, d_in]`.
 
-    Without targets, of the rows themselves.
+    Without targets, the rows themselves are reconstructed.
     """
     targets = rows if targets is None else targets
     mean = targets.float().mean(dim=0)
@@ -153,13 +153,13 @@ Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def losses(model: Any, tokenizer: Any, cuts: list[Window], sae: SAE, mean: torch.Tensor) -> Losses:
     """`Losses` of a causal language model of transformers on these windows.
 
-    A token's loss counts where the token before it is a recorded one.
+    A token's loss counts if the token before it is a recorded one.
 
     Args:
         model: with the decoder's layers at ``model.model.layers``.
         tokenizer: its tokenizer.
         cuts: the windows.
-        sae: the dictionary, of one place that it writes.
+        sae: the dictionary, which writes at one place.
         mean: `[d_out]`, of what passes there.
     """
     replacements: dict[str, Replacement] = {
@@ -240,7 +240,7 @@ def context(tokenizer: Any, window: Window, position: int) -> str:
 def write_contexts(
     path: Path, tokenizer: Any, cuts: list[Window], place: torch.Tensor, found: Statistics
 ) -> None:
-    """The strongest contexts of every feature that fires, for a person."""
+    """Write the strongest contexts of every feature that fires, for a person to read."""
     with path.open("w", encoding="utf-8") as file:
         for feature in range(len(found.max_activation)):
             if found.max_activation[feature] == 0:
@@ -257,7 +257,7 @@ def write_contexts(
 
 
 def write_statistics(path: Path, found: Statistics) -> None:
-    """`features.jsonl` (see `sae.features`), without labels: these have yet to be written."""
+    """Write `features.jsonl` (see `sae.features`), without labels: these have yet to be written."""
     with path.open("w", encoding="utf-8") as file:
         for feature, (largest, density) in enumerate(
             zip(found.max_activation.tolist(), found.density.tolist(), strict=True)

@@ -8,12 +8,12 @@ reads ``labels.jsonl`` beside the weights, which a person writes from ``contexts
     {"index": 1023, "label": "French text", "test": "\\\\b(le|les|des)\\\\b", "in_context": 3}
 
 ``test`` is a regular expression, for capitals and small letters alike, that says in public what
-the label claims; ``in_context`` is how often it must match for a context to count, 1 if left out.
-A label's specificity is the share of strong held-out contexts that pass its test: those in which
-the feature is at half its recorded maximum or above, one context a window, the strongest
-`STRONGEST` of them. ``by_chance`` is the share of arbitrary held-out contexts that pass, without
-which the first figure says little. A feature that is strong in fewer than `FEWEST` windows has
-neither figure.
+the label claims; ``in_context`` is how often it must match for a context to pass, 1 if left out.
+A label's specificity is the share of strong held-out contexts that pass its test. Strong are those
+in which the feature is at half its recorded maximum or above, one context a window; the strongest
+`STRONGEST` of them count. ``by_chance`` is the share of arbitrary held-out contexts that pass,
+without which the first figure says little. A feature that is strong in fewer than `FEWEST` windows
+has neither figure.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def read_labels(path: Path) -> list[Label]:
     """The labels in a file.
 
     Raises:
-        ValueError: two labels of one feature.
+        ValueError: if two labels are of one feature.
     """
     labels = [Label(**json.loads(line)) for line in path.read_text("utf-8").splitlines() if line]
     if len({label.index for label in labels}) < len(labels):
@@ -141,8 +141,8 @@ def measured(
     for column, label in enumerate(labels):
         largest = table.max_activation(label.index)
         assert largest is not None
-        its_rows = strongest(f[:, column], place[:, 0], STRONG * largest, STRONGEST)
-        contexts = [text(row) for row in its_rows]
+        strong = strongest(f[:, column], place[:, 0], STRONG * largest, STRONGEST)
+        contexts = [text(row) for row in strong]
         few = len(contexts) < FEWEST
         found.append(
             {
@@ -158,9 +158,9 @@ def write_labels(path: Path, labels: Sequence[Label], found: Sequence[dict[str, 
     """Put labels and figures into a `features.jsonl`; a feature not among `labels` loses its own.
 
     Raises:
-        ValueError: a label of a feature that the file does not have.
+        ValueError: if a label is of a feature that the file does not have.
     """
-    by_index = {label.index: (label, one) for label, one in zip(labels, found, strict=True)}
+    by_index = {label.index: (label, row) for label, row in zip(labels, found, strict=True)}
     features = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     if unknown := by_index.keys() - {feature["index"] for feature in features}:
         raise ValueError(f"{path}: no feature {sorted(unknown)}")

@@ -28,7 +28,7 @@ class _Module:
 _MODULES: Final = {
     "hook_resid_pre": _Module(("",), at_input=True),
     "hook_resid_post": _Module(("",)),
-    # The norm behind the MLP, where there is one.
+    # The norm behind the MLP, if there is one.
     "hook_mlp_out": _Module(("post_feedforward_layernorm", "mlp")),
     "mlp.hook_out": _Module(("mlp",)),
     "mlp.hook_in": _Module(("mlp",), at_input=True),
@@ -40,11 +40,11 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 def watch(layers: Any, point: HookPoint, edit: Edit) -> Any:
-    """Let `edit` have what passes a hook point in every pass.
+    """Let `edit` replace what passes a hook point in every pass.
 
     Args:
         layers: the model's decoder layers.
-        point: which must be of a kind that the recipe knows.
+        point: the hook point, of a kind in `_MODULES`.
         edit: called once a pass.
 
     Returns:

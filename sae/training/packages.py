@@ -72,7 +72,7 @@ PACKAGES: Final = (
 
 
 def fetch(packages: tuple[Package, ...], target: Path) -> list[Package]:
-    """Unpack `packages` below `target`, one folder each, leaving those that are there alone.
+    """Unpack `packages` below `target`, one folder each; those that are there are left alone.
 
     Returns:
         The packages that are there now. One that cannot be had is logged and left out: the

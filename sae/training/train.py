@@ -3,8 +3,8 @@
     python -m sae.training.train --model FOLDER --work FOLDER --output FOLDER [--tokens N]
         [--reads HOOK [--writes HOOK [--skip]]] [--d-sae N] [--k N]
 
-An SAE of what was recorded at a hook point, or, where it writes at another one than it reads at, a
-transcoder, with a skip connection or without.
+The dictionary is an SAE of what was recorded at a hook point or, if it writes at another one than
+it reads at, a transcoder, with a skip connection or without.
 
 Why SAELens and not sparsify: its trainer takes any iterator of activation batches, so the corpus
 goes through the model once and not once a pass; its BatchTopK is published as a JumpReLU, with
@@ -33,14 +33,14 @@ from sae.training.activations import HOOK, WINDOW, sink_norm, stored, stored_pai
 
 logger = logging.getLogger(__name__)
 
-#: Activations are divided by this share of them all to estimate their mean norm.
+#: The share of all activations from which their mean norm is estimated.
 NORM_SAMPLE: Final = 0.05
 ROWS_AT_ONCE: Final = 8192
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and for how long."""
+    """What is trained, and for how long."""
 
     d_sae: int = 4608
     k: int = 32
@@ -49,7 +49,7 @@ class Recipe:
     learning_rate: float = 6e-4
     warm_up: float = 0.04  # of all steps
     decay: float = 0.25  # of all steps, to a tenth
-    #: Passes without firing after which the auxiliary loss takes a latent in hand.
+    #: Passes without firing after which the auxiliary loss revives a latent.
     dead_after: int = 250
     seed: int = 0
 
@@ -60,7 +60,7 @@ def shuffled(rows: torch.Tensor, batch: int, seed: int) -> Iterator[torch.Tensor
     What does not fill a batch at the end of a pass is left for the next.
 
     Raises:
-        ValueError: there are fewer rows than one batch.
+        ValueError: if the rows do not fill one batch.
     """
     if len(rows) < batch:
         raise ValueError(f"{len(rows)} rows do not fill a batch of {batch}")
@@ -82,8 +82,8 @@ def train(rows: torch.Tensor, recipe: Recipe, *, heads: bool = False) -> Any:
     Args:
         rows: what was recorded.
         recipe: what is trained and for how long.
-        heads: rows are attention's heads side by side, which TransformerLens gives to an SAE one by
-            one.
+        heads: whether the rows are attention's heads side by side, which TransformerLens gives to
+            an SAE one by one.
     """
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
@@ -110,11 +110,11 @@ def train_transcoder(
     """A `sae.training.transcoder.Transcoder` of `targets` `[num_rows, d_out]` from `rows`.
 
     Both sides are brought to mean zero and a mean norm of the root of their width, as SAELens
-    scales an SAE's input; means and factors are in its weights in the end.
+    scales an SAE's input; means and factors are folded into its weights in the end.
 
     Args:
         rows: `[num_rows, d_in]`, what it reads.
-        targets: of the same tokens, what it is to write.
+        targets: what it is to write at the same tokens.
         recipe: what is trained and for how long.
         skip: whether it has a skip connection.
     """
@@ -151,7 +151,7 @@ def _centre_and_scale(rows: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def _fitted(sae: Any, batches: Iterator[torch.Tensor], num_rows: int, recipe: Recipe) -> Any:
-    """`sae` after SAELens' trainer has had its way.
+    """`sae`, trained by SAELens' trainer.
 
     Weights are float32. Under autocast the products are bfloat16, which takes 40% off a step on
     a CPU that has the instructions for it.

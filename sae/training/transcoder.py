@@ -20,26 +20,26 @@ from torch import Tensor
 
 @dataclass
 class TranscoderConfig(BatchTopKTrainingSAEConfig):
-    """Of a `Transcoder`; `apply_b_dec_to_input` must be False."""
+    """Configures a `Transcoder`; `apply_b_dec_to_input` must be False."""
 
     d_out: int = 1
     skip: bool = False
 
     def get_inference_config_class(self) -> Any:
-        """What it is exported as."""
+        """The configuration of SAELens' class as which it is exported."""
         return JumpReLUSkipTranscoderConfig if self.skip else JumpReLUTranscoderConfig
 
 
 class Transcoder(BatchTopKTrainingSAE):
-    """y from x; everywhere in training a batch is [x, y], `[num_rows, d_in + d_out]`."""
+    """Writes y from x; everywhere in training a batch is [x, y], `[num_rows, d_in + d_out]`."""
 
     W_skip: torch.nn.Parameter  # [d_out, d_in]
 
     def initialize_weights(self) -> None:
-        """W_enc and b_enc as an SAE's; a decoder of d_out columns of its own, and no skip yet.
+        """W_enc and b_enc as an SAE's, a random decoder of d_out columns, and a skip of zeros.
 
-        SAELens starts an SAE's encoder as its decoder's transpose, in which there is no sense where
-        the two are of different spaces.
+        SAELens starts an SAE's encoder as its decoder's transpose, which makes no sense if the two
+        are of different spaces.
         """
         super().initialize_weights()
         d_sae, d_out = self.cfg.d_sae, self.cfg.d_out
@@ -54,7 +54,7 @@ class Transcoder(BatchTopKTrainingSAE):
         return sae_in
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of [x, y], or of x alone: activations and what they were chosen by."""
+        """Activations, and the values they were chosen by, of [x, y] or of x alone."""
         found: tuple[Tensor, Tensor] = super().encode_with_hidden_pre(x[..., : self.cfg.d_in])
         return found
 

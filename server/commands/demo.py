@@ -1,4 +1,4 @@
-"""`vllm-sae demo`: the model and SAE that come along, served, and asked one thing three ways."""
+"""`vllm-sae demo`: serve the model and SAE that come along, and ask one thing in three ways."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ ANSWER_TOKENS: Final = 90
 SAMPLING: Final[dict[str, Any]] = {"temperature": 0, "max_tokens": ANSWER_TOKENS}
 REPETITION_PENALTY: Final = 1.15
 
-#: Left alone, this model offers its services as an assistant. These four carry that, found by
-#: attribution, and of all labelled features music is one of those that steer best: both as measured
-#: by tests/bench/steering_effect.py.
+#: Left alone, this model offers its services as an assistant. Attribution finds that these four
+#: features carry that, and music is one of the labelled features that steer best; both were
+#: measured by tests/bench/steering_effect.py.
 _ASSISTANT: Final = (3406, 2591, 645, 327)
 _MUSIC: Final = 2417
 
@@ -69,7 +69,7 @@ def demo(flags: Sequence[str]) -> int:
         flags: any flags of `vllm serve`, handed on.
 
     Returns:
-        The exit code: 0, or 2 where the demo could not start.
+        The exit code: 0, or 2 if the demo could not start or its server ended by itself.
     """
     console = Console()
     try:
@@ -91,7 +91,7 @@ def demo(flags: Sequence[str]) -> int:
 
 @contextmanager
 def phase(console: Console, what: str) -> Iterator[None]:
-    """Show what goes on and for how long it has; a line with the seconds that it took stays."""
+    """Show what is going on and for how long; a line with the seconds that it took stays."""
     begun = time.monotonic()
     if console.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -131,7 +131,7 @@ def show(base_url: str, key: str | None, console: Console) -> None:
     """Ask the server the same thing in each way and print the answers side by side.
 
     Raises:
-        DemoError: where the server does not answer as it should.
+        DemoError: if the server does not answer as it should.
     """
     from openai import OpenAI, OpenAIError
 
@@ -169,7 +169,7 @@ def ask(client: Any, model: str, interventions: list[dict[str, Any]]) -> str:
 
 
 def curl(base_url: str, model: str, *, with_key: bool) -> str:
-    """A command line that sends the amplified request and asks what happened."""
+    """A command line that sends the amplified request and asks for a report."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": PROMPT}],
@@ -186,7 +186,7 @@ def curl(base_url: str, model: str, *, with_key: bool) -> str:
 
 
 def api_key(flags: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """A key that a server with these flags asks for; None where it asks for none."""
+    """A key that a server with these flags asks for; None if it asks for none."""
     return _value(flags, "--api-key") or environment.get("VLLM_API_KEY") or None
 
 
@@ -194,7 +194,7 @@ def api_key(flags: Sequence[str], environment: Mapping[str, str]) -> str | None:
 def _serving(
     model: Path, flags: Sequence[str], console: Console
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server in a process of its own, once it answers: its base URL and the process."""
+    """Run a server in a process of its own; once it answers, yield its base URL and process."""
     port = _port(flags)
     _refuse_taken(port)
     command = [
@@ -234,7 +234,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], base_url: str, log: Path
 
 
 def _refuse_taken(port: int) -> None:
-    """Whatever answers on a port that is taken would be somebody else's server."""
+    """Raises DemoError if the port is taken: what answers there would be another server."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -244,7 +244,7 @@ def _refuse_taken(port: int) -> None:
 
 
 def _port(flags: Sequence[str]) -> int:
-    """The value of `--port` among vLLM's flags."""
+    """The value of `--port` among vLLM's flags. Raises DemoError if it is no number."""
     text = _value(flags, "--port")
     if text is None:
         return DEFAULT_PORT
@@ -261,7 +261,7 @@ def _without_studio(flags: Sequence[str]) -> bool:
 
 
 def _value(flags: Sequence[str], name: str) -> str | None:
-    """The first value of one of vLLM's flags, where it is given last; None where it is not."""
+    """The value of one of vLLM's flags, the last one given; None if it is not given."""
     found = None
     for i, flag in enumerate(flags):
         word, equals, value = flag.partition("=")
@@ -271,7 +271,7 @@ def _value(flags: Sequence[str], name: str) -> str | None:
 
 
 def _width(console: Console) -> int:
-    """Of one of the panels that stand side by side."""
+    """The width of one of the panels that stand side by side."""
     return max(24, console.width // len(WAYS) - 1)
 
 

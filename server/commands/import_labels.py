@@ -17,11 +17,12 @@ from server.start.checked_sae import unforeseen_refused
 
 
 def import_labels(source: str, exports: Sequence[str], force: bool = False) -> int:
-    """Write what the exports know of the features of `SOURCE[,hook=..]`; the exit code, 0 or 1.
+    """Write what the exports know of an SAE's features; returns the exit code, 0 or 1.
 
     Args:
+        source: `SOURCE[,hook=..]`.
         exports: folders of one Neuronpedia source, and files of it.
-        force: take them though they are of another model, layer or size.
+        force: take them even if they are of another model, layer or size.
     """
     try:
         with unforeseen_refused(source):
@@ -54,8 +55,8 @@ def import_labels(source: str, exports: Sequence[str], force: bool = False) -> i
 def features_path(source: Path, layer: int | None = None) -> Path:
     """The file beside the weights that a server reads, whether it is there yet or not.
 
-    Where the folder holds other weights too, it is one of these weights' own. `layer` is which of a
-    set of layers.
+    If the folder holds other weights too, it is a file for these weights alone. `layer` chooses one
+    of a set of layers.
     """
     weights = find_weights(source, layer)
     files = [path for path in weights.parent.iterdir() if path.is_file()]

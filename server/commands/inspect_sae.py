@@ -23,11 +23,11 @@ from server.start.engine import naming_the_cause, steering_arguments
 from server.start.errors import EngineStartError, RefusedStartError
 from server.start.flags import ServerOptions
 
-#: For a text that is read once: more than its blocks take in any model that is known.
+#: For a text that is read once: more than its blocks take in any known model.
 KV_CACHE_BYTES: Final = 2**30
 MAX_MODEL_LEN: Final = 1024
 STOP_SECONDS: Final = 10.0
-#: Columns where nobody looks on: no source is folded, so that all of it can be grepped.
+#: Columns if the output is no terminal: no source is folded, so that it can be found with grep.
 PIPE_COLUMNS: Final = 2**16
 
 
@@ -37,13 +37,15 @@ def inspect_sae(
     flags: Sequence[str] = (),
     console: Console | None = None,
 ) -> int:
-    """Print the card of `SOURCE[,hook=..]` after scanning all of it; the exit code, 0 or 1.
+    """Print an SAE's card after scanning all of it; returns the exit code, 0 or 1.
 
-    With `layer=all` it is a card for each layer.
+    With `layer=all` it prints a card for each layer.
 
     Args:
+        text: `SOURCE[,hook=..]`.
         model: a model on which to check the SAE as well; what is found is printed under the card.
         flags: how to run it, flags of `vllm serve`.
+        console: where to print; None for standard output.
     """
     console = console or Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     try:
@@ -88,11 +90,11 @@ def outcome_table(outcome: Outcome) -> Table:
     table = Table(title=f"on {measured.tokens} tokens{sinks}")
     for header in ("", "measured", "stated"):
         table.add_column(header, overflow="fold")
-    for name, ours, theirs in (
+    for name, found, said in (
         ("L0", measured.l0, stated.l0),
         ("variance explained", measured.variance_explained, stated.variance_explained),
     ):
-        table.add_row(name, f"{ours:.3g}", "-" if theirs is None else f"{theirs:.3g}")
+        table.add_row(name, f"{found:.3g}", "-" if said is None else f"{said:.3g}")
     table.add_row("model", Text(outcome.model), Text(stated.model or "-"))
     return table
 
@@ -101,7 +103,7 @@ def check_on_model(checked: CheckedSAE, model: str, flags: Sequence[str]) -> Out
     """Start the engine on `model`, check the SAE there, and end the engine.
 
     Raises:
-        SAEError, RefusedStartError: where a server would not start.
+        SAEError, RefusedStartError: if a server would not start.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     allow_ours(os.environ, installed_entry_points())

@@ -57,8 +57,8 @@ async def _main(args: Namespace) -> None:
 @contextmanager
 def steered_lines(runner: Any) -> Iterator[None]:
     """Let vLLM's runner read chats into requests that may carry `steering`, and steer them."""
-    vllms = (runner.ChatCompletionRequest, runner.run_batch, runner.run_request)
-    _, run_all, run_request = vllms
+    originals = (runner.ChatCompletionRequest, runner.run_batch, runner.run_request)
+    _, run_all, run_request = originals
     catalogs: list[Catalog] = []
 
     async def run_all_steered(engine_client: Any, *rest: Any) -> None:
@@ -74,7 +74,7 @@ def steered_lines(runner: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        runner.ChatCompletionRequest, runner.run_batch, runner.run_request = vllms
+        runner.ChatCompletionRequest, runner.run_batch, runner.run_request = originals
 
 
 class SteeredLine:
@@ -87,7 +87,7 @@ class SteeredLine:
         self._refused: SteeringError | None = None
 
     async def handle(self, request: Any) -> Any:
-        """What vLLM's handler answers; it makes an error of what is raised here."""
+        """What vLLM's handler answers. vLLM makes an error entry of what is raised here."""
         try:
             await self._accept(request)
             return await self._handler(request)

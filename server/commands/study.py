@@ -1,4 +1,4 @@
-"""`vllm-sae study`: studies from a file, on a running server or an engine of their own."""
+"""`vllm-sae study`: studies from a file, on a running server or on an engine started for them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Task:
     """One study of a file.
 
     Attributes:
-        study: which.
-        sae: name of the SAE, for a study of one.
+        study: which study.
+        sae: the SAE's name if it is a study of one SAE, else None.
         body: as the route takes it.
     """
 
@@ -54,7 +54,7 @@ class Task:
 
     @property
     def path(self) -> str:
-        """Where it is POSTed to."""
+        """The path that it is POSTed to."""
         return self.study.route.replace("{sae}", quote(self.sae or "", safe="/"))
 
     @classmethod
@@ -71,7 +71,7 @@ class Task:
             name, sae = _of_route(entry["route"])
         if not isinstance(name, str) or name not in STUDIES:
             known = ", ".join(STUDIES)
-            raise StudyFileError(f"{where}: no such study, they are {known}")
+            raise StudyFileError(f"{where}: no such study; the studies are {known}")
         study = STUDIES[name]
         if study.of_sae != isinstance(sae, str) or (sae is not None and not study.of_sae):
             what = "needs the name of an SAE, `sae`" if study.of_sae else "takes no `sae`"
@@ -87,7 +87,7 @@ def _of_route(route: object) -> tuple[str | None, str | None]:
     return None, None
 
 
-#: Runs one task; told how far it is.
+#: Runs one task, and tells the listener how far it is.
 Runner = Callable[[Task, Listener], Answer]
 
 
@@ -102,7 +102,7 @@ def study(
     max_tokens: int | None = None,
     flags: Sequence[str] = (),
 ) -> int:
-    """Run the studies of a file, and print or write what they answer; the exit code.
+    """Run the studies of a file, and print or write their answers; returns the exit code.
 
     The file holds one study, `{"study", "sae", "body"}` or `{"route", "body"}`, a list of them, or
     an object of them; what is printed has the same form. A study that is refused has `{"error"}` in
@@ -110,13 +110,13 @@ def study(
 
     Args:
         file: its path, - for standard input.
-        url: of a running server.
-        api_key: its key.
+        url: a running server's URL.
+        api_key: that server's key.
         model: without a server, the model to run.
-        saes: and its SAEs, as `--sae` takes them.
+        saes: the model's SAEs, as `--sae` takes them.
         output: where the answers are written; standard output if left out.
-        max_tokens: how many tokens one study may send through a model of one's own.
-        flags: how to run it, flags of `vllm serve`.
+        max_tokens: without a server, how many tokens one study may send through the model.
+        flags: how to run the model, flags of `vllm serve`.
 
     Returns:
         0; 1 if a study was refused or nothing could be run.
@@ -142,7 +142,7 @@ def study(
 
 
 def read_tasks(text: str) -> tuple[list[Task], Callable[[list[Answer]], object]]:
-    """The studies of a file, and what makes an answer of the same form of theirs.
+    """The studies of a file, and a function that puts their answers into the file's form.
 
     Raises:
         StudyFileError: if it holds none.
@@ -238,11 +238,11 @@ def _refused(response: httpx.Response) -> Answer:
     except ValueError:
         content = None
     if isinstance(content, dict) and "error" in content:
-        # What vLLM says of a key has no object around it.
+        # vLLM's error for a refused key is a plain string.
         error = content["error"]
         return {"error": error if isinstance(error, dict) else {"message": str(error)}}
     raise httpx.RemoteProtocolError(
-        f"{response.url}: status {response.status_code}, and no answer of a study"
+        f"{response.url}: status {response.status_code}, which is no answer of a study"
     )
 
 
@@ -250,10 +250,10 @@ def _refused(response: httpx.Response) -> Answer:
 def on_engine(
     model: str, saes: Sequence[str], max_tokens: int | None, flags: Sequence[str]
 ) -> Iterator[Runner]:
-    """Run studies on an engine of one's own, which ends with them.
+    """Run studies on an engine that is started for them and ends with them.
 
     Raises:
-        SAEError, RefusedStartError: where a server would not start.
+        SAEError, RefusedStartError: if a server would not start.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     allow_ours(os.environ, installed_entry_points())
@@ -291,7 +291,7 @@ def _engine_args(
     if max_tokens is not None:
         options = ServerOptions(max_study_tokens=max_tokens)
         options.check()
-    checked = [one for flag in saes for one in check(flag)]
+    checked = [sae for flag in saes for sae in check(flag)]
     refuse_equal_names(checked)
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-sae study FILE"))
     parser.set_defaults(disable_log_stats=True)

@@ -33,10 +33,10 @@ class Meant:
 class PresetModels:
     """vLLM's `OpenAIServingModels`, on which every preset stands beside the base model.
 
-    The handlers of all routes share the object, so its methods are replaced on it: by them vLLM
-    tells whether a model exists and what a response calls it. A preset's name is the base model's
-    only while a route serves it that steers, or that runs nothing; on the others it stays unknown,
-    since there it could only be ignored.
+    The handlers of all routes share the object, so its methods are replaced on it: they tell vLLM
+    whether a model exists and what a response calls it. A preset's name stands for the base model
+    only on routes that steer, or that run nothing. On the others it stays unknown, since there it
+    could only be ignored.
     """
 
     def __init__(self, models: Any, presets: PresetStore) -> None:
@@ -63,7 +63,7 @@ class PresetModels:
         self._models.show_available_models = self.show
 
     async def meant(self, name: str | None) -> Meant | None:
-        """How a request for the model `name` is steered, None if it is by its own field alone."""
+        """How a request for the model `name` is steered; None if its own field alone decides."""
         if not self._presets.in_use:
             return None
         await self._presets.catch_up()
@@ -129,9 +129,9 @@ def taken_names(models: Any) -> set[str]:
 
 @contextmanager
 def answering_as(meant: Meant | None) -> Iterator[None]:
-    """Within it, the preset that a request names is the base model, and its response is called so.
+    """Let the preset that a request names stand for the base model, and name the response's model.
 
-    Tasks that are started within it keep that.
+    It holds within the context, and in tasks that are started within it.
     """
     token = _ANSWERED_AS.set(None if meant is None or meant.by_default else meant.preset.name)
     try:
@@ -142,7 +142,7 @@ def answering_as(meant: Meant | None) -> Iterator[None]:
 
 @contextmanager
 def presets_mean_base() -> Iterator[None]:
-    """Within it, every preset's name is the base model's."""
+    """Let every preset's name stand for the base model within the context."""
     token = _MEANS_BASE.set(True)
     try:
         yield

@@ -29,7 +29,7 @@ class Preset:
     """One preset.
 
     Attributes:
-        name: what a request calls as `model`.
+        name: what a request gives as `model`.
         steering: the `steering` object, as it was written.
         description: for people; None if there is none.
         created: seconds since the epoch, of the file that it is kept in.

@@ -26,7 +26,7 @@ from steering.request.catalog import Catalog
 logger = logging.getLogger("vllm.sae.server")
 
 MAX_PRESETS: Final = 256
-#: Seconds for which what was seen of the folder is believed.
+#: Seconds after which the folder is looked at again.
 LOOK_EVERY: Final = 0.25
 _SUFFIX: Final = ".json"
 
@@ -57,7 +57,7 @@ class PresetStore:
     _kept: dict[str, Preset] = field(default_factory=dict)
     _seen: dict[str, _Stamp] = field(default_factory=dict)
     _looked: float = field(default=-1e9)
-    # PUT and DELETE run in threads, beside a look of another.
+    # PUT and DELETE run in threads, while another thread may look at the folder.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def open(self) -> None:
@@ -96,7 +96,7 @@ class PresetStore:
         return bool(self.fixed) or self.folder is not None
 
     def known(self, name: str | None) -> Preset | None:
-        """As `get`, of what was last seen: no file is looked at."""
+        """As `get`, but from what was last seen: no file is looked at."""
         return None if name is None else self.fixed.get(name) or self._kept.get(name)
 
     async def catch_up(self) -> None:

@@ -42,6 +42,7 @@ async def list_features(
     offset: _Offset = None,
     order: _Order = None,
 ) -> Response:
+    """A page of an SAE's features, in order or those whose labels match a query."""
     state = steering_state(raw_request)
     known_sae(state, sae)
     count = whole_number("limit", limit, DEFAULT_LIMIT, 1, MAX_LIMIT)
@@ -64,6 +65,7 @@ async def list_features(
 
 @router.get("/v1/saes/{sae}/features/{feature}", responses=answers(FeatureDetail))
 async def get_feature(raw_request: Request, sae: str, feature: _Index) -> Response:
+    """One feature, with its examples, what it is near to and what it writes."""
     state = steering_state(raw_request)
     opened = known_sae(state, sae)
     index = feature_index(feature, opened.card.d_sae)

@@ -72,7 +72,7 @@ ROUTES: Final[dict[str, Callable[..., Awaitable[Response | None]]]] = {
 class SteerableRoute(APIRoute):
     """A route whose unreadable bodies are refused as the rest of steering is.
 
-    JSON can be well-formed and yet too much for the parser: a number of 5000 digits, 2000 brackets.
+    Well-formed JSON can be too much for the parser: a number of 5000 digits, or 2000 brackets.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -88,14 +88,14 @@ class SteerableRoute(APIRoute):
                     raise
                 raise SteeringError(
                     "invalid_value",
-                    "the body cannot be read: numbers too long or too deeply nested",
+                    "the body cannot be read: a number is too long, or it is nested too deeply",
                 ) from error
 
         return answer
 
 
 def attach(app: FastAPI) -> None:
-    """Replace those of the four that `app` has; what vLLM documents about them stays."""
+    """Replace those of the four routes that `app` has; vLLM's documentation of them stays."""
     served = {
         route.path: route
         for route in app.routes
@@ -117,9 +117,9 @@ def attach(app: FastAPI) -> None:
 
 
 def refuse_before_streaming(handler: Any, vllm_config: Any) -> None:
-    """Let the handler of /v1/responses refuse what the engine would before its stream begins.
+    """Let the handler of /v1/responses refuse, before its stream begins, what the engine would.
 
-    The other handlers call the engine by then, this one only once the stream is on its way.
+    The other handlers have called the engine by then; this one calls it only from the stream.
     """
     handler._generate_with_builtin_tools = partial(
         _generate_if_short, handler._generate_with_builtin_tools, vllm_config
@@ -141,7 +141,7 @@ def _generate_if_short(
 def carry_through_messages(handler: Any) -> None:
     """Let the handler of /v1/messages take a request's steering into the chat request it builds.
 
-    What refuses it there is kept: vLLM's route would make an error of its own of it.
+    A refusal there is kept, because vLLM's route would replace it by an error of its own.
     """
     handler.to_chat_completion_request = partial(_convert, handler.to_chat_completion_request)
     handler.create_messages = partial(_keep_refusal, handler.create_messages)

@@ -39,6 +39,7 @@ router = APIRouter(tags=["saes"], responses=REFUSALS)
     },
 )
 async def inspect(raw_request: Request, sae: str) -> Response | None:
+    """The strongest features of a text, at each token and over all of it."""
     state = steering_state(raw_request)
     known_sae(state, sae)
     inspection = Inspection.parse(sae, await json_body(raw_request))
@@ -74,7 +75,7 @@ async def _read(
     text = await rendered(request, raw_request)
     if isinstance(text, Response):
         return text
-    # A client waits for this as for an answer, so it is no later than one.
+    # A client waits for this as for an answer, so it has an answer's priority.
     run = Run(text.prompt, accepted, lora_request=text.lora_request, priority=0)
     return await state.reader.run(run)
 

@@ -14,7 +14,7 @@ MAX_DIGITS: Final = 18
 
 
 def known_sae(state: SteeringState, name: str) -> SAE:
-    """The SAE of this name. Raises NotFoundError: it stands in the URL's path."""
+    """The SAE of this name, from the URL's path. Raises NotFoundError if there is none."""
     try:
         return state.catalog.sae(name)
     except SteeringError as error:
@@ -22,7 +22,12 @@ def known_sae(state: SteeringState, name: str) -> SAE:
 
 
 def feature_index(text: str, d_sae: int) -> int:
-    """The index that stands in a path. Raises NotFoundError if it is not in `[0, d_sae)`."""
+    """The index that stands in a path.
+
+    Raises:
+        SteeringError: if it is no integer.
+        NotFoundError: if it is not in `[0, d_sae)`.
+    """
     if not re.fullmatch(r"-?[0-9]+", text):
         raise SteeringError("invalid_type", f"expected an integer, got {text[:40]!r}", "feature")
     if len(text) > MAX_DIGITS or not 0 <= int(text) < d_sae:
@@ -33,7 +38,11 @@ def feature_index(text: str, d_sae: int) -> int:
 
 
 def whole_number(name: str, text: str | None, default: int, lowest: int, highest: int) -> int:
-    """The value of a query's parameter. Raises SteeringError if it is not in the range."""
+    """The value of a query's parameter; the default if it is left out.
+
+    Raises:
+        SteeringError: if it is no integer, or not in `[lowest, highest]`.
+    """
     if text is None:
         return default
     if not re.fullmatch(r"-?[0-9]+", text):

@@ -23,6 +23,6 @@ async def json_body(raw_request: Request) -> object:
 
 
 async def refuse_to_get(raw_request: Request, sae: str) -> Response:
-    """Answer a GET. Without it, /v1/saes/{sae} would take the last word for part of a name."""
+    """Answer a GET with 404 or 405. Else /v1/saes/{sae} would take the last word for a name's."""
     known_sae(steering_state(raw_request), sae)
     raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "POST"})

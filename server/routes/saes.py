@@ -26,6 +26,7 @@ register_url_convertor("any_name", _AnyName())
 
 @router.get("/v1/saes", responses=answers(CardList))
 async def list_saes(raw_request: Request) -> Response:
+    """The cards of all loaded SAEs."""
     catalog = steering_state(raw_request).catalog
     data = [catalog.card(name).to_json() for name in catalog.names]
     return TolerantJSONResponse({"object": "list", "data": data})
@@ -34,4 +35,5 @@ async def list_saes(raw_request: Request) -> Response:
 # After all other routes below /v1/saes: a name that contains a slash is unknown too.
 @router.get("/v1/saes/{sae:any_name}", responses=answers(Card))
 async def get_sae(raw_request: Request, sae: str) -> Response:
+    """The card of one SAE."""
     return TolerantJSONResponse(known_sae(steering_state(raw_request), sae).card.to_json())

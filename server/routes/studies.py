@@ -58,13 +58,13 @@ async def _answer(study: Study, raw_request: Request, sae: str | None) -> Respon
         return None if begun is None else StudyStream(running)
     except (SteeringError, VLLMError):
         raise
-    except Exception:  # vLLM would answer some with a 400 of their words, and log none
+    except Exception:  # vLLM would answer some with a 400 and their message, and log none
         logger.exception("a study failed")
         return TolerantJSONResponse(FAILED, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def _refuse_other_model(models: PresetModels, model: object) -> Response | None:
-    """Refuse a study of another model than the base; what is no text its study refuses.
+    """Refuse a study of another model than the base; the study refuses what is no string.
 
     Returns:
         vLLM's answer if there is no model of that name.

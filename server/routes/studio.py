@@ -61,7 +61,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.api_route("/studio", methods=["GET", "HEAD"])
 async def studio() -> Response:
-    """The page. It holds nothing that a key guards: what it shows, it asks of /v1 routes."""
+    """The page. It holds nothing that a key guards: it asks the /v1 routes for what it shows."""
     return Response(_HTML, media_type="text/html; charset=utf-8", headers=_HEADERS)
 
 

@@ -32,7 +32,7 @@ from steering.vllm.support import UnsupportedEngineError
 
 
 def start_arguments(argv: Sequence[str], command: Any) -> Namespace:
-    """The arguments with which one of vLLM's commands runs, its engine steered by the SAEs named.
+    """The arguments for one of vLLM's commands, with an engine that steers through the named SAEs.
 
     Args:
         argv: what follows the command's name.
@@ -64,7 +64,7 @@ def start_arguments(argv: Sequence[str], command: Any) -> Namespace:
 
 
 def parse(argv: Sequence[str], command: Any) -> Namespace:
-    """Parse with vLLM's parser; `--sae` is on it for `--help` and for `--config` files."""
+    """Parse with vLLM's parser; our flags are on it for `--help` and for `--config` files."""
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -97,7 +97,11 @@ _USAGES = {
 
 
 def add_presets(args: Namespace, presets: Sequence[str]) -> None:
-    """Put the values of `--steering-preset` back beside those of a `--config` file."""
+    """Put the values of `--steering-preset` back beside those of a `--config` file.
+
+    Raises:
+        RefusedStartError: if the command opens no port.
+    """
     if not presets:
         return
     if not hasattr(args, "steering_preset"):
@@ -108,7 +112,7 @@ def add_presets(args: Namespace, presets: Sequence[str]) -> None:
 
 
 def check_presets(args: Namespace, options: ServerOptions, vllm_config: Any) -> None:
-    """SAEError if a preset is not what a request could ask for, or has a name that is taken."""
+    """Raises SAEError if a request could not ask for what a preset does, or its name is taken."""
     if options.preset_flag is None:
         return
     from steering.vllm.door import limits_of, open_catalog
@@ -123,7 +127,12 @@ def check_presets(args: Namespace, options: ServerOptions, vllm_config: Any) -> 
 
 
 def steer_engine(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
-    """Check the SAEs against the model, and put the steering engine into the arguments."""
+    """Check the SAEs against the model, and put the steering engine into the arguments.
+
+    Raises:
+        SAEError: if an SAE does not fit the model, or a preset is wrong.
+        RefusedStartError: if a flag has a wrong value or leaves no place for steering.
+    """
     from vllm import AsyncEngineArgs, envs
 
     options = ServerOptions.of(args)
@@ -136,7 +145,7 @@ def steer_engine(args: Namespace, checked: Sequence[CheckedSAE]) -> None:
 
 
 def refuse_flags(args: Namespace, *, rust_frontend: bool) -> None:
-    """RefusedStartError for vLLM flags that leave no place for steering."""
+    """Raises RefusedStartError for vLLM's flags that leave no place for steering."""
     refusals = (
         (args.worker_cls != "auto", "--worker-cls: steering has a worker class of its own"),
         (args.scheduler_cls is not None, "--scheduler-cls: steering has a scheduler of its own"),

@@ -27,7 +27,7 @@ class CheckedSAE:
 
 
 def check(flag: str) -> list[CheckedSAE]:
-    """Open what one `--sae` flag names: one, or with `layer=all` one a layer.
+    """Open what one `--sae` flag names: one dictionary, or with `layer=all` one for each layer.
 
     Raises:
         SAEError: for every misfit that the files alone show.
@@ -36,14 +36,22 @@ def check(flag: str) -> list[CheckedSAE]:
 
 
 def check_all(reference: SAEReference, scan_limit: int | None) -> list[CheckedSAE]:
-    """As `check_reference`, of every dictionary that the reference stands for."""
+    """As `check_reference`, for every dictionary that the reference stands for."""
     with unforeseen_refused(reference.source):
         resolved = resolve_all(reference)
     return [check_reference(each, scan_limit) for each in resolved]
 
 
 def check_reference(reference: SAEReference | ResolvedSAE, scan_limit: int | None) -> CheckedSAE:
-    """Open an SAE and read its labels; scan its weights if they are not larger than the limit."""
+    """Open an SAE and read its labels; scan its weights unless they are larger than the limit.
+
+    Args:
+        reference: to one dictionary.
+        scan_limit: in bytes; None for no limit.
+
+    Raises:
+        SAEError: for every misfit that the files show.
+    """
     with unforeseen_refused(reference.source):
         resolved = resolve(reference)
         sae = open_sae(resolved)
@@ -57,7 +65,7 @@ def check_reference(reference: SAEReference | ResolvedSAE, scan_limit: int | Non
 
 @contextmanager
 def unforeseen_refused(source: str) -> Iterator[None]:
-    """The last resort: files can be wrong in ways that nobody has thought of."""
+    """Turn every other exception into an SAEError: files can be wrong in unforeseen ways."""
     try:
         yield
     except SAEError:
@@ -67,7 +75,7 @@ def unforeseen_refused(source: str) -> Iterator[None]:
 
 
 def refuse_equal_names(checked: Sequence[CheckedSAE]) -> None:
-    """SAEError where two SAEs have one name: requests could not tell them apart."""
+    """Raises SAEError if two SAEs have one name: requests could not tell them apart."""
     seen: dict[str, str] = {}
     for sae in checked:
         name, source = sae.card.id, sae.card.source
@@ -77,7 +85,7 @@ def refuse_equal_names(checked: Sequence[CheckedSAE]) -> None:
 
 
 def check_fit(checked: Sequence[CheckedSAE], model_config: Any) -> tuple[int, int]:
-    """Hidden size and number of layers of a vLLM model. SAEError where an SAE fits neither."""
+    """Hidden size and number of layers of a vLLM model. Raises SAEError if an SAE does not fit."""
     d_model = int(model_config.get_hidden_size())
     num_layers = int(model_config.get_total_num_hidden_layers())
     for sae in checked:

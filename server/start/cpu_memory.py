@@ -1,7 +1,7 @@
-"""How much of a CPU machine's memory the engine takes if nobody says.
+"""How much of a CPU machine's memory the engine takes if the user does not say.
 
-vLLM's default is 92% of all memory, also of a machine where less than that is free; its worker then
-refuses to start after a minute of loading.
+vLLM's default is 92% of all memory, even if less than that is free; its worker then refuses to
+start after a minute of loading.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, Final
 
-#: Of the memory that is free; the rest is left to everything else on the machine.
+#: The share taken of the memory that is free; the rest is left to everything else on the machine.
 SHARE_OF_FREE: Final = 0.75
 KV_CACHE_VARIABLE: Final = "VLLM_CPU_KVCACHE_SPACE"
 
@@ -25,8 +25,8 @@ def leave_memory(args: Namespace, parser: Any) -> None:
     """
     default = parser.get_default("gpu_memory_utilization")
     # A value that was given is another object, even one that equals the default.
-    own = args.gpu_memory_utilization is not default or args.kv_cache_memory_bytes is not None
-    if own or os.environ.get(KV_CACHE_VARIABLE):
+    stated = args.gpu_memory_utilization is not default or args.kv_cache_memory_bytes is not None
+    if stated or os.environ.get(KV_CACHE_VARIABLE):
         return
     from vllm.platforms import current_platform
 
@@ -46,8 +46,8 @@ def leave_memory(args: Namespace, parser: Any) -> None:
     )
     print(
         f"vllm-sae: of {total:.1f} GiB of memory {free:.1f} are free; taking "
-        f"--gpu-memory-utilization {share} of it instead of vLLM's {default}. Set that flag, or "
-        f"{KV_CACHE_VARIABLE} to GiB of KV cache, to choose yourself.",
+        f"--gpu-memory-utilization {share} instead of vLLM's {default}. To choose yourself, set "
+        f"that flag, or set {KV_CACHE_VARIABLE} to the GiB of KV cache.",
         file=sys.stderr,
         flush=True,
     )

@@ -18,7 +18,7 @@ from steering.vllm.engine_arguments import engine_arguments
 from steering.vllm.start_failure import FAILURE_VARIABLE
 from steering.vllm.support import UnsupportedEngineError
 
-#: Python warns of the shared memory of an engine that did not start, after everything else is said.
+#: If an engine did not start, Python warns of its shared memory after everything else is said.
 QUIET_END: Final = "ignore:resource_tracker:UserWarning"
 
 
@@ -61,7 +61,7 @@ def naming_the_cause() -> Iterator[None]:
     vLLM logs a traceback in each of its processes and raises something that points at them.
 
     Raises:
-        RefusedStartError: if a worker has left word that it cannot be steered.
+        RefusedStartError: if a worker has written down why it cannot be steered.
         EngineStartError: if another exception ended a process of the engine.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-sae-") as folder:

@@ -1,5 +1,8 @@
-"""What an engine's end means for the server: one that ends by itself takes the server along, which
-vLLM then leaves with exit code 0; one that is stopped leaves nobody waiting.
+"""What an engine's end means for the server.
+
+If the engine ends by itself, vLLM ends the server with exit code 0, which would hide the failure;
+so it is noted here. If the engine is stopped, requests that still run are ended, and nobody is left
+waiting.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def _end_requests(engine: Any) -> None:
     if handler is None:  # it never ran anything
         return
     processor = engine.output_processor
-    with contextlib.suppress(RuntimeError):  # the loop has been closed, and who waited is gone
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and whoever waited is gone
         handler.get_loop().call_soon_threadsafe(
             lambda: processor.abort_requests(list(processor.request_states), internal=True)
         )

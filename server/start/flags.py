@@ -43,8 +43,8 @@ def _flag(
         name: as on the command line.
         default: of the field and the flag.
         least: what an integer must not be below, unless it is left out.
-        why: what that limit is.
-        routes_only: whether it says nothing to a command that opens no port.
+        why: the reason for that limit.
+        routes_only: whether only commands that open a port have it.
         argument: the rest of `add_argument`'s.
     """
     metadata = {"name": name, "least": least, "why": why, "routes_only": routes_only}
@@ -63,24 +63,25 @@ class ServerOptions:
         dest="sae",
         metavar="NAME=SOURCE[,hook=HOOK][,layer=L][,format=FORMAT][,sink_norm=N]",
         help="An SAE, a transcoder or a direction to serve: a path, "
-        "hf://OWNER/REPO[/SUBFOLDER][@REVISION] or sae_lens://RELEASE/SAE_ID. Of a source of "
-        "several layers layer=L is one of them and layer=all each, as NAME.L. Where files do not "
-        "say: hook=HOOK, of a transcoder reads=HOOK,writes=HOOK. May be given several times.",
+        "hf://OWNER/REPO[/SUBFOLDER][@REVISION] or sae_lens://RELEASE/SAE_ID. If the source has "
+        "several layers, layer=L takes one of them and layer=all takes each, as NAME.L. If the "
+        "files do not say where it belongs, add hook=HOOK, or for a transcoder "
+        "reads=HOOK,writes=HOOK. May be given several times.",
     )
     max_rows: int = _flag(
         "--steering-max-rows",
         DEFAULT_MAX_ROWS,
         least=MAX_INTERVENTIONS,
-        why="what one request may edit",
+        why="as many as one request may edit",
         type=int,
         metavar="N",
-        help="How many features running requests may edit at once; more wait their turn.",
+        help="How many features the running requests may edit together; other requests wait.",
     )
     max_read_values: int | None = _flag(
         "--steering-max-read-values",
         None,
         least=MAX_TOP_K,
-        why="what one token may have read",
+        why="as many as one token may have read",
         type=int,
         metavar="N",
         help="How many features one request may have read: those of each covered token of its "
@@ -101,7 +102,7 @@ class ServerOptions:
         "--steering-max-body-bytes",
         64 * 2**20,
         least=2**10,
-        why="below which hardly a conversation fits",
+        why="or hardly any conversation would fit",
         routes_only=True,
         type=int,
         metavar="N",
@@ -113,7 +114,7 @@ class ServerOptions:
         choices=RESIDENT_CHOICES,
         help="Which SAEs a GPU holds whole beside the model. turns: top-k ones, and one place in "
         "which the others take turns if a `read` or `error_term: false` needs all of one; all: "
-        "every SAE; none: no SAE, so that each such pass copies weights. Says nothing on a CPU.",
+        "every SAE; none: no SAE, so that each such pass copies weights. Has no effect on a CPU.",
     )
     self_check: bool | None = _flag(
         "--steering-self-check",
@@ -121,7 +122,7 @@ class ServerOptions:
         routes_only=True,
         action=BooleanOptionalAction,
         help="Once the server runs, measure each SAE's L0 and variance explained on a short text "
-        "and log them, with a warning where they look wrong. By default only for the first "
+        "and log them, with a warning if they look wrong. By default only for the first "
         f"{SCAN_LIMIT_BYTES / 1e9:.0f} GB of weights, which are read at start anyway.",
     )
 
@@ -140,8 +141,8 @@ class ServerOptions:
         None,
         routes_only=True,
         metavar="DIR",
-        help="A folder whose every NAME.json is such a preset, and in which those are kept that "
-        "clients make at /v1/steering/presets. Without it they can make none.",
+        help="A folder whose every NAME.json is such a preset. Presets that clients make at "
+        "/v1/steering/presets are kept in it; without it they can make none.",
     )
     default_preset: str | None = _flag(
         "--steering-default",
@@ -161,7 +162,7 @@ class ServerOptions:
 
     @classmethod
     def of(cls, args: Namespace) -> ServerOptions:
-        """The options among parsed flags; defaults where vLLM's own command parsed them."""
+        """The options among parsed flags; defaults if vLLM's own command parsed them."""
         values: dict[str, Any] = {
             each.name: getattr(args, _dest(each), each.default) for each in fields(cls)
         }
@@ -178,7 +179,7 @@ class ServerOptions:
         return next((name for name, value in zip(names, given, strict=True) if value), None)
 
     def check(self) -> None:
-        """RefusedStartError for a value below its limit."""
+        """Raises RefusedStartError if a value is below its limit."""
         for each in fields(self):
             value, least = getattr(self, each.name), each.metadata["least"]
             if least is not None and value is not None and value < least:
@@ -214,6 +215,9 @@ def split_flag(flag: str, shape: str, argv: Sequence[str]) -> tuple[list[str], l
         flag: as on the command line.
         shape: what is expected after it.
         argv: the words of the command line.
+
+    Raises:
+        RefusedStartError: if nothing follows the flag.
     """
     values, rest = [], []
     waiting = list(argv)

@@ -10,7 +10,7 @@ import { explain } from "./tokens.js";
 
 /** @typedef {import("./tokens.js").Token} Token */
 
-/** What has come of an answer: at first, nothing. */
+/** What has come of an answer: nothing yet. */
 const nothing = () => ({
   prompt: /** @type {Token[]} */ ([]),
   tokens: /** @type {Token[]} */ ([]),
@@ -52,7 +52,7 @@ export class AnswerView {
     this.status.textContent = "";
   }
 
-  /** An answer is on its way. @param {string} sae at which it is read */
+  /** Make ready for an answer. @param {string} sae at which it is read */
   begin(sae) {
     this.reset();
     this.sae = sae;
@@ -131,7 +131,7 @@ export class AnswerView {
     this.received.finished = why;
   }
 
-  /** Nothing more will come. */
+  /** Show that nothing more will come. */
   end() {
     this.root.removeAttribute("aria-busy");
     this.status.textContent = `${counted(this.generated)}, ${this.received.finished || "stopped by you"}`;

@@ -25,7 +25,7 @@ export class GoneError extends Error {
   }
 }
 
-/** Told of a refused key (`locked`), of a server that is gone (`gone`) and that answers (`here`). */
+/** Has an event if a key is refused (`locked`), if the server is gone (`gone`), if it answers (`here`). */
 export const line = new EventTarget();
 
 // The tab's own storage: another tab asks again, and nothing stays once the tab is closed.

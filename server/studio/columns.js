@@ -69,7 +69,7 @@ export async function addFeature(sae, feature) {
   card?.classList.add("fresh");
 }
 
-export const NO_ROOM = "Three columns are as many as there can be: remove one first.";
+export const NO_ROOM = "There can be no more than three columns: remove one first.";
 
 /** Open a spec as a column of its own. @param {any} steering @returns {import("./state.js").Column | null} null if there is no room */
 export function openColumn(steering) {
@@ -143,7 +143,7 @@ function edits(column) {
 /** @param {string} name @returns {HTMLElement | null} */
 const sectionOf = (name) => document.querySelector(`[data-column="${name}"]`);
 
-/** Say sizes of a column's edits, as far as they are known. @param {string} name @param {(number | null)[]} found @param {"forecast" | "measured"} how */
+/** Show the sizes of a column's edits, as far as they are known. @param {string} name @param {(number | null)[]} found @param {"forecast" | "measured"} how */
 export function showShares(name, found, how) {
   const column = setup.columns.find((each) => each.name === name);
   column?.edits.forEach((edit, i) => {

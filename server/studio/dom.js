@@ -102,10 +102,10 @@ export function percent(share) {
   return `${Number(hundredths.toFixed(hundredths < 10 ? 1 : 0))} %`;
 }
 
-/** A token whose spaces and line ends are to be seen. @param {string} text */
+/** A token with its leading space and line ends made visible. @param {string} text */
 export const visible = (text) => text.replace(/\n/g, "↵").replace(/^ /, "␣");
 
-/** Say something to who listens rather than looks. @param {string} text */
+/** Say something to those who listen rather than look. @param {string} text */
 export function announce(text) {
   byId("spoken").textContent = text;
 }

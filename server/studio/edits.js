@@ -95,7 +95,7 @@ function convert(edit, unit, max) {
   edit.unit = unit;
 }
 
-/** What the edit comes to: its raw value and, where told, its size against the stream. @param {Element} element @param {Edit} edit */
+/** What the edit comes to: its raw value and, if known, its size against the stream. @param {Element} element @param {Edit} edit */
 export function say(element, edit) {
   const told = recall(saeOf(edit), edit.feature);
   const max = told?.max_activation;
@@ -104,7 +104,7 @@ export function say(element, edit) {
     if (edit.unit === "max_act" && max) parts.push(`= ${figure(edit.value * max)}`);
     if (edit.unit === "raw" && max) parts.push(`= ${figure(edit.value / max)} × its maximum`);
   }
-  if (max === null) parts.push("its maximum is not recorded, so raw values only");
+  if (max === null) parts.push("its maximum is not recorded, so only raw values");
   else if (max !== undefined) parts.push(`maximum ${figure(max)}`);
   const { forecast, measured } = shares.get(edit) ?? {};
   if (forecast) parts.push(`about ${percent(forecast)} of the stream`);

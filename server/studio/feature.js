@@ -35,7 +35,7 @@ export async function showFeature(sae, feature) {
   }
 }
 
-/** One of a list of features, to be looked at or added. @param {string} sae @param {any} feature @param {string} told of it */
+/** One of a list of features, to be looked at or added. @param {string} sae @param {any} feature @param {string} told what is said of it */
 export function resultRow(sae, feature, told) {
   const name = nameOf(feature);
   return h("li", { class: "result-row" },

@@ -68,7 +68,7 @@ function targets() {
   fill(byId("add-to"), ...names.map((name) => h("option", { value: name, selected: name === aimedAt() }, name)));
 }
 
-/** @param {number} offset 0 begins anew */
+/** @param {number} offset 0 for a new list */
 async function search(offset) {
   const sae = byId("feature-sae").value;
   if (!sae) return note("This server has no SAE: start it with --sae NAME=SOURCE.");

@@ -24,11 +24,11 @@ export const recall = (sae, feature) => told.get(id(sae, feature));
 /** @param {string} sae @param {number} feature @returns {Promise<Known>} */
 export function known(sae, feature) {
   const name = id(sae, feature);
-  const here = told.get(name);
-  if (here) return Promise.resolve(here);
+  const already = told.get(name);
+  if (already) return Promise.resolve(already);
   let answer = asked.get(name);
   if (!answer) {
-    // Without a query the list is in the order of the features: this is the one.
+    // Without a query the list is in the order of the features, so its first entry is this one.
     answer = json(`v1/saes/${part(sae)}/features?limit=1&offset=${feature}`).then(({ data }) => {
       const found = data[0] ?? { feature, label: null, max_activation: null, density: null };
       learn(sae, [found]);

@@ -11,7 +11,7 @@ export function linkToSetup() {
   return `${page}${MARK}${encodeURIComponent(JSON.stringify(setup))}`;
 }
 
-/** Take up the set-up of the address, and clear it from there: what is changed from now on is newer. @returns {boolean} whether there was one */
+/** Take up the set-up of the address, and remove it there: later changes would make it stale. @returns {boolean} whether there was one */
 export function takeUpLink() {
   if (!location.hash.startsWith(MARK)) return false;
   let found = null;

@@ -30,7 +30,7 @@ export function inWords(report, total) {
     lines.push(h("li", {}, `Protecting features left ${percent(report.protected.norm_kept)} of the edits’ size.`));
   }
   if (report.stopped) lines.push(h("li", {}, `Stopped by feature ${report.stopped.feature} at position ${report.stopped.position}.`));
-  if (report.tokens_cached) lines.push(h("li", {}, `${report.tokens_cached} tokens of the prompt came from the cache, edited before.`));
+  if (report.tokens_cached) lines.push(h("li", {}, `${report.tokens_cached} tokens of the prompt came from the cache, already edited.`));
   return lines;
 }
 

@@ -9,7 +9,7 @@ import { steeringOf } from "./spec.js";
 import { colourBy, saeOf, served, setup } from "./state.js";
 import { generate } from "./stream.js";
 
-/** As many features as one token may have read: most SAEs have fewer active. */
+/** As many features as may be read of one token: in most SAEs fewer are active. */
 const TOP_K = 64;
 
 /** @type {AbortController | null} */
@@ -110,7 +110,7 @@ function chooseColour() {
   if (setup.colour.feature === null && first) colourBy(saeOf(first), first.feature);
 }
 
-/** The report has the stream's change at each hook point: that of an edit which is alone there. @param {string} name @param {any} report */
+/** The report has the stream's change at each hook point; if an edit is alone there, that is its size. @param {string} name @param {any} report */
 function measured(name, report) {
   const hookOf = (/** @type {string} */ sae) => served.saes.find(({ id }) => id === sae)?.hook;
   const hooks = report.interventions.map((/** @type {any} */ entry) => hookOf(entry.sae));

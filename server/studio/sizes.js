@@ -1,5 +1,5 @@
 // @ts-check
-/** The relative size of edits before they are run, where the server can forecast it. */
+/** The relative size of edits before they are run, if the server can forecast it. */
 
 import { json } from "./api.js";
 import { showShares } from "./columns.js";

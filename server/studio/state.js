@@ -35,9 +35,9 @@ const FIRST = {
   colour: { sae: null, feature: null },
 };
 
-/** Changed in place, by whoever then says so. @type {Setup} */
+/** Changed in place; whoever changes it calls `changed`. @type {Setup} */
 export const setup = structuredClone(FIRST);
-/** What was told by the server. @type {{model: string, saes: any[], routes: Set<string>, presets: boolean}} */
+/** What the server told. @type {{model: string, saes: any[], routes: Set<string>, presets: boolean}} */
 export const served = { model: "", saes: [], routes: new Set(), presets: false };
 
 /** `shape`: columns or edits came or went; `value`: something in them changed; `colour`; `served`: the
@@ -56,7 +56,7 @@ export function replaceSetup(other) {
   for (const what of /** @type {const} */ (["shape", "colour"])) changed(what);
 }
 
-/** @returns {Column | null} the new one, null if there are as many as may be */
+/** @returns {Column | null} the new one; null if there is room for none */
 export function addColumn() {
   const name = NAMES.find((each) => !setup.columns.some((column) => column.name === each));
   if (!name) return null;
@@ -71,7 +71,7 @@ export function newEdit(sae, feature, scaled) {
   return { sae, feature, op: "clamp", value: 1, unit: scaled ? "max_act" : "raw", positions: {}, when: null };
 }
 
-/** @param {Edit} edit the SAE that it means */
+/** The SAE that an edit means. @param {Edit} edit */
 export const saeOf = (edit) => edit.sae ?? served.saes[0]?.id ?? "";
 
 function remember() {
@@ -139,7 +139,7 @@ export const isObject = (value) => typeof value === "object" && value !== null &
 /** @param {any} value */
 const isIndex = (value) => Number.isInteger(value) && value >= 0;
 
-/** Ask for the page's view of a feature. @param {string} sae @param {number} feature */
+/** Open a feature on the page. @param {string} sae @param {number} feature */
 export function openFeature(sae, feature) {
   changes.dispatchEvent(new CustomEvent("open-feature", { detail: { sae, feature } }));
 }

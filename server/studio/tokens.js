@@ -12,7 +12,7 @@ const LINGER_MS = 250;
  * @property {HTMLElement} span
  * @property {string} text
  * @property {number} position
- * @property {[number, number][] | null} features strongest first; null where nothing was read
+ * @property {[number, number][] | null} features strongest first; null if nothing was read
  */
 /**
  * @typedef {object} Acts
@@ -65,7 +65,7 @@ export function explain(container, tokens, acts) {
   });
 }
 
-/** What is on a closed panel does not take the focus. */
+/** Keep the panel while the pointer is on it; Escape, or a press elsewhere, closes it. */
 export function listen() {
   const element = panel();
   element.addEventListener("pointerenter", () => clearTimeout(leaving));
@@ -119,7 +119,7 @@ function show(token, acts) {
   place(panel(), token.span);
 }
 
-/** Below the token, or above where there is no room. @param {HTMLElement} element @param {HTMLElement} span */
+/** Below the token, or above if there is no room. @param {HTMLElement} element @param {HTMLElement} span */
 function place(element, span) {
   const box = span.getClientRects()[0];
   if (!box) return;
@@ -131,7 +131,7 @@ function place(element, span) {
   element.style.top = `${top}px`;
 }
 
-/** Its text; pieces without any are tokens too. @param {Token} token */
+/** A token’s text; a token may have none. @param {Token} token */
 const shown = ({ text }) => visible(text) || "∅";
 
 /** Say a token and its strongest features. @param {Token} token @param {string} sae */

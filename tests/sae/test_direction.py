@@ -157,12 +157,12 @@ def test_layer_that_is_not_there_or_not_chosen_is_refused(tmp_path: Path, load: 
     path = write_gguf(tmp_path / "v.gguf", vectors(2, 3))
     with pytest.raises(SAEError, match=r"of 2 layers \(2, 3\); state which, as .*,layer=2"):
         load(path)
-    with pytest.raises(SAEError, match="has no direction of layer 7, but of 2, 3"):
+    with pytest.raises(SAEError, match="has no direction of layer 7, only of 2, 3"):
         load(path, layer="7")
     with pytest.raises(SAEError, match="contradicts"):
         load(path, layer="2", hook=HOOK)
     one = alone(tmp_path / "v.npy", torch.ones(D_IN))
-    with pytest.raises(SAEError, match="layer=7 is stated, and this direction is of layer 3"):
+    with pytest.raises(SAEError, match="layer=7 is stated, but this direction belongs to layer 3"):
         load(one, hook=HOOK, layer="7")
     assert load(one, hook=HOOK, layer="3").card.layer == 3
     with pytest.raises(SAEError, match="layer=all needs a source of several layers"):

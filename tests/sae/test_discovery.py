@@ -9,7 +9,7 @@ import pytest
 
 from sae import discovery
 from sae.arrays import FloatArray
-from sae.discovery import attribution, auroc, contrast, pooled, strongest, written
+from sae.discovery import attribution, auroc, contrast, pooled, strongest
 
 
 def pairs(first: FloatArray, second: FloatArray) -> float:
@@ -93,9 +93,3 @@ def test_attribution_is_exact_for_a_score_that_is_linear_in_the_stream() -> None
         ablated[:, latent] = 0
         expected.append(score(f) - score(ablated))
     np.testing.assert_allclose(attribution(f, gradient, W_dec).tolist(), expected, atol=1e-5)
-
-
-def test_what_a_feature_writes_counts_its_norm_and_each_tokens_gain() -> None:
-    f = np.array([[1.0, 0.0], [2.0, 3.0]], np.float32)
-    gain = np.array([1.0, 0.5], np.float32)
-    assert written(f, gain, np.array([2.0, 4.0], np.float32)).tolist() == [4.0, 6.0]

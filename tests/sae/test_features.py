@@ -152,7 +152,7 @@ def test_table_of_one_weight_file_among_several_has_its_name(tmp_path: Path) -> 
         ({"index": 3, "density": 10**400}, "density must be a finite number, got 1000"),
         ({"index": 3, "examples": {}}, "examples must be a list"),
         ({"index": 3, "examples": ["text"]}, "an example must be an object with a text"),
-        ({"index": 0}, "feature 0 a second time"),
+        ({"index": 0}, "feature 0 is listed twice"),
     ],
 )
 def test_damaged_line_is_refused_with_its_number(tmp_path: Path, line: Any, message: str) -> None:

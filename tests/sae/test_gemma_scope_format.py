@@ -124,7 +124,7 @@ def test_gemma_scope_2_configuration_names_the_module(
     [
         (gemma_scope_2_config(hf_hook_point_in="model.layers.3.norm"), "x", "unknown hook point"),
         (gemma_scope_2_config(hf_hook_point_out="model.layers.2.mlp"), "x", "an earlier layer"),
-        (gemma_scope_2_config(type="clt"), "x", "says its layer, as params_layer_3"),
+        (gemma_scope_2_config(type="clt"), "x", "its layer in its name, as params_layer_3"),
         (gemma_scope_2_config(architecture="relu"), "x", "unknown architecture 'relu'"),
         (None, "somewhere", "stated nowhere"),
     ],
@@ -203,12 +203,12 @@ def test_crosscoder_s_slot_is_an_sae_of_its_layer(tmp_path: Path, load: Load) ->
         stored = decoders(3, seed=1)
         torch.testing.assert_close(sae.rows([7]).W_dec[0], stored[7, 1])
         torch.testing.assert_close(sae.decoder_rows(0, D_SAE), stored[:, 1])
-        with pytest.raises(SAEError, match=r"has no layer 1, but 5, 9, 12"):
+        with pytest.raises(SAEError, match=r"has no layer 1; it has 5, 9, 12"):
             load(folder, layer="1")
 
 
 def test_crosscoder_of_unknown_layers_is_refused(tmp_path: Path, load: Load) -> None:
     folder = write_crosscoder(tmp_path, config=False)
     plain = folder.rename(tmp_path / "crosscoder")
-    with pytest.raises(SAEError, match="which layers this crosscoder is of is stated nowhere"):
+    with pytest.raises(SAEError, match="nothing states which layers this crosscoder reads"):
         load(plain, layer="1")

@@ -104,9 +104,9 @@ def test_place_at_which_nothing_is_served_is_refused_as_such(name: str, what: st
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("hook_embed", "blocks.0.hook_resid_pre where the model adds no position embedding"),
-        ("model.embed_tokens", "blocks.0.hook_resid_pre where"),
-        ("model.layers.-1", "counts from 0"),
+        ("hook_embed", "blocks.0.hook_resid_pre if the model adds no position embedding"),
+        ("model.embed_tokens", "blocks.0.hook_resid_pre if"),
+        ("model.layers.-1", "first one, which is 0"),
     ],
 )
 def test_refusal_says_what_would_be_right(name: str, hint: str) -> None:

@@ -140,7 +140,7 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SAEError, match="no Neuronpedia export"):
+    with pytest.raises(SAEError, match="not a Neuronpedia export"):
         import_neuronpedia(tmp_path, tmp_path / "features.jsonl", CARD, NORMS)
 
 

@@ -293,7 +293,7 @@ def test_sparsity_statistics_are_no_second_weight_file(
 
 def test_file_of_something_else_is_refused_with_its_tensors(tmp_path: Path) -> None:
     save_file({name: torch.zeros(3) for name in ("lm_head", "norm")}, tmp_path / "m.safetensors")
-    assert "not an SAE format that is known here (tensors: lm_head, norm)" in refusal(tmp_path)
+    assert "not a known format of an SAE (tensors: lm_head, norm)" in refusal(tmp_path)
 
 
 def test_sink_norm_comes_from_the_configuration_unless_stated(

@@ -153,8 +153,8 @@ def test_line_names_sinks_and_leaves_out_what_is_not_stated() -> None:
         (outcome(variance=math.nan), "does not vary or is not finite"),
         (
             outcome(model="google/gemma-2-2b-it", stated=Stated(model="gemma-2-2b"), variance=0.5),
-            "it was trained on gemma-2-2b and this is google/gemma-2-2b-it, base and instruct of "
-            "one model",
+            "it was trained on gemma-2-2b and this is google/gemma-2-2b-it: one is the base "
+            "model, the other its instruct version",
         ),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",

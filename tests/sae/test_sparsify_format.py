@@ -64,8 +64,8 @@ def test_sparsify_width_may_be_an_expansion_factor(tmp_path: Path, load: Load) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "groupmax"}, "unknown architecture, expected the top-k of relu"),
-        ({"signed": True}, "unknown architecture, expected the top-k of relu"),
+        ({"activation": "groupmax"}, "unknown architecture .activation 'groupmax', signed false"),
+        ({"signed": True}, "unknown architecture .activation 'topk', signed true., expected the "),
         ({"k": D_SAE + 1}, "k is 41, more than d_sae 40"),
     ],
 )

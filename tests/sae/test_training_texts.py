@@ -161,7 +161,7 @@ def test_requests_are_drawn_without_repetition_and_by_seed() -> None:
     assert len(set(drawn)) == 100
     assert drawn == chat.prompts(100, seed=1) != chat.prompts(100, seed=2)
     most = len(chat.REQUESTS) * len(chat.TOPICS)
-    with pytest.raises(ValueError, match=f"{most + 1} conversations of {most}"):
+    with pytest.raises(ValueError, match=f"{most + 1} conversations, more than the {most}"):
         chat.prompts(most + 1, seed=0)
 
 

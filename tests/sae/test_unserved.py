@@ -88,9 +88,9 @@ def test_sae_is_not_made_a_transcoder_by_its_places(tmp_path: Path, load: Load) 
 @pytest.mark.parametrize("kind", ["mlp.hook_in", "ln2.hook_normalized"])
 def test_nothing_is_edited_where_one_can_only_read(tmp_path: Path, load: Load, kind: str) -> None:
     lone = (write_gemma_scope(tmp_path) / "params.npz").rename(tmp_path / "params.npz")
-    with pytest.raises(SAEError, match="can be read at and not edited"):
+    with pytest.raises(SAEError, match="can be read but not edited"):
         load(lone, hook=f"blocks.3.{kind}")
-    with pytest.raises(SAEError, match="can be read at and not edited"):
+    with pytest.raises(SAEError, match="can be read but not edited"):
         load(lone, reads="blocks.3.hook_resid_mid", writes=f"blocks.3.{kind}")
 
 
@@ -155,7 +155,7 @@ def test_configuration_that_only_has_the_keys_is_of_an_sae(
         ),
         ({"pre_encoder_bias": torch.zeros(3)}, "an SAE of mlsae"),
         ({"W_Q": torch.zeros(3, 4)}, "a Lorsa"),
-        ({"W_enc": torch.zeros(3, 4), "W_dec_norm": torch.zeros(3)}, "as ByteDance's"),
+        ({"W_enc": torch.zeros(3, 4), "W_dec_norm": torch.zeros(3)}, "such as ByteDance's"),
     ],
 )
 @pytest.mark.parametrize("stated", [{}, {"hook": HOOK}])

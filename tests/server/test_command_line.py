@@ -286,7 +286,7 @@ def test_flag_that_leaves_no_place_for_steering_is_refused(
 @pytest.mark.parametrize(
     ("option", "least", "said"),
     [
-        ("max_rows", 64, "--steering-max-rows 63: must be at least 64, what one request may edit"),
+        ("max_rows", 64, "--steering-max-rows 63: must be at least 64, as many as one request may"),
         ("max_read_values", 64, "--steering-max-read-values 63: must be at least 64"),
         ("max_body_bytes", 1024, "--steering-max-body-bytes 1023: must be at least 1024"),
         ("max_study_tokens", 1, "--steering-max-study-tokens 0: must be at least 1"),

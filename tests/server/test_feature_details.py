@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from sae.sae import open_sae
 from sae.source import SAEReference
 from server.feature_details import FeatureDetails
+from server.models import FeatureDetail
 from steering.unembedding import Unembedding, open_unembedding
 from tests.models import D_MODEL, make_tiny_model, make_tiny_sae
+from tests.sae.other_suites import write_sae_lens_transcoder
 
 
 def tiny_sae(folder: Path, W_dec: torch.Tensor) -> Any:
@@ -41,6 +43,23 @@ async def test_details_are_computed_once(tmp_path: Path) -> None:
     assert await details.get(sae, 2) is first
     assert await details.get(sae, 3) is not first
     assert opened == 1
+
+
+async def test_feature_of_a_dictionary_that_writes_another_width_has_no_self_gain(
+    tmp_path: Path,
+) -> None:
+    folder = write_sae_lens_transcoder(tmp_path / "t", "transcoder")
+    config = json.loads((folder / "cfg.json").read_text())
+    d_sae, d_out = config["d_sae"], config["d_in"] + 1
+    (folder / "cfg.json").write_text(json.dumps({**config, "d_out": d_out}))
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors |= {"W_dec": torch.ones(d_sae, d_out), "b_dec": torch.zeros(d_out)}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    sae = open_sae(SAEReference(name="t", source=str(folder)))
+    details = await FeatureDetails(lambda: None).get(sae, 2)
+    assert (details["self_gain"], details["interferers"]) == (None, [])
+    shown = {**sae.open_features().get(2).to_json(), **details, "examples": []}
+    FeatureDetail.model_validate_json(json.dumps(shown), strict=True)
 
 
 def final_norm(model: Any) -> Any:

@@ -156,7 +156,7 @@ def test_what_is_no_export_is_refused(
     stray = write(tmp_path / "batch-0.jsonl.gz", {"index": 0})
     for export in (tmp_path, stray, tmp_path / "nowhere"):
         assert main(["import-labels", str(sae), str(export)]) == 1
-        assert f"{export}: no Neuronpedia export" in refusal(capsys)
+        assert f"{export}: not a Neuronpedia export" in refusal(capsys)
 
 
 def test_sae_that_cannot_be_opened_is_refused(

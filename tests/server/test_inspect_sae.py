@@ -128,7 +128,7 @@ def test_every_layer_of_a_control_vector_has_a_card_of_its_own(
         assert f"calm.gguf.{layer}" in out
         assert f"blocks.{layer}.hook_resid_post" in out
     assert main(["inspect-sae", f"{path},layer=2"]) == 1
-    assert "has no direction of layer 2, but of 1, 4" in capsys.readouterr().err
+    assert "has no direction of layer 2, only of 1, 4" in capsys.readouterr().err
 
 
 def test_direction_has_nothing_to_measure_on_a_model(
@@ -167,7 +167,7 @@ def test_misfit_is_one_line_however_narrow_the_terminal_and_no_refusal(
     assert out.splitlines()[-1] == (
         "warning: L0 is 0.19 times what is stated; variance explained is 0.20 below what is "
         "stated; likely the wrong layer, hook or model (base for instruct, say); it was trained "
-        "on model and this is some/model-it, base and instruct of one model"
+        "on model and this is some/model-it: one is the base model, the other its instruct version"
     )
 
 

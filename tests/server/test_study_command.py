@@ -48,7 +48,7 @@ def test_route_names_study_and_sae() -> None:
         ("{}", "no study"),
         ('[{"study": "forecast"}]', "study 0: expected an object with a study and a body"),
         ('{"a": 5}', "study 'a': expected an object"),
-        ('{"study": "predict", "body": {}}', "no such study, they are evaluate, calibrate"),
+        ('{"study": "predict", "body": {}}', "no such study; the studies are evaluate, calibrate"),
         ('{"study": ["forecast"], "body": {}}', "no such study"),
         ('{"study": "contrast", "body": {}}', "contrast needs the name of an SAE"),
         ('{"study": "forecast", "sae": "a", "body": {}}', "forecast takes no `sae`"),
