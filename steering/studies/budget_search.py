@@ -125,8 +125,8 @@ class BudgetSearch:
     def _bend(self, left: int, right: int) -> float:
         """How far the curve between two neighbours lies above their line in its middle, times 4.
 
-        The curve is the parabola through a third try. If there is none, it is the one that rises
-        from the lower neighbour with `power`.
+        The curve is the parabola through a third try. If there is none, it is the parabola that
+        begins at the left neighbour as small costs grow, or the line if that costs too much.
         """
         (x0, y0, *_), (x1, y1, *_) = self._tried[left], self._tried[right]
         width = x1 - x0
