@@ -39,6 +39,7 @@ class Configuration:
 
     @property
     def control(self) -> bool:
+        """Whether it changes nothing."""
         return self.accepted is None and self.system is None
 
 

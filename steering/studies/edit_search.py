@@ -45,6 +45,7 @@ class Priced:
     odds: float
 
     def to_json(self) -> dict[str, Any]:
+        """An entry of a suggestion's ``tried``."""
         return {"steering": self.steering, "kl": finite(self.kl), "fit": finite(self.odds)}
 
 

@@ -64,8 +64,12 @@ class FeatureChanges(BaseModel):
     sae: str
     edited: list[FeatureChange]
     moved: list[MovedFeature]
-    newly_active: float = Field(description="Features that a token fires anew, not edited ones.")
-    silenced: float = Field(description="Features that no longer fire at a token, not edited ones.")
+    newly_active: float = Field(
+        description="How many features that are not edited fire at a token only when steered."
+    )
+    silenced: float = Field(
+        description="How many features that are not edited fire at a token only when unsteered."
+    )
     leak: float | None = Field(
         description="Norm of the change of features not edited / norm of the change asked for."
     )
