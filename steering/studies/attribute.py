@@ -273,7 +273,7 @@ def _written(context: Context, sae: str, read: Pooled) -> dict[int, float]:
 def _strongest_writers(study: _Study, weights: Mapping[int, float], number: int) -> list[int]:
     """The features that write most and can be switched off; ties by lower index."""
     found: list[int] = []
-    for feature in sorted(weights, key=lambda one: (-weights[one], one)):
+    for feature in sorted(weights, key=lambda i: (-weights[i], i)):
         if len(found) == number:
             break
         if weights[feature] > 0 and study.ablations([(feature,)])[0] is not None:

@@ -115,7 +115,7 @@ async def _carrying(context: Context, sae: str, half: Half, number: int) -> list
     }
     return [
         _Pull(feature, effects[feature] > 0, float(activation[feature]))
-        for feature in sorted(effects, key=lambda one: (-abs(effects[one]), one))
+        for feature in sorted(effects, key=lambda i: (-abs(effects[i]), i))
         if activation[feature] > 0
     ]
 
@@ -125,8 +125,8 @@ def _ablations(
 ) -> dict[int, Accepted]:
     """The ablation of each of the features that write most."""
     total = np.zeros(read[0].d_sae)
-    for one in read:
-        total += one.dense(one.total)
+    for of_text in read:
+        total += of_text.dense(of_text.total)
     written = np.abs(total) * _norms(context, sae)
     written = np.where(written > 0, written, np.nan)
     found = {}

@@ -76,33 +76,33 @@ async def configurations_of(context: Context, body: Body) -> list[Configuration]
             neither of `steering` and `system`; as `Context.accept` for an edit.
     """
     made: list[Configuration] = []
-    for i, one in enumerate(body.configurations):
+    for i, item in enumerate(body.configurations):
         path = f"configurations[{i}]"
-        if not one.name or one.name in {other.name for other in made}:
-            fault = "is the name of an earlier configuration" if one.name else "is no name"
+        if not item.name or item.name in {other.name for other in made}:
+            fault = "is the name of an earlier configuration" if item.name else "is no name"
             raise SteeringError(
                 "invalid_value",
-                f"{one.name[:80]!r} {fault}: give each one a name of its own",
+                f"{item.name[:80]!r} {fault}: give each one a name of its own",
                 f"{path}.name",
             )
-        if (one.steering is None) == (one.system is None):
-            name = "steering" if one.system is None else "system"
+        if (item.steering is None) == (item.system is None):
+            name = "steering" if item.system is None else "system"
             raise SteeringError(
                 "invalid_value",
                 "a configuration needs either steering or system",
                 f"{path}.{name}",
             )
-        if one.steering is None:
-            made.append(Configuration(one.name, system=one.system))
+        if item.steering is None:
+            made.append(Configuration(item.name, system=item.system))
             continue
         path = f"{path}.steering"
-        accepted = await context.accept(one.steering, path, report=True, empty_allowed=True)
+        accepted = await context.accept(item.steering, path, report=True, empty_allowed=True)
         if not accepted.spec.edits:
-            made.append(Configuration(one.name))
+            made.append(Configuration(item.name))
             continue
         several = body.interactions and len(accepted.spec.edits) > 1
         alone = await _alone(context, accepted, path) if several else ()
-        made.append(Configuration(one.name, accepted, alone=alone))
+        made.append(Configuration(item.name, accepted, alone=alone))
     return made
 
 
@@ -111,9 +111,9 @@ async def _alone(context: Context, accepted: Accepted, path: str) -> tuple[Accep
     spec, made = accepted.spec, []
     for edit in spec.edits:
         protect = tuple(pair for pair in spec.protect if pair[0] == edit.sae)
-        one = replace(spec, edits=(edit,), protect=protect, report=False)
+        alone = replace(spec, edits=(edit,), protect=protect, report=False)
         try:
-            made.append(Accepted(one, await context.catalog.prepare(one)))
+            made.append(Accepted(alone, await context.catalog.prepare(alone)))
         except SteeringError as error:
             raise SteeringError(error.code, error.message, path) from None
     return tuple(made)
@@ -150,17 +150,19 @@ async def cases_of(
         room = max_tokens if answered else 0
         unsteered = await context.tokens(text, path, room=room, answered=True)
         prompts = []
-        for j, one in enumerate(configurations):
+        for j, configuration in enumerate(configurations):
             prompt = unsteered.prompt
-            if one.system is not None:
+            if configuration.system is not None:
                 system_path = f"configurations[{j}].system"
-                prompt = await _with_system(context, text, one.system, room, path, system_path)
+                prompt = await _with_system(
+                    context, text, configuration.system, room, path, system_path
+                )
             prompts.append(prompt)
         if answered:
             made += [Case(i, (j,), unsteered, (prompts[j],)) for j in every]
         else:
             made.append(Case(i, every, unsteered, tuple(prompts)))
-    if any(one.control for one in configurations):
+    if any(configuration.control for configuration in configurations):
         return made
     return _again(made, len(configurations), max_tokens)
 

@@ -228,7 +228,7 @@ def _bounds(density: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def _values(read: Sequence[Pooled]) -> FloatArray:
-    return np.stack([one.dense(one.pooled).astype(np.float32) for one in read])
+    return np.stack([of_text.dense(of_text.pooled).astype(np.float32) for of_text in read])
 
 
 def _answer(
@@ -269,9 +269,9 @@ def _excluded(
         return np.zeros(d_sae, dtype=np.bool_)
     read = [*found.positive, *found.negative]
     density = np.zeros(d_sae, dtype=np.float64)
-    for one in read:
-        density[one.features] += one.count
-    density /= sum(one.tokens for one in read)
+    for of_text in read:
+        density[of_text.features] += of_text.count
+    density /= sum(of_text.tokens for of_text in read)
     for feature in range(d_sae):
         recorded = table.density(feature)
         if recorded is not None:

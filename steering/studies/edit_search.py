@@ -99,16 +99,20 @@ class EditSearch:
             One for each edit, in order; None for an edit that cannot be made, or that was beyond
             the budget at every strength tried.
         """
-        pricings = await asyncio.to_thread(lambda: [self._pricing(one) for one in edits])
+        pricings = await asyncio.to_thread(lambda: [self._pricing(edit) for edit in edits])
         for _ in range(max_tries):
-            asked = [(one, one.search.next()) for one in pricings if one is not None]
-            tries = [(one, multiplier) for one, multiplier in asked if multiplier is not None]
+            asked = [
+                (pricing, pricing.search.next()) for pricing in pricings if pricing is not None
+            ]
+            tries = [
+                (pricing, multiplier) for pricing, multiplier in asked if multiplier is not None
+            ]
             if not tries:
                 break
-            costs = await self._costs([scaled(one.steering, m) for one, m in tries])
-            for (one, multiplier), cost in zip(tries, costs, strict=True):
-                one.costs[multiplier] = cost
-                one.search.put(multiplier, cost)
+            costs = await self._costs([scaled(pricing.steering, m) for pricing, m in tries])
+            for (pricing, multiplier), cost in zip(tries, costs, strict=True):
+                pricing.costs[multiplier] = cost
+                pricing.search.put(multiplier, cost)
         return await self._best(pricings)
 
     async def weaker(self, priced: Priced) -> Priced:
@@ -119,11 +123,11 @@ class EditSearch:
             self._context, self._half, await asyncio.to_thread(self._accepted, steerings)
         )
         found = [Priced(*each) for each in zip(steerings, costs, odds, strict=True)]
-        affordable = [priced, *(one for one in found if one.kl <= self._budget)]
-        return max(affordable, key=lambda one: one.odds)
+        affordable = [priced, *(each for each in found if each.kl <= self._budget)]
+        return max(affordable, key=lambda each: each.odds)
 
     def _pricing(self, interventions: Sequence[Intervention]) -> _Pricing | None:
-        steering = {"interventions": [dict(one) for one in interventions]}
+        steering = {"interventions": [dict(item) for item in interventions]}
         try:
             lowest, highest = multipliers(accept(steering, self._context.catalog))
         except SteeringError:
@@ -156,10 +160,10 @@ class EditSearch:
     async def _best(self, pricings: Sequence[_Pricing | None]) -> list[Priced | None]:
         """Each edit at the strength within the budget that does most."""
         strengths = [
-            (place, multiplier, scaled(one.steering, multiplier), one.costs[multiplier])
-            for place, one in enumerate(pricings)
-            if one is not None
-            for multiplier in one.within
+            (place, multiplier, scaled(pricing.steering, multiplier), pricing.costs[multiplier])
+            for place, pricing in enumerate(pricings)
+            if pricing is not None
+            for multiplier in pricing.within
         ]
         accepted = await asyncio.to_thread(self._accepted, [s for _, _, s, _ in strengths])
         odds = await log_odds(self._context, self._half, accepted) if strengths else []

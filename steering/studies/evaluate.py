@@ -32,8 +32,11 @@ async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
     cases = await cases_of(context, asked, configurations, max_tokens)
     charge(context, cases, configurations, max_tokens)
     found = [
-        Evaluated(one.name, alone=[] if asked.interactions and one.system is None else None)
-        for one in configurations
+        Evaluated(
+            configuration.name,
+            alone=[] if asked.interactions and configuration.system is None else None,
+        )
+        for configuration in configurations
     ]
     _expect(context, cases, configurations)
     cases = await _answered(context, cases, configurations, max_tokens, found)
@@ -44,13 +47,13 @@ async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
         "object": "steering.evaluation",
         "noise": {"kl": noise},
         "configurations": [
-            one.to_json(
+            evaluated.to_json(
                 len(asked.texts),
-                _features(context, one, saes),
+                _features(context, evaluated, saes),
                 lambda name: context.catalog.card(name).writes,
                 decode,
             )
-            for one in found
+            for evaluated in found
         ],
     }
 
@@ -58,10 +61,10 @@ async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
 async def _saes(context: Context, body: Body) -> list[tuple[str, int]]:
     """The names of the SAEs at which texts are read, and how many features of each are wanted."""
     found = []
-    for i, one in enumerate(body.features or ()):
-        name = context.sae(one.sae, f"features[{i}]")
+    for i, item in enumerate(body.features or ()):
+        name = context.sae(item.sae, f"features[{i}]")
         await context.catalog.prepare_whole(name, f"features[{i}].sae")
-        found.append((name, one.top_k or DEFAULT_TOP_K))
+        found.append((name, item.top_k or DEFAULT_TOP_K))
     return found
 
 
@@ -98,10 +101,10 @@ async def _answered(
             yield Run.of(Text(cases[i].prompts[0]), accepted, max_tokens=max_tokens)
 
     async with aclosing(context.reader.each(runs())) as finished:
-        async for number, one in finished:
+        async for number, finished_run in finished:
             i = places[number]
             case = made[i]
-            choice = one.output.outputs[0]
+            choice = finished_run.output.outputs[0]
             ids = tuple(choice.token_ids)
             made[i] = replace(case, unsteered=Text(case.unsteered.prompt, ids))
             # The token that ended the answer is no part of its text.
@@ -130,10 +133,10 @@ async def _compare(
         # Configuration and edit (None: all of its edits) of each side; None: the unsteered text.
         of_sides: list[tuple[int, int | None] | None] = []
         for j, text in zip(case.configurations, case.texts, strict=True):
-            one = configurations[j]
-            sides.append(Side(text.prompt, text.completion, one.accepted, saes))
+            configuration = configurations[j]
+            sides.append(Side(text.prompt, text.completion, configuration.accepted, saes))
             of_sides.append((j, None))
-            for edit, accepted in enumerate(one.alone):
+            for edit, accepted in enumerate(configuration.alone):
                 sides.append(Side(text.prompt, text.completion, accepted))
                 of_sides.append((j, edit))
         unsteered = Side(case.unsteered.prompt, case.unsteered.completion)

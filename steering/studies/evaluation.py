@@ -180,9 +180,9 @@ class Evaluated:
 
     def add_changes(self, found: Iterable[Changes]) -> None:
         """Take the changes of one more text, at each SAE."""
-        for one in found:
-            known = self.changes.get(one.sae)
-            self.changes[one.sae] = one if known is None else known + one
+        for changes in found:
+            known = self.changes.get(changes.sae)
+            self.changes[changes.sae] = changes if known is None else known + changes
 
     def to_json(
         self,
@@ -202,7 +202,7 @@ class Evaluated:
         figures = [self.figures[i] for i in range(num_texts)]
         kl = _all(figures, "kl")
         same = _all(figures, "top_unsteered") == _all(figures, "top_steered")
-        reports = [one.report for one in figures if one.report is not None]
+        reports = [of_text.report for of_text in figures if of_text.report is not None]
         edits = edits_of(reports)
         return {
             "name": self.name,
@@ -231,8 +231,8 @@ class Evaluated:
         else:
             places = range(len(figures))
             rises = [
-                float((unsteered - np.concatenate([one[i] for i in places])).mean())
-                for one in self.alone or ()
+                float((unsteered - np.concatenate([of_edit[i] for i in places])).mean())
+                for of_edit in self.alone or ()
             ]
         size = sum(map(abs, rises))
         return {
@@ -326,7 +326,7 @@ def _joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _all(figures: Sequence[Figures], name: str) -> Any:
-    return np.concatenate([getattr(one, name) for one in figures])
+    return np.concatenate([getattr(of_text, name) for of_text in figures])
 
 
 def _mean(values: Any) -> float | None:

@@ -72,7 +72,7 @@ class Figures:
 
 _WATCHED: Final = ("watched_unsteered", "watched_steered", "ranks_steered")
 _INT64: Final = frozenset({"top_unsteered", "top_steered", "ranks_steered"})
-assert {*_WATCHED, *_INT64} <= {one.name for one in fields(Figures)}
+assert {*_WATCHED, *_INT64} <= {column.name for column in fields(Figures)}
 
 
 def _unpacked(name: str, parts: Sequence[dict[str, bytes]]) -> Any:

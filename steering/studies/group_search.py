@@ -121,7 +121,7 @@ def _split(
     """``parts`` groups of about equal weight, none empty and none of more than ``together``."""
     groups: list[list[int]] = [[] for _ in range(min(parts, len(members)))]
     weight = [0.0] * len(groups)
-    for candidate in sorted(members, key=lambda one: (-weights[one], one)):
+    for candidate in sorted(members, key=lambda i: (-weights[i], i)):
         room = (i for i, group in enumerate(groups) if len(group) < together)
         lightest = min(room, key=lambda i: (weight[i], len(groups[i])))
         groups[lightest].append(candidate)

@@ -122,8 +122,8 @@ class Held:
                 yield kept.run(self._reader)
 
         async with aclosing(self._reader.each(runs())) as finished:
-            async for place, one in finished:
-                group[place].report = one.report
+            async for place, of_run in finished:
+                group[place].report = of_run.report
                 yield group[place]
 
     def dropped(self, engine: int, keys: Iterable[str]) -> None:

@@ -99,7 +99,9 @@ async def rank(context: Context, sae: str, asked: Body) -> dict[str, Any]:
     edits = await covering(context, sae, text, edit, edits, where)
     promoted = await _promoted(context, sae, features, required=by == "output_score")
     watched = [[*ids, *targets.values()] for ids in promoted]
-    sides = ((Side(text.prompt, (), one), ids) for one, ids in zip(edits, watched, strict=True))
+    sides = (
+        (Side(text.prompt, (), edited), ids) for edited, ids in zip(edits, watched, strict=True)
+    )
     context.progress.expect(len(features))
     found: dict[int, dict[str, Any]] = {}
     compared = Scorer(context.reader).compare(Side(text.prompt), sides, after_last=True)

@@ -160,7 +160,7 @@ async def covering(
             f"{MAX_INTERVENTIONS}: shorten the text, or set at to last",
             "edit.unit",
         )
-    return [_at_each_token(one, maxima) for one in edits] if maxima else edits
+    return [_at_each_token(accepted, maxima) for accepted in edits] if maxima else edits
 
 
 async def _token_maxima(

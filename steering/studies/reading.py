@@ -121,9 +121,9 @@ async def pooled(
         None if done is None else lambda _: done(),
     )
     found = []
-    for one in finished:
-        assert one.report is not None
-        figures = one.report.probed[0] if one.report.probed else None
+    for of_text in finished:
+        assert of_text.report is not None
+        figures = of_text.report.probed[0] if of_text.report.probed else None
         found.append(Pooled.of(figures, pool, d_sae))
     return found
 
@@ -137,8 +137,8 @@ def mean_where_it_fires(read: Sequence[Pooled]) -> DoubleArray:
         read: what was read in at least one text.
     """
     total, count = np.zeros(read[0].d_sae), np.zeros(read[0].d_sae)
-    for one in read:
-        total += one.dense(one.firing)
-        count += one.dense(one.count)
+    for of_text in read:
+        total += of_text.dense(of_text.firing)
+        count += of_text.dense(of_text.count)
     mean: DoubleArray = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return mean

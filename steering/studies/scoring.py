@@ -75,13 +75,16 @@ class Scorer:
         Raises:
             SteeringError: if the engine's door refuses a run.
         """
-        made = [Pending(place, one, self.next_engine()) for place, one in enumerate(comparisons)]
+        made = [
+            Pending(place, comparison, self.next_engine())
+            for place, comparison in enumerate(comparisons)
+        ]
         async with (
             Held(self._reader) as held,
             aclosing(self.compare_pending(made, held)) as found,
         ):
-            async for one in found:
-                yield one
+            async for compared in found:
+                yield compared
 
     async def compare_pending(
         self, made: Sequence[Pending], held: Held
@@ -95,8 +98,8 @@ class Scorer:
         Raises:
             SteeringError: if the engine's door refuses a run.
         """
-        pending = {run.key: one for one in made for run in one.runs}
-        for group in in_groups(run for one in made for run in one.runs):
+        pending = {run.key: comparison for comparison in made for run in comparison.runs}
+        for group in in_groups(run for comparison in made for run in comparison.runs):
             for run in group:
                 pending[run.key].expected += 1
             async with (
@@ -109,11 +112,11 @@ class Scorer:
                     while batch := of_run.ready():
                         calls.begin(self._compared(of_run, batch, held))
                     for found in await calls.answered():
-                        for one in found:
-                            yield one
+                        for compared in found:
+                            yield compared
                 for found in await calls.answered(every=True):
-                    for one in found:
-                        yield one
+                    for compared in found:
+                        yield compared
 
     async def log_probabilities(
         self, sides: Iterable[Side], done: Callable[[], None] | None = None
@@ -286,7 +289,7 @@ class Baseline:
         async with aclosing(self._scorer.compare_pending(made, held)) as found:
             async for place, _, figures in found:
                 yield place, figures
-        self._known = {one.place: one.unsteered for one in made if one.stays}
+        self._known = {pending.place: pending.unsteered for pending in made if pending.stays}
 
 
 async def _batches(finished: AsyncIterator[KeptRun], expected: int) -> AsyncIterator[list[KeptRun]]:
@@ -296,6 +299,6 @@ async def _batches(finished: AsyncIterator[KeptRun], expected: int) -> AsyncIter
         expected -= 1
         waiting.setdefault(run.engine, []).append(run)
         for engine, runs in list(waiting.items()):
-            full = sum(one.rows for one in runs) >= MAX_CALL_ROWS or len(runs) >= MAX_CALL_SIDES
+            full = sum(run.rows for run in runs) >= MAX_CALL_ROWS or len(runs) >= MAX_CALL_SIDES
             if full or not expected:
                 yield waiting.pop(engine)

@@ -172,7 +172,7 @@ async def suggest(context: Context, asked: Body) -> dict[str, Any]:
         "fit": {"before": before, "after": before if best is None else best.odds},
         "held_out": {"before": held_before, "after": held_after[0]},
         "kl": 0.0 if best is None else best.kl,
-        "tried": [one.to_json() for one in tried],
+        "tried": [priced.to_json() for priced in tried],
     }
 
 
@@ -181,16 +181,19 @@ async def _chosen(
 ) -> tuple[Priced | None, list[Priced]]:
     """The best edit on the fitted half (None if none gains there), and all that were tried."""
     search = EditSearch(context, plan.fit, plan.sample, plan.budget)
-    alone = [one for one in await search.price([[one] for one in found]) if one is not None]
-    alone.sort(key=lambda one: -one.odds)
+    each_alone = await search.price([[intervention] for intervention in found])
+    alone = [priced for priced in each_alone if priced is not None]
+    alone.sort(key=lambda priced: -priced.odds)
     tried = list(alone)
     best = alone[0] if alone and alone[0].odds > before else None
     while best is not None and len(best.steering["interventions"]) < plan.max_edits:
-        beside = [one for one in alone if not _shares_a_feature(one, best)][: plan.following]
-        joint = await search.price([[*_edits(best), *_edits(one)] for one in beside])
-        gained = [one for one in joint if one is not None]
+        others = [priced for priced in alone if not _shares_a_feature(priced, best)]
+        joint = await search.price(
+            [[*_edits(best), *_edits(priced)] for priced in others[: plan.following]]
+        )
+        gained = [priced for priced in joint if priced is not None]
         tried += gained
-        following = max(gained, key=lambda one: one.odds, default=None)
+        following = max(gained, key=lambda priced: priced.odds, default=None)
         if following is None or not following.odds > best.odds:
             break
         best = following
@@ -249,7 +252,7 @@ async def _plan(context: Context, body: Body) -> _Plan:
         )
 
     affordable = (plan(first) for first in range(NUM_FIRST, FEWEST, -1))
-    chosen = next((one for one in affordable if one.tokens <= context.max_tokens), plan(FEWEST))
+    chosen = next((each for each in affordable if each.tokens <= context.max_tokens), plan(FEWEST))
     context.charge(chosen.tokens)
     return chosen
 
