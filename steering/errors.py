@@ -93,6 +93,7 @@ class BudgetNotMetError(SteeringError):
 
     @property
     def details(self) -> Mapping[str, Any]:
+        """The `curve`, which the answer's `error` has too."""
         return {"curve": self.curve}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -56,8 +56,9 @@ def unknown_sae(name: str, loaded: Iterable[str], param: str | None = None) -> S
         loaded: the names of the loaded SAEs.
         param: the path of the name, if it has one.
     """
-    names = ", ".join(loaded) or "none"
-    return SteeringError("unknown_sae", f"no SAE {shown(name)} is loaded, only {names}", param)
+    names = ", ".join(loaded)
+    remedy = f": name one of {names}" if names else ", nor any other"
+    return SteeringError("unknown_sae", f"no SAE {shown(name)} is loaded{remedy}", param)
 
 
 def named_sae(name: str | None, param: str, loaded: Collection[str]) -> str:
@@ -126,5 +127,9 @@ def raw_value(
             )
         factor, text = maximum, f" times the maximum of feature {feature}, {maximum},"
     if abs(value * factor) > FLOAT32_MAX:
-        raise SteeringError("invalid_value", f"{value}{text} exceeds float32", f"{path}.{key}")
+        raise SteeringError(
+            "invalid_value",
+            f"{value}{text} exceeds float32, whose largest number is {FLOAT32_MAX:.3g}",
+            f"{path}.{key}",
+        )
     return value * factor

@@ -20,7 +20,7 @@ _NO_ARITHMETIC: Final = frozenset(
 
 @dataclass(frozen=True)
 class LoadedSAE:
-    """One opened SAE, with its features' labels and statistics.
+    """One opened SAE with its features' labels and statistics; it has what `SAEFacts` asks for.
 
     Attributes:
         sae: the opened SAE.
