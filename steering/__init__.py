@@ -1,7 +1,7 @@
 """Per-request steering of a served model through SAE features.
 
-``steering.SteeringLLM`` is for use without a server; nothing of vLLM is imported before it is asked
-for.
+``steering.SteeringLLM`` is for use without a server. vLLM is imported when that name is first used,
+and not before.
 """
 
 from __future__ import annotations

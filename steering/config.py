@@ -9,18 +9,19 @@ from typing import Any, Final
 from sae.source import ResolvedSAE
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS, MAX_TOP_K
 
-#: Key of this project's part of ``additional_config``; being there, it enters vLLM's compile hash.
+#: Key of this project's part of ``additional_config``, which vLLM's compile hash covers.
 CONFIG_KEY: Final = "steering"
 DEFAULT_MAX_ROWS: Final = 4096
-#: At least as many features as this may be read by one request; and `MAX_TOP_K` over one context.
+#: By default one request may have at least so many features read; see `SteeringConfig.read_limit`.
 LEAST_MAX_READ_VALUES: Final = 2**22
-#: Which SAEs' whole weights are on an accelerator: TopK ones always and one of the others at a
-#: time; all; or none, and every full pass copies them from the host's memory in chunks.
+#: An accelerator holds the whole weights of every TopK SAE, and of one of the others at a time.
 RESIDENT_TURNS: Final = "turns"
+#: An accelerator holds the whole weights of every SAE.
 RESIDENT_ALL: Final = "all"
+#: An accelerator holds none: every full pass copies the weights from the host's memory in chunks.
 RESIDENT_NONE: Final = "none"
 RESIDENT_CHOICES: Final = (RESIDENT_TURNS, RESIDENT_ALL, RESIDENT_NONE)
-#: Environment variable naming a file for the reason why a worker could not install steering.
+#: Environment variable that names a file: a worker that cannot install steering writes why there.
 REFUSAL_VARIABLE: Final = "STEERING_REFUSAL_FILE"
 
 
@@ -29,15 +30,19 @@ class SteeringConfig:
     """The SAEs to serve and the size of what is kept on the device.
 
     Attributes:
-        saes: their order gives each SAE its index.
+        saes: the SAEs; their order gives each its index.
         d_model: hidden size of the served model.
         num_layers: number of decoder layers of the served model.
         special_token_ids: tokens that edits leave alone unless ``special_tokens`` is asked for;
-            None for those of the model's tokenizer.
+            None means those of the model's tokenizer.
         max_rows: how many features may be in use at once over all running requests.
-        max_read_values: how many features one request may have read, over all its tokens; None for
-            `LEAST_MAX_READ_VALUES` or, where that is more, whatever one choice may ask for.
-        resident: which SAEs are on an accelerator whole, one of `RESIDENT_CHOICES`.
+        max_read_values: how many features one request may have read, over all its tokens; None
+            means whatever one choice may ask for, and at least `LEAST_MAX_READ_VALUES`.
+        resident: which SAEs an accelerator holds whole, one of `RESIDENT_CHOICES`.
+
+    Raises:
+        ValueError: if ``max_rows`` or ``max_read_values`` is too small for one request, or if
+            ``resident`` is not one of `RESIDENT_CHOICES`.
     """
 
     saes: tuple[ResolvedSAE, ...]
@@ -68,18 +73,19 @@ class SteeringConfig:
         return max(self.max_rows, MAX_INTERVENTIONS + MAX_GATES)
 
     def read_limit(self, max_model_len: int) -> int:
-        """How many features one request may have read, where a context has so many tokens."""
+        """How many features one request may have read if a context has ``max_model_len`` tokens."""
         if self.max_read_values is not None:
             return self.max_read_values
         return max(LEAST_MAX_READ_VALUES, MAX_TOP_K * max_model_len)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, as ``additional_config`` wants them."""
+        """The configuration in plain JSON types, as ``additional_config`` wants them."""
+        special = self.special_token_ids
         return {
             "saes": [ref.to_dict() for ref in self.saes],
             "d_model": self.d_model,
             "num_layers": self.num_layers,
-            "special_token_ids": self.special_token_ids and list(self.special_token_ids),
+            "special_token_ids": None if special is None else list(special),
             "max_rows": self.max_rows,
             "max_read_values": self.max_read_values,
             "resident": self.resident,
@@ -101,14 +107,14 @@ class SteeringConfig:
 
     @classmethod
     def from_additional_config(cls, additional: object) -> SteeringConfig | None:
-        """The steering part of vLLM's ``additional_config``, None where there is none."""
+        """The steering part of vLLM's ``additional_config``; None if there is none."""
         if isinstance(additional, Mapping) and CONFIG_KEY in additional:
             return cls.from_dict(additional[CONFIG_KEY])
         return None
 
 
 def __getattr__(name: str) -> Any:
-    # Version 0.1 had it here.
+    # Version 0.1 had this function here, so it can still be imported from here.
     if name == "engine_arguments":
         from steering.vllm.engine_arguments import engine_arguments
 

@@ -37,7 +37,7 @@ class SteeringError(ValueError):
     """A request cannot be honoured as it stands.
 
     Attributes:
-        status: of the HTTP answer.
+        status: the status of the HTTP answer.
         code: what is wrong, for programs.
         message: one readable sentence with the value and the limit.
         param: path of the offending part, e.g. ``steering.interventions[0].feature``.
@@ -53,7 +53,7 @@ class SteeringError(ValueError):
 
     @property
     def details(self) -> Mapping[str, Any]:
-        """What the answer's `error` has beside message, type, param and code."""
+        """What the answer's `error` has besides message, type, param and code."""
         return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,7 +73,7 @@ class ForbiddenError(SteeringError):
 
 
 class BodyTooLargeError(SteeringError):
-    """The request has more bytes than are read."""
+    """The request's body is larger than the server reads."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
@@ -93,6 +93,7 @@ class BudgetNotMetError(SteeringError):
 
     @property
     def details(self) -> Mapping[str, Any]:
+        """The `curve`, which the answer's `error` has too."""
         return {"curve": self.curve}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """What steering did to a request: the workers' summaries, joined to the response's ``steering``.
 
-A worker keeps a record while a request runs, and sums it up when it is asked for it. The front end
-joins the summaries of all pipeline stages to a report for each choice.
+A worker keeps a record while a request runs, and sums it up when it is asked to. The front end
+joins the summaries of all pipeline stages into one report for each choice.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sae.self_check import Measured
 from steering.request.edits import Edit
 from steering.request.spec import SteeringSpec
 
-#: Named figures of an edit or of a hook point, as the contract names them.
+#: Figures of an edit or of a hook point, by the names that the response has for them.
 Figures = Mapping[str, Any]
 #: A position, and the ``[latent, activation]`` pairs that were read there, best first.
 FeaturesAt = tuple[int, list[list[float]]]
 
-#: What a choice's ``stop_reason`` is when a condition of ``stop_when`` ended it.
+#: What a choice's ``stop_reason`` is if a condition of ``stop_when`` ended it.
 STOP_REASON: Final = "steering"
 
-#: Of an edit that no worker saw a token for.
+#: The figures of an edit for which no worker saw a token.
 _NOTHING: Figures = {
     "tokens_edited": 0,
     "tokens_skipped": 0,
@@ -41,7 +41,7 @@ class Summary:
 
     Attributes:
         child: index of the choice.
-        cached: tokens of the prompt that no pass of this choice computed.
+        cached: how many tokens of the prompt no pass of this choice computed.
         edits: figures of each edit; None if this worker does not hold the edit's layer.
         edited: figures of each hook point where a token was edited, in the order of the pass.
         stopped: what fired at the last position that counts: ``gate``, the index of a condition in
@@ -50,8 +50,8 @@ class Summary:
             activations, best first, as bytes.
         aggregate: ``[latent, score]`` of the strongest features over the text, best first.
         measured: the fields of `sae.self_check.Measured`.
-        probed: of each of a study's probes what `steering.worker.study_probes` found, None where
-            this worker does not hold the layer.
+        probed: what `steering.worker.study_probes` found for each of a study's probes; None for a
+            probe if this worker does not hold its layer.
     """
 
     child: int
@@ -65,12 +65,12 @@ class Summary:
     probed: Sequence[Figures | None] | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        """Plain types, for vLLM's RPC."""
+        """The summary in plain types, for vLLM's RPC."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Summary:
-        """The inverse of `to_wire`; what is left out was not recorded."""
+        """The inverse of `to_wire`; a field that is left out was not recorded."""
         return cls(**wire)
 
 
@@ -99,9 +99,10 @@ class Choice:
 
     @property
     def entered(self) -> int:
-        """Positions that entered the model for good.
+        """How many positions entered the model and count.
 
-        The last token that is returned never does, but for one that was found there to end it.
+        The last token that is returned does not enter it, unless ``stop_when`` ended the choice:
+        that token was found to fulfil the condition inside the model.
         """
         unentered = 0 if self.stopped else 1
         return len(self.prompt) + max(len(self.generated) - unentered, 0)
@@ -109,10 +110,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Report:
-    """What one choice's steering did, in the shapes of the contract.
+    """What one choice's steering did, in the shapes of a response.
 
-    ``aggregate``, ``measured`` and ``probed`` are for `inspect`, the self-check and studies, and no
-    part of a response's ``steering``.
+    ``aggregate``, ``measured`` and ``probed`` are for `inspect`, the self-check and studies; they
+    are no part of a response's ``steering``.
     """
 
     interventions: list[dict[str, Any]]
@@ -140,10 +141,10 @@ class Report:
         Args:
             spec: what the request asked for.
             choice: its tokens.
-            summaries: one of each pipeline stage that recorded something, in their order.
+            summaries: one from each pipeline stage that recorded something, in their order.
             read: what `features_read` makes of the summaries' ``read``.
-            decode: the text of token ids.
-            protected: what is left of the edits beside protected features.
+            decode: turns token ids into text.
+            protected: what ``protect`` left of the edits; None if nothing was protected.
         """
         cached = _first(s.cached for s in summaries)
         edited = [dict(figures) for s in summaries for figures in s.edited or ()]
@@ -153,7 +154,7 @@ class Report:
                 _entry(edit, (s.edits[i] for s in summaries if s.edits))
                 for i, edit in enumerate(spec.edits)
             ],
-            # vLLM tells one number for all choices of a request, and none again after a preemption.
+            # vLLM gives one number for all choices of a request, and no new one after a preemption.
             tokens_cached=choice.cached if cached is None else int(cached),
             read=_read(spec, choice, read, decode),
             edited=edited if any(s.edited is not None for s in summaries) else None,
@@ -173,7 +174,7 @@ class Report:
         """This choice's part of the response's ``steering``.
 
         Args:
-            with_report: whether the request asked what was edited, and not only for a read.
+            with_report: whether the request asked what was edited, and not only for what was read.
         """
         body: dict[str, Any] = {}
         if with_report:
@@ -191,7 +192,7 @@ class Report:
 
 
 def response_object(reports: Sequence[Report], with_report: bool) -> dict[str, Any]:
-    """A response's ``steering``: of its only choice, or of several under ``choices``."""
+    """A response's ``steering``: its only choice's, or those of several under ``choices``."""
     choices = [report.to_json(with_report) for report in reports]
     if len(choices) == 1:
         return choices[0]
@@ -199,9 +200,9 @@ def response_object(reports: Sequence[Report], with_report: bool) -> dict[str, A
 
 
 class Ticket:
-    """Where the reports of one HTTP request are put, from which its response takes them.
+    """The place where the reports of one HTTP request are put until its response takes them.
 
-    The request carries it, so it goes when the request does, however that ends.
+    The request carries its ticket, so the ticket goes when the request goes, however that ends.
 
     Args:
         report: whether the response is to say what was edited.
@@ -219,26 +220,35 @@ class Ticket:
         self._streamed: dict[int, list[dict[str, Any]]] = {}
 
     def expect(self, choices: int = 1) -> int:
-        """A place for the next engine request of this HTTP request, in the order of its prompts.
+        """Reserve a place for the next engine request, in the order of the HTTP request's prompts.
 
         Args:
-            choices: how many the request has.
+            choices: how many choices the engine request has.
+
+        Returns:
+            The place, which `put` and `put_streamed` take.
         """
         self._reports.append([])
         self._choices.append(choices)
         return len(self._reports) - 1
 
     def put(self, place: int, reports: list[Report]) -> None:
-        """Lay down the reports of an engine request's choices."""
+        """Store the reports of an engine request's choices."""
         self._reports[place] = reports
 
     def put_streamed(self, place: int, child: int, read: dict[str, Any]) -> None:
-        """Lay down what is known by now of a choice's read; a turn's begins with its prompt."""
+        """Store the part of a choice's read that is known by now; a turn's begins with its prompt.
+
+        Args:
+            place: the engine request's, from `expect`.
+            child: index of the choice within it.
+            read: as `read_object` makes it.
+        """
         index = child if self._turns else sum(self._choices[:place]) + child
         self._streamed.setdefault(index, []).append(read)
 
     def take_streamed(self) -> dict[str, Any] | None:
-        """What was laid down since the last call, as a chunk's ``steering``; None for nothing."""
+        """What was read since the last call, as a chunk's ``steering``; None if nothing was."""
         if not self._streamed:
             return None
         streamed, self._streamed = self._streamed, {}
@@ -252,9 +262,9 @@ class Ticket:
 
     @property
     def reports(self) -> list[Report]:
-        """All that has come in, in the order of the response's choices."""
+        """All reports so far, in the order of the response's choices."""
         taken = self._reports[-1:] if self._turns else self._reports
-        return [report for of_one in taken for report in of_one]
+        return [report for of_request in taken for report in of_request]
 
     def to_json(self) -> dict[str, Any]:
         """The response's ``steering``."""
@@ -313,7 +323,14 @@ def read_object(
     read: Iterable[FeaturesAt],
     decode: Callable[[list[int]], str],
 ) -> dict[str, Any]:
-    """A ``read`` of the contract, of some of a choice's tokens."""
+    """A response's ``read`` of some of a choice's tokens.
+
+    Args:
+        sae: name of the SAE that was read.
+        choice: the tokens.
+        read: the positions, and what was read at each.
+        decode: turns token ids into text.
+    """
     tokens = [
         {
             "position": position,
@@ -331,8 +348,8 @@ def read_object(
 def features_read(read: Sequence[bytes]) -> Iterator[FeaturesAt]:
     """Each position of a summary's ``read`` with its ``[latent, value]`` pairs, best first.
 
-    Left out are values that are not above 0, which stand where fewer features fired than were asked
-    for, and infinite ones, which JSON cannot hold.
+    Values that are not above 0 are left out: they only fill up places if fewer features fired than
+    were asked for. So are infinite ones, which JSON cannot hold.
     """
     if not read[0]:
         return
@@ -340,9 +357,9 @@ def features_read(read: Sequence[bytes]) -> Iterator[FeaturesAt]:
     shape = (len(positions), -1)
     latents = np.frombuffer(read[1], dtype=np.int32).reshape(shape)
     values = np.frombuffer(read[2], dtype=np.float32).reshape(shape)
-    for position, its_latents, its_values in zip(positions, latents, values, strict=True):
-        kept = (its_values > 0) & (its_values < np.inf)
-        pairs = zip(its_latents[kept].tolist(), its_values[kept].tolist(), strict=True)
+    for position, latents_at, values_at in zip(positions, latents, values, strict=True):
+        kept = (values_at > 0) & (values_at < np.inf)
+        pairs = zip(latents_at[kept].tolist(), values_at[kept].tolist(), strict=True)
         yield int(position), [list(pair) for pair in pairs]
 
 

@@ -1,7 +1,7 @@
 """The served model's unembedding, read from its checkpoint's files.
 
-The engine's own copy lives in other processes and is busy; the files are memory-mapped here and
-read a part at a time.
+The engine's own copy lives in other processes, which are busy. So the files are memory-mapped here
+and read a part at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FINAL_NORM: Final = re.compile(
 _NOT_THE_DECODER: Final = re.compile(
     r"\.\d+\.|(^|\.)(vision|visual|audio|encoder|mtp)[^.]*\.", re.IGNORECASE
 )
-#: Their RMS norm multiplies by 1 + weight (vLLM's GemmaRMSNorm).
+#: Types of models whose RMS norm multiplies by 1 + weight (vLLM's GemmaRMSNorm).
 _NORM_WEIGHT_PLUS_ONE: Final = frozenset(
     {
         "gemma",
@@ -46,16 +46,27 @@ _NORM_WEIGHT_PLUS_ONE: Final = frozenset(
         "qwen3_5_moe_text",
     }
 )
-#: Layer norms without a bias, so that their tensors do not give them away.
+#: Types of models whose final norm is a layer norm without a bias: no tensor tells it from an RMS
+#: norm.
 _LAYER_NORM_WITHOUT_BIAS: Final = frozenset({"cohere", "cohere2"})
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class Unembedding:
-    """W_U [vocab, d_model] and the weight of the norm before it, of one checkpoint.
+    """W_U ``[vocab, d_model]`` and the weight gamma ``[d_model]`` of the norm before it.
 
     A direction d added to the last residual stream moves the logits by W_U (gamma * d), up to the
     norm's common factor 1/|x|, which changes no order; a layer norm first takes away d's mean.
+
+    Args:
+        files: the file that each tensor of the checkpoint is in, by the tensor's name.
+        head: name of W_U.
+        norm: name of the norm's weight.
+        plus_one: whether gamma is 1 + that weight; else it is that weight.
+        centred: whether the norm takes away the mean.
+        token_text: the text of a token id.
+        num_tokens: tokens of the tokenizer.
+        vocab_size: logits of the model.
     """
 
     def __init__(
@@ -70,7 +81,7 @@ class Unembedding:
         num_tokens: int,
         vocab_size: int,
     ) -> None:
-        #: Logits that the model has: as a rule some more than the tokenizer has tokens.
+        #: How many logits the model has: usually a few more than the tokenizer has tokens.
         self.vocab_size = vocab_size
         self._file = files[head]
         self._head = head
@@ -81,9 +92,17 @@ class Unembedding:
             self._gamma = file.get_tensor(norm).float() + float(plus_one)  # [d_model]
 
     def strongest(self, direction: Tensor, count: int) -> tuple[list[list[Any]], list[list[Any]]]:
-        """The tokens that a direction [d_model] promotes and suppresses most: [[text, score]].
+        """The tokens that a direction promotes and suppresses most.
 
-        The score is (W_U (gamma * d/|d|))_token. A zero direction promotes and suppresses nothing.
+        The score of a token is (W_U (gamma * d/|d|))_token. A zero direction promotes and
+        suppresses nothing.
+
+        Args:
+            direction: ``[d_model]`` float32.
+            count: how many tokens of each kind.
+
+        Returns:
+            The promoted and the suppressed tokens, ``[text, score]`` each, the strongest first.
         """
         if not direction.any():
             return [], []
@@ -95,28 +114,35 @@ class Unembedding:
         )
 
     def logits(self, direction: Tensor) -> Tensor:
-        """[d_model] float32 -> [num_tokens] float32."""
+        """W_U (gamma * d) of the tokenizer's tokens.
+
+        Args:
+            direction: ``[d_model]`` float32.
+
+        Returns:
+            ``[num_tokens]`` float32.
+        """
         scaled = self._scaled(direction)
         return torch.cat([rows @ scaled for _, rows in self._rows(self._num_tokens)])
 
     def promoted(self, directions: Tensor, count: int) -> Tensor:
-        """Ids of the tokens whose logits each direction raises most, of the whole vocabulary.
+        """Ids of the tokens whose logits each direction raises most, over the whole vocabulary.
 
         Args:
-            directions: [n, d_model] float32.
-            count: how many of each.
+            directions: ``[n, d_model]`` float32.
+            count: how many tokens for each direction.
 
         Returns:
-            [n, min(count, vocab_size)] int64, best first.
+            ``[n, min(count, vocab_size)]`` int64, best first.
         """
         scaled = self._scaled(directions)
         best = scaled.new_empty(len(scaled), 0)
         ids = torch.empty(len(scaled), 0, dtype=torch.int64)
         for start, rows in self._rows(self.vocab_size):
             logits = torch.cat([best, scaled @ rows.T], dim=1)
-            here = torch.arange(start, start + len(rows)).expand(len(scaled), -1)
+            ids_of_rows = torch.arange(start, start + len(rows)).expand(len(scaled), -1)
             best, at = logits.topk(min(count, logits.shape[1]), dim=1)
-            ids = torch.cat([ids, here], dim=1).gather(1, at)
+            ids = torch.cat([ids, ids_of_rows], dim=1).gather(1, at)
         return ids
 
     def _scaled(self, direction: Tensor) -> Tensor:
@@ -126,7 +152,7 @@ class Unembedding:
         return scaled
 
     def _rows(self, most: int) -> Iterator[tuple[int, Tensor]]:
-        """The unembedding's first rows, a part at a time: index of the first, [rows, d_model]."""
+        """The first ``most`` rows of W_U, a part at a time: its first index, [rows, d_model]."""
         with safe_open(self._file, framework="pt") as file:
             rows = file.get_slice(self._head)
             count = min(rows.get_shape()[0], most)
@@ -135,10 +161,14 @@ class Unembedding:
 
 
 def open_unembedding(model_config: Any, tokenizer: Any) -> Unembedding | None:
-    """The unembedding of a vLLM model; None where its checkpoint does not show one.
+    """The unembedding of a vLLM model; None if its checkpoint does not show one.
 
-    That is so for formats other than safetensors, for quantized heads, and where it is not plain
-    which tensors are the head and the norm before it.
+    A checkpoint does not if its format is not safetensors, if its head is quantized, or if it is
+    not clear which tensors are the head and the norm before it.
+
+    Args:
+        model_config: vLLM's `ModelConfig`.
+        tokenizer: the model's; without one there is no unembedding.
     """
     folder = _folder(model_config.model, model_config.revision)
     if folder is None or tokenizer is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-#: Keys of a field's metadata: what it means, and whether it grows since anyone last asked.
+#: Keys of a field's metadata: what it means, and whether it is a counter.
 HELP: Final = "help"
 GROWS: Final = "grows"
 
@@ -21,7 +21,7 @@ def _counter(meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """Gauges as they are, and counters since the last call by anyone."""
+    """Gauges as they are now, and counters since anyone last asked."""
 
     slots_in_use: int = _gauge("Requests being steered.")
     slots_capacity: int = _gauge("Requests that can be steered at once.")
@@ -42,9 +42,9 @@ class WorkerStats:
 
     @classmethod
     def total(cls, workers: Iterable[Mapping[str, float]]) -> WorkerStats:
-        """The sum over workers of what each of them told, by the names of the fields here."""
-        told = list(workers)
+        """The sum over workers of what each reported, by the names of the fields here."""
+        reported = list(workers)
         sums: dict[str, Any] = {
-            f.name: sum(one.get(f.name, 0) for one in told) for f in fields(cls)
+            f.name: sum(worker.get(f.name, 0) for worker in reported) for f in fields(cls)
         }
         return cls(**sums)

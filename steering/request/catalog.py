@@ -26,20 +26,21 @@ from steering.request.spec import SteeringSpec
 #: Weights up to this size are scanned for non-finite values at start; larger ones row by row.
 SCAN_LIMIT_BYTES = 10**9
 
-#: Of an engine of one pipeline stage that decodes token by token.
+#: The limits of an engine that has one pipeline stage and decodes token by token.
 NO_LIMITS: Final = EngineLimits()
-#: Sets of edits of which it is remembered that they can be solved together.
+#: How many sets of edits are remembered as solvable together.
 MAX_SOLVABLE: Final = 4096
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the weights say of a valid request.
+    """What the weights say about a valid request.
 
     Attributes:
-        fingerprints: of the SAEs in its ``kv_saes``, by name: equal ones make equal edits.
-        protected: what its edits keep beside protected features, ``norm_kept`` and ``gain_kept``
-            as a report has them; None if nothing is protected or nobody asked.
+        fingerprints: fingerprints of the SAEs in its ``kv_saes``, by name: SAEs with equal ones
+            make equal edits.
+        protected: what ``protect`` leaves of its edits, ``norm_kept`` and ``gain_kept`` as a report
+            has them; None if nothing is protected or no report was asked for.
     """
 
     fingerprints: Mapping[str, str]
@@ -53,7 +54,7 @@ class Catalog:
         loaded: the SAEs by name.
         max_read_values: how many features one request may have read, over all its tokens.
         special_token_ids: tokens that edits leave alone; None for those of the model's tokenizer.
-        limits: what the engine, the way it is served, cannot do.
+        limits: what the engine cannot do, the way it is served.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Catalog:
         }
         self._solvable: set[tuple[str, frozenset[int], frozenset[int]]] = set()
         self._stream_norms: dict[str, float] = {}
-        # What a scan of all of such an SAE found, if a request has needed one.
+        # What a scan of all rows of such an SAE found, if a request has needed one.
         self._scanned: dict[str, str | None] = {}
 
     @classmethod
@@ -91,7 +92,7 @@ class Catalog:
         Args:
             config: what to serve.
             max_model_len: tokens of a context, if known; see `SteeringConfig.read_limit`.
-            limits: what the engine, the way it is served, cannot do.
+            limits: what the engine cannot do, the way it is served.
 
         Raises:
             SAEError: if a file does not hold what it should.
@@ -114,7 +115,7 @@ class Catalog:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names in the order of the SAEs' indices."""
+        """The SAEs' names, in the order of their indices."""
         return tuple(self._loaded)
 
     @cached_property
@@ -128,15 +129,15 @@ class Catalog:
         return {name: len(item.writes) for name, item in self._loaded.items()}
 
     def card(self, name: str) -> SAECard:
-        """The card of one SAE. Raises SteeringError ``unknown_sae``."""
+        """The card of one SAE. Raises SteeringError ``unknown_sae`` if it is not loaded."""
         return self._get(name).sae.card
 
     def sae(self, name: str) -> SAE:
-        """One SAE. Raises SteeringError ``unknown_sae``."""
+        """One SAE. Raises SteeringError ``unknown_sae`` if it is not loaded."""
         return self._get(name).sae
 
     def features(self, name: str) -> FeatureTable:
-        """Labels and statistics of one SAE. Raises SteeringError ``unknown_sae``."""
+        """One SAE's labels and statistics. Raises SteeringError ``unknown_sae`` if not loaded."""
         return self._get(name).features
 
     def stream_norm(self, name: str) -> float | None:
@@ -144,9 +145,9 @@ class Catalog:
         return self._stream_norms.get(name)
 
     def note_stream_norm(self, name: str, norm: float) -> None:
-        """Take note of the median norm of the stream at the hook point that an SAE reads.
+        """Remember the median norm of the stream at the hook point that an SAE reads.
 
-        Nothing is known by it of the stream that an SAE writes to at another place.
+        It is ignored for an SAE that writes elsewhere: it says nothing about the stream there.
         """
         loaded = self._get(name)
         if loaded.writes == (loaded.reads,):
@@ -156,7 +157,7 @@ class Catalog:
         """Validate a ``steering`` field against these SAEs and this engine; see `parse_spec`.
 
         Raises:
-            SteeringError: with the code and path of what is wrong.
+            SteeringError: if the field is not valid, with the code and path of what is wrong.
         """
         spec = parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
         edits = ((edit.sae, edit.when) for edit in spec.edits)
@@ -165,11 +166,11 @@ class Catalog:
         return spec
 
     async def prepare(self, spec: SteeringSpec) -> Prepared:
-        """As `prepare_now`, but off the event loop what may read whole files.
+        """Like `prepare_now`, but off the event loop if it may read whole files.
 
         Raises:
             SteeringError: ``invalid_weights`` if a row holds NaN or infinity, or if a file has
-                changed since it was opened; ``ill_conditioned`` if edits cannot be solved.
+                changed since it was opened; ``ill_conditioned`` if edits cannot be solved together.
         """
         unknown = any(name not in self._fingerprints for name in spec.kv_saes)
         unchecked = not self._checked.keys().isdisjoint(spec.all_saes)
@@ -181,7 +182,7 @@ class Catalog:
         """Check the rows that ``spec`` needs and fingerprint the SAEs that its edits depend on.
 
         Raises:
-            SteeringError: as `prepare`.
+            SteeringError: as `prepare` does.
         """
         self._refuse_changed(spec)
         for i, edit in enumerate(spec.edits):
@@ -209,11 +210,11 @@ class Catalog:
         """Check an SAE that is to be encoded in full, off the event loop if all of it is read.
 
         Args:
-            name: of the SAE.
-            param: what to name in a refusal.
+            name: name of the SAE.
+            param: the path that a refusal names.
 
         Raises:
-            SteeringError: ``invalid_weights`` as in `prepare`.
+            SteeringError: ``unknown_sae`` if it is not loaded; ``invalid_weights`` as in `prepare`.
         """
         self.refuse_changed(name, param)
         if name in self._checked and name not in self._scanned:
@@ -222,7 +223,7 @@ class Catalog:
             self._check_all(name, param)
 
     def _refuse_unsolvable(self, spec: SteeringSpec) -> None:
-        """SteeringError ``ill_conditioned`` if the edits of some SAE cannot be solved together."""
+        """Raise SteeringError ``ill_conditioned`` if some SAE's edits cannot be solved together."""
         for name in spec.saes:
             edited = frozenset(edit.feature for edit in spec.edits if edit.sae == name)
             protected = frozenset(feature for sae, feature in spec.protect if sae == name)
@@ -238,7 +239,10 @@ class Catalog:
             self._solvable.add(key)
 
     def _protected(self, spec: SteeringSpec) -> dict[str, float | None]:
-        """Means over the edits of what is left of each; one with nothing beside it stays whole."""
+        """Means over the edits of what ``protect`` leaves of each.
+
+        All is left of an edit whose SAE has no protected feature.
+        """
         norms: list[float | None] = []
         gains: list[float | None] = []
         for name in spec.saes:
@@ -262,16 +266,17 @@ class Catalog:
         return solve(sae, sorted(edited), beside, reread=reread)
 
     def _check_feature(self, name: str, feature: int, param: str, whole: str | None = None) -> None:
-        """Check what the activation of one feature needs: its row, or all of them for top-k.
+        """Check what the activation of one feature needs: its row, or for top-k all rows.
 
-        ``whole`` is the path to name if others' rows are at fault; ``param`` if left out.
+        If the row of another feature is at fault, the refusal names the path ``whole``, which is
+        ``param`` if it is left out.
         """
         self.check_row(name, feature, param)
         if not self.sae(name).card.exact_from_row:
             self._check_all(name, whole or param)
 
     def check_row(self, name: str, feature: int, param: str) -> None:
-        """SteeringError ``invalid_weights`` if the weights of a feature are not finite."""
+        """Raise SteeringError ``invalid_weights`` if the weights of a feature are not finite."""
         checked = self._checked.get(name)
         if checked is None or feature in checked:
             return
@@ -284,7 +289,7 @@ class Catalog:
         checked.add(feature)
 
     def _check_all(self, name: str, param: str | None) -> None:
-        """The same for every row, for a request that encodes or decodes in full."""
+        """`check_row` for every row, for a request that encodes or decodes in full."""
         if name not in self._checked:
             return
         if name not in self._scanned:
@@ -302,7 +307,7 @@ class Catalog:
             )
 
     def refuse_changed(self, name: str, param: str | None = None) -> None:
-        """SteeringError ``invalid_weights`` if an SAE's file changed since it was opened."""
+        """Raise SteeringError ``invalid_weights`` if an SAE's file changed since it was opened."""
         with _unchanged(name, param):
             self.sae(name).refuse_changed()
 
@@ -325,7 +330,7 @@ class Catalog:
 
 @contextmanager
 def _unchanged(name: str, param: str | None) -> Iterator[None]:
-    """Answer for a file that was written to as for weights that cannot be used."""
+    """Refuse with ``invalid_weights`` where the SAE's file turns out to have changed."""
     try:
         yield
     except SAEError:
@@ -338,6 +343,6 @@ def _unchanged(name: str, param: str | None) -> Iterator[None]:
 
 
 def _mean(ratios: Iterable[float | None]) -> float | None:
-    """Of those that are defined; None if none is."""
+    """The mean of the ratios that are defined; None if none is."""
     defined = [ratio for ratio in ratios if ratio is not None]
     return sum(defined) / len(defined) if defined else None

@@ -1,4 +1,4 @@
-"""What ``when`` and ``stop_when`` of a request mean, and where they cannot be kept."""
+"""What a request's ``when`` and ``stop_when`` mean, and which of them are refused."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ WhenValue = ConditionShape | list[ConditionShape] | AnyShape | str
 
 
 def parse_when(raw: WhenValue, path: str, saes: SAEs) -> When | None:
-    """A ``when`` that is there; None if it says "always".
+    """The conditions of a ``when``; None if it is "always".
 
     Raises:
-        SteeringError: with the code and path of what is wrong.
+        SteeringError: with the code and path of what is wrong, if something is.
     """
     if isinstance(raw, str):
         return None
     if isinstance(raw, ConditionShape):
         found = {_condition(raw, path, saes)}
     else:
-        items, where = (raw.any, f"{path}.any") if isinstance(raw, AnyShape) else (raw, path)
-        found = {_condition(item, f"{where}[{i}]", saes) for i, item in enumerate(items)}
-    one = isinstance(raw, AnyShape) and len(found) > 1
-    return When(tuple(sorted(found)), one, path)
+        items, list_path = (raw.any, f"{path}.any") if isinstance(raw, AnyShape) else (raw, path)
+        found = {_condition(item, f"{list_path}[{i}]", saes) for i, item in enumerate(items)}
+    any_holds = isinstance(raw, AnyShape) and len(found) > 1
+    return When(tuple(sorted(found)), any_holds, path)
 
 
 def parse_stop_when(raw: StopShape | list[StopShape] | None, saes: SAEs) -> tuple[Condition, ...]:
-    """The conditions of which any ends the answer, sorted and distinct.
+    """The conditions any of which ends the answer, sorted and distinct.
 
     Raises:
-        SteeringError: with the code and path of what is wrong.
+        SteeringError: with the code and path of what is wrong, if something is.
     """
     path = "steering.stop_when"
     if raw is None:
@@ -47,7 +47,7 @@ def parse_stop_when(raw: StopShape | list[StopShape] | None, saes: SAEs) -> tupl
 
 
 def refuse_too_many(whens: Iterable[When | None], stops: tuple[Condition, ...]) -> None:
-    """SteeringError ``invalid_value`` if a request has more distinct conditions than are kept."""
+    """Raise SteeringError ``invalid_value`` for more than `MAX_GATES` distinct conditions."""
     distinct: set[Condition] = set()
     parts = [(when.conditions, when.path) for when in whens if when is not None]
     for conditions, path in (*parts, (stops, "steering.stop_when")):
@@ -61,11 +61,11 @@ def refuse_too_many(whens: Iterable[When | None], stops: tuple[Condition, ...]) 
 
 
 def refuse_too_late(when: When, sae: str, covers_prompt: bool, saes: SAEs) -> None:
-    """Refuse a condition that is not known yet where an edit of ``sae`` is made.
+    """Refuse a condition that is not yet known where an edit of ``sae`` is made.
 
     Raises:
         SteeringError: ``condition_too_late`` if it is read at a later hook point; ``invalid_value``
-            if it is of the whole prompt, and the edit covers the prompt.
+            if it has scope `PROMPT` and the edit covers the prompt.
     """
     made = min(saes[sae].writes, key=place_in_pass)
     for condition in when.conditions:
@@ -91,15 +91,15 @@ def refuse_too_late(when: When, sae: str, covers_prompt: bool, saes: SAEs) -> No
 def refuse_across_stages(
     edits: Iterable[tuple[str, When | None]], saes: SAEs, stage_of: Callable[[str], int]
 ) -> None:
-    """Refuse conditions that another pipeline stage reads than the one that makes the edit.
+    """Refuse a condition that is read on another pipeline stage than its edit is made on.
 
     Args:
         edits: the SAE and the conditions of each edit.
-        saes: the loaded ones.
-        stage_of: the pipeline stage that holds a hook point.
+        saes: the loaded SAEs.
+        stage_of: tells the pipeline stage that holds a hook point.
 
     Raises:
-        SteeringError: ``unsupported_combination``.
+        SteeringError: ``unsupported_combination`` if there is such a condition.
     """
     for name, when in edits:
         stages = {stage_of(hook) for hook in saes[name].writes}

@@ -17,12 +17,14 @@ STOP: Final = "stop"
 
 @dataclass(frozen=True, order=True)
 class Condition:
-    """A feature's activation f, before the edits of its own hook point, against a threshold.
+    """A comparison of a feature's activation f with a threshold.
+
+    f is taken before the edits of its own hook point.
 
     Attributes:
         sae: name of the SAE.
-        feature: its index.
-        sense: ABOVE: f > threshold; BELOW: f <= threshold.
+        feature: index of the feature.
+        sense: ABOVE holds if f > threshold, BELOW if f <= threshold.
         threshold: in raw units, of float32 precision.
         scope: TOKEN, SO_FAR, PROMPT or STOP.
     """
@@ -34,17 +36,17 @@ class Condition:
     scope: str
 
     def canonical(self) -> tuple[Any, ...]:
-        """Equal tuples hold on equal tokens."""
+        """A tuple for comparison: conditions with equal ones hold on the same tokens."""
         return (self.sae, self.feature, self.sense, self.threshold, self.scope)
 
 
 @dataclass(frozen=True)
 class When:
-    """Conditions of an edit, sorted and distinct: all of them must hold, or ``any`` one.
+    """The conditions of an edit.
 
     Attributes:
-        conditions: at least one.
-        any: whether one that holds is enough; False for a single condition.
+        conditions: at least one, sorted and distinct.
+        any: whether it is enough that one of them holds, else all must; False for a single one.
         path: where the request states them; it takes no part in comparisons.
     """
 
@@ -53,5 +55,5 @@ class When:
     path: str = field(compare=False)
 
     def canonical(self) -> tuple[Any, ...]:
-        """Equal tuples hold on equal tokens."""
+        """A tuple for comparison: equal ones hold on the same tokens."""
         return (self.any, *(condition.canonical() for condition in self.conditions))

@@ -14,7 +14,15 @@ from steering.request.positions import Positions
 class Edit:
     """What becomes of one feature, on which tokens, under which conditions.
 
-    ``value`` is what the request said (0.0 for ``ablate``); ``effective_value`` is in raw units.
+    Attributes:
+        sae: name of the SAE.
+        feature: index of the feature.
+        op: one of `limits.OPS`.
+        value: as the request states it; 0.0 for ``ablate``.
+        unit: the unit of ``value``, "raw" or "max_act".
+        effective_value: ``value`` in raw units; for ``scale`` the factor.
+        positions: the tokens that the edit covers.
+        when: its conditions; None if it has none.
     """
 
     sae: str
@@ -27,22 +35,22 @@ class Edit:
     when: When | None = None
 
     def canonical(self) -> tuple[Any, ...]:
-        """The edit's effect: equal tuples edit equally.
+        """A tuple for comparison: edits with equal ones have the same effect.
 
-        ``ablate`` is a clamp to zero, and values are compared as the float32 the device computes
-        with, so ``max_act`` and the equal raw value agree.
+        ``ablate`` is a clamp to zero, and values are compared as the float32 numbers that the
+        device computes with, so ``max_act`` and the equal raw value agree.
         """
         op = "clamp" if self.op == "ablate" else self.op
-        where = self.positions
+        positions = self.positions
         return (
             self.sae,
             self.feature,
             op,
             float32(self.effective_value) + 0.0,  # -0.0 and 0.0 are one value
-            where.prompt,
-            where.generation,
-            where.special_tokens,
-            where.start,
-            where.end,
+            positions.prompt,
+            positions.generation,
+            positions.special_tokens,
+            positions.start,
+            positions.end,
             () if self.when is None else self.when.canonical(),
         )

@@ -1,4 +1,4 @@
-"""What an engine, the way it is served, cannot do for a request."""
+"""What an engine cannot do for a request, the way it is served."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from steering.request.spec import SteeringSpec
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How an engine is served, as far as requests must know.
+    """How an engine is served, as far as requests depend on it.
 
     Attributes:
         first_layers: the first decoder layer of each pipeline stage, ascending.
-        speculates: whether it decodes speculatively.
+        speculates: whether the engine decodes speculatively.
     """
 
     first_layers: tuple[int, ...] = (0,)
@@ -25,6 +25,7 @@ class EngineLimits:
 
     @property
     def last_stage(self) -> int:
+        """Index of the last pipeline stage."""
         return len(self.first_layers) - 1
 
     def stage_of(self, hook: str) -> int:
@@ -32,14 +33,15 @@ class EngineLimits:
         return bisect_right(self.first_layers, HookPoint.parse(hook).layer) - 1
 
     def refuse(self, spec: SteeringSpec, reads: Callable[[str], str]) -> None:
-        """Refuse what this engine cannot keep of a request.
+        """Refuse a request that this engine cannot serve.
 
         Args:
             spec: the validated field.
-            reads: the hook point at which an SAE of this name is read.
+            reads: tells the hook point at which the SAE of a name is read.
 
         Raises:
-            SteeringError: ``unsupported_combination``.
+            SteeringError: ``unsupported_combination`` if ``stop_when`` or a streamed read needs
+                what this engine cannot do.
         """
         self._refuse_stop_when(spec, reads)
         if spec.read is not None and spec.read.stream:

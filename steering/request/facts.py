@@ -1,4 +1,4 @@
-"""What validation must know of a loaded SAE, and how its features are named in a request."""
+"""What validation must know about a loaded SAE, and how a request names its features."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SAEFacts(Protocol):
     def affine(self) -> bool: ...
 
     def max_activation(self, feature: int) -> float | None:
-        """The recorded maximum activation in raw units, None if unknown."""
+        """The recorded maximum activation in raw units; None if it is not known."""
         ...
 
 
@@ -49,21 +49,29 @@ SAEs = Mapping[str, SAEFacts]
 
 
 def unknown_sae(name: str, loaded: Iterable[str], param: str | None = None) -> SteeringError:
-    """The refusal of a name that no loaded SAE has, at its own path, if it has one."""
-    there = ", ".join(loaded) or "none"
-    return SteeringError("unknown_sae", f"no SAE {shown(name)} is loaded, only {there}", param)
+    """The refusal of a name that no loaded SAE has.
+
+    Args:
+        name: the name.
+        loaded: the names of the loaded SAEs.
+        param: the path of the name, if it has one.
+    """
+    names = ", ".join(loaded)
+    remedy = f": name one of {names}" if names else ", nor any other"
+    return SteeringError("unknown_sae", f"no SAE {shown(name)} is loaded{remedy}", param)
 
 
 def named_sae(name: str | None, param: str, loaded: Collection[str]) -> str:
     """The SAE that a request means; the only one if it names none.
 
     Args:
-        name: as it came.
+        name: as the request states it; None if it names none.
         param: the path of the name.
-        loaded: the names that there are.
+        loaded: the names of the loaded SAEs, at least one.
 
     Raises:
-        SteeringError: ``unknown_sae``, or ``sae_required`` if several are loaded.
+        SteeringError: ``unknown_sae`` if no loaded SAE has this name; ``sae_required`` if several
+            are loaded and the request names none.
     """
     if name is None:
         if len(loaded) > 1:
@@ -79,7 +87,7 @@ def named_sae(name: str | None, param: str, loaded: Collection[str]) -> str:
 
 
 def named_feature(feature: int, path: str, sae: SAEFacts) -> int:
-    """The same index. Raises SteeringError ``feature_out_of_range``."""
+    """``feature`` itself. Raises SteeringError ``feature_out_of_range`` if the SAE has it not."""
     if not 0 <= feature < sae.d_sae:
         raise SteeringError(
             "feature_out_of_range",
@@ -96,12 +104,12 @@ def raw_value(
 
     Args:
         value: as the request states it, in the member ``key`` of the object at ``path``.
-        unit: raw if left out.
-        name: of the SAE.
-        feature: its index.
-        path: of the object.
-        key: of the value.
-        saes: the loaded ones.
+        unit: None means raw.
+        name: name of the SAE.
+        feature: index of the feature.
+        path: path of the object.
+        key: name of the value's member.
+        saes: the loaded SAEs.
 
     Raises:
         SteeringError: ``max_act_unknown`` if no maximum above 0 is recorded, ``invalid_value`` if
@@ -119,5 +127,9 @@ def raw_value(
             )
         factor, text = maximum, f" times the maximum of feature {feature}, {maximum},"
     if abs(value * factor) > FLOAT32_MAX:
-        raise SteeringError("invalid_value", f"{value}{text} exceeds float32", f"{path}.{key}")
+        raise SteeringError(
+            "invalid_value",
+            f"{value}{text} exceeds float32, whose largest number is {FLOAT32_MAX:.3g}",
+            f"{path}.{key}",
+        )
     return value * factor

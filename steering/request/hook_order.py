@@ -1,4 +1,4 @@
-"""In which order a forward pass comes by the hook points."""
+"""The order in which a forward pass reaches the hook points."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 _HOOK_POINT: Final = re.compile(r"blocks\.(\d+)\.([\w.]+)", re.ASCII)
 
-#: Within one layer. A module's own output stands before what a later norm makes of it.
+#: The order within one layer. A module's own output stands before what a later norm makes of it.
 _WITHIN_LAYER: Final = (
     "hook_resid_pre",
     "attn.hook_z",
@@ -23,7 +23,7 @@ _WITHIN_LAYER: Final = (
 
 
 def place_in_pass(hook: str) -> tuple[int, int]:
-    """What orders hook points as a pass comes by them: layer, then place within the layer."""
+    """The key by which hook points sort in a pass's order: layer, then place in the layer."""
     match = _HOOK_POINT.fullmatch(hook)
     assert match is not None, hook
     return int(match[1]), _WITHIN_LAYER.index(match[2])

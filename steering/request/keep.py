@@ -8,9 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Keep:
-    """Final hidden states, as the model returns them, are kept under a name.
+    """Keep a run's final hidden states, as the model returns them, under a name.
 
-    They outlive the request: whoever asked for it has them forgotten, see
+    They outlive the request: whoever asked for them must have them forgotten, see
     `steering.worker.captures`.
 
     Attributes:
@@ -24,7 +24,7 @@ class Keep:
     stop: int
 
     def to_wire(self) -> list[Any]:
-        """Plain types for a plan."""
+        """What to keep, in plain types for a plan."""
         return [self.key, self.start, self.stop]
 
     @classmethod

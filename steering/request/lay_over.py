@@ -7,11 +7,12 @@ from typing import Any
 
 
 def lay_over(preset: Mapping[str, Any], request: object, only_sae: str | None = None) -> object:
-    """What a request means that has a ``steering`` field of its own beside a preset.
+    """The ``steering`` object that a request to a preset means.
 
-    Its interventions replace all of the preset's of the same (sae, feature) and are added to the
-    others; each other member that it has replaces the preset's; null is left out. The request's
-    interventions come first, so that the path of a refusal is one into the request.
+    The request's interventions replace all of the preset's of the same (sae, feature) and are added
+    to the others; each other member that the request has replaces the preset's. Null counts as left
+    out. The request's interventions come first, so that the path of a refusal points into the
+    request.
 
     Args:
         preset: a valid ``steering`` object; it is not changed.
@@ -20,26 +21,26 @@ def lay_over(preset: Mapping[str, Any], request: object, only_sae: str | None = 
             None if several are.
 
     Returns:
-        The field to validate. What is of a wrong type in ``request`` stands in it as it came.
+        The field to validate. A value of a wrong type is passed on as it came, to be refused there.
     """
     if request is None:
         return dict(preset)
     if not isinstance(request, dict):
         return request
-    own = {key: value for key, value in request.items() if value is not None}
-    laid = {**{key: value for key, value in preset.items() if value is not None}, **own}
-    edits, kept = own.get("interventions"), preset.get("interventions")
-    if isinstance(edits, list) and kept:
+    stated = {key: value for key, value in request.items() if value is not None}
+    laid = {**{key: value for key, value in preset.items() if value is not None}, **stated}
+    edits, preset_edits = stated.get("interventions"), preset.get("interventions")
+    if isinstance(edits, list) and preset_edits:
         edited = {_target(edit, only_sae) for edit in edits if _names_a_feature(edit)}
         laid["interventions"] = [
             *edits,
-            *(edit for edit in kept if _target(edit, only_sae) not in edited),
+            *(edit for edit in preset_edits if _target(edit, only_sae) not in edited),
         ]
     return laid
 
 
 def _names_a_feature(edit: object) -> bool:
-    """Whether it is far enough from wrong to say which feature it edits."""
+    """Whether an intervention, which may be wrong otherwise, says which feature it edits."""
     return (
         isinstance(edit, dict)
         and type(edit.get("feature")) is int

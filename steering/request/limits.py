@@ -12,9 +12,9 @@ Match = Literal["delta", "reread"]
 OPS: Final[tuple[str, ...]] = get_args(Op)
 UNITS: Final[tuple[str, ...]] = get_args(Unit)
 MAX_INTERVENTIONS: Final = 64
-#: Distinct conditions of one request, those of ``stop_when`` among them.
+#: Distinct conditions of one request, those of ``stop_when`` included.
 MAX_GATES: Final = 8
-#: Conditions of one list, equal ones counted.
+#: Conditions in one list, equal ones included.
 MAX_CONDITIONS: Final = 64
 MAX_PROTECTED: Final = 64
 MAX_TOP_K: Final = 64

@@ -1,4 +1,4 @@
-"""One SAE beside what requests need to know of it, and what makes its edits equal to another's."""
+"""A loaded SAE: what requests need to know about it, and what its edits depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sae.features import FeatureTable
 from sae.sae import SAE
 from sae.solve import is_affine
 
-#: What a card says that no arithmetic depends on; the rest is part of an SAE's fingerprint.
+#: The fields of a card on which no arithmetic depends; the others are part of the fingerprint.
 _NO_ARITHMETIC: Final = frozenset(
     {"id", "source", "sha256", "error_term", "has_labels", "has_max_activations"}
 )
@@ -20,12 +20,13 @@ _NO_ARITHMETIC: Final = frozenset(
 
 @dataclass(frozen=True)
 class LoadedSAE:
-    """One opened SAE beside its features' labels and statistics.
+    """One opened SAE with its features' labels and statistics; it has what `SAEFacts` asks for.
 
     Attributes:
         sae: the opened SAE.
         features: labels and statistics.
-        stated: what its reference states beside the card that its arithmetic depends on.
+        stated: what the arithmetic depends on that the SAE's reference states and its card does
+            not.
     """
 
     sae: SAE
@@ -61,6 +62,9 @@ class LoadedSAE:
     def fingerprint(self, special_token_ids: Sequence[int] | None) -> str:
         """SHA-256 of all that this SAE's part in an edit depends on: weights, place, sinks, flags.
 
+        Args:
+            special_token_ids: the tokens that edits leave alone; None for the tokenizer's.
+
         Raises:
             SAEError: if the weight file has changed since it was opened.
         """
@@ -70,5 +74,5 @@ class LoadedSAE:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def max_activation(self, feature: int) -> float | None:
-        """The recorded maximum activation in raw units, None if unknown."""
+        """The recorded maximum activation in raw units; None if it is not known."""
         return self.features.max_activation(feature)

@@ -25,7 +25,7 @@ CONTAINERS: Final = (
 #: Characters of a path that an answer shows; keys may be megabytes long.
 MAX_PATH_CHARS: Final = 200
 
-#: What leads to a value, last step first: `(step, the path to what holds the value)`.
+#: The way to a value, last step first: `(step, the way to what holds the value)`.
 _Path = tuple[str, "_Path"] | tuple[()]
 
 
@@ -37,8 +37,8 @@ def refuse_misplaced(body: object, *, any_sae: bool) -> None:
         any_sae: whether there is an SAE to steer through.
 
     Raises:
-        SteeringError: `misplaced_steering`, or `steering_unavailable` if no SAE is loaded: the
-            right place would not help then. `param` is the path.
+        SteeringError: `misplaced_steering` if there is one, or `steering_unavailable` if no SAE is
+            loaded, since the right place would not help then. `param` is the path.
     """
     path = misplaced(body)
     if path is None:
@@ -57,7 +57,7 @@ def refuse_misplaced(body: object, *, any_sae: bool) -> None:
 
 
 def misplaced(body: object) -> str | None:
-    """The path of the first misplaced `steering` of a parsed body; None if there is none.
+    """The path of the first misplaced `steering` in a parsed body; None if there is none.
 
     JSON null stands for a field that is left out. Every value is looked at once and nothing
     recurses, so the work is bounded by the size of the body.
@@ -75,7 +75,7 @@ def misplaced(body: object) -> str | None:
 
 
 def _path_inside(path: _Path, value: object) -> _Path | None:
-    """Where the first `steering` inside a value is, in the order of the text."""
+    """The path of the first `steering` inside a value, in the order of the text."""
     waiting = [(path, value)]
     while waiting:
         path, value = waiting.pop()

@@ -34,10 +34,10 @@ def parse_spec(raw: object, saes: SAEs, *, empty_allowed: bool = False) -> Steer
     Args:
         raw: the value as parsed from JSON; numbers and booleans keep their JSON types.
         saes: the loaded SAEs by name.
-        empty_allowed: take a field that does nothing, as a request that opts out of a default has.
+        empty_allowed: accept a field that does nothing, as of a request that opts out of a default.
 
     Raises:
-        SteeringError: with the code and path that the contract's error table names.
+        SteeringError: if it is not valid, with the code and the path of what is wrong.
     """
     if not saes:
         raise nothing_loaded()
@@ -101,19 +101,19 @@ def _edit(
             "unit max_act has no meaning for scale, whose value is a factor",
             f"{path}.unit",
         )
-    where = _positions(raw.positions, positions)
-    if where.empty:
+    covered = _positions(raw.positions, positions)
+    if covered.empty:
         raise SteeringError(
             "invalid_value",
-            f"this edit can never apply: {where.why_empty()}",
+            f"this edit can never apply: {covered.why_empty()}",
             f"{path}.positions" if raw.positions is not None else "steering.positions",
         )
     if raw.when is not None:
         when = parse_when(raw.when, f"{path}.when", saes)
     if when is not None:
-        refuse_too_late(when, name, where.prompt, saes)
+        refuse_too_late(when, name, covered.prompt, saes)
     effective = raw_value(value, raw.unit, name, feature, path, "value", saes)
-    return Edit(name, feature, raw.op, value, raw.unit or "raw", effective, where, when)
+    return Edit(name, feature, raw.op, value, raw.unit or "raw", effective, covered, when)
 
 
 def _value(raw: InterventionShape, path: str) -> float:
@@ -151,7 +151,7 @@ def _read(raw: ReadShape | None, saes: SAEs) -> Read | None:
 
 
 def _refuse_reconstruction(edits: Sequence[Edit], saes: SAEs) -> None:
-    """Refuse ``error_term: false`` where it is not defined."""
+    """Refuse ``error_term: false`` if it is not defined for these edits."""
     by_hook: dict[str, str] = {}
     for edit in edits:
         if not saes[edit.sae].error_term:

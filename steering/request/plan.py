@@ -1,4 +1,4 @@
-"""A validated request on its way to the workers: indices and numbers only, msgpack-able."""
+"""A validated request on its way to the workers: indices and numbers alone, fit for msgpack."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ COVERS_SINKS: Final = 8
 # Codes of the operations on the device. `ablate` arrives as a clamp to zero.
 OP_CLAMP, OP_SCALE, OP_ADD, OP_FLOOR, OP_CAP = range(5)
 
-# What a gate asks of an activation f.
+# How a gate compares an activation f with its threshold.
 GATE_ABOVE, GATE_BELOW = range(2)  # f > threshold, f <= threshold
 
-# Over which tokens a gate decides: see `PlannedGate`.
+# The tokens at which a gate looks: see `PlannedGate`.
 SCOPE_TOKEN, SCOPE_SO_FAR, SCOPE_PROMPT, SCOPE_STOP = range(4)
 
 
@@ -44,10 +44,11 @@ class PlannedGate:
         latent: index of the latent.
         sense: GATE_ABOVE or GATE_BELOW.
         threshold: float32, in raw units.
-        scope: SCOPE_TOKEN: at the edited token; SCOPE_SO_FAR: at it or any earlier token (below:
-            never above so far); SCOPE_PROMPT: at any token of the prompt (below: at none);
-            SCOPE_STOP: of ``stop_when``, read on generated tokens only. Special tokens, the first
-            token and sinks never count; with SCOPE_TOKEN a gate is shut there in either sense.
+        scope: where f is read. SCOPE_TOKEN: at the edited token. SCOPE_SO_FAR: at it or any earlier
+            token; with GATE_BELOW f must never have been above so far. SCOPE_PROMPT: at any token
+            of the prompt; with GATE_BELOW f must be above at none. SCOPE_STOP, of ``stop_when``: at
+            generated tokens. Special tokens, the first token and sinks never count; with
+            SCOPE_TOKEN a gate is shut there in either sense.
     """
 
     sae: int
@@ -62,9 +63,17 @@ class PlannedEdit:
     """One edit: which latent of which SAE, what becomes of it, on which tokens.
 
     Attributes:
-        gates: bit i set if the plan's gate i must be open; no bits for an edit without conditions.
-        any_gate: whether one open gate is enough; else all must be.
-        writes: at how many hook points it is added.
+        sae: index of the SAE.
+        latent: index of the latent.
+        op: OP_CLAMP, OP_SCALE, OP_ADD, OP_FLOOR or OP_CAP.
+        value: float32, in raw units; for OP_SCALE the factor.
+        coverage: COVERS_PROMPT, COVERS_GENERATION and COVERS_SPECIAL, or-ed.
+        start: the first position.
+        end: one past the last position.
+        gates: bit i is set if the edit depends on the plan's gate i; 0 for an edit without
+            conditions.
+        any_gate: whether one open gate is enough, else all must be open.
+        writes: at how many hook points the edit is added.
     """
 
     sae: int
@@ -84,9 +93,15 @@ class PlannedRead:
     """What to return of the covered tokens: the ``top_k`` strongest features of each.
 
     Attributes:
-        aggregate: over which figure the strongest of all tokens together are returned as well.
-        stream: what each pass reads is handed out as soon as it is known.
-        fit: nothing of all that, but how well the SAE reconstructs the tokens.
+        sae: index of the SAE.
+        top_k: how many features of each token.
+        coverage: as of `PlannedEdit`, or-ed with COVERS_SINKS if sinks are read too.
+        start: the first position.
+        end: one past the last position.
+        aggregate: the figure by which the strongest features of all tokens together are found and
+            returned as well; None if they are not.
+        stream: whether what each pass reads is handed out as soon as it is known.
+        fit: whether none of that is returned, but how well the SAE reconstructs the tokens.
     """
 
     sae: int
@@ -107,7 +122,8 @@ class RowKey(NamedTuple):
         latent: index of the latent.
         solved_with: with `reread`, the latents of the SAE's edits, this one among them, ascending.
         protected: the (SAE, latent) pairs that the decoder row must not move, ascending.
-        write: which of the hook points where the SAE writes its decoder row is of.
+        write: index, among the hook points where the SAE writes, of the one whose decoder row it
+            is.
     """
 
     sae: int
@@ -117,27 +133,32 @@ class RowKey(NamedTuple):
     write: int = 0
 
     def of_write(self, write: int) -> RowKey:
-        """The same edit's row at another of the hook points where it is added."""
+        """The row of the same edit at another of the hook points where the edit is added."""
         return RowKey(self.sae, self.latent, self.solved_with, self.protected, write)
 
 
 @dataclass(frozen=True)
 class SteeringPlan:
-    """All that the workers must know of one request.
+    """All that the workers must know about one request.
 
     Attributes:
         key: names the request in results; the children of ``n > 1`` share it.
-        awaited: whether what is recorded will be fetched, or forgotten by name, in any case.
         children: the request's ``n``.
-        prompt_len: tokens in the original prompt; a token's phase is its position against it.
+        prompt_len: tokens in the original prompt; a token below this position is of the prompt,
+            any other one is generated.
+        edits: the edits, at most `limits.MAX_INTERVENTIONS`, in the order of the request.
+        error_term: whether what the SAEs do not explain stays.
+        report: whether to record what was edited.
+        read: what is read; None for nothing.
+        awaited: whether what is recorded will in any case be fetched, or forgotten by name.
         gates: the distinct conditions, at most `limits.MAX_GATES`.
         reread: edits are solved so that the SAE, run again on the edited stream, reads f'.
         protect: (SAE, latent) pairs whose pre-activations the edits must not move.
         max_share: the largest share of the stream's norm that a token's whole change at one hook
             point may be; None for no limit.
-        internal: no client sent this; metrics leave it out.
+        internal: whether no client sent the request; metrics then leave it out.
         keep: the final hidden states that a study has kept.
-        probes: what a study wants to know of the text.
+        probes: what a study wants to know about the text.
     """
 
     key: str
@@ -158,7 +179,7 @@ class SteeringPlan:
 
     @cached_property
     def edit_rows(self) -> tuple[RowKey, ...]:
-        """The row of each edit at the first hook point where it is added, and read with."""
+        """The row of each edit at the first hook point where it is added; f is read with it too."""
         with_sae: dict[int, list[int]] = {}
         if self.reread:
             for edit in self.edits:
@@ -190,7 +211,7 @@ class SteeringPlan:
 
     @cached_property
     def saes(self) -> frozenset[int]:
-        """All SAEs that have something to do with this request's tokens."""
+        """All SAEs that edit this request's tokens, decide about edits, or are read there."""
         found = {entry.sae for entry in (*self.edits, *self.gates, *self.probes)}
         return frozenset(found if self.read is None else found | {self.read.sae})
 
@@ -217,7 +238,7 @@ class SteeringPlan:
         """The position from which on no token needs a full pass.
 
         Args:
-            exact_from_row: as `encoded` takes it.
+            exact_from_row: as in `encoded`.
         """
         ends = [self._end(e) for e in self.edits if self._encodes(e, exact_from_row)]
         if self.read is not None:
@@ -252,12 +273,12 @@ class SteeringPlan:
 
     @property
     def only_keeps(self) -> bool:
-        """Whether passes over this request are those of an unsteered one."""
+        """Whether this request's passes are those of an unsteered one, but for what is kept."""
         return self.keep is not None and not (self.edits or self.gates or self.wants_results)
 
     @property
     def prompt_decides(self) -> bool:
-        """Whether a condition is one of the whole prompt."""
+        """Whether a condition looks at the whole prompt."""
         return any(gate.scope == SCOPE_PROMPT for gate in self.gates)
 
     @property
@@ -266,7 +287,7 @@ class SteeringPlan:
         return any(gate.scope == SCOPE_STOP for gate in self.gates)
 
     def to_wire(self) -> dict[str, Any]:
-        """Plain types for ``SamplingParams.extra_args``."""
+        """The plan in plain types, for ``SamplingParams.extra_args``."""
         return {
             "key": self.key,
             "children": self.children,
@@ -312,9 +333,9 @@ class Inspection:
     """How a whole text is read: `inspect`'s strongest features over it, or an engine's self-check.
 
     Attributes:
-        aggregate: the figure by which features are the strongest; None in a self-check, which asks
-            instead how well the SAE reconstructs the text.
-        special_tokens: whether special tokens, and sinks with them, are read too.
+        aggregate: the figure by which features are ranked; None in a self-check, which asks instead
+            how well the SAE reconstructs the text.
+        special_tokens: whether special tokens and sinks are read too.
     """
 
     aggregate: str | None
@@ -327,5 +348,5 @@ class Inspection:
 
 
 def _fields(item: PlannedEdit | PlannedGate | PlannedRead) -> list[Any]:
-    """The values in the order of the fields; `dataclasses.astuple` would copy each deeply."""
+    """The values in the fields' order; ``dataclasses.astuple`` would copy each of them deeply."""
     return list(vars(item).values())

@@ -1,4 +1,4 @@
-"""Makes a request's plan of what was accepted: names, phases and operations become numbers."""
+"""Turns what was accepted into a request's plan: names, phases and operations become numbers."""
 
 from __future__ import annotations
 
@@ -73,19 +73,20 @@ def make_plan(
 
     Args:
         spec: what was accepted.
-        sae_index: indices of the SAEs by name.
+        sae_index: the SAEs' indices by name.
         key: see `SteeringPlan`.
         children: see `SteeringPlan`.
         prompt_len: see `SteeringPlan`.
-        inspection: how the whole text is read.
+        inspection: how the whole text is read; None for a client's own request.
         awaited: see `SteeringPlan`.
         keep: see `SteeringPlan`.
-        probes: what a study asks for beside the field.
-        length: of the text, behind which no probe looks.
-        writes: at how many hook points an SAE of this name writes; left out, at one.
+        probes: what a study asks for besides the field.
+        length: how many tokens vLLM's prompt has; no probe looks further.
+        writes: at how many hook points each SAE writes, by name; one that is left out writes at 1.
 
     Raises:
-        SteeringError: ``duplicate_intervention``, see `SteeringSpec.at`.
+        SteeringError: ``duplicate_intervention`` if two edits meet in a prompt of this length; see
+            `SteeringSpec.at`.
     """
     spec = spec.at(prompt_len)
     gates = spec.gates
@@ -138,9 +139,12 @@ def _planned_probe(
 
 
 def _windows(tokens: Tokens, prompt_len: int, length: int) -> tuple[Window, ...]:
-    at = [where.at(prompt_len) for where in tokens]
+    at_length = [positions.at(prompt_len) for positions in tokens]
     return tuple(
-        dict.fromkeys(Window(_coverage(where), where.start, min(where.end, length)) for where in at)
+        dict.fromkeys(
+            Window(_coverage(positions), positions.start, min(positions.end, length))
+            for positions in at_length
+        )
     )
 
 
@@ -170,9 +174,9 @@ def _planned_gate(condition: Condition, sae: int) -> PlannedGate:
     )
 
 
-def _coverage(where: Positions) -> int:
+def _coverage(positions: Positions) -> int:
     return (
-        COVERS_PROMPT * where.prompt
-        | COVERS_GENERATION * where.generation
-        | COVERS_SPECIAL * where.special_tokens
+        COVERS_PROMPT * positions.prompt
+        | COVERS_GENERATION * positions.generation
+        | COVERS_SPECIAL * positions.special_tokens
     )

@@ -12,7 +12,14 @@ class Positions:
     """Coverage by phase, by kind of token, and by a window ``[start, end)``.
 
     A negative ``start`` or ``end`` counts from the prompt's end, as in a Python slice of the
-    prompt; `at` turns it into a position of its own.
+    prompt; `at` turns it into a position from the prompt's start.
+
+    Attributes:
+        prompt: whether tokens of the prompt are covered.
+        generation: whether tokens after the prompt are covered.
+        special_tokens: whether special tokens and the first token are covered too.
+        start: the first position of the window.
+        end: one past its last position.
     """
 
     prompt: bool = True
@@ -49,30 +56,30 @@ class Positions:
         """Whether both cover some phase and their windows overlap.
 
         Two windows that count from different ends are compared for a prompt that is longer than
-        any number in them; `meets` decides for a given one.
+        any number in them; `meets` decides for a prompt of a given length.
         """
         same_phase = (self.prompt and other.prompt) or (self.generation and other.generation)
         (start, end), (other_start, other_end) = self._window(), other._window()
         return same_phase and max(start, other_start) < min(end, other_end)
 
     def meets(self, other: Positions, prompt_len: int) -> bool:
-        """Whether some position is covered by both where the prompt has this length."""
+        """Whether both cover some position if the prompt has ``prompt_len`` tokens."""
         (first, past), (other_first, other_past) = (
             positions.span(prompt_len) for positions in (self, other)
         )
         return max(first, other_first) < min(past, other_past)
 
     def span(self, prompt_len: int, length: int = POSITION_LIMIT) -> tuple[int, int]:
-        """The covered positions below ``length``, ``[first, past)``, if ``first < past``."""
-        here = self.at(prompt_len)
-        first = here.start if here.prompt else max(here.start, prompt_len)
-        past = min(here.end, length if here.generation else prompt_len)
+        """The covered positions below ``length``: ``[first, past)``, none if ``first >= past``."""
+        window = self.at(prompt_len)
+        first = window.start if window.prompt else max(window.start, prompt_len)
+        past = min(window.end, length if window.generation else prompt_len)
         return first, past
 
     def count(self, prompt_len: int, length: int) -> int:
-        """How many of ``length`` positions phase and window cover, whatever kind of token is there.
+        """How many of ``length`` positions are covered by phase and window.
 
-        The first ``prompt_len`` of them are the prompt's.
+        The first ``prompt_len`` of them are the prompt's. Special tokens count like all others.
         """
         first, past = self.span(prompt_len, length)
         return max(past - first, 0)

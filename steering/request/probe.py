@@ -1,6 +1,6 @@
-"""What a study wants to know of a text's features, beside what a client may ask for.
+"""What a study wants to know about a text's features, besides what a client may ask for.
 
-No client's field holds any of this: studies put it beside what was accepted.
+No ``steering`` field can hold any of this: studies add it to what was accepted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from steering.request.positions import Positions
 #: How a latent's activations over a text become one number.
 Pooling = Literal["mean", "max", "last"]
 
-#: Which tokens take part: those that one of these covers.
+#: The tokens that take part: those that at least one of these covers.
 Tokens = tuple[Positions, ...]
 
 EVERY_TOKEN: Tokens = (Positions(),)
@@ -27,10 +27,11 @@ class Pool:
 
     Attributes:
         sae: name of the SAE.
-        tokens: the tokens that take part; sinks do not.
-        pool: what `steering.studies.reading.Pooled.pooled` is.
-        scaled: an activation is summed times the SAE's own output scale at its token.
-        peaks: each token's largest activation of any latent as well.
+        tokens: the tokens that take part; sinks never do.
+        pool: how a text's activations become `steering.studies.reading.Pooled.pooled`.
+        scaled: whether each activation is multiplied by the SAE's own output scale at its token
+            before it is summed.
+        peaks: whether each token's largest activation of any latent is recorded as well.
     """
 
     sae: str
@@ -42,13 +43,15 @@ class Pool:
 
 @dataclass(frozen=True)
 class KeepStream:
-    """Keep the stream where an SAE reads it, behind all edits that are made there, until it is
-    compared with another run's.
+    """Keep the stream where an SAE reads it until it is compared with another run's.
+
+    It is kept as it is after all edits that are made there.
 
     Attributes:
         sae: name of the SAE.
-        tokens: which tokens; of an unsteered run at least those that are compared.
-        key: what it is kept under, of this run alone.
+        tokens: the tokens whose stream is kept; in an unsteered run at least those that are
+            compared.
+        key: the name under which it is kept, which no other run has.
     """
 
     sae: str

@@ -1,4 +1,4 @@
-"""What a study wants to know of a text's features, on its way to the workers."""
+"""What a study wants to know about a text's features, on its way to the workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any, Final, NamedTuple
 
 
 class Window(NamedTuple):
-    """Tokens by phase, kind and position: bits of a coverage, and positions ``[start, end)``."""
+    """Tokens by phase, kind and position.
+
+    Attributes:
+        coverage: bits as in `steering.request.plan.PlannedEdit`.
+        start: the first position.
+        end: one past the last position.
+    """
 
     coverage: int
     start: int
@@ -21,10 +27,10 @@ class PlannedPool:
 
     Attributes:
         sae: index of the SAE.
-        windows: which tokens.
+        windows: the tokens that take part.
         pool: a `steering.request.probe.Pooling`.
-        scaled: activations are summed times the SAE's output scale.
-        peaks: each token's largest activation too.
+        scaled: whether activations are multiplied by the SAE's output scale.
+        peaks: whether each token's largest activation is recorded too.
     """
 
     sae: int
@@ -40,8 +46,8 @@ class PlannedStream:
 
     Attributes:
         sae: index of the SAE.
-        windows: which tokens.
-        key: what the stream is kept under.
+        windows: the tokens whose stream is kept.
+        key: the name under which it is kept.
     """
 
     sae: int
@@ -54,7 +60,7 @@ _KINDS: Final[dict[str, type[PlannedProbe]]] = {"pool": PlannedPool, "stream": P
 
 
 def probe_to_wire(probe: PlannedProbe) -> list[Any]:
-    """Plain types for a plan: the kind, and the values of the fields in their order."""
+    """A probe in plain types, for a plan: its kind, then the values of its fields in order."""
     (kind,) = (kind for kind, cls in _KINDS.items() if isinstance(probe, cls))
     return [kind, *vars(probe).values()]
 

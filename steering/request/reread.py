@@ -1,4 +1,4 @@
-"""What ``match: "reread"`` and ``protect`` ask of a request's edits and SAEs.
+"""What ``match: "reread"`` and ``protect`` require of a request's edits and SAEs.
 
 Both need pre-activations that are affine in the stream that is edited, p = W_enc x + b, at a hook
 point that no other SAE of the request edits.
@@ -20,7 +20,9 @@ def refuse_reread(edits: Sequence[Edit], error_term: bool, saes: SAEs) -> None:
     """Refuse edits that cannot be solved together.
 
     Raises:
-        SteeringError: ``unsupported_op`` or ``unsupported_combination``.
+        SteeringError: ``unsupported_op`` if an SAE's pre-activations are not affine in the stream
+            or ``error_term`` is false; ``unsupported_combination`` if edits of one SAE differ in
+            positions or conditions, or if two SAEs edit one hook point.
     """
     first: dict[str, Edit] = {}
     for i, edit in enumerate(edits):
@@ -41,7 +43,7 @@ def parse_protect(
     """The protected (SAE, feature) pairs, distinct, in the order of the request.
 
     Raises:
-        SteeringError: with the code and path of what is wrong.
+        SteeringError: with the code and path of what is wrong, if something is.
     """
     edited = {(edit.sae, edit.feature) for edit in edits}
     found: dict[tuple[str, int], None] = {}

@@ -1,8 +1,8 @@
 """The shape of the ``steering`` field: which members it has, and of which types.
 
-Strict, as JSON's types are: 7.0 is no feature index, true is no number, and null stands for
-"left out" in optional members. What needs the loaded SAEs is in ``steering.request.parse``. The
-OpenAPI schema of the field is made of these classes.
+The classes are strict about JSON's types: 7.0 is no feature index, true is no number, and null
+stands for "left out" in optional members. The rules that need the loaded SAEs are in
+``steering.request.parse``. The OpenAPI schema of the field is made of these classes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 SAEName = Annotated[
     StrictStr | None, Field(description="Name of the SAE; may be left out when one is loaded.")
 ]
-# Its limits are those of an SAE, so an index past them has a code of its own.
+# The limit is the SAE's, which is not known here: an index past it has a code of its own.
 Index = Annotated[
     StrictInt, Field(description="Index in [0, d_sae).", json_schema_extra={"minimum": 0})
 ]
@@ -54,7 +54,7 @@ UnitName = Annotated[
 ]
 Position = Annotated[StrictInt, Field(ge=-POSITION_LIMIT - 1, le=POSITION_LIMIT)]
 Threshold = Annotated[Number, Field(ge=0)]
-# Few of them may be distinct, so a long list only takes long.
+# Few conditions may be distinct, so a longer list would only take longer to refuse.
 CONDITIONS: Final = Field(min_length=1, max_length=MAX_CONDITIONS, fail_fast=True)
 
 
@@ -116,7 +116,7 @@ class AnyShape(Shape):
 
 
 class StopShape(Shape):
-    """A feature that ends the answer where it fires in it."""
+    """A feature that ends the answer at the first generated token where it fires."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringStopCondition")
 
@@ -132,7 +132,7 @@ _ALL: Final = TypeAdapter(_All)
 _STOPS: Final = TypeAdapter(_Stops)
 _ALWAYS: Final = TypeAdapter(Literal["always"])
 
-# Told apart by hand: a union of pydantic's would name its members in the path of an error.
+# The alternatives are told apart by hand: pydantic's union would name them in an error's path.
 
 
 def _when(raw: Any) -> ConditionShape | list[ConditionShape] | AnyShape | Literal["always"]:
@@ -181,7 +181,7 @@ class InterventionShape(Shape):
     )
     when: WhenShape | None = Field(
         default=None,
-        description="This edit's own conditions instead of the request's; always: none.",
+        description="This edit's own conditions instead of the request's; always lifts those.",
     )
 
 
@@ -267,7 +267,7 @@ def parse_shape(raw: object) -> SteeringShape:
     """The JSON value of a ``steering`` field as an object of these types.
 
     Raises:
-        SteeringError: with the code and the path of what is wrong.
+        SteeringError: if it has another shape, with the code and the path of what is wrong.
     """
     try:
         return SteeringShape.model_validate(raw)
@@ -279,7 +279,7 @@ def _members(*shapes: type[Shape]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for shape in shapes for name in shape.model_fields))
 
 
-#: By the last name in the path of an object: what may be in it.
+#: The members that an object may have, by the last name in its path.
 _MEMBERS: Final = {
     "": _members(SteeringShape),
     "interventions": _members(InterventionShape),

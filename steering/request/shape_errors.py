@@ -11,10 +11,10 @@ from pydantic_core import ErrorDetails
 
 from steering.errors import ErrorCode, SteeringError
 
-#: Of a client's own words in an error's path; its message shows less.
+#: How many characters of a client's own name a path shows; a message shows fewer.
 _LONGEST_NAME: Final = 100
 
-#: What was expected, by the type of an error about a type.
+#: What was expected instead, by pydantic's type of the error.
 _EXPECTED: Final = {
     "bool_type": "true or false",
     "dict_type": "an object",
@@ -24,14 +24,14 @@ _EXPECTED: Final = {
     "model_type": "an object",
     "string_type": "a string",
 }
-#: What a number must be, by the type of an error about its size, and where the limit stands.
+#: How a number is limited, by pydantic's type of the error, and the limit's key in the context.
 _LIMITS: Final = {
     "greater_than": ("more than", "gt"),
     "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
-#: Lists whose length has a code of its own.
+#: Codes of lists that have a code of their own for being too long.
 _LENGTH_CODES: Final[Mapping[tuple[int | str, ...], ErrorCode]] = {
     ("interventions",): "too_many_interventions"
 }
@@ -44,18 +44,22 @@ def refusal(
     members: Mapping[str, Sequence[str]],
     length_codes: Mapping[tuple[int | str, ...], ErrorCode] = _LENGTH_CODES,
 ) -> SteeringError:
-    """The refusal that stands for a failed validation: the first fault, a misspelt name before all.
+    """The refusal of the first fault that a failed validation found.
+
+    If that fault is a missing member and the same object has an unknown one, the unknown one is
+    refused: it is probably the missing one, misspelt.
 
     Args:
-        error: of a strict model; each of its errors has a type that is known here.
+        error: a strict model's; the types of its errors are all known to this module.
         value: what was validated.
-        root: its path.
-        members: names that an object may have, by the last name in its path, "" for the root's.
-        length_codes: codes of lists that are too long, by their place; else ``invalid_value``.
+        root: the path of ``value``.
+        members: the names that an object may have, by the last name in its path, "" for the root's.
+        length_codes: the codes of lists that are too long, by their place; ``invalid_value`` for
+            others.
     """
     found = error.errors(include_url=False)
     first = found[0]
-    if first["type"] == "missing":  # perhaps it is there under another name
+    if first["type"] == "missing":
         siblings = (e for e in found if e["loc"][:-1] == first["loc"][:-1])
         first = next((e for e in siblings if e["type"] == "extra_forbidden"), first)
     if first["type"] == "string_unicode" and isinstance(_at(value, first["loc"]), dict):
@@ -74,7 +78,7 @@ def shown(value: object) -> str:
 
 
 def wrong_type(raw: object, wanted: str, path: str) -> SteeringError:
-    """The refusal of a value that is of another type than ``wanted``."""
+    """The refusal of a value whose type is not ``wanted``."""
     return SteeringError("invalid_type", f"expected {wanted}, got {shown(raw)}", path)
 
 
@@ -93,7 +97,7 @@ def _refusal(
         return SteeringError("invalid_value", f"{name} is required", path)
     if kind == "literal_error" and not isinstance(raw, str):
         return wrong_type(raw, "a string", path)
-    if kind == "float_type" and type(raw) is int:  # one that no float can hold
+    if kind == "float_type" and type(raw) is int:  # an integer that no float can hold
         return SteeringError("invalid_value", f"{name} is too large for a number", path)
     if kind in _EXPECTED:
         return wrong_type(raw, _EXPECTED[kind], path)
@@ -120,7 +124,7 @@ def _fault(kind: str, raw: object, context: Mapping[str, Any]) -> str:
 
 
 def _unknown(key: object, path: str, known: Sequence[str]) -> SteeringError:
-    if key in known:  # of another shape than the one that the others make it
+    if key in known:  # the other members have made this an object of another shape
         said = f"field {shown(key)} does not go with the others here"
     else:
         said = f"unknown field {shown(key)}; known here: {', '.join(known)}"

@@ -1,7 +1,7 @@
 """The ``steering`` field of a request, resolved and in one canonical form.
 
-No torch and no vLLM here: the HTTP layer, the cache salt, the worker and offline use all share
-these types. `steering.request.parse` makes them of JSON.
+This module needs neither torch nor vLLM: the HTTP layer, the cache salt and offline use all share
+its types. `steering.request.parse` makes them from JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from steering.request.positions import Positions
 class Read:
     """Return the ``top_k`` strongest features of each covered token at one SAE.
 
-    With ``stream`` they come with the chunks of a streamed answer.
+    Attributes:
+        sae: name of the SAE.
+        top_k: how many features of each token.
+        stream: whether they come with the chunks of a streamed answer.
     """
 
     sae: str
@@ -34,11 +37,11 @@ class SteeringSpec:
 
     Attributes:
         edits: the interventions, each with its own positions and conditions.
-        positions: the request's, which a read has.
+        positions: the request's own, which a read covers.
         error_term: whether what the SAEs do not explain stays.
         report: whether the response says what was edited.
-        read: what is read, None for nothing.
-        stop_when: conditions of which any ends the answer.
+        read: what is read; None for nothing.
+        stop_when: conditions any of which ends the answer.
         reread: whether edits are solved so that the SAE, run again, reads what was asked for.
         protect: (SAE, feature) pairs whose pre-activations the edits must not move.
         max_share: largest share of the stream's norm that a token's whole change at one hook
@@ -62,7 +65,7 @@ class SteeringSpec:
 
     @property
     def kv_saes(self) -> tuple[str, ...]:
-        """Names of the SAEs whose weights decide what the KV cache holds: edited, or conditions."""
+        """Names of the SAEs that decide what the KV cache holds: those of edits and conditions."""
         conditions = (condition.sae for edit in self.edits for condition in _conditions(edit))
         return tuple(dict.fromkeys((*self.saes, *conditions)))
 
@@ -74,7 +77,7 @@ class SteeringSpec:
 
     @property
     def gates(self) -> tuple[Condition, ...]:
-        """The distinct conditions, those of edits first; a plan names them by their index here."""
+        """The distinct conditions, those of edits first. A plan names each by its index in this."""
         conditions = (condition for edit in self.edits for condition in _conditions(edit))
         return tuple(dict.fromkeys((*conditions, *self.stop_when)))
 
@@ -82,7 +85,7 @@ class SteeringSpec:
     def phase_dependent(self) -> bool:
         """Whether what happens to a token depends on where the prompt ends.
 
-        Negative positions do not count: `at` makes positions from the prompt's start of them.
+        Negative positions do not count: `at` turns them into positions from the prompt's start.
         """
         return any(
             edit.positions.prompt != edit.positions.generation
@@ -93,7 +96,7 @@ class SteeringSpec:
 
     @property
     def skips_prefix_cache(self) -> bool:
-        """Whether all of the prompt must be computed: it is read, or decides over later tokens."""
+        """Whether all of the prompt must be computed: it is read, or it decides on later edits."""
         return self.read is not None or any(
             condition.scope in (SO_FAR, PROMPT)
             for edit in self.edits
@@ -103,7 +106,8 @@ class SteeringSpec:
     @property
     def relative(self) -> bool:
         """Whether some position counts from the prompt's end."""
-        return any(where.relative for where in (self.positions, *_positions(self.edits)))
+        every = (self.positions, *(edit.positions for edit in self.edits))
+        return any(positions.relative for positions in every)
 
     def at(self, prompt_len: int) -> SteeringSpec:
         """The same for a prompt of this length: no position is negative any more.
@@ -135,7 +139,7 @@ class SteeringSpec:
 def refuse_duplicates(
     edits: Sequence[Edit], overlap: Callable[[Positions, Positions], bool]
 ) -> None:
-    """SteeringError ``duplicate_intervention`` if two edits of one feature overlap."""
+    """Raise SteeringError ``duplicate_intervention`` if two edits of one feature overlap."""
     seen: dict[tuple[str, int], list[int]] = {}
     for later, edit in enumerate(edits):
         earlier = seen.setdefault((edit.sae, edit.feature), [])
@@ -151,7 +155,7 @@ def refuse_duplicates(
 
 
 def nothing_loaded() -> SteeringError:
-    """The answer of a server without SAEs to whoever asks it to steer."""
+    """The refusal of any steering by a server that has no SAE loaded."""
     return SteeringError(
         "steering_unavailable",
         "this server has no SAE loaded, so it cannot steer; start it with --sae NAME=SOURCE",
@@ -161,7 +165,3 @@ def nothing_loaded() -> SteeringError:
 
 def _conditions(edit: Edit) -> tuple[Condition, ...]:
     return () if edit.when is None else edit.when.conditions
-
-
-def _positions(edits: Sequence[Edit]) -> tuple[Positions, ...]:
-    return tuple(edit.positions for edit in edits)

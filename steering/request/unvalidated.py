@@ -1,4 +1,4 @@
-"""A `steering` member of a body that is validated later, and shown in OpenAPI as it must be."""
+"""A body's `steering` member, which is validated later but described in OpenAPI as it must be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steering.request.shape import SteeringShape
 
 @dataclass(frozen=True)
 class UnvalidatedSteering:
-    """An annotation: any value at run time; in OpenAPI, the shape that is validated later.
+    """An annotation: any value is let through; OpenAPI shows the shape that is validated later.
 
     Attributes:
         optional: whether null stands for a field that is left out.

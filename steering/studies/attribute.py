@@ -1,4 +1,4 @@
-"""Which features a completion's probability rests on: what is lost without each of them."""
+"""Which features a completion's probability rests on: how much it falls without each of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from steering.studies.study import Context
 from steering.studies.texts import StringOrIds, TextBody
 from steering.vllm.reader import Text
 
-#: Candidates if the body does not say which or how many.
+#: The number of candidates if the body does not say which or how many.
 NUM_CANDIDATES: Final = 64
 
 _Listed = Annotated[list[StrictInt], Strict(), Field(min_length=1)]
@@ -39,7 +39,7 @@ def _candidates(raw: Any) -> list[int] | int:
 
 
 class Body(StudyBody, TextBody):
-    """The body of an attribution, which is a text itself."""
+    """The body of an attribution: a text, and what to look for."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringAttributionRequest")
 
@@ -60,17 +60,18 @@ class Body(StudyBody, TextBody):
     )
     mode: Literal["ablate", "reread"] | None = Field(
         default=None,
-        description="ablate (default); reread: with `match` reread, so that the feature is silent "
-        "when the stream is read again.",
+        description="ablate (default); reread: ablate with `match` reread, so that the feature is "
+        "silent when the stream is read again.",
     )
     search: Literal["exact", "groups"] | None = Field(
         default=None,
-        description="exact (default): each candidate; groups: those in groups that do something.",
+        description="exact (default): measure each candidate; groups: measure groups, and then "
+        "only candidates of groups that have an effect.",
     )
 
 
 class AttributedFeature(BaseModel):
-    """What is lost without one feature."""
+    """How much is lost without one feature, in nats, and its largest activation."""
 
     feature: int
     label: str | None
@@ -79,7 +80,7 @@ class AttributedFeature(BaseModel):
 
 
 class Answer(BaseModel):
-    """The answer of an attribution, by size of the effect."""
+    """The answer of an attribution: features by size of their effect."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringAttribution")
 
@@ -92,8 +93,10 @@ class _Study:
     """One attribution under way.
 
     Attributes:
-        text: cut behind the span, since nothing behind it counts.
-        first: the first token of the completion in the span.
+        context: the study's context.
+        sae: name of the SAE.
+        text: the text up to the span's end, since nothing after it counts.
+        first: index of the span's first token in the completion.
         match: how an ablation is made.
     """
 
@@ -105,30 +108,30 @@ class _Study:
 
     @property
     def entering(self) -> Text:
-        """The tokens before the span's last: those that enter the model."""
+        """The tokens before the span's last one: those that enter the model."""
         return Text(self.text.prompt, self.text.completion[:-1])
 
     async def read(self) -> Pooled:
-        """What each feature writes over those tokens, and its largest activation there."""
+        """What each feature writes over the `entering` tokens, and its largest activation there."""
         pool = Pool(self.sae, EVERY_TOKEN, "max", scaled=True)
         (read,) = await pooled(self.context.reader, self.context.catalog, [self.entering], pool)
         self.context.progress.step()
         return read
 
     async def log_probabilities(self, edits: Sequence[Accepted | None]) -> list[float]:
-        """log P(span) with each edit."""
-        sides = [Side(self.text.prompt, self.text.completion, one) for one in edits]
+        """log P(span) with each edit, in nats; None stands for the model as it is."""
+        sides = [Side(self.text.prompt, self.text.completion, edit) for edit in edits]
         scorer = Scorer(self.context.reader)
         found = await scorer.log_probabilities(sides, self.context.progress.step)
         return [float(log_p[self.first :].sum()) for log_p in found]
 
     def ablation(self, features: Sequence[int]) -> Accepted:
-        """The edit that switches these features off. Raises SteeringError if there is none."""
-        edits = [{"sae": self.sae, "feature": one, "op": "ablate"} for one in features]
+        """The edit that switches these features off. Raises SteeringError if it is refused."""
+        edits = [{"sae": self.sae, "feature": feature, "op": "ablate"} for feature in features]
         return accept({"interventions": edits, "match": self.match}, self.context.catalog)
 
     def ablations(self, groups: Sequence[Members]) -> list[Accepted | None]:
-        """The edit of each group; None of one whose features cannot be switched off together."""
+        """Each group's edit; None for a group whose features cannot be switched off together."""
         found: list[Accepted | None] = []
         for group in groups:
             try:
@@ -141,14 +144,20 @@ class _Study:
 
 
 async def attribute(context: Context, sae: str, asked: Body) -> dict[str, Any]:
-    """POST /v1/saes/{sae}/attribute."""
+    """Answer POST /v1/saes/{sae}/attribute.
+
+    The effect of a feature is log P(span) less log P(span) with the feature ablated.
+
+    Raises:
+        SteeringError: if the body cannot be answered, with the code and path of what is wrong.
+    """
     study = await _study(context, sae, asked)
     listed = await asyncio.to_thread(_listed, study, asked)
     number = asked.candidates if isinstance(asked.candidates, int) else NUM_CANDIDATES
     runs = min(number, context.catalog.card(sae).d_sae) if listed is None else len(listed)
     if asked.search == "groups":
         runs = most_measurements(runs)
-    # Beside one for each candidate there are that of the text as it is, and one that reads it.
+    # Two more runs than candidates: the text as it is, and one in which it is read.
     tokens = (runs + 2) * (study.text.length - 1)
     context.charge(tokens, None if asked.candidates is None else "candidates")
     context.progress.expect(2)
@@ -160,8 +169,8 @@ async def attribute(context: Context, sae: str, asked: Body) -> dict[str, Any]:
     else:
         chosen = [feature for feature in listed if feature in weights]
     effects = await _effects(study, log_p, chosen, weights, asked.search or "exact")
-    # What never fires is switched off already.
-    silent = [] if listed is None else [one for one in listed if one not in weights]
+    # A feature that never fires is switched off already.
+    silent = [] if listed is None else [feature for feature in listed if feature not in weights]
     effects |= dict.fromkeys(silent if read.tokens else (), 0.0)
     activation = read.dense(read.pooled)
     table = context.catalog.features(sae)
@@ -184,7 +193,7 @@ async def _effects(
     weights: Mapping[int, float],
     search: str,
 ) -> dict[int, float]:
-    """What is lost without each of the candidates that were looked at alone."""
+    """The effect of each candidate that was measured alone."""
 
     async def measure(groups: Sequence[Members]) -> list[float | None]:
         edits = await asyncio.to_thread(study.ablations, groups)
@@ -226,7 +235,7 @@ async def _study(context: Context, sae: str, body: Body) -> _Study:
 
 
 def _refuse_reread(study: _Study) -> None:
-    """SteeringError at `mode` if no feature of this SAE can be ablated so."""
+    """Raise SteeringError with the path `mode` if features of this SAE cannot be reread."""
     field = {
         "interventions": [{"sae": study.sae, "feature": 0, "op": "ablate"}],
         "match": study.match,
@@ -251,7 +260,7 @@ def _listed(study: _Study, body: Body) -> list[int] | None:
 
 
 def _written(context: Context, sae: str, read: Pooled) -> dict[int, float]:
-    """How much each feature that fires writes: sum of f x g x norm of W_dec, by feature."""
+    """How much each feature that fires writes: |sum of f x g| x norm of W_dec, by feature."""
     features = read.features.tolist()
     if not features:
         return {}
@@ -264,7 +273,7 @@ def _written(context: Context, sae: str, read: Pooled) -> dict[int, float]:
 def _strongest_writers(study: _Study, weights: Mapping[int, float], number: int) -> list[int]:
     """The features that write most and can be switched off; ties by lower index."""
     found: list[int] = []
-    for feature in sorted(weights, key=lambda one: (-weights[one], one)):
+    for feature in sorted(weights, key=lambda i: (-weights[i], i)):
         if len(found) == number:
             break
         if weights[feature] > 0 and study.ablations([(feature,)])[0] is not None:

@@ -1,4 +1,4 @@
-"""The bodies of studies: strict, and refused in the words and paths of the `steering` field."""
+"""The bodies of studies: strict, and refused with the codes and paths of the `steering` field."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SteeringValue = Annotated[Any, UnvalidatedSteering()]
 
 
 class StudyBody(Shape):
-    """What the body of every study may have."""
+    """The members that the body of every study may have."""
 
     model: StrictStr | None = Field(
         default=None, description="The base model's name; a study runs no other."
     )
     stream: StrictBool | None = Field(
-        default=None, description="Answer with server-sent events that tell how far it is."
+        default=None, description="Answer with server-sent events that tell the progress."
     )
 
 
@@ -41,11 +41,11 @@ def parse_body(model: type[B], raw: object) -> B:
     """The JSON value of a study's body as an object of its type.
 
     Args:
-        model: strict: lists and numbers in it are pydantic's strict ones, as in `shape.py`.
-        raw: as it was parsed from JSON.
+        model: the type. Its lists and numbers must be pydantic's strict ones, as in `shape.py`.
+        raw: the value, as it was parsed from JSON.
 
     Raises:
-        SteeringError: with the code and the path of what is wrong.
+        SteeringError: if it is not of that type, with the code and the path of what is wrong.
     """
     try:
         return model.model_validate(raw)
@@ -57,7 +57,7 @@ def parse_body(model: type[B], raw: object) -> B:
 
 @functools.cache
 def _members(model: type[Shape]) -> dict[str, tuple[str, ...]]:
-    """By the last name in the path of an object: what may be in it, "" for the body's own."""
+    """The members that an object may have, by the last name in its path; "" is the body's own."""
     found = {"": tuple(model.model_fields)}
     waiting = [model]
     while waiting:

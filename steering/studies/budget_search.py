@@ -1,4 +1,4 @@
-"""The search for the strength at which an edit costs what it may: few tries, no gradients.
+"""The search for the strength at which an edit costs what a budget allows, in few tries.
 
 A try is a pass of all texts through the model, so what counts is their number. Multiplier and cost
 are compared as logarithms: where an edit is weak its cost goes as a power of its strength (KL as
@@ -12,39 +12,40 @@ from bisect import insort
 from itertools import pairwise
 from typing import Final
 
-#: A cost meets a budget of which it is at least this share and at most all.
+#: A cost meets a budget if it is at least this share of the budget, and not above it.
 LEAST_SHARE: Final = 0.9
-#: Multipliers that are tried.
+#: The least and the largest multiplier that are tried.
 LOWEST, HIGHEST = 1 / 64, 64.0
-#: Tries of one search; a search that finds nothing makes all of them.
+#: Most tries of one search.
 MAX_TRIES: Final = 12
 
-#: Where in the window a try aims: its middle, as logarithms go.
+#: The share of the budget at which a try aims: the middle of the window on a logarithmic scale.
 _AIM: Final = math.sqrt(LEAST_SHARE)
-#: Costs below this share of the budget, negative ones among them, say only that they are low.
+#: Costs below this share of the aim, negative ones included, are all taken as this share.
 _LEAST_KNOWN: Final = 2.0**-16
-#: Octaves that one try may go beyond those before it.
+#: How many octaves one try may go beyond those before it.
 _MOST_OCTAVES: Final = 6.0
-#: Powers of the strength as which a cost is taken to grow beyond what was tried.
+#: Beyond what was tried a cost is taken to grow as a power of the strength within these limits.
 _LEAST_POWER, _MOST_POWER = 0.5, 4.0
-#: Multipliers nearer to each other than this, in octaves, have no other between them: a curve that
-#: still leaps over the window there has a jump.
+#: Between multipliers nearer to each other than this, in octaves, nothing is tried: a curve that
+#: crosses the whole window there has a jump.
 _JUMP: Final = 2.0**-10
-#: Without a crossing, gaps wider than this many octaves are looked into.
+#: If the curve crosses the budget nowhere, gaps wider than this many octaves are looked into.
 _WIDEST_GAP: Final = 2.0
 
 
 class BudgetSearch:
-    """Look for the largest multiplier whose cost is within a budget.
+    """A search for the largest multiplier whose cost meets a budget.
 
-    Costs on both sides of the budget at two multipliers bracket a third, if the curve has no jump.
-    Of several brackets that of the largest multipliers is followed, since curves may fall again.
+    Two multipliers with costs on both sides of the budget bracket one that meets it, unless the
+    curve has a jump. If there are several brackets, the one of the largest multipliers is followed,
+    since curves may fall again.
 
     Args:
-        budget: above 0; met by costs in [0.9 budget, budget].
-        power: of the multiplier, as which small costs grow: 2 for KL.
-        lowest: multiplier to try at least.
-        highest: multiplier to try at most.
+        budget: above 0; a cost in [0.9 budget, budget] meets it.
+        power: small costs grow as this power of the multiplier: 2 for KL.
+        lowest: the least multiplier to try.
+        highest: the largest multiplier to try.
     """
 
     def __init__(
@@ -60,17 +61,18 @@ class BudgetSearch:
         self._low, self._high = math.log2(lowest), math.log2(highest)
         #: (log2 of the multiplier, log2 of cost / aim, multiplier, cost), ascending
         self._tried: list[tuple[float, float, float, float]] = []
-        #: Of the brackets looked into, and how many of them were no half of the one before.
+        #: Widths of the brackets looked into, in octaves.
         self._widths: list[float] = []
+        #: How many of them were wider than half of the one before, since the last bisection.
         self._slow = 0
 
     @property
     def found(self) -> float | None:
-        """The largest multiplier so far that meets the budget."""
+        """The largest multiplier so far that meets the budget; None if none does."""
         return next((m for _, _, m, cost in reversed(self._tried) if self._meets(cost)), None)
 
     def put(self, multiplier: float, cost: float) -> None:
-        """What a multiplier costs; NaN counts as too much."""
+        """Take note of what a multiplier costs; NaN counts as too much."""
         share = cost / (self.budget * _AIM)
         y = (
             math.log2(max(share, _LEAST_KNOWN))
@@ -93,14 +95,14 @@ class BudgetSearch:
         return LEAST_SHARE * self.budget <= cost <= self.budget
 
     def _multiplier(self, x: float) -> float:
-        """2^x within the limits, in four digits unless these were tried: people read it."""
+        """2^x within the limits, rounded to four digits for readers unless that was tried."""
         exact = 2.0 ** min(max(x, self._low), self._high)
         short = float(f"{exact:.4g}")
         inside = 2.0**self._low <= short <= 2.0**self._high
         return short if inside and all(short != m for _, _, m, _ in self._tried) else exact
 
     def _bracket(self) -> tuple[int, int] | None:
-        """Neighbours among what was tried with the budget between them."""
+        """The indices of neighbouring tries whose costs lie on both sides of the aim."""
         for i in reversed(range(len(self._tried) - 1)):
             (x0, y0, *_), (x1, y1, *_) = self._tried[i], self._tried[i + 1]
             if (y0 < 0) != (y1 < 0) and x1 - x0 > _JUMP:
@@ -108,7 +110,7 @@ class BudgetSearch:
         return None
 
     def _within(self, left: int, right: int) -> float:
-        """Between two neighbours: where a curve through what was tried near them meets the aim."""
+        """Where a curve through the tries near two neighbours meets the aim between them."""
         (x0, y0, *_), (x1, y1, *_) = self._tried[left], self._tried[right]
         width = x1 - x0
         if self._widths and width > self._widths[-1] / 2:
@@ -123,8 +125,8 @@ class BudgetSearch:
     def _bend(self, left: int, right: int) -> float:
         """How far the curve between two neighbours lies above their line in its middle, times 4.
 
-        It is that of the parabola through a third of what was tried, or, if there is none, of one
-        that begins as a small cost grows.
+        The curve is the parabola through a third try. If there is none, it is the parabola that
+        begins at the left neighbour as small costs grow, or the line if that costs too much.
         """
         (x0, y0, *_), (x1, y1, *_) = self._tried[left], self._tried[right]
         width = x1 - x0
@@ -136,7 +138,7 @@ class BudgetSearch:
         return (y - y0 - (y1 - y0) * t) / (t * (1 - t))
 
     def _beyond(self) -> float | None:
-        """Outside of what was tried if the budget may lie there, else in its widest gap."""
+        """A point outside of the tries if the budget may lie there, else in their widest gap."""
         all_low = all(y < 0 for _, y, *_ in self._tried)
         edge = self._tried[-1] if all_low else self._tried[0]
         x, y = edge[0], edge[1]
@@ -152,7 +154,7 @@ class BudgetSearch:
         return (a + b) / 2
 
     def _slope(self, *, rising: bool) -> float:
-        """As which power of the multiplier the cost goes beyond what was tried, above or below."""
+        """The power of the multiplier as which the cost goes on above or below the tries."""
         if len(self._tried) < 2:
             return self._power
         (x0, y0, *_), (x1, y1, *_) = self._tried[-2:] if rising else self._tried[:2]
@@ -162,7 +164,7 @@ class BudgetSearch:
 
 
 def _root(y0: float, y1: float, bend: float) -> float:
-    """Where y0 + (y1 - y0) t + bend t (1 - t) is 0, for t in [0, 1] and y0, y1 of two signs."""
+    """The t in [0, 1] at which y0 + (y1 - y0) t + bend t (1 - t) is 0; y0 and y1 differ in sign."""
     if abs(bend) < 1e-9 * abs(y1 - y0):
         return y0 / (y0 - y1)
     # -bend t^2 + (y1 - y0 + bend) t + y0 has one root between, since the signs differ.

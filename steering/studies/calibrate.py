@@ -33,9 +33,9 @@ from steering.studies.texts import Texts
 
 Metric = Literal["kl", "nll"]
 DEFAULT_BUDGET: Final = 0.1
-#: As which power of the multiplier small costs grow.
+#: The power of the multiplier as which small costs grow.
 _POWER: Final[Mapping[str, float]] = {"kl": 2.0, "nll": 1.5}
-#: Operations whose value is multiplied; that of scale moves away from 1, the others have none.
+#: Operations whose value is multiplied. The value of scale moves away from 1; the others stay.
 _MULTIPLIED: Final = ("clamp", "add", "floor")
 
 
@@ -62,7 +62,8 @@ class Body(StudyBody):
     steering: SteeringValue = Field(description="The edit, as in a request.")
     budget: BudgetBody | None = Field(default=None, description="KL of 0.1 if left out.")
     texts: Texts | None = Field(
-        default=None, description="What it is measured on; left out, a text of the project's."
+        default=None,
+        description="The texts to measure on; left out, a text that ships with the project.",
     )
 
 
@@ -88,12 +89,12 @@ class Answer(BaseModel):
 
 @dataclass(frozen=True)
 class Cost:
-    """What an edit costs, means over all scored positions of all texts.
+    """What an edit costs, in means over all scored positions of all texts.
 
     Attributes:
-        kl: KL(unsteered || steered).
-        nll: by how much the mean negative log-likelihood rises.
-        mean_share: see `mean_share`.
+        kl: KL(unsteered || steered), in nats.
+        nll: the rise of the negative log-likelihood, in nats.
+        mean_share: see the function `mean_share`.
     """
 
     kl: float
@@ -102,10 +103,11 @@ class Cost:
 
 
 async def calibrate(context: Context, asked: Body) -> dict[str, Any]:
-    """POST /v1/steering/calibrate.
+    """Answer POST /v1/steering/calibrate.
 
     Raises:
         BudgetNotMetError: with the curve, if no multiplier that was tried meets the budget.
+        SteeringError: if the body cannot be answered, with the code and path of what is wrong.
     """
     accepted = await context.accept(asked.steering, "steering", report=True)
     lowest, highest = multipliers(accepted)
@@ -144,7 +146,11 @@ async def calibrate(context: Context, asked: Body) -> dict[str, Any]:
 
 
 def scaled(steering: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
-    """A valid `steering` object with its edits so many times as strong; ablate and cap stay."""
+    """A valid `steering` object with its edits ``multiplier`` times as strong.
+
+    Values of clamp, add and floor are multiplied by m, scale becomes 1 + m (v - 1), ablate and cap
+    stay.
+    """
     interventions = []
     for item in steering["interventions"]:
         if item["op"] in _MULTIPLIED:
@@ -158,7 +164,8 @@ def scaled(steering: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
 def multipliers(accepted: Accepted) -> tuple[float, float]:
     """The least and the largest multiplier of an edit that can be tried.
 
-    Values have limits. Where nothing of the edit changes with the multiplier there is only 1.
+    The largest one keeps all values within a request's limits. Both are 1 if the edit's values do
+    not change with the multiplier, as a clamp to 0.
 
     Raises:
         SteeringError: ``unsupported_op`` if it has only operations that no multiplier changes.
@@ -179,13 +186,14 @@ def multipliers(accepted: Accepted) -> tuple[float, float]:
         if size > 0:
             changes = True
             highest = min(highest, limit / size, FLOAT32_MAX / (abs(edit.effective_value) or 1))
-    if highest < HIGHEST:  # rounded, the limit itself could be beyond; the edit as it is never is
+    # Rounded, the limit itself could be exceeded; the edit as it stands never exceeds it.
+    if highest < HIGHEST:
         highest = max(highest * (1 - 1e-9), 1.0)
     return (LOWEST, highest) if changes else (1.0, 1.0)
 
 
 async def _cost(context: Context, baseline: Baseline, accepted: Accepted, held: Held) -> Cost:
-    """What an edit, with a report, costs; each text is a step of the study's progress."""
+    """What an edit with a report costs; each text is a step of the study's progress."""
     kl, rise, reports = [], [], []
     async with aclosing(baseline.compare(accepted, held)) as compared:
         async for _, figures in compared:
@@ -200,9 +208,13 @@ async def _cost(context: Context, baseline: Baseline, accepted: Accepted, held: 
 
 
 def mean_share(reports: Iterable[Report]) -> float | None:
-    """Mean share of the change over the edited tokens and hook points of several texts.
+    """The mean, over edited tokens and hook points, of the change's share of the stream's norm.
 
-    None if there is none, or if a stream left its dtype, so that its share is not known.
+    None if no token was edited, or if a stream left its dtype's range, so that its share is not
+    known.
+
+    Args:
+        reports: one of each text.
     """
     hooks = [hook for report in reports for hook in report.edited or ()]
     edited: int = sum(hook["tokens"] for hook in hooks)

@@ -1,4 +1,4 @@
-"""Edits that may make wanted completions likelier: found by contrast and by attribution."""
+"""Edits that may make wanted completions likelier, found by contrast and by attribution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from steering.studies.reading import Pooled, mean_where_it_fires, pooled
 from steering.studies.study import Context
 from steering.vllm.reader import Text
 
-#: Features whose ablation is tried: those that write most over the texts.
+#: How many features' ablation is tried: those that write most over the texts.
 NUM_ATTRIBUTED: Final = 16
 
 #: One intervention of a `steering` object.
@@ -33,9 +33,9 @@ class _Pull:
     """A feature, and whether more or less of it is wanted.
 
     Attributes:
-        feature: its index.
-        more: which of the two.
-        activation: what it has where it fires.
+        feature: index of the feature.
+        more: whether more of it is wanted; else less.
+        activation: its mean activation over the tokens where it fires.
     """
 
     feature: int
@@ -43,10 +43,10 @@ class _Pull:
     activation: float
 
     def intervention(self, sae: str) -> Intervention:
-        """The edit that pulls that way on every token, with a strength to be calibrated.
+        """The edit that adds or subtracts the activation on every token; its strength is searched.
 
-        One that changes the feature only where it fires would cost nothing on texts where it does
-        not, so that no budget would bound it.
+        An edit that changes the feature only where it fires would cost nothing on texts where it
+        never does, so no budget would bound it.
         """
         value = self.activation if self.more else -self.activation
         return {"sae": sae, "feature": self.feature, "op": "add", "value": value}
@@ -58,15 +58,16 @@ async def candidates(
     """Edits to try, the most promising first.
 
     Args:
-        context: the study's.
+        context: the study's context.
         sae: name of the SAE.
         half: the texts that the edit is fitted on.
-        paths: of its texts in the body.
-        number: of edits, at most.
-        attributed: features whose ablation is tried.
+        paths: the paths of these texts in the body, the positive ones' first.
+        number: how many edits, at most.
+        attributed: how many features' ablation is tried.
 
     Raises:
-        SteeringError: ``invalid_value`` for a text of which no token takes part.
+        SteeringError: ``invalid_value`` if no token of a text takes part; ``invalid_weights`` if
+            the SAE has weights that are not finite.
     """
     pool = Pool(sae, COMPLETION_TOKENS, "mean")
     context.progress.expect(2 * len(half.texts))
@@ -78,7 +79,7 @@ async def candidates(
         for more in (True, False)
     ]
     pulls.append(await _carrying(context, sae, half, attributed))
-    # From each list in turn, each feature once.
+    # The lists take turns; each feature comes once.
     found: dict[int, _Pull] = {}
     for pull in chain.from_iterable(zip_longest(*pulls)):
         if pull is not None:
@@ -89,7 +90,7 @@ async def candidates(
 def _parting(
     context: Context, sae: str, read: Contrasted, number: int, more: bool
 ) -> Iterator[_Pull]:
-    """Features that are larger in the texts of one side, by AUROC, then by what they write."""
+    """Features that are larger in the texts of one side, by AUROC, ties by what they write."""
     figures = read.figures
     written = figures.difference * _norms(context, sae)
     score = figures.auroc - 0.5 if more else 0.5 - figures.auroc
@@ -102,7 +103,7 @@ def _parting(
 
 
 async def _carrying(context: Context, sae: str, half: Half, number: int) -> list[_Pull]:
-    """Features on which the difference rests, by what their ablation does to it."""
+    """Features on which `log_odds` rest, by the size of what their ablation does to them."""
     entering = [Text(text.prompt, text.completion[:-1]) for text in half.texts]
     pool = Pool(sae, EVERY_TOKEN, "max", scaled=True)
     read = await pooled(context.reader, context.catalog, entering, pool, done=context.progress.step)
@@ -114,7 +115,7 @@ async def _carrying(context: Context, sae: str, half: Half, number: int) -> list
     }
     return [
         _Pull(feature, effects[feature] > 0, float(activation[feature]))
-        for feature in sorted(effects, key=lambda one: (-abs(effects[one]), one))
+        for feature in sorted(effects, key=lambda i: (-abs(effects[i]), i))
         if activation[feature] > 0
     ]
 
@@ -124,8 +125,8 @@ def _ablations(
 ) -> dict[int, Accepted]:
     """The ablation of each of the features that write most."""
     total = np.zeros(read[0].d_sae)
-    for one in read:
-        total += one.dense(one.total)
+    for of_text in read:
+        total += of_text.dense(of_text.total)
     written = np.abs(total) * _norms(context, sae)
     written = np.where(written > 0, written, np.nan)
     found = {}

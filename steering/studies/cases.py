@@ -1,4 +1,4 @@
-"""The texts of an evaluation as its configurations have them, and the tokens that they need."""
+"""The texts of an evaluation as each configuration has them, and how many tokens they need."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from steering.studies.study import Context
 from steering.studies.texts import TextBody, within
 from steering.vllm.reader import Text
 
-#: Roles of messages in whose place a system message is put.
+#: Roles of messages that a configuration's system message replaces.
 _SYSTEM: Final = ("system", "developer")
-#: Unsteered texts are run again, to see what two runs differ by, up to such a part of all tokens.
+#: Unsteered texts are run again up to this share of all tokens, to see by how much two runs differ.
 _AGAIN: Final = 0.02
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One that is tried.
+    """One configuration of an evaluation: an edit, a system message, or neither (a control).
 
     Attributes:
-        name: the client's.
+        name: the client's name for it.
         accepted: the edit, with a report; None for a control and for a system message.
         system: the system message; None if there is none.
         alone: each of several edits by itself, if that was asked for.
@@ -39,19 +39,20 @@ class Configuration:
 
     @property
     def control(self) -> bool:
+        """Whether it changes nothing."""
         return self.accepted is None and self.system is None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One completion of a text, beside which configurations are compared with the model as it is.
+    """One completion of a text, on which configurations are compared with the model as it is.
 
     Attributes:
-        text: its place.
-        configurations: places of those that are compared: all of them on a completion that was
-            given, one on an answer of its own.
-        unsteered: prompt and completion without any.
-        prompts: of each configuration.
+        text: index of the text in the body.
+        configurations: indices of the configurations that are compared: all of them on a completion
+            that the body gives, only its own on an answer that a configuration gave.
+        unsteered: prompt and completion without any configuration.
+        prompts: the prompt of each of ``configurations``.
         again: whether the unsteered text is run twice.
     """
 
@@ -68,43 +69,51 @@ class Case:
 
 
 async def configurations_of(context: Context, body: Body) -> list[Configuration]:
+    """The configurations of a body, validated.
+
+    Raises:
+        SteeringError: ``invalid_value`` for an empty name or one that two have, and for both or
+            neither of `steering` and `system`; as `Context.accept` for an edit.
+    """
     made: list[Configuration] = []
-    for i, one in enumerate(body.configurations):
+    for i, item in enumerate(body.configurations):
         path = f"configurations[{i}]"
-        if not one.name or one.name in {other.name for other in made}:
-            fault = "is the name of an earlier one" if one.name else "is no name"
+        if not item.name or item.name in {other.name for other in made}:
+            fault = "is the name of an earlier configuration" if item.name else "is no name"
             raise SteeringError(
-                "invalid_value", f"{one.name[:80]!r} {fault}: names are distinct", f"{path}.name"
+                "invalid_value",
+                f"{item.name[:80]!r} {fault}: give each one a name of its own",
+                f"{path}.name",
             )
-        if (one.steering is None) == (one.system is None):
-            name = "steering" if one.system is None else "system"
+        if (item.steering is None) == (item.system is None):
+            name = "steering" if item.system is None else "system"
             raise SteeringError(
                 "invalid_value",
                 "a configuration needs either steering or system",
                 f"{path}.{name}",
             )
-        if one.steering is None:
-            made.append(Configuration(one.name, system=one.system))
+        if item.steering is None:
+            made.append(Configuration(item.name, system=item.system))
             continue
         path = f"{path}.steering"
-        accepted = await context.accept(one.steering, path, report=True, empty_allowed=True)
+        accepted = await context.accept(item.steering, path, report=True, empty_allowed=True)
         if not accepted.spec.edits:
-            made.append(Configuration(one.name))
+            made.append(Configuration(item.name))
             continue
         several = body.interactions and len(accepted.spec.edits) > 1
         alone = await _alone(context, accepted, path) if several else ()
-        made.append(Configuration(one.name, accepted, alone=alone))
+        made.append(Configuration(item.name, accepted, alone=alone))
     return made
 
 
 async def _alone(context: Context, accepted: Accepted, path: str) -> tuple[Accepted, ...]:
-    """Each edit by itself, beside what is protected of its own SAE."""
+    """Each edit by itself, with the protected features of its own SAE."""
     spec, made = accepted.spec, []
     for edit in spec.edits:
         protect = tuple(pair for pair in spec.protect if pair[0] == edit.sae)
-        one = replace(spec, edits=(edit,), protect=protect, report=False)
+        alone = replace(spec, edits=(edit,), protect=protect, report=False)
         try:
-            made.append(Accepted(one, await context.catalog.prepare(one)))
+            made.append(Accepted(alone, await context.catalog.prepare(alone)))
         except SteeringError as error:
             raise SteeringError(error.code, error.message, path) from None
     return tuple(made)
@@ -113,7 +122,20 @@ async def _alone(context: Context, accepted: Accepted, path: str) -> tuple[Accep
 async def cases_of(
     context: Context, body: Body, configurations: Sequence[Configuration], max_tokens: int
 ) -> list[Case]:
-    """Texts with completions as they are; the others without, one for each configuration."""
+    """A case for each text with a completion; for the others, one for each configuration.
+
+    The latter have no completion yet: the configuration answers the text first.
+
+    Args:
+        context: the study's context.
+        body: the body.
+        configurations: what `configurations_of` made of it.
+        max_tokens: how many tokens an answer may have.
+
+    Raises:
+        SteeringError: as `Context.tokens`; ``invalid_value`` for a text without a completion that
+            needs one, and for a system message beside a text that is no conversation.
+    """
     made = []
     every = tuple(range(len(configurations)))
     for i, text in enumerate(body.texts):
@@ -126,31 +148,33 @@ async def cases_of(
                 f"{path}.completion",
             )
         room = max_tokens if answered else 0
-        own = await context.tokens(text, path, room=room, answered=True)
+        unsteered = await context.tokens(text, path, room=room, answered=True)
         prompts = []
-        for j, one in enumerate(configurations):
-            prompt = own.prompt
-            if one.system is not None:
-                where = f"configurations[{j}].system"
-                prompt = await _with_system(context, text, one.system, room, path, where)
+        for j, configuration in enumerate(configurations):
+            prompt = unsteered.prompt
+            if configuration.system is not None:
+                system_path = f"configurations[{j}].system"
+                prompt = await _with_system(
+                    context, text, configuration.system, room, path, system_path
+                )
             prompts.append(prompt)
         if answered:
-            made += [Case(i, (j,), own, (prompts[j],)) for j in every]
+            made += [Case(i, (j,), unsteered, (prompts[j],)) for j in every]
         else:
-            made.append(Case(i, every, own, tuple(prompts)))
-    if any(one.control for one in configurations):
+            made.append(Case(i, every, unsteered, tuple(prompts)))
+    if any(configuration.control for configuration in configurations):
         return made
     return _again(made, len(configurations), max_tokens)
 
 
 async def _with_system(
-    context: Context, text: TextBody, system: str, room: int, path: str, where: str
+    context: Context, text: TextBody, system: str, room: int, path: str, system_path: str
 ) -> tuple[int, ...]:
-    """A text's prompt with another system message, or with one."""
+    """A text's prompt with this system message, which replaces its own if it has one."""
     if text.messages is None:
         raise SteeringError(
             "invalid_value",
-            f"a system message ({where}) needs a text of messages, this one has a prompt",
+            f"a system message ({system_path}) needs a text of messages, but this one has a prompt",
             within(path, "prompt"),
         )
     others = [message for message in text.messages if message.get("role") not in _SYSTEM]
@@ -159,11 +183,11 @@ async def _with_system(
         changed = text.model_copy(update={"messages": messages})
         return (await context.tokens(changed, path, room=room, answered=True)).prompt
     except SteeringError as error:
-        raise SteeringError(error.code, error.message, where) from None
+        raise SteeringError(error.code, error.message, system_path) from None
 
 
 def _again(cases: list[Case], num_configurations: int, max_tokens: int) -> list[Case]:
-    """The same, the shortest of them to be run twice: at least one."""
+    """The same cases, of which the shortest ones, at least one, are to be run twice."""
     lengths = [len(case.unsteered.prompt) + _completion(case, max_tokens) for case in cases]
     left = _AGAIN * sum(
         length * (len(case.configurations) + 1) for case, length in zip(cases, lengths, strict=True)
@@ -178,7 +202,7 @@ def _again(cases: list[Case], num_configurations: int, max_tokens: int) -> list[
 
 
 def _completion(case: Case, max_tokens: int) -> int:
-    """Tokens of its completion, or the most that an answer may have."""
+    """How many tokens its completion has, or an answer may have."""
     return len(case.unsteered.completion) or max_tokens
 
 
@@ -188,6 +212,7 @@ def charge(
     configurations: Sequence[Configuration],
     max_tokens: int,
 ) -> None:
+    """Reckon with the tokens of all runs. Raises SteeringError ``study_too_large`` for too many."""
     tokens = 0
     for case in cases:
         completion = _completion(case, max_tokens)

@@ -1,4 +1,4 @@
-"""What became of an SAE's features between two runs of a text, unsteered and steered."""
+"""How an SAE's features differ between two runs of a text, unsteered and steered."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from steering.request.spec import SteeringSpec
 from steering.studies.kept_runs import KeptRun
 from steering.studies.study import Reader
 
-#: Tokens that one call of the workers compares: served traffic waits behind it.
+#: Tokens that one call of the workers compares; served traffic waits for the call to end.
 MAX_CALL_TOKENS: Final = 2**10
 
 
 @dataclass(frozen=True)
 class Changes:
-    """One SAE's features, summed over the tokens that were compared.
+    """One SAE's features, in sums over the tokens that were compared.
 
     Attributes:
         sae: name of the SAE.
         edited: its features that were edited.
-        tokens: how many tokens there are.
+        tokens: how many tokens were compared.
         before: ``[d_sae]`` activations in the unsteered run.
-        after: ``[d_sae]`` activations in the steered one, behind the edits.
+        after: ``[d_sae]`` activations in the steered run, after the edits.
         newly_active: how often a feature that is not edited fires in the steered run alone.
-        silenced: how often one fires in the unsteered run alone.
+        silenced: how often such a feature fires in the unsteered run alone.
         others: squared norm of the change of the features that are not edited.
         asked: squared norm of the change that the edits of this SAE ask for, f' - f.
-        stream: squared norm of the stream's change; None if it is not read where it is written.
-        unexplained: of that less the decoded change of all features.
+        stream: squared norm of the stream's change; None if the SAE writes elsewhere than it reads.
+        unexplained: squared norm of the stream's change less the decoded change of all features;
+            None as ``stream`` is.
     """
 
     sae: str
@@ -52,11 +53,15 @@ class Changes:
 
     @classmethod
     def none(cls, sae: str, edited: tuple[int, ...], d_sae: int) -> Changes:
-        """Of no token."""
+        """The changes over no token."""
         return cls(sae, edited, 0, np.zeros(d_sae), np.zeros(d_sae))
 
     def plus(self, figures: Mapping[str, Any]) -> Changes:
-        """With what `steering.worker.changes.compare` found of further tokens."""
+        """The changes over these tokens and others.
+
+        Args:
+            figures: what `steering.worker.changes.compare` found for the others.
+        """
         latents = np.frombuffer(figures["latents"], np.int32)
 
         def dense(name: str) -> DoubleArray:
@@ -79,7 +84,7 @@ class Changes:
         )
 
     def __add__(self, other: Changes) -> Changes:
-        """Of the tokens of both."""
+        """The changes over the tokens of both, for the same SAE and edits."""
         return Changes(
             self.sae,
             self.edited,
@@ -97,9 +102,13 @@ class Changes:
     def to_json(self, top_k: int, label: Callable[[int], str | None]) -> dict[str, Any]:
         """An entry of an evaluation's ``features``; figures that are not defined are null.
 
+        ``leak`` is the norm of the others' change over that of the change asked for, and
+        ``explained`` is 1 - |stream's change - decoded change|^2 / |stream's change|^2, both over
+        all tokens together.
+
         Args:
-            top_k: most features of ``moved``, which has only such as moved.
-            label: of a feature.
+            top_k: how many features ``moved`` may have; only features that moved are in it.
+            label: tells the label of a feature.
         """
         n = max(self.tokens, 1)
         before, after = self.before / n, self.after / n
@@ -125,7 +134,7 @@ class Changes:
         }
 
     def _moved(self, top_k: int) -> list[int]:
-        """The features that are not edited by the size of their change, ties by lower index."""
+        """The features that changed and are not edited, by size of the change, then by index."""
         size = np.abs(self.after - self.before)
         size[list(self.edited)] = 0
         best = np.argsort(-size, kind="stable")[:top_k]
@@ -142,7 +151,7 @@ class Changes:
 
 
 def covered_by(spec: SteeringSpec | None) -> Tokens:
-    """The tokens that some edit covers; the completion's if there is no edit."""
+    """The tokens that some edit covers; those of the completion if there is no edit."""
     if spec is None or not spec.edits:
         return COMPLETION_TOKENS
     return tuple(dict.fromkeys(edit.positions for edit in spec.edits))
@@ -151,14 +160,18 @@ def covered_by(spec: SteeringSpec | None) -> Tokens:
 async def compared_features(
     reader: Reader, catalog: Catalog, unsteered: KeptRun, run: KeptRun, forget: Sequence[str]
 ) -> tuple[Changes, ...]:
-    """The changes at each SAE whose stream was kept of two runs of a text, on one engine.
+    """The changes between two runs of a text on one engine, at each SAE whose stream was kept.
 
     Args:
         reader: asks the workers.
         catalog: the SAEs.
-        unsteered: with its stream at these SAEs, on all tokens that the other is compared on.
-        run: the steered one.
-        forget: keys that the workers then forget.
+        unsteered: the unsteered run; its stream was kept at these SAEs, for all tokens on which the
+            other run is compared.
+        run: the steered run.
+        forget: keys that the workers forget after the comparison.
+
+    Raises:
+        RuntimeError: if the workers lack the stream of some token.
     """
     spec = None if run.accepted is None else run.accepted.spec
     index = [catalog.index[name] for name in run.saes]
@@ -178,7 +191,7 @@ async def compared_features(
         for i, of_stages in enumerate(zip(*(a for a in answers if a is not None), strict=True)):
             figures = next((figures for figures in of_stages if figures is not None), None)
             if figures is None or figures["unmatched"]:
-                raise RuntimeError("some tokens of a text have no stream: nobody computed them")
+                raise RuntimeError("the workers lack the stream of some tokens of a text")
             found[i] = found[i].plus(figures)
     return tuple(found)
 
@@ -193,6 +206,6 @@ def _sum(a: float | None, b: float | None) -> float | None:
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    """None where it is not defined: nothing changed, or a square left its dtype."""
+    """None if the ratio is not defined: nothing changed, or a square left its dtype's range."""
     ratio = part / whole if 0 < whole < math.inf else math.nan
     return ratio if math.isfinite(ratio) else None

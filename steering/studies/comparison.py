@@ -1,4 +1,4 @@
-"""What is compared with what: texts, their runs, and which of them are done."""
+"""What is compared with what: texts, the runs that they need, and which of those are done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steering.studies.changes import covered_by
 from steering.studies.kept_runs import KeptRun
 from steering.vllm.reader import Text
 
-#: Most steered sides, or texts, that one call of the workers is about.
+#: The most steered sides, or texts, that one call of the workers is about.
 MAX_CALL_SIDES: Final = 128
 
 
@@ -22,11 +22,11 @@ class Side:
 
     Attributes:
         prompt: token ids.
-        completion: token ids, which are generation to edits. They are what is scored; if there are
-            none, every token after the first is.
+        completion: token ids, which count as generated for edits. They are what is scored; if there
+            are none, every token after the first is.
         accepted: how it is steered; None, or without edits, for the model as it is.
-        saes: where its features are compared with the unsteered run's as well, over the tokens that
-            some edit covers (those of the completion if there is no edit).
+        saes: the SAEs whose features are compared with the unsteered run's as well, over the tokens
+            in ``covered``.
     """
 
     prompt: tuple[int, ...]
@@ -36,7 +36,7 @@ class Side:
 
     @property
     def covered(self) -> Tokens:
-        """The tokens over which features are compared."""
+        """The tokens over which features are compared; see `covered_by`."""
         return covered_by(None if self.accepted is None else self.accepted.spec)
 
     @property
@@ -50,10 +50,11 @@ class Comparison:
     """Steered sides beside one unsteered text.
 
     Attributes:
-        unsteered: as a rule without edits; whatever it is, it is the left side of `Figures.kl`.
-        steered: each with the ids that it watches. All have the same scored tokens, but prompts may
-            differ.
-        after_last: only the distribution after the text's last token, which then enters the model.
+        unsteered: the side that `Figures.kl` has on its left, as a rule without edits.
+        steered: the other sides, each with the token ids that it watches. All have the same scored
+            tokens, but their prompts may differ.
+        after_last: whether only the distribution after the text's last token is compared; that
+            token then enters the model.
     """
 
     unsteered: Side
@@ -65,13 +66,20 @@ class Pending:
     """One comparison under way.
 
     Attributes:
-        place: among the others.
-        unsteered: the run beside which the others are compared.
-        runs: what is to run: the unsteered one first, unless it has, then the steered ones.
-        stays: whether the unsteered run is still needed when all are compared.
-        targets: the actual tokens, or none.
-        expected: runs of the group under way that are not done.
-        left: steered sides that are not compared yet.
+        place: index of the comparison among those made together.
+        unsteered: the run with which the others are compared.
+        runs: the runs to make: the unsteered one, unless it has run before, then the steered ones.
+        stays: whether the unsteered run is still needed when all sides are compared.
+        targets: the actual tokens of the scored positions, or none.
+        expected: how many runs of the group under way are not done yet.
+        left: how many steered sides are not compared yet.
+
+    Args:
+        place: see above.
+        comparison: what to compare.
+        engine: which of the reader's engines runs it.
+        known: the unsteered run, if it has run before.
+        stays: see above.
     """
 
     def __init__(
@@ -85,14 +93,14 @@ class Pending:
     ) -> None:
         unsteered, after_last = comparison.unsteered, comparison.after_last
         for side, _ in comparison.steered:
-            assert after_last or side.scored == unsteered.scored, "other tokens than the unsteered"
+            assert after_last or side.scored == unsteered.scored, "the sides score other tokens"
         steered = [
             kept_run(side, engine, after_last, side.saes, side.covered)
             for side, _ in comparison.steered
         ]
         self.place = place
         if known is None:
-            # What any of them is compared on, so that nothing is missing.
+            # All SAEs and tokens on which some side is compared, so that no stream is missing.
             read = [side for side, _ in comparison.steered if side.saes]
             saes = tuple(dict.fromkeys(sae for side in read for sae in side.saes))
             tokens = tuple(dict.fromkeys(window for side in read for window in side.covered))
@@ -110,15 +118,15 @@ class Pending:
         self._waiting: list[KeptRun] = []
 
     def side(self, run: KeptRun) -> int:
-        """Which of the steered sides a run is."""
+        """The index of a run among the steered sides."""
         return self._place_of[run.key]
 
     def watched(self, run: KeptRun) -> list[int]:
-        """The ids that a steered run watches."""
+        """The token ids that a steered run watches."""
         return self._watched[self.side(run)]
 
     def take(self, run: KeptRun) -> None:
-        """A run is done."""
+        """Take note that a run is done."""
         self.expected -= 1
         if run is self.unsteered:
             self._known = True
@@ -126,7 +134,7 @@ class Pending:
             self._waiting.append(run)
 
     def ready(self) -> list[KeptRun]:
-        """Steered runs to compare now: many, or all of the group under way."""
+        """The steered runs to compare now: a full call's, or the last of the group under way."""
         if not self._known or (self.expected and len(self._waiting) < MAX_CALL_SIDES):
             return []
         batch = self._waiting[:MAX_CALL_SIDES]
@@ -148,8 +156,8 @@ def kept_run(
         side: the text, and how it is steered.
         engine: which of the reader's engines runs it.
         after_last: whether only what follows its last token is asked for.
-        saes: where the stream is kept as well.
-        tokens: of which tokens.
+        saes: the SAEs where the stream is kept as well.
+        tokens: the tokens whose stream is kept.
     """
     length = len(side.prompt) + len(side.completion)
     if after_last:

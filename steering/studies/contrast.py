@@ -37,7 +37,7 @@ By = Literal["auroc", "difference", "d"]
 DEFAULT_TOP_K: Final = 20
 MAX_TOP_K: Final = 1000
 _TOKENS: Final = {"completion": COMPLETION_TOKENS, "prompt": PROMPT_TOKENS, "all": EVERY_TOKEN}
-#: A score above it is of the positive texts, one below it of the negative ones.
+#: Features with a score above this are the positive texts', those below it the negative ones'.
 _NEUTRAL: Final[dict[str, float]] = {"auroc": 0.5, "difference": 0.0, "d": 0.0}
 
 _Density = Annotated[list[Annotated[Number, Field(ge=0, le=1)]], Strict(), Field(max_length=2)]
@@ -56,13 +56,13 @@ class Body(StudyBody):
         "the prompts'.",
     )
     pool: Pooling | None = Field(
-        default=None, description="What a text's value is of its tokens' (default mean)."
+        default=None, description="How the values of tokens become a text's (default mean)."
     )
     by: By | None = Field(default=None, description="The figure that ranks (default auroc).")
     density: _Density | None = Field(
         default=None,
-        description="[low, high]: only features that fire on such a part of tokens, as recorded; "
-        "of those where nothing is recorded, on such a part of the given texts'.",
+        description="[low, high]: only features that fire on such a share of tokens, as recorded; "
+        "if nothing is recorded, on such a share of the given texts' tokens.",
     )
     top_k: Annotated[StrictInt, Field(ge=1, le=MAX_TOP_K)] | None = Field(
         default=None, description=f"Features of each side (default {DEFAULT_TOP_K})."
@@ -79,9 +79,7 @@ class ContrastFeature(BaseModel):
         description="Probability that a positive text has the larger value, ties counted half."
     )
     difference: float = Field(description="mean_positive less mean_negative.")
-    d: float | None = Field(
-        description="Cohen's d, null where a side has one text or neither varies."
-    )
+    d: float | None = Field(description="Cohen's d; null if a side has one text or neither varies.")
     mean_positive: float
     mean_negative: float
     suggested_value: float | None = Field(
@@ -104,8 +102,8 @@ class Contrasted:
 
     Attributes:
         figures: how each feature differs.
-        positive: what was read of each positive text.
-        negative: the same of the negative ones.
+        positive: what was read in each positive text.
+        negative: what was read in each negative text.
     """
 
     figures: Figures
@@ -114,7 +112,11 @@ class Contrasted:
 
 
 async def contrast(context: Context, sae: str, asked: Body) -> dict[str, Any]:
-    """POST /v1/saes/{sae}/contrast."""
+    """Answer POST /v1/saes/{sae}/contrast.
+
+    Raises:
+        SteeringError: if the body cannot be answered, with the code and path of what is wrong.
+    """
     bounds = _bounds(asked.density)
     texts = {name: getattr(asked, name) for name in ("positive", "negative")}
     over = asked.over or _default_over([*asked.positive, *asked.negative])
@@ -142,19 +144,20 @@ async def contrasted(
     """Read two sets of texts and compare every feature's pooled activations.
 
     Args:
-        context: a study's.
-        pool: the SAE, the tokens that take part, and how a text's become one value.
-        positive: of the first set, at least one.
-        negative: of the second, at least one.
-        paths: of all of them in the body, the first set's first.
+        context: the study's context.
+        pool: the SAE, the tokens that take part, and how a text's values become one.
+        positive: the texts of the first set, at least one.
+        negative: the texts of the second set, at least one.
+        paths: the paths of all texts in the body, those of the first set first.
         done: called for each text that is read.
 
     Raises:
-        SteeringError: ``invalid_value`` for a text of which no token takes part.
+        SteeringError: ``invalid_value`` if no token of a text takes part; ``invalid_weights`` if
+            the SAE has weights that are not finite.
     """
     read = await pooled(context.reader, context.catalog, [*positive, *negative], pool, done=done)
-    for path, one in zip(paths, read, strict=True):
-        if one.tokens == 0:
+    for path, of_text in zip(paths, read, strict=True):
+        if of_text.tokens == 0:
             raise _no_token(path)
     first, second = read[: len(positive)], read[len(positive) :]
     figures = await asyncio.to_thread(lambda: compared(_values(first), _values(second)))
@@ -176,16 +179,17 @@ def _default_over(texts: Sequence[TextBody]) -> Over:
 async def texts_to_read(
     context: Context, name: str, texts: Sequence[TextBody], over: Over
 ) -> list[Text]:
-    """The tokens of a list of texts of which some take part.
+    """The tokens of a list of texts, in each of which some token takes part.
 
     Args:
-        context: the study's.
-        name: of the list in the body.
+        context: the study's context.
+        name: name of the list in the body.
         texts: the list.
         over: which tokens take part.
 
     Raises:
-        SteeringError: as `Context.tokens`; ``invalid_value`` where no token takes part.
+        SteeringError: as `Context.tokens`; ``invalid_value`` if no token of a text takes part, or
+            if a completion is needed and missing.
     """
     found = []
     for i, text in enumerate(texts):
@@ -205,7 +209,7 @@ async def texts_to_read(
 
 
 def _takes_part(context: Context, text: Text, over: Over) -> bool:
-    """Whether some token may; only the engine knows which ones are sinks."""
+    """Whether some token may take part; only the engine knows which ones are sinks."""
     special = set(context.catalog.special_token_ids or ())
     ids = [*text.prompt, *text.completion]
     start = len(text.prompt) if over == "completion" else 0
@@ -224,7 +228,7 @@ def _bounds(density: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def _values(read: Sequence[Pooled]) -> FloatArray:
-    return np.stack([one.dense(one.pooled).astype(np.float32) for one in read])
+    return np.stack([of_text.dense(of_text.pooled).astype(np.float32) for of_text in read])
 
 
 def _answer(
@@ -250,7 +254,7 @@ def _answer(
 
 
 def _score(figures: Figures, by: By) -> DoubleArray:
-    """``[d_sae]``, NaN for a feature that has none, as d where the deviations are 0."""
+    """``[d_sae]`` scores, NaN for a feature that has none, as d if the deviations are 0."""
     score: DoubleArray = getattr(figures, by).copy()
     score[~np.isfinite(score)] = np.nan
     return score
@@ -259,15 +263,15 @@ def _score(figures: Figures, by: By) -> DoubleArray:
 def _excluded(
     found: Contrasted, table: FeatureTable, bounds: tuple[float, float] | None
 ) -> BoolArray:
-    """``[d_sae]`` which features are left out because of how often they fire."""
+    """``[d_sae]``: whether a feature is left out because of how often it fires."""
     d_sae = len(found.figures.auroc)
     if bounds is None:
         return np.zeros(d_sae, dtype=np.bool_)
     read = [*found.positive, *found.negative]
     density = np.zeros(d_sae, dtype=np.float64)
-    for one in read:
-        density[one.features] += one.count
-    density /= sum(one.tokens for one in read)
+    for of_text in read:
+        density[of_text.features] += of_text.count
+    density /= sum(of_text.tokens for of_text in read)
     for feature in range(d_sae):
         recorded = table.density(feature)
         if recorded is not None:

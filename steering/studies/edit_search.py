@@ -1,4 +1,4 @@
-"""Edits at the strength that a budget of KL allows, and the best of them by what it does."""
+"""The strength that a budget of KL allows an edit, and the best of several edits at theirs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from steering.studies.scoring import Scorer
 from steering.studies.study import Context
 from steering.vllm.reader import Text
 
-#: Strengths at which the KL of one edit is measured, at most.
+#: At how many strengths the KL of one edit is measured, at most.
 MAX_TRIES: Final = 6
-#: Strengths of one edit at which what it does is measured, at most.
+#: At how many of them the effect on the fitted texts is measured, at most.
 MAX_FITS: Final = 3
-#: Weaker than the budget allows: what may do as much.
+#: Shares of the strength that the budget allows: an edit so much weaker may do as much.
 WEAKER: Final = (0.5, 0.25)
 
 
@@ -35,9 +35,9 @@ class Priced:
     """An edit within the budget.
 
     Attributes:
-        steering: the edit.
-        kl: what it costs on the neutral texts.
-        odds: see `log_odds`, of the half that is fitted on.
+        steering: the edit, as a `steering` object.
+        kl: what it costs on the neutral texts, in nats.
+        odds: the `log_odds` of the half that is fitted on, steered by it.
     """
 
     steering: dict[str, Any]
@@ -45,6 +45,7 @@ class Priced:
     odds: float
 
     def to_json(self) -> dict[str, Any]:
+        """An entry of a suggestion's ``tried``."""
         return {"steering": self.steering, "kl": finite(self.kl), "fit": finite(self.odds)}
 
 
@@ -58,7 +59,7 @@ class _Pricing:
 
     @property
     def within(self) -> list[float]:
-        """Multipliers worth a look: that which meets the budget, or some of those below it."""
+        """Multipliers worth a look: the one that meets the budget, or else some that cost less."""
         if self.search.found is not None:
             return [self.search.found]
         low = sorted(m for m, cost in self.costs.items() if cost <= self.search.budget)
@@ -69,10 +70,10 @@ class EditSearch:
     """Tries edits at a budget.
 
     Args:
-        context: the study's.
+        context: the study's context.
         half: the texts that edits are fitted on.
-        neutral: the texts on which they cost something.
-        budget: KL, the most that they may cost.
+        neutral: the texts on which their cost is measured.
+        budget: the KL that they may cost at most, in nats.
     """
 
     def __init__(
@@ -86,25 +87,32 @@ class EditSearch:
     async def price(
         self, edits: Sequence[Sequence[Intervention]], max_tries: int = MAX_TRIES
     ) -> list[Priced | None]:
-        """Each edit at the budget: as strong as that allows, unless a weaker one does more.
+        """Each edit as strong as the budget allows.
+
+        If no strength that was tried meets the budget, the best of some that cost less is taken.
 
         Args:
-            edits: each one's interventions, whose strength is looked for.
-            max_tries: strengths at which the KL of each is measured.
+            edits: the interventions of each edit, whose strength is searched.
+            max_tries: at how many strengths the KL of each is measured, at most.
 
         Returns:
-            None for an edit that cannot be made, or is beyond the budget at each strength tried.
+            One for each edit, in order; None for an edit that cannot be made, or that was beyond
+            the budget at every strength tried.
         """
-        pricings = await asyncio.to_thread(lambda: [self._pricing(one) for one in edits])
+        pricings = await asyncio.to_thread(lambda: [self._pricing(edit) for edit in edits])
         for _ in range(max_tries):
-            asked = [(one, one.search.next()) for one in pricings if one is not None]
-            tries = [(one, multiplier) for one, multiplier in asked if multiplier is not None]
+            asked = [
+                (pricing, pricing.search.next()) for pricing in pricings if pricing is not None
+            ]
+            tries = [
+                (pricing, multiplier) for pricing, multiplier in asked if multiplier is not None
+            ]
             if not tries:
                 break
-            costs = await self._costs([scaled(one.steering, m) for one, m in tries])
-            for (one, multiplier), cost in zip(tries, costs, strict=True):
-                one.costs[multiplier] = cost
-                one.search.put(multiplier, cost)
+            costs = await self._costs([scaled(pricing.steering, m) for pricing, m in tries])
+            for (pricing, multiplier), cost in zip(tries, costs, strict=True):
+                pricing.costs[multiplier] = cost
+                pricing.search.put(multiplier, cost)
         return await self._best(pricings)
 
     async def weaker(self, priced: Priced) -> Priced:
@@ -115,15 +123,15 @@ class EditSearch:
             self._context, self._half, await asyncio.to_thread(self._accepted, steerings)
         )
         found = [Priced(*each) for each in zip(steerings, costs, odds, strict=True)]
-        affordable = [priced, *(one for one in found if one.kl <= self._budget)]
-        return max(affordable, key=lambda one: one.odds)
+        affordable = [priced, *(each for each in found if each.kl <= self._budget)]
+        return max(affordable, key=lambda each: each.odds)
 
     def _pricing(self, interventions: Sequence[Intervention]) -> _Pricing | None:
-        steering = {"interventions": [dict(one) for one in interventions]}
+        steering = {"interventions": [dict(item) for item in interventions]}
         try:
             lowest, highest = multipliers(accept(steering, self._context.catalog))
         except SteeringError:
-            return None  # its weights are not finite, or its value is beyond a request's limits
+            return None  # the weights are not finite, or a value is beyond a request's limits
         search = BudgetSearch(self._budget, lowest=lowest, highest=highest)
         return _Pricing(steering, search, {})
 
@@ -150,18 +158,18 @@ class EditSearch:
         return [accept(steering, self._context.catalog) for steering in steerings]
 
     async def _best(self, pricings: Sequence[_Pricing | None]) -> list[Priced | None]:
-        """Of each edit the strength within the budget that does most."""
+        """Each edit at the strength within the budget that does most."""
         strengths = [
-            (place, multiplier, scaled(one.steering, multiplier), one.costs[multiplier])
-            for place, one in enumerate(pricings)
-            if one is not None
-            for multiplier in one.within
+            (place, multiplier, scaled(pricing.steering, multiplier), pricing.costs[multiplier])
+            for place, pricing in enumerate(pricings)
+            if pricing is not None
+            for multiplier in pricing.within
         ]
         accepted = await asyncio.to_thread(self._accepted, [s for _, _, s, _ in strengths])
         odds = await log_odds(self._context, self._half, accepted) if strengths else []
         best: list[Priced | None] = [None] * len(pricings)
-        for (place, _, steering, kl), one in zip(strengths, odds, strict=True):
+        for (place, _, steering, kl), log_odds_of_it in zip(strengths, odds, strict=True):
             known = best[place]
-            if np.isfinite(one) and (known is None or one > known.odds):
-                best[place] = Priced(steering, kl, one)
+            if np.isfinite(log_odds_of_it) and (known is None or log_odds_of_it > known.odds):
+                best[place] = Priced(steering, kl, log_odds_of_it)
         return best

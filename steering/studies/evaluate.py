@@ -21,15 +21,22 @@ from steering.vllm.reader import Run, Text
 
 
 async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
-    """POST /v1/steering/evaluate."""
+    """Answer POST /v1/steering/evaluate.
+
+    Raises:
+        SteeringError: if the body cannot be answered, with the code and path of what is wrong.
+    """
     configurations = await configurations_of(context, asked)
     saes = await _saes(context, asked)
     max_tokens = asked.max_tokens or DEFAULT_MAX_TOKENS
     cases = await cases_of(context, asked, configurations, max_tokens)
     charge(context, cases, configurations, max_tokens)
     found = [
-        Evaluated(one.name, alone=[] if asked.interactions and one.system is None else None)
-        for one in configurations
+        Evaluated(
+            configuration.name,
+            alone=[] if asked.interactions and configuration.system is None else None,
+        )
+        for configuration in configurations
     ]
     _expect(context, cases, configurations)
     cases = await _answered(context, cases, configurations, max_tokens, found)
@@ -40,24 +47,24 @@ async def evaluate(context: Context, asked: Body) -> dict[str, Any]:
         "object": "steering.evaluation",
         "noise": {"kl": noise},
         "configurations": [
-            one.to_json(
+            evaluated.to_json(
                 len(asked.texts),
-                _features(context, one, saes),
+                _features(context, evaluated, saes),
                 lambda name: context.catalog.card(name).writes,
                 decode,
             )
-            for one in found
+            for evaluated in found
         ],
     }
 
 
 async def _saes(context: Context, body: Body) -> list[tuple[str, int]]:
-    """Names of the SAEs at which texts are read, and how many features of each are told."""
+    """The names of the SAEs at which texts are read, and how many features of each are wanted."""
     found = []
-    for i, one in enumerate(body.features or ()):
-        name = context.sae(one.sae, f"features[{i}]")
+    for i, item in enumerate(body.features or ()):
+        name = context.sae(item.sae, f"features[{i}]")
         await context.catalog.prepare_whole(name, f"features[{i}].sae")
-        found.append((name, one.top_k or DEFAULT_TOP_K))
+        found.append((name, item.top_k or DEFAULT_TOP_K))
     return found
 
 
@@ -94,13 +101,13 @@ async def _answered(
             yield Run.of(Text(cases[i].prompts[0]), accepted, max_tokens=max_tokens)
 
     async with aclosing(context.reader.each(runs())) as finished:
-        async for number, one in finished:
+        async for number, finished_run in finished:
             i = places[number]
             case = made[i]
-            choice = one.output.outputs[0]
+            choice = finished_run.output.outputs[0]
             ids = tuple(choice.token_ids)
             made[i] = replace(case, unsteered=Text(case.unsteered.prompt, ids))
-            # What ended it is no part of its text.
+            # The token that ended the answer is no part of its text.
             shown = ids[:-1] if choice.finish_reason == "stop" else ids
             answers = found[case.configurations[0]].answers
             answers[case.text] = context.vocabulary.decode(shown)
@@ -115,23 +122,28 @@ async def _compare(
     saes: tuple[str, ...],
     found: Sequence[Evaluated],
 ) -> float | None:
-    """Fill in the figures and what became of features; mean KL of two unsteered runs."""
+    """Compare all cases and put the figures into ``found``.
+
+    Returns:
+        The mean KL of two unsteered runs.
+    """
     comparisons, roles = [], []
     for case in cases:
         sides: list[Side] = []
-        of_sides: list[tuple[int, int | None] | None] = []  # configuration and edit; None: again
+        # Configuration and edit (None: all of its edits) of each side; None: the unsteered text.
+        of_sides: list[tuple[int, int | None] | None] = []
         for j, text in zip(case.configurations, case.texts, strict=True):
-            one = configurations[j]
-            sides.append(Side(text.prompt, text.completion, one.accepted, saes))
+            configuration = configurations[j]
+            sides.append(Side(text.prompt, text.completion, configuration.accepted, saes))
             of_sides.append((j, None))
-            for edit, accepted in enumerate(one.alone):
+            for edit, accepted in enumerate(configuration.alone):
                 sides.append(Side(text.prompt, text.completion, accepted))
                 of_sides.append((j, edit))
-        own = Side(case.unsteered.prompt, case.unsteered.completion)
+        unsteered = Side(case.unsteered.prompt, case.unsteered.completion)
         if case.again:
-            sides.append(own)
+            sides.append(unsteered)
             of_sides.append(None)
-        comparisons.append(Comparison(own, [(side, ()) for side in sides]))
+        comparisons.append(Comparison(unsteered, [(side, ()) for side in sides]))
         roles.append(of_sides)
     noise = []
     scorer = Scorer(context.reader, context.catalog)

@@ -28,7 +28,7 @@ class ConfigurationBody(Shape):
         "`system`.",
     )
     system: StrictStr | None = Field(
-        default=None, description="A system message in the place of the text's own."
+        default=None, description="A system message that replaces the text's own."
     )
 
 
@@ -43,7 +43,7 @@ class FeaturesBody(Shape):
     )
 
 
-#: Entries of `features`: each is answered of every configuration.
+#: Entries of `features`; the answer has each of them for every configuration.
 MAX_FEATURES: Final = 64
 
 _Configurations = Annotated[
@@ -60,8 +60,8 @@ class Body(StudyBody):
     configurations: _Configurations = Field(description="Their names are distinct.")
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None,
-        description="Of an answer, which each configuration gives to a text without completion "
-        f"(default {DEFAULT_MAX_TOKENS}).",
+        description="Tokens of an answer, which each configuration gives to a text without "
+        f"completion (default {DEFAULT_MAX_TOKENS}).",
     )
     features: Annotated[list[FeaturesBody], Strict(), Field(max_length=MAX_FEATURES)] | None = (
         Field(

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, put together over texts, in the words of the contract."""
+"""The figures of an evaluation, put together over texts, as the answer has them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Mean(BaseModel):
 
 
 class NLL(BaseModel):
-    """Mean of -log p of the actual tokens."""
+    """Mean of -log p of the actual tokens, in nats."""
 
     unsteered: float | None
     steered: float | None
@@ -53,21 +53,29 @@ class FeatureChange(BaseModel):
 
 
 class MovedFeature(FeatureChange):
-    """One that no edit names."""
+    """A feature that no edit names."""
 
     label: str | None
 
 
 class FeatureChanges(BaseModel):
-    """What became of an SAE's features."""
+    """How an SAE's features differ between the unsteered and the steered texts."""
 
     sae: str
     edited: list[FeatureChange]
     moved: list[MovedFeature]
-    newly_active: float = Field(description="Of a token.")
-    silenced: float = Field(description="Of a token.")
-    leak: float | None
-    explained: float | None
+    newly_active: float = Field(
+        description="How many features that are not edited fire at a token only when steered."
+    )
+    silenced: float = Field(
+        description="How many features that are not edited fire at a token only when unsteered."
+    )
+    leak: float | None = Field(
+        description="Norm of the change of features not edited / norm of the change asked for."
+    )
+    explained: float | None = Field(
+        description="Share of the stream's squared change that the features' change decodes to."
+    )
 
 
 class Alone(BaseModel):
@@ -79,14 +87,16 @@ class Alone(BaseModel):
 
 
 class Interactions(BaseModel):
-    """Whether edits add up."""
+    """Whether edits add up: what each does alone, beside what all do together."""
 
     alone: list[Alone]
-    additivity: float | None
+    additivity: float | None = Field(
+        description="|rise of nll together - sum of rises alone| / sum of |rises alone|."
+    )
 
 
 class Token(BaseModel):
-    """A scored token; log-probabilities."""
+    """A scored token, its KL, and its log-probabilities, in nats."""
 
     id: int
     text: str
@@ -125,23 +135,23 @@ class Answer(BaseModel):
 
     object: str = "steering.evaluation"
     noise: dict[str, float | None] = Field(
-        description="kl of two unsteered runs against each other."
+        description="kl: mean KL of two unsteered runs of a text."
     )
     configurations: list[ConfigurationAnswer]
 
 
 @dataclass
 class Evaluated:
-    """What is found of one configuration, by text.
+    """What is found about one configuration, by the text's index.
 
     Attributes:
-        name: the client's.
-        alone: log-probabilities with each of several edits alone, by edit and text; None if there
-            are no interactions to tell.
-        figures: of its scored tokens.
-        ids: the scored tokens.
-        answers: the text of its own answer; none where the text has a completion.
-        changes: of each SAE asked for, over all texts.
+        name: the client's name for it.
+        alone: log-probabilities with each of several edits alone, by edit and text; None if
+            interactions are not wanted.
+        figures: the figures of each text's scored tokens.
+        ids: the scored tokens of each text.
+        answers: the configuration's own answer to each text that has no completion.
+        changes: the changes at each SAE asked for, by name, over all texts.
     """
 
     name: str
@@ -152,7 +162,14 @@ class Evaluated:
     changes: dict[str, Changes] = field(default_factory=dict)
 
     def put(self, text: int, edit: int | None, ids: tuple[int, ...], figures: Figures) -> None:
-        """Figures of one text: of all edits together, or of one alone."""
+        """Take the figures of one text.
+
+        Args:
+            text: index of the text.
+            edit: index of the edit that was made alone; None if all were made together.
+            ids: the scored tokens.
+            figures: what was found for them.
+        """
         if edit is None:
             self.figures[text], self.ids[text] = figures, ids
             return
@@ -162,10 +179,10 @@ class Evaluated:
         self.alone[edit][text] = figures.steered
 
     def add_changes(self, found: Iterable[Changes]) -> None:
-        """Of one more text, at each SAE."""
-        for one in found:
-            known = self.changes.get(one.sae)
-            self.changes[one.sae] = one if known is None else known + one
+        """Take the changes of one more text, at each SAE."""
+        for changes in found:
+            known = self.changes.get(changes.sae)
+            self.changes[changes.sae] = changes if known is None else known + changes
 
     def to_json(
         self,
@@ -177,15 +194,15 @@ class Evaluated:
         """An entry of ``configurations``.
 
         Args:
-            num_texts: how many there are.
-            features: of each SAE asked for.
+            num_texts: how many texts there are.
+            features: the entry of each SAE asked for; see `Changes.to_json`.
             writes: see `share_of`.
-            decode: the text of token ids, if details are wanted.
+            decode: turns token ids into text; None if details are not wanted.
         """
         figures = [self.figures[i] for i in range(num_texts)]
         kl = _all(figures, "kl")
         same = _all(figures, "top_unsteered") == _all(figures, "top_steered")
-        reports = [one.report for one in figures if one.report is not None]
+        reports = [of_text.report for of_text in figures if of_text.report is not None]
         edits = edits_of(reports)
         return {
             "name": self.name,
@@ -214,8 +231,8 @@ class Evaluated:
         else:
             places = range(len(figures))
             rises = [
-                float((unsteered - np.concatenate([one[i] for i in places])).mean())
-                for one in self.alone or ()
+                float((unsteered - np.concatenate([of_edit[i] for i in places])).mean())
+                for of_edit in self.alone or ()
             ]
         size = sum(map(abs, rises))
         return {
@@ -255,25 +272,25 @@ def share_of(
     A token that a condition held back is covered, and its share is 0.
 
     Args:
-        reports: of one spec on each text.
-        writes: the hook points where an SAE's edits are made.
+        reports: the reports of one spec, one of each text.
+        writes: tells the hook points where an SAE's edits are made.
     """
     covered = sum(_covered(report, writes) for report in reports)
     if not covered:
         return None
     hooks = [hook for report in reports for hook in report.edited or ()]
     if any(hook["mean_share"] is None or hook["max_share"] is None for hook in hooks):
-        return {"mean": None, "max": None}  # a stream that left its dtype
+        return {"mean": None, "max": None}  # a stream left its dtype's range
     total = sum(hook["tokens"] * hook["mean_share"] for hook in hooks)
     largest = max((hook["max_share"] for hook in hooks), default=0.0)
     return {"mean": finite(total / covered), "max": finite(largest)}
 
 
 def _covered(report: Report, writes: Callable[[str], Sequence[str]]) -> int:
-    """Tokens that edits cover, at all hook points together.
+    """How many tokens edits cover, in a sum over hook points.
 
-    A report counts the tokens that some edit of a hook point changes, and of each edit those that a
-    condition held back. Where windows of several edits overlap in part, tokens that all of them
+    A report counts the tokens that some edit changes at a hook point, and for each edit those that
+    a condition held back. If the windows of several edits overlap in part, tokens that all of them
     held back may be missed.
     """
     at_hook = {hook["hook"]: hook["tokens"] for hook in report.edited or ()}
@@ -299,7 +316,7 @@ def _joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             joined[name] = sum(entry[name] for entry in entries)
     edited = [entry for entry in entries if entry["tokens_edited"]]
     joined["mean_activation"] = joined["max_activation"] = None
-    # Of a stream that left its dtype they are not known.
+    # They are None if the stream left its dtype's range.
     if edited and all(entry["mean_activation"] is not None for entry in edited):
         total = sum(entry["tokens_edited"] * entry["mean_activation"] for entry in edited)
         joined["mean_activation"] = total / joined["tokens_edited"]
@@ -309,7 +326,7 @@ def _joined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _all(figures: Sequence[Figures], name: str) -> Any:
-    return np.concatenate([getattr(one, name) for one in figures])
+    return np.concatenate([getattr(of_text, name) for of_text in figures])
 
 
 def _mean(values: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""What a comparison of two runs of a text says of each scored position."""
+"""What a comparison of two runs of a text says about each scored position."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from steering.studies.changes import Changes
 
 @dataclass(frozen=True)
 class Figures:
-    """Of ``n`` scored positions: ``[n]`` and ``[n, w]`` float64, ids and ranks int64.
+    """The figures of ``n`` scored positions, of whole distributions and in nats.
+
+    All are float64 ``[n]``, but for token ids and ranks (int64) and what is said otherwise.
 
     Attributes:
-        kl: KL(unsteered || steered) of the distributions that predict each, in nats.
+        kl: KL(unsteered || steered) of the distributions that predict each position.
         reverse_kl: KL(steered || unsteered).
-        unsteered: log p of the actual token; nan where only what follows a text was asked for.
-        steered: the same of the steered side.
+        unsteered: log p of the actual token; NaN if only what follows a text was asked for.
+        steered: the same for the steered side.
         top_unsteered: the likeliest token.
-        top_steered: the same of the steered side.
-        confidence_unsteered: its log p.
-        confidence_steered: the same of the steered side.
-        watched_unsteered: log p of the watched ids.
-        watched_steered: the same of the steered side.
-        ranks_steered: how many tokens are strictly likelier than each watched one.
-        report: of the steered side's edits; None if it has none, or did not ask.
-        changes: of features, at each SAE that the steered side names.
+        top_steered: the same for the steered side.
+        confidence_unsteered: log p of the likeliest token.
+        confidence_steered: the same for the steered side.
+        watched_unsteered: ``[n, w]`` log p of the ``w`` watched tokens.
+        watched_steered: the same for the steered side.
+        ranks_steered: ``[n, w]`` how many tokens are strictly likelier than each watched one.
+        report: the report of the steered side's edits; None if it has none or did not ask.
+        changes: the changes of features, at each SAE that the steered side names.
     """
 
     kl: DoubleArray
@@ -54,7 +56,13 @@ class Figures:
         report: Report | None,
         changes: tuple[Changes, ...] = (),
     ) -> Figures:
-        """What `steering.worker.scored_texts.ScoredTexts.compare` says of consecutive rows."""
+        """The figures that `steering.worker.scored_texts.ScoredTexts.compare` sent.
+
+        Args:
+            parts: what it sent for consecutive rows.
+            report: see `report`.
+            changes: see `changes`.
+        """
         columns = {name: _unpacked(name, parts) for name in parts[0]}
         n = len(columns["kl"])
         for name in _WATCHED:
@@ -64,7 +72,7 @@ class Figures:
 
 _WATCHED: Final = ("watched_unsteered", "watched_steered", "ranks_steered")
 _INT64: Final = frozenset({"top_unsteered", "top_steered", "ranks_steered"})
-assert {*_WATCHED, *_INT64} <= {one.name for one in fields(Figures)}
+assert {*_WATCHED, *_INT64} <= {column.name for column in fields(Figures)}
 
 
 def _unpacked(name: str, parts: Sequence[dict[str, bytes]]) -> Any:

@@ -1,4 +1,4 @@
-"""What an edit does, from weights alone: nothing runs."""
+"""What an edit does, computed from weights alone: nothing runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from steering.request.spec import SteeringSpec
 from steering.studies.body import SteeringValue, StudyBody
 from steering.studies.study import Context
 
-#: Features shown that an edit moves and that no edit names.
+#: How many features are shown that an edit moves and no edit names.
 NUM_INTERFERERS: Final = 10
 
 
@@ -42,9 +42,12 @@ class ForecastEdit(BaseModel):
     )
     norm: float | None = Field(
         description="Norm of the change at a token: of W_dec, times the value's size for clamp, "
-        "add and floor, the recorded maximum for ablate and cap, abs(v - 1) times it for scale."
+        "add and floor, times the recorded maximum for ablate and cap, times both abs(v - 1) and "
+        "that maximum for scale; null if no maximum is recorded."
     )
-    share: float | None = Field(description="norm / the median norm of the stream, where known.")
+    share: float | None = Field(
+        description="norm / the median norm of the stream; null if either is not known."
+    )
     interferers: list[tuple[int, float, str | None]] = Field(
         description="Features that no edit names, whose pre-activations a unit of this edit moves "
         "most: [feature, change, label], by size."
@@ -56,7 +59,10 @@ class ForecastGains(BaseModel):
 
     sae: str
     features: list[int]
-    G: list[list[float]] | None = Field(description="G[i][j] = W_enc[i] . W_dec[j].")
+    G: list[list[float]] | None = Field(
+        description="G[i][j] = W_enc[i] . W_dec[j]; null if the SAE reads another width than it "
+        "writes."
+    )
 
 
 class Answer(BaseModel):
@@ -69,7 +75,11 @@ class Answer(BaseModel):
 
 
 async def forecast(context: Context, asked: Body) -> dict[str, Any]:
-    """POST /v1/steering/forecast."""
+    """Answer POST /v1/steering/forecast.
+
+    Raises:
+        SteeringError: if the body cannot be answered, with the code and path of what is wrong.
+    """
     spec = (await context.accept(asked.steering, "steering")).spec
     context.progress.expect(len(spec.saes))
     edits: dict[int, dict[str, Any]] = {}
@@ -88,7 +98,7 @@ async def forecast(context: Context, asked: Body) -> dict[str, Any]:
 def _of_sae(
     catalog: Catalog, spec: SteeringSpec, name: str
 ) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
-    """What the edits of one SAE do, by their place in the request, and how they move each other."""
+    """The forecasts of one SAE's edits, by index in the request, and how they move each other."""
     sae = catalog.sae(name)
     features = list(dict.fromkeys(edit.feature for edit in spec.edits if edit.sae == name))
     protected = [
@@ -121,7 +131,7 @@ def _of_sae(
 
 
 def _norm_in_all(sae: SAE, feature: int) -> Tensor:
-    """``[]`` of what one unit adds to the stream at all places of writing together."""
+    """``[]`` float64: the norm of what one unit adds at all places of writing together."""
     scale = sae.rows([feature]).decoder_scale[0]
     norm: Tensor = (sae.decoder_rows(feature, feature + 1)[0] * scale).double().norm()
     return norm
@@ -134,7 +144,7 @@ def _moved(catalog: Catalog, name: str, written: Tensor, edited: Sequence[int]) 
 
 
 def _norm(catalog: Catalog, edit: Edit, norm: float) -> float | None:
-    """The norm of what the edit adds at a token, of which one unit has this norm."""
+    """The norm of what the edit adds at a token, if one unit adds ``norm``; None if not known."""
     if edit.op in ("clamp", "add", "floor"):
         return norm * abs(edit.effective_value)
     maximum = catalog.features(edit.sae).max_activation(edit.feature)

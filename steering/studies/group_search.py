@@ -1,7 +1,7 @@
-"""Which few of many candidates matter, told by the effects of groups: halves of what moves.
+"""A search for the few of many candidates that matter, by the effects of ever smaller groups.
 
-Effects are taken to add up, so that what one half of a group does tells what the other does. Only
-what a candidate does alone is an answer.
+Effects are assumed to add up, so that the effect of one half of a group tells that of the other.
+Only an effect that was measured on a candidate alone is an answer.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-#: Groups are followed until nothing is left that could be among so many of the strongest.
+#: Groups are followed until none is left that could hold one of so many strongest candidates.
 WANTED: Final = 4
-#: A group is left alone if its effect is below this share of that of the `WANTED`-th strongest
-#: candidate: of several effects in it some may have opposite signs.
+#: A group is left alone if its effect is below this share of the `WANTED`-th strongest candidate's.
+#: The share is below 1 because effects of opposite sign may cancel inside a group.
 LEFT_BELOW: Final = 0.85
 #: An effect that may be rounding, in nats.
 NOTHING: Final = 1e-4
-#: Groups in the beginning, so that strong effects of opposite sign seldom meet; then halves.
+#: Groups at first: so many that strong effects of opposite sign seldom meet in one. Then halves.
 FIRST_GROUPS: Final = 8
 
 Members = tuple[int, ...]
-#: What each group does together; None of one that cannot be edited together.
+#: Measures the effect of each group; None for a group whose members cannot be edited together.
 Measure = Callable[[Sequence[Members]], Awaitable[Sequence[float | None]]]
 
 
 @dataclass(order=True)
 class _Group:
-    """Candidates and what they do together; in a heap the one that does most is the first.
+    """Candidates and their effect together; in a heap the group of the largest effect is first.
 
     Attributes:
-        order: minus the size of the effect.
+        order: minus the size of the effect; minus infinity if it is not known.
         members: the candidates.
         effect: None if it is not known.
-        measured: whether it is, or only follows from others.
+        measured: whether the group itself was measured; else its effect follows from others'.
     """
 
     order: float
@@ -51,15 +51,18 @@ class _Group:
 async def strongest(
     weights: Mapping[int, float], measure: Measure, *, together: int
 ) -> dict[int, float]:
-    """Effects of single candidates, the strongest among them, by few measurements.
+    """The effects of single candidates, with the strongest among them, by few measurements.
 
     No more than `most_measurements` are made.
 
     Args:
-        weights: above 0, by candidate: how much each may be expected to do. Groups are of equal
-            weight, so that those of which much is expected stand among few.
-        measure: says what groups do.
-        together: most candidates that one group may have.
+        weights: how much each candidate is expected to do, above 0. Groups have about equal weight,
+            so a candidate of which much is expected shares its group with few.
+        measure: measures the effects of groups.
+        together: how many candidates one group may have at most.
+
+    Returns:
+        The effect of each candidate that was measured alone.
     """
     found: dict[int, float] = {}
     first = max(FIRST_GROUPS, math.ceil(len(weights) / together))
@@ -101,7 +104,7 @@ async def strongest(
 
 
 def most_measurements(candidates: int) -> int:
-    """What `strongest` needs at most; where few candidates matter it is a small part of that."""
+    """How many measurements `strongest` makes at most; far fewer if few candidates matter."""
     return 2 * candidates
 
 
@@ -115,10 +118,10 @@ def _least(found: Mapping[int, float]) -> float:
 def _split(
     members: Collection[int], weights: Mapping[int, float], parts: int, together: int
 ) -> list[Members]:
-    """So many groups of about equal weight, none empty and none of more than `together`."""
+    """``parts`` groups of about equal weight, none empty and none of more than ``together``."""
     groups: list[list[int]] = [[] for _ in range(min(parts, len(members)))]
     weight = [0.0] * len(groups)
-    for candidate in sorted(members, key=lambda one: (-weights[one], one)):
+    for candidate in sorted(members, key=lambda i: (-weights[i], i)):
         room = (i for i, group in enumerate(groups) if len(group) < together)
         lightest = min(room, key=lambda i: (weight[i], len(groups[i])))
         groups[lightest].append(candidate)

@@ -33,25 +33,25 @@ class Half:
 
     @property
     def length(self) -> int:
-        """Tokens of all of them."""
+        """How many tokens all of them have."""
         return sum(text.length for text in self.texts)
 
     @classmethod
     def of(cls, positive: Sequence[Text], negative: Sequence[Text], first: int) -> Half:
-        """Every other text, from the index `first` on."""
+        """Every other text on either side, from the index ``first`` on."""
         return cls(tuple(positive[first::2]), tuple(negative[first::2]))
 
 
 async def log_odds(context: Context, half: Half, edits: Sequence[Accepted | None]) -> list[float]:
     """Mean log P of the positive completions less that of the negative ones, with each edit.
 
-    log P of a completion is its mean over its tokens. Each text with each edit is a step of the
-    study's progress.
+    log P of a completion is the mean over its tokens, in nats. Each text with each edit is a step
+    of the study's progress.
 
     Args:
-        context: the study's.
+        context: the study's context.
         half: the texts.
-        edits: None for the model as it is.
+        edits: the edits; None stands for the model as it is.
     """
     texts = half.texts
     context.progress.expect(len(edits) * len(texts))

@@ -1,4 +1,4 @@
-"""Runs of which the workers keep hidden states until somebody has asked about them."""
+"""Runs whose hidden states the workers keep until a study has asked about them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from steering.vllm.reader import Run, Text
 
 T = TypeVar("T")
 
-#: Rows of hidden states that one study has kept at a time; a single text may have more.
+#: How many rows of hidden states one study has kept at a time; a single text may have more.
 MAX_HELD_ROWS: Final = 2**14
 
-#: The model as it is, where something is kept of it.
+#: What a run of the model as it is carries if something is kept of it.
 UNSTEERED: Final = Accepted(
     SteeringSpec((), Positions(), error_term=True, report=False, read=None), Prepared({})
 )
@@ -33,19 +33,19 @@ UNSTEERED: Final = Accepted(
 
 @dataclass(eq=False)
 class KeptRun:
-    """A text that is run once, and of which the workers keep rows.
+    """A text that is run once while the workers keep rows of hidden states.
 
     Attributes:
         text: token ids.
         accepted: how it is steered; None, or without edits, for the model as it is.
         start: the first position that is kept.
-        rows: how many are.
+        rows: how many positions are kept.
         last_enters: see `Run.of`.
-        engine: which of the reader's engines runs it: only runs of one can be compared.
+        engine: which of the reader's engines runs it; only runs on one engine can be compared.
         key: names what is kept.
-        report: of its edits, once it has run; None if it has none, or did not ask.
-        saes: where the stream is kept as well, as these SAEs read it.
-        tokens: of which tokens.
+        report: the report of its edits once it has run; None if it has none or did not ask.
+        saes: the SAEs where the stream is kept as well, as they read it.
+        tokens: the tokens whose stream is kept.
     """
 
     text: Text
@@ -61,7 +61,7 @@ class KeptRun:
 
     @property
     def held_rows(self) -> int:
-        """Rows that the workers may keep of it."""
+        """How many rows the workers may keep of it, streams included."""
         return self.rows + len(self.saes) * self.text.length
 
     def carried(self) -> Accepted:
@@ -80,14 +80,14 @@ class KeptRun:
             self.text,
             self.carried(),
             last_enters=self.last_enters,
-            # A block that another engine computed would come with nothing of it kept.
+            # Of a block that another engine computed, nothing would be kept here.
             salt=self.key if reader.external_blocks else None,
         )
         return replace(run, engine=self.engine if reader.engines > 1 else None)
 
 
 def in_groups(runs: Iterable[KeptRun]) -> Iterator[list[KeptRun]]:
-    """Consecutive runs of `MAX_HELD_ROWS` in all, or one of more."""
+    """Groups of consecutive runs, of at most `MAX_HELD_ROWS` rows together, or one run of more."""
     group: list[KeptRun] = []
     rows = 0
     for run in runs:
@@ -101,12 +101,12 @@ def in_groups(runs: Iterable[KeptRun]) -> Iterator[list[KeptRun]]:
 
 
 class Held:
-    """What the workers keep for one study; left in any way, they forget it.
+    """What the workers keep for one study; however it is left, they then forget everything.
 
-    Within one a study enters no other: it could wait for itself.
+    A study must not enter a second one inside the first: it could wait for itself.
 
     Args:
-        reader: what runs the texts, and asks the workers.
+        reader: runs the texts and asks the workers.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -114,7 +114,7 @@ class Held:
         self._keys: dict[int, set[str]] = {}
 
     async def each(self, group: Sequence[KeptRun]) -> AsyncGenerator[KeptRun, None]:
-        """Run texts; each as it is done, in no order."""
+        """Run texts, and yield each run as it is done, in no order."""
 
         def runs() -> Iterator[Run]:
             for kept in group:
@@ -122,12 +122,12 @@ class Held:
                 yield kept.run(self._reader)
 
         async with aclosing(self._reader.each(runs())) as finished:
-            async for place, one in finished:
-                group[place].report = one.report
+            async for place, of_run in finished:
+                group[place].report = of_run.report
                 yield group[place]
 
     def dropped(self, engine: int, keys: Iterable[str]) -> None:
-        """The workers have forgotten these."""
+        """Take note that the workers of an engine have forgotten these keys."""
         self._keys[engine].difference_update(keys)
 
     async def __aenter__(self) -> Self:
@@ -141,7 +141,7 @@ class Held:
         trace: TracebackType | None,
     ) -> None:
         await self._reader.keeping.__aexit__(kind, error, trace)
-        # Runs in flight have been told to leave the engine before, on the way that this goes.
+        # The aborts of runs in flight were sent before, and this call takes the same way.
         for engine, keys in self._keys.items():
             if keys:
                 forgetting = asyncio.ensure_future(_forget(self._reader, engine, sorted(keys)))
@@ -150,17 +150,17 @@ class Held:
 
 
 class Calls(Generic[T]):
-    """Calls of the workers that are under way while further texts run; left, they are cancelled."""
+    """Calls of the workers, under way while further texts run. Leaving it cancels them."""
 
     def __init__(self) -> None:
         self._begun: set[asyncio.Task[T]] = set()
 
     def begin(self, call: Coroutine[Any, Any, T]) -> None:
-        """One more."""
+        """Begin one more call."""
         self._begun.add(asyncio.create_task(call))
 
     async def answered(self, *, every: bool = False) -> list[T]:
-        """What has been answered and was not taken yet; with ``every``, wait for all of it."""
+        """The answers that have come and were not taken yet; with ``every``, wait for all."""
         if every and self._begun:
             await asyncio.wait(self._begun)
         else:
@@ -178,7 +178,7 @@ class Calls(Generic[T]):
         await asyncio.gather(*self._begun, return_exceptions=True)
 
 
-# Kept here, since the event loop alone lets a task be collected.
+# The event loop holds tasks weakly: without another reference they could be collected.
 _forgetting: set[asyncio.Future[None]] = set()
 
 

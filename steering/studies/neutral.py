@@ -1,4 +1,4 @@
-"""The text that edits are measured on where a study is given none."""
+"""The text that edits are measured on if a study is given none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def neutral_passages() -> list[str]:
 
 
 async def neutral_texts(context: Context) -> list[Text]:
-    """The passages' tokens; of one that a short context cannot hold, the beginning."""
+    """The passages' tokens; only the beginning of a passage that a short context cannot hold."""
     return [await _beginning(context, passage) for passage in neutral_passages()]
 
 
@@ -31,12 +31,12 @@ async def texts_of_budget(
     """The texts on which the cost of an edit is measured: those of the body, or the passages.
 
     Args:
-        context: the study's.
-        given: the body's; None if it has none.
-        path: of their list in the body.
+        context: the study's context.
+        given: the body's texts; None if it has none.
+        path: path of their list in the body.
 
     Raises:
-        SteeringError: as `Context.tokens`; ``invalid_value`` for a text with nothing to score.
+        SteeringError: as `Context.tokens`; ``invalid_value`` if a text has nothing to score.
     """
     if given is None:
         return await neutral_texts(context)

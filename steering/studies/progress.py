@@ -1,11 +1,11 @@
-"""How far a study is: told as it goes to whoever listens."""
+"""A study's progress, told as it goes to whoever listens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-#: Is told how much is done, and of how much.
+#: Takes how many steps are done, and of how many.
 Listener = Callable[[int, int], None]
 
 
@@ -13,13 +13,13 @@ Listener = Callable[[int, int], None]
 class Progress:
     """Counts the steps of one study.
 
-    A study says how many steps it expects once its body has been validated, and so at the moment
-    from which it runs texts. It may expect more as it goes.
+    A study first says how many steps it expects when its body has been validated and it begins to
+    run texts. It may expect more as it goes.
 
     Attributes:
-        listener: told at the beginning and after each step; None for nobody.
-        done: steps behind it.
-        of: steps that are expected in all.
+        listener: called whenever steps are expected or done; None for nobody.
+        done: how many steps are done.
+        of: how many steps are expected in all.
     """
 
     listener: Listener | None = None
@@ -27,12 +27,12 @@ class Progress:
     of: int = 0
 
     def expect(self, steps: int) -> None:
-        """Expect so many further steps."""
+        """Expect further steps."""
         self.of += steps
         self._tell()
 
     def step(self, steps: int = 1) -> None:
-        """So many further steps are done."""
+        """Count further steps as done."""
         self.done += steps
         self.of = max(self.of, self.done)
         self._tell()

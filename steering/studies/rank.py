@@ -1,4 +1,4 @@
-"""Which features move what comes after a text most, each edited alone."""
+"""Which features, each edited alone, most change what the model says after a text."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from steering.vllm.reader import Text
 #: The text if the body has none: Arad et al., "SAEs Are Good for Steering -- If You Select the
 #: Right Features" (2505.20063).
 PROMPT: Final = "From my experience,"
-#: Tokens that a decoder row promotes most, of which the output score is made; as there.
+#: The output score is made of so many tokens that a decoder row promotes most, as in that paper.
 NUM_PROMOTED: Final = 20
-#: Characters of targets in one answer, which names them all with each feature.
+#: Most characters of targets in one answer, which names all of them with each feature.
 MAX_ECHOED: Final = 2**24
-#: Decoder rows that are taken through the unembedding at a time.
+#: How many decoder rows are taken through the unembedding at a time.
 _ROWS_AT_A_TIME: Final = 256
 
 By = Literal["kl", "output_score", "delta_confidence", "change"]
@@ -82,7 +82,11 @@ class Answer(BaseModel):
 
 
 async def rank(context: Context, sae: str, asked: Body) -> dict[str, Any]:
-    """POST /v1/saes/{sae}/rank."""
+    """Answer POST /v1/saes/{sae}/rank.
+
+    Raises:
+        SteeringError: if the body cannot be answered, with the code and path of what is wrong.
+    """
     edit, by = RankEdit.of(asked.edit, last=asked.at == "last"), asked.by or "kl"
     targets = await _targets(context, asked, by)
     paths = _features(context, sae, asked, edit)
@@ -95,7 +99,9 @@ async def rank(context: Context, sae: str, asked: Body) -> dict[str, Any]:
     edits = await covering(context, sae, text, edit, edits, where)
     promoted = await _promoted(context, sae, features, required=by == "output_score")
     watched = [[*ids, *targets.values()] for ids in promoted]
-    sides = ((Side(text.prompt, (), one), ids) for one, ids in zip(edits, watched, strict=True))
+    sides = (
+        (Side(text.prompt, (), edited), ids) for edited, ids in zip(edits, watched, strict=True)
+    )
     context.progress.expect(len(features))
     found: dict[int, dict[str, Any]] = {}
     compared = Scorer(context.reader).compare(Side(text.prompt), sides, after_last=True)
@@ -115,12 +121,14 @@ async def rank(context: Context, sae: str, asked: Body) -> dict[str, Any]:
 
 
 def output_score(ranks: Sequence[int], log_probs: Sequence[float], vocab_size: int) -> float:
-    """Arad et al.'s score of a feature, of the tokens that its decoder row promotes.
+    """Arad et al.'s output score of a feature (2505.20063), from the tokens it promotes.
+
+    It is (1 - lowest rank / vocab_size) x largest probability, between 0 and 1.
 
     Args:
-        ranks: of each in the steered distribution: how many tokens are strictly likelier.
-        log_probs: of each in the steered distribution.
-        vocab_size: tokens of the distribution.
+        ranks: each token's rank in the steered distribution: how many tokens are strictly likelier.
+        log_probs: each token's log p in the steered distribution, in nats.
+        vocab_size: how many tokens the distribution has.
     """
     return (1 - min(ranks) / vocab_size) * math.exp(max(log_probs))
 
@@ -132,16 +140,16 @@ async def _text(context: Context, body: Body) -> Text:
 
 
 def _refuse_echoes(num_features: int, targets: Sequence[str]) -> None:
-    """SteeringError for an answer that would hold the targets' texts too often: each feature does.
+    """Raise SteeringError if the answer, which names all targets with each feature, gets too long.
 
-    Of a target only its first token counts, so that nothing is lost with a shorter one.
+    Only a target's first token counts, so a client loses nothing with a shorter one.
     """
     echoed = num_features * sum(map(len, targets))
     if echoed > MAX_ECHOED:
         raise SteeringError(
             "invalid_value",
-            f"an answer with {echoed} characters of targets, the limit is {MAX_ECHOED}: give fewer "
-            "or shorter ones, of each of which the first token counts",
+            f"the answer would have {echoed} characters of targets, the limit is {MAX_ECHOED}: "
+            "give fewer targets, or shorter ones, since only the first token of each counts",
             "targets",
         )
 
@@ -158,7 +166,7 @@ async def _targets(context: Context, body: Body, by: str) -> dict[str, int]:
 
 
 def _features(context: Context, sae: str, body: Body, edit: RankEdit) -> dict[int, str]:
-    """Distinct features, and where in the body each stands."""
+    """The distinct features, each with its path in the body."""
     table = context.catalog.features(sae)
     if body.features is None:
         labelled = [
@@ -181,7 +189,7 @@ def _features(context: Context, sae: str, body: Body, edit: RankEdit) -> dict[in
 async def _promoted(
     context: Context, sae: str, features: Sequence[int], *, required: bool
 ) -> list[list[int]]:
-    """The tokens that each decoder row promotes most; none where the model's head is not known."""
+    """The tokens that each decoder row promotes most; none if the model's head is not known."""
     found = await asyncio.to_thread(promoted_tokens, context, sae, features)
     if found is not None:
         return found
@@ -197,8 +205,16 @@ async def _promoted(
 def promoted_tokens(context: Context, sae: str, features: Sequence[int]) -> list[list[int]] | None:
     """Ids of the `NUM_PROMOTED` tokens that each feature's decoder row promotes most, best first.
 
-    None of a row that is zero. None at all where the checkpoint does not show the model's final
-    norm and output head.
+    A row that is zero promotes none.
+
+    Args:
+        context: the study's context.
+        sae: name of the features' SAE.
+        features: indices of the features.
+
+    Returns:
+        A list for each feature; None if the checkpoint does not show the model's final norm and
+        output head.
     """
     unembedding = context.unembedding()
     if unembedding is None:
@@ -208,7 +224,7 @@ def promoted_tokens(context: Context, sae: str, features: Sequence[int]) -> list
         W_dec = context.catalog.sae(sae).rows(features[start : start + _ROWS_AT_A_TIME]).W_dec
         norms = W_dec.norm(dim=1).tolist()
         ids = unembedding.promoted(W_dec, NUM_PROMOTED).tolist()
-        found += [of_one if norm > 0 else [] for of_one, norm in zip(ids, norms, strict=True)]
+        found += [of_row if norm > 0 else [] for of_row, norm in zip(ids, norms, strict=True)]
     return found
 
 
@@ -236,7 +252,7 @@ def _figures(
 
 
 def _ordered(found: list[dict[str, Any]], by: str, targets: dict[str, int]) -> list[dict[str, Any]]:
-    """Highest first; ties by lower index, what is not known last."""
+    """The entries, highest first; ties by lower index, unknown figures last."""
     first = next(iter(targets), "")
 
     def key(entry: dict[str, Any]) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""What a rank does to each feature, and at which tokens."""
+"""What a ranking does to each feature, and at which tokens."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class EditBody(Shape):
 
 @dataclass(frozen=True)
 class RankEdit:
-    """What is done to each feature, defaults filled in.
+    """What is done to each feature, with defaults filled in.
 
     Attributes:
         op: as in an intervention.
-        value: None for ablate.
+        value: as in an intervention; None for ablate, or if the body has none.
         unit: as in an intervention, or `TOKEN_MAX`.
-        last: at the text's last token; else at every covered one.
+        last: whether only the text's last token is edited; else every covered token is.
     """
 
     op: str
@@ -58,7 +58,7 @@ class RankEdit:
 
     @classmethod
     def of(cls, body: EditBody | None, *, last: bool) -> RankEdit:
-        """What a body asks for. Raises SteeringError for token_max with another op than add."""
+        """What a body asks for. Raises SteeringError if it has token_max with an op but add."""
         if body is None:
             return cls(DEFAULT_OP, DEFAULT_VALUE, DEFAULT_UNIT, last)
         op, value = body.op or DEFAULT_OP, body.value
@@ -75,11 +75,11 @@ class RankEdit:
 
     @property
     def positions(self) -> Positions:
-        """The tokens that it covers."""
+        """The tokens that are edited."""
         return Positions(start=-1) if self.last else Positions()
 
     def field(self, sae: str, feature: int) -> dict[str, Any]:
-        """The `steering` that makes it to one feature, token_max apart."""
+        """The `steering` object that edits one feature so; a value in token_max counts as raw."""
         edit = {"sae": sae, "feature": feature, "op": self.op, "value": self.value}
         unit = "raw" if self.unit == TOKEN_MAX else self.unit
         positions = {"start": -1} if self.last else None
@@ -93,13 +93,13 @@ def accept_each(
 
     Args:
         catalog: the SAEs.
-        sae: name of the features' one.
-        edit: what is done to each.
-        paths: by feature, where in the body it stands.
+        sae: name of the features' SAE.
+        edit: what is done to each feature.
+        paths: each feature's path in the body.
 
     Raises:
-        SteeringError: as an intervention is refused, `param` being the member of `edit` or the
-            feature that is at fault.
+        SteeringError: if an intervention like this would be refused; `param` is the member of
+            `edit`, or the feature, that is at fault.
     """
     found = []
     for feature, path in paths.items():
@@ -116,17 +116,20 @@ def accept_each(
 async def covering(
     context: Context, sae: str, text: Text, edit: RankEdit, edits: list[Accepted], where: str
 ) -> list[Accepted]:
-    """The edits, once it is known that they cover some token; with token_max, of known values.
+    """Make sure that the edits cover some token, and with token_max give them their values.
 
-    Which tokens are special or sinks the worker knows: one run tells.
+    Only the worker knows which tokens are special or sinks, so one run finds that out.
 
     Args:
-        context: the study's.
+        context: the study's context.
         sae: name of the features' SAE.
-        text: what is edited.
-        edit: what is done to each.
-        edits: as `accept_each` made them, at least one.
-        where: the text in the body.
+        text: the text that is edited.
+        edit: what is done to each feature.
+        edits: what `accept_each` made of it, at least one.
+        where: path of the text in the body.
+
+    Returns:
+        The edits; with token_max each has one intervention a covered token.
 
     Raises:
         SteeringError: ``invalid_value`` if nothing is covered, or if token_max needs more values
@@ -141,21 +144,23 @@ async def covering(
     if not covered and edit.last:
         raise SteeringError(
             "invalid_value",
-            "the text's last token is special, its first or a sink, and no edit covers it",
+            "no edit covers the text's last token: it is special, the first token, or a sink",
             "at",
         )
     if not covered:
         raise SteeringError(
-            "invalid_value", "the text has special tokens, a first token and sinks only", where
+            "invalid_value",
+            "no edit covers the text: it has only special tokens, a first token and sinks",
+            where,
         )
     if len(maxima) > MAX_INTERVENTIONS:
         raise SteeringError(
             "invalid_value",
-            f"{TOKEN_MAX} at {covered} tokens is a value for each, and one request may have "
-            f"{MAX_INTERVENTIONS}: shorten the text, or edit at its last token",
+            f"{TOKEN_MAX} needs an edit for each of {covered} tokens, the limit is "
+            f"{MAX_INTERVENTIONS}: shorten the text, or set at to last",
             "edit.unit",
         )
-    return [_at_each_token(one, maxima) for one in edits] if maxima else edits
+    return [_at_each_token(accepted, maxima) for accepted in edits] if maxima else edits
 
 
 async def _token_maxima(
@@ -163,8 +168,8 @@ async def _token_maxima(
 ) -> dict[int, float]:
     """The largest activation of any feature at each covered token, by position.
 
-    They are what an edited run would read as well: edits of one SAE change the stream nowhere
-    before the place where that SAE reads it.
+    An edited run would read the same: edits of one SAE change the stream nowhere before the place
+    where that SAE reads it.
     """
     pool = Pool(sae, (positions,), peaks=True)
     (read,) = await pooled(context.reader, context.catalog, [text], pool)
@@ -175,7 +180,7 @@ async def _token_maxima(
 
 
 def _at_each_token(accepted: Accepted, maxima: Mapping[int, float]) -> Accepted:
-    """One edit a token, whose value is so many times the token's largest activation."""
+    """One edit for each token: its value is multiplied by the token's largest activation."""
     (edit,) = accepted.spec.edits
     edits = tuple(
         replace(
@@ -189,6 +194,7 @@ def _at_each_token(accepted: Accepted, maxima: Mapping[int, float]) -> Accepted:
 
 
 async def _tokens_edited(context: Context, text: Text, accepted: Accepted) -> int:
+    """How many tokens an edit covers, found by running the text with it."""
     asking = replace(accepted, spec=replace(accepted.spec, report=True))
     report = (await context.reader.run(Run.of(text, asking))).report
     assert report is not None

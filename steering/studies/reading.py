@@ -1,4 +1,4 @@
-"""What texts do to features: their activations over a text, summed up in the worker."""
+"""Features' activations over texts, summed up in the worker."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from steering.vllm.reader import Run, Text
 
 @dataclass(frozen=True)
 class Pooled:
-    """Every feature's activations over one text; features that are not named never fired.
+    """Every feature's activations over one text; a feature that is not listed never fired.
 
     Attributes:
-        d_sae: features of the SAE.
-        tokens: tokens that took part.
-        features: ``[m]`` int32, ascending.
-        total: ``[m]`` float64, sum of the activations, scaled if that was asked for.
-        count: ``[m]`` int32, tokens on which the feature fires.
-        firing: ``[m]`` float64, sum of the activations there, never scaled.
-        pooled: ``[m]`` the mean, the largest or the last activation.
-        peaks: positions ``[tokens]`` int64 and each one's largest activation float32; None if they
-            were not asked for.
+        d_sae: how many features the SAE has.
+        tokens: how many tokens took part.
+        features: ``[m]`` int32 indices, ascending.
+        total: ``[m]`` float64 sum of the activations, scaled if that was asked for.
+        count: ``[m]`` int32 number of tokens on which the feature fires.
+        firing: ``[m]`` float64 sum of the activations there, never scaled.
+        pooled: ``[m]`` float64 mean, largest or last activation.
+        peaks: the positions that took part, ``[tokens]`` int64, and the largest activation at each,
+            ``[tokens]`` float32; None if they were not asked for.
     """
 
     d_sae: int
@@ -46,7 +46,13 @@ class Pooled:
 
     @classmethod
     def of(cls, figures: Mapping[str, Any] | None, pool: Pool, d_sae: int) -> Pooled:
-        """What `steering.worker.pooled` found; None if no token came."""
+        """What `steering.worker.pooled` found.
+
+        Args:
+            figures: what it sent; None if no token took part.
+            pool: what was asked for.
+            d_sae: how many features the SAE has.
+        """
         if figures is None:
             none = np.empty(0, np.int32)
             return cls(d_sae, 0, none, np.empty(0), none, np.empty(0), np.empty(0))
@@ -70,7 +76,7 @@ class Pooled:
         )
 
     def dense(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``[m]`` values as ``[d_sae]``, zero for the features that are not named."""
+        """``[m]`` values as ``[d_sae]``, zero for the features that are not listed."""
         found = np.zeros(self.d_sae, dtype=values.dtype)
         found[self.features] = values
         return found
@@ -85,21 +91,22 @@ async def pooled(
     accepted: Accepted | None = None,
     done: Callable[[], None] | None = None,
 ) -> list[Pooled]:
-    """Read texts, whole, and sum up each one's activations.
+    """Read whole texts and sum up each one's activations.
 
     Args:
-        reader: runs them.
+        reader: runs the texts.
         catalog: the SAEs.
-        texts: of at least one token each.
-        pool: at which SAE, over which tokens, and how.
-        accepted: how they are steered; None for the model as it is.
+        texts: texts of at least one token each.
+        pool: the SAE, the tokens that take part, and how they are summed up.
+        accepted: how the texts are steered; None for the model as it is.
         done: called for each text that is read.
 
     Returns:
-        Of each, in their order.
+        What was read in each text, in their order.
 
     Raises:
-        SteeringError: ``invalid_weights`` if the SAE has some that are not finite.
+        SteeringError: ``invalid_weights`` if the SAE has weights that are not finite, or if its
+            file has changed.
     """
     await catalog.prepare_whole(pool.sae)
     probed = replace(accepted or UNSTEERED, probes=(pool,))
@@ -114,24 +121,24 @@ async def pooled(
         None if done is None else lambda _: done(),
     )
     found = []
-    for one in finished:
-        assert one.report is not None
-        figures = one.report.probed[0] if one.report.probed else None
+    for of_text in finished:
+        assert of_text.report is not None
+        figures = of_text.report.probed[0] if of_text.report.probed else None
         found.append(Pooled.of(figures, pool, d_sae))
     return found
 
 
 def mean_where_it_fires(read: Sequence[Pooled]) -> DoubleArray:
-    """``[d_sae]`` mean activation over the tokens of texts where a feature fires.
+    """``[d_sae]`` float64: each feature's mean activation over the tokens where it fires.
 
-    NaN for a feature that never does.
+    NaN for a feature that never fires.
 
     Args:
-        read: of at least one text.
+        read: what was read in at least one text.
     """
     total, count = np.zeros(read[0].d_sae), np.zeros(read[0].d_sae)
-    for one in read:
-        total += one.dense(one.firing)
-        count += one.dense(one.count)
+    for of_text in read:
+        total += of_text.dense(of_text.firing)
+        count += of_text.dense(of_text.count)
     mean: DoubleArray = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return mean

@@ -1,11 +1,11 @@
 """Every study: its name, its route and what it is made of.
 
-A study is a module of this folder by its name, with
+A study is a module of this folder that has the study's name and holds
 
 - a function of the same name: `async (context, asked)`, or `async (context, sae, asked)` for a
-  study of one loaded SAE. `context` is this study's own, `asked` its `Body`; before anything runs
-  it checks what is not a matter of shape, and raises SteeringError with the code and the path of
-  what is wrong. It returns the JSON object of the answer;
+  study of one loaded SAE. `context` belongs to this study alone, and `asked` is its `Body`. Before
+  anything runs, the function checks what the body's shape does not show, and raises SteeringError
+  with the code and the path of what is wrong. It returns the answer's JSON object;
 - `Body`, the strict model of the body, a `StudyBody`;
 - `Answer`, a pydantic model that describes the answer and is never filled.
 """
@@ -30,9 +30,9 @@ class Study:
     """One kind of study.
 
     Attributes:
-        name: of the study, its module and its function.
-        route: where it is POSTed to; `{sae}` in it stands for an SAE's name.
-        summary: what it answers, in a line.
+        name: the name of the study, its module and its function.
+        route: the path of its route; `{sae}` in it stands for an SAE's name.
+        summary: what it answers, in one line.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Study:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Of the paths that are its route's; in one of an SAE, the group `sae` is its name."""
+        """Matches the paths of its route; the group `sae` is the SAE's name, if it is of one."""
         return re.compile(re.escape(self.route).replace(re.escape("{sae}"), "(?P<sae>.+)"))
 
     @property
@@ -65,12 +65,12 @@ class Study:
         """Validate the body, run the study, and return its answer.
 
         Args:
-            context: this study's own.
+            context: the study's context.
             body: the JSON value.
-            sae: a loaded SAE's name, for a study of one.
+            sae: the name of a loaded SAE, if it is a study of one.
 
         Raises:
-            SteeringError: with the code and the path of what is wrong.
+            SteeringError: if the body cannot be answered, with the code and path of what is wrong.
         """
         asked = parse_body(self.body, body)
         function: Callable[..., Awaitable[dict[str, Any]]] = getattr(self._module(), self.name)

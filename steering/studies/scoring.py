@@ -1,8 +1,8 @@
 """How likely texts are, and how far a steered distribution lies from the unsteered one, exactly.
 
 Each side of a comparison is one teacher-forced run. The worker keeps the final hidden states of its
-scored positions, and when both sides are there it takes logits of them in blocks and sends back a
-few numbers a position: a whole vocabulary never leaves the device.
+scored positions. When both sides are there, it computes their logits in blocks and sends back a few
+numbers for each position: the logits of a whole vocabulary never leave the device.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from steering.studies.figures import Figures
 from steering.studies.kept_runs import MAX_HELD_ROWS, Calls, Held, KeptRun, in_groups
 from steering.studies.study import Reader
 
-#: Rows that one call of the workers takes through the head: served traffic waits behind it.
+#: How many rows one call of the workers takes through the head; served traffic waits for its end.
 MAX_CALL_ROWS: Final = 2**11
 
 
 class Scorer:
     """Scores texts through a reader.
 
-    Whoever leaves one of its iterators early closes it (`contextlib.aclosing`): runs in flight then
-    leave the engine, and the workers forget what they kept.
+    Whoever may leave one of its iterators early must close it (`contextlib.aclosing`): runs in
+    flight then leave the engine, and the workers forget what they kept.
 
     Args:
-        reader: what runs them, and asks the workers.
-        catalog: the SAEs, if some side's features are compared.
+        reader: runs the texts and asks the workers.
+        catalog: the SAEs; needed if some side's features are compared.
     """
 
     def __init__(self, reader: Reader, catalog: Catalog | None = None) -> None:
@@ -53,7 +53,7 @@ class Scorer:
         """Compare steered sides with one unsteered run; see `Comparison`.
 
         Yields:
-            The place of a steered side and its figures, as they are known, in no order.
+            The index of a steered side and its figures, as soon as they are known, in no order.
 
         Raises:
             SteeringError: if the engine's door refuses a run.
@@ -66,33 +66,40 @@ class Scorer:
     async def compare_all(
         self, comparisons: Iterable[Comparison]
     ) -> AsyncGenerator[tuple[int, int, Figures], None]:
-        """Make many comparisons; their runs are in flight side by side.
+        """Make many comparisons, whose runs are in flight side by side.
 
         Yields:
-            The places of a comparison and of one of its steered sides, and its figures.
+            The index of a comparison, the index of one of its steered sides, and that side's
+            figures, in no order.
 
         Raises:
             SteeringError: if the engine's door refuses a run.
         """
-        made = [Pending(place, one, self.next_engine()) for place, one in enumerate(comparisons)]
+        made = [
+            Pending(place, comparison, self.next_engine())
+            for place, comparison in enumerate(comparisons)
+        ]
         async with (
             Held(self._reader) as held,
             aclosing(self.compare_pending(made, held)) as found,
         ):
-            async for one in found:
-                yield one
+            async for compared in found:
+                yield compared
 
     async def compare_pending(
         self, made: Sequence[Pending], held: Held
     ) -> AsyncGenerator[tuple[int, int, Figures], None]:
-        """Run what comparisons still lack, and make them; see `compare_all`.
+        """Run what comparisons still lack, and make them; yields what `compare_all` does.
 
         Args:
             made: the comparisons.
             held: what the workers keep for them.
+
+        Raises:
+            SteeringError: if the engine's door refuses a run.
         """
-        pending = {run.key: one for one in made for run in one.runs}
-        for group in in_groups(run for one in made for run in one.runs):
+        pending = {run.key: comparison for comparison in made for run in comparison.runs}
+        for group in in_groups(run for comparison in made for run in comparison.runs):
             for run in group:
                 pending[run.key].expected += 1
             async with (
@@ -105,23 +112,23 @@ class Scorer:
                     while batch := of_run.ready():
                         calls.begin(self._compared(of_run, batch, held))
                     for found in await calls.answered():
-                        for one in found:
-                            yield one
+                        for compared in found:
+                            yield compared
                 for found in await calls.answered(every=True):
-                    for one in found:
-                        yield one
+                    for compared in found:
+                        yield compared
 
     async def log_probabilities(
         self, sides: Iterable[Side], done: Callable[[], None] | None = None
     ) -> list[DoubleArray]:
-        """Log p of each side's scored tokens, unrelated to any other.
+        """Log p of each side's scored tokens, in nats; nothing is compared.
 
         Args:
-            sides: any texts.
-            done: called for each that is done.
+            sides: any texts, steered or not.
+            done: called for each text that is done.
 
         Returns:
-            ``[n]`` of each, in the order of ``sides``.
+            ``[n]`` float64 for each side, in the order of ``sides``.
 
         Raises:
             SteeringError: if the engine's door refuses a run.
@@ -152,16 +159,16 @@ class Scorer:
         return [found[run.key] for run in runs]
 
     def next_engine(self) -> int:
-        """Which of the engines runs the next text: each in turn."""
+        """The index of the engine that runs the next text: the engines take turns."""
         self._texts += 1
         return self._texts % self._reader.engines
 
     async def _compared(
         self, pending: Pending, batch: Sequence[KeptRun], held: Held
     ) -> list[tuple[int, int, Figures]]:
-        """Figures of steered sides, as `compare_all` yields them.
+        """The figures of steered sides, as `compare_all` yields them.
 
-        What is not needed any more is forgotten.
+        The workers then forget what is no longer needed.
         """
         unsteered, targets = pending.unsteered, pending.targets
         sides = [[run.key, pending.watched(run)] for run in batch]
@@ -224,22 +231,26 @@ class Scorer:
         }
 
     async def _ask(self, engine: int, method: str, *args: Any) -> list[Any]:
-        """The answer of the one worker that has any."""
+        """The answer of the one worker that has one.
+
+        Raises:
+            RuntimeError: if none has, or if the hidden states of a text are missing.
+        """
         answers = await self._reader.ask(engine, method, *args)
         found = next((answer for answer in answers if answer is not None), None)
         if found is None or any(of_text is None for of_text in found):
-            raise RuntimeError("some positions of a text have no hidden states: nobody computed it")
+            raise RuntimeError("the workers lack the hidden states of some positions of a text")
         return list(found)
 
 
 class Baseline:
-    """Unsteered texts that stay in the workers while edit after edit is compared with them.
+    """Unsteered texts whose rows stay in the workers while one edit after another is compared.
 
-    They stay for as long as the `Held` of `compare` does, within which a study enters no other.
-    Texts beyond `MAX_HELD_ROWS` rows in all do not stay: they run each time.
+    They stay for as long as the `Held` that `compare` is given; a study must not enter another one
+    meanwhile. Texts beyond `MAX_HELD_ROWS` rows in all do not stay: they run anew each time.
 
     Args:
-        reader: what runs texts, and asks the workers.
+        reader: runs the texts and asks the workers.
         sides: the texts, without edits.
     """
 
@@ -251,7 +262,7 @@ class Baseline:
         self._known: dict[int, KeptRun] = {}
 
     def tokens(self, edits: int) -> int:
-        """Through the model, if so many edits are compared one after another."""
+        """How many tokens go through the model if this many edits are compared one by one."""
         return sum(
             (len(side.prompt) + len(side.completion)) * (edits + (1 if stays else edits))
             for side, stays in zip(self._sides, self._stay, strict=True)
@@ -260,14 +271,14 @@ class Baseline:
     async def compare(
         self, accepted: Accepted, held: Held
     ) -> AsyncGenerator[tuple[int, Figures], None]:
-        """Compare every text with an edit of it; see `Scorer.compare_all`.
+        """Compare every text with the same text edited; see `Scorer.compare_all`.
 
         Args:
             accepted: the edit.
-            held: what the workers keep, the same for all edits.
+            held: what the workers keep; it must be the same for all edits.
 
         Yields:
-            The place of a text and its figures, as they are known, in no order.
+            The index of a text and its figures, as soon as they are known, in no order.
         """
         made = []
         for place, side in enumerate(self._sides):
@@ -278,16 +289,16 @@ class Baseline:
         async with aclosing(self._scorer.compare_pending(made, held)) as found:
             async for place, _, figures in found:
                 yield place, figures
-        self._known = {one.place: one.unsteered for one in made if one.stays}
+        self._known = {pending.place: pending.unsteered for pending in made if pending.stays}
 
 
 async def _batches(finished: AsyncIterator[KeptRun], expected: int) -> AsyncIterator[list[KeptRun]]:
-    """Runs of one engine each, as many as a call of the workers takes."""
+    """Batches of finished runs, each of one engine and as large as a call of the workers takes."""
     waiting: dict[int, list[KeptRun]] = {}
     async for run in finished:
         expected -= 1
         waiting.setdefault(run.engine, []).append(run)
         for engine, runs in list(waiting.items()):
-            full = sum(one.rows for one in runs) >= MAX_CALL_ROWS or len(runs) >= MAX_CALL_SIDES
+            full = sum(run.rows for run in runs) >= MAX_CALL_ROWS or len(runs) >= MAX_CALL_SIDES
             if full or not expected:
                 yield waiting.pop(engine)

@@ -49,16 +49,19 @@ class Reader(Protocol):
 
 @dataclass
 class Context:
-    """One study's.
+    """What one study works with; each study has a context of its own.
 
     Attributes:
         catalog: the SAEs.
         reader: runs texts.
-        vocabulary: makes tokens of texts, and texts of tokens.
+        vocabulary: turns texts into tokens, and tokens into texts.
         max_tokens: how many tokens the study may send through the model.
-        progress: is told how far it is.
-        unembedding: the model's final norm and output head, where its checkpoint shows them; may
-            read files when it is first called.
+        progress: is told how much is done.
+        unembedding: returns the model's final norm and output head, or None if its checkpoint does
+            not show them; it may read files when it is first called.
+
+    Raises:
+        SteeringError: ``steering_unavailable`` if no SAE is loaded.
     """
 
     catalog: Catalog
@@ -80,25 +83,26 @@ class Context:
         """The tokens of a text.
 
         Args:
-            text: one of a body's.
-            path: of the text in the body, "" if its members are the body's own.
-            room: tokens that must fit into a context beside its own: 1 for a text whose last token
-                enters the model, `max_tokens` for one that is answered.
-            answered: whether a conversation ends where the model's answer begins; left out, it does
-                if there is a completion.
+            text: a text of the body.
+            path: the text's path in the body, "" if its members are the body's own.
+            room: how many further tokens must fit into the context: 1 for a text whose last token
+                enters the model, the answer's `max_tokens` for a text that is answered.
+            answered: whether a conversation ends where the model's answer begins; None means that
+                it does if there is a completion.
 
         Raises:
-            SteeringError: if it is no text, the model does not take it, or it is too long.
+            SteeringError: ``invalid_value`` if it is not a text, if the model does not take it, or
+                if it is too long.
         """
         check_text(text, path)
         prompt = await self._prompt(text, path, answered)
         made = Text(tuple(prompt), tuple(await self._completion(text, path)))
         if made.length + room > self.vocabulary.max_model_len:
-            beside = f", and {room} beside them," if room else ""
+            further = f" and {room} more" if room else ""
             raise SteeringError(
                 "invalid_value",
-                f"{made.length} tokens{beside} are more than the model's context of "
-                f"{self.vocabulary.max_model_len}",
+                f"{made.length} tokens{further} do not fit into the model's context of "
+                f"{self.vocabulary.max_model_len}: shorten the text",
                 path or None,
             )
         return made
@@ -120,12 +124,12 @@ class Context:
     async def encode(
         self, text: str | Sequence[int], path: str, *, special_tokens: bool
     ) -> list[int]:
-        """The tokens of a string of the body, of which there is at least one; ids stay ids.
+        """The tokens of a string of the body, at least one; token ids are returned as they are.
 
         Args:
-            text: the string.
-            path: of it in the body.
-            special_tokens: whether those are added that begin or end a prompt.
+            text: the string or the ids.
+            path: its path in the body.
+            special_tokens: whether the special tokens that begin or end a prompt are added.
 
         Raises:
             SteeringError: ``invalid_value`` if there is no token, an id is not in the vocabulary,
@@ -145,27 +149,28 @@ class Context:
         Its own `report` and `read` are validated and ignored.
 
         Args:
-            raw: as it came.
-            path: of the object in the body.
-            report: whether what is run with it is to say what was edited.
-            empty_allowed: take one that edits nothing, which is a control.
+            raw: the object, as it came.
+            path: the object's path in the body.
+            report: whether runs with it are to report what was edited.
+            empty_allowed: accept an object that edits nothing, which is a control.
 
         Raises:
-            SteeringError: as a request's `steering` is refused, with paths that begin with `path`;
-                ``unsupported_combination`` for `stop_when`.
+            SteeringError: if a request with this `steering` would be refused, with paths that begin
+                with ``path``; ``invalid_value`` if it has no edits and ``empty_allowed`` is false;
+                ``unsupported_combination`` if it has `stop_when`.
         """
         try:
             spec = self.catalog.parse(raw, empty_allowed=True)
             if spec.stop_when:
                 raise SteeringError(
                     "unsupported_combination",
-                    "a study's texts are given to their end: leave stop_when out",
+                    "a study runs its texts to their end: leave stop_when out",
                     f"{_FIELD}.stop_when",
                 )
             if not (spec.edits or empty_allowed):
                 raise SteeringError(
                     "invalid_value",
-                    f"this needs 1 to {MAX_INTERVENTIONS} interventions",
+                    f"a study needs 1 to {MAX_INTERVENTIONS} interventions",
                     f"{_FIELD}.interventions",
                 )
             spec = replace(spec, report=report, read=None)
@@ -177,24 +182,25 @@ class Context:
         """The SAE that an object of the body names; the only one if it names none.
 
         Args:
-            name: as it came.
-            path: of the object in the body, "" for the body itself.
+            name: the name, as it came; None if there is none.
+            path: the object's path in the body, "" for the body itself.
 
         Raises:
-            SteeringError: ``unknown_sae``, or ``sae_required`` if several are loaded.
+            SteeringError: ``unknown_sae`` if no loaded SAE has this name; ``sae_required`` if
+                several are loaded and none is named.
         """
         return named_sae(name, within(path, "sae"), self.catalog.names)
 
     def features(self, sae: str, listed: Sequence[int], path: str) -> dict[int, str]:
-        """The distinct features that a list of the body names, and where in it each stands first.
+        """The distinct features in a list of the body, each with the path where it first stands.
 
         Args:
-            sae: the name of their SAE.
-            listed: as they came.
-            path: of the list in the body.
+            sae: name of their SAE.
+            listed: the list, as it came.
+            path: the list's path in the body.
 
         Raises:
-            SteeringError: ``feature_out_of_range``.
+            SteeringError: ``feature_out_of_range`` if the SAE does not have one of them.
         """
         d_sae = self.catalog.card(sae).d_sae
         places: dict[int, str] = {}
@@ -208,11 +214,11 @@ class Context:
         return places
 
     def charge(self, tokens: int, param: str | None = None) -> None:
-        """Reckon with so many further tokens through the model; all of them before anything runs.
+        """Count tokens that the study will send through the model; call it before anything runs.
 
         Args:
-            tokens: of all runs together, those that may be generated included.
-            param: the list that is too long if they are too many; None where no one list is.
+            tokens: how many further tokens all runs have, those that may be generated included.
+            param: the list to name if they are too many; None if it is not one list's fault.
 
         Raises:
             SteeringError: ``study_too_large`` if the study would need more than `max_tokens`.
@@ -229,7 +235,7 @@ class Context:
 
 @contextmanager
 def _refusing(param: str) -> Iterator[None]:
-    """Answer ``invalid_value`` for a text that the model does not take."""
+    """Turn the ValueError about a text that the model does not take into ``invalid_value``."""
     try:
         yield
     except SteeringError:
@@ -240,5 +246,5 @@ def _refusing(param: str) -> Iterator[None]:
 
 
 def _moved(param: str | None, path: str) -> str:
-    """A path into a request's `steering` as one into the object at `path`."""
+    """A path into a request's `steering`, as a path into the object at ``path``."""
     return path if param is None else path + param.removeprefix(_FIELD)

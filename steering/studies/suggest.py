@@ -33,11 +33,13 @@ from steering.vllm.reader import Text
 
 DEFAULT_MAX_EDITS: Final = 4
 MAX_EDITS: Final = 16
-#: Edits that are tried alone, and beside those that have been chosen, at most and at least.
+#: How many edits are tried alone, at most.
 NUM_FIRST: Final = 12
+#: How many edits are tried beside those that have been chosen, at most.
 NUM_NEXT: Final = 4
+#: How many edits are tried in either case, at least.
 FEWEST: Final = 2
-#: Tokens of the neutral texts that are enough to compare edits by; the best is measured on all.
+#: So many tokens of the neutral texts are enough to compare edits; the best is measured on all.
 ENOUGH_NEUTRAL: Final = 384
 
 _KL = Annotated[Number, Field(gt=0)]
@@ -45,7 +47,7 @@ _KL_ADAPTER: Final = TypeAdapter(_KL)
 
 
 def _budget(raw: Any) -> BudgetBody:
-    """A number stands for the KL itself."""
+    """A budget from JSON, in which a number stands for the KL itself."""
     if isinstance(raw, int | float) and not isinstance(raw, bool):
         return BudgetBody(value=_KL_ADAPTER.validate_python(raw))
     return BudgetBody.model_validate(raw)
@@ -62,7 +64,8 @@ class Body(StudyBody):
     positive: Texts = Field(description="At least two, with completions: what is wanted.")
     negative: Texts = Field(description="At least two, with completions: what is not.")
     sae: StrictStr | None = Field(
-        default=None, description="Of whose features; may be left out when one SAE is loaded."
+        default=None,
+        description="The SAE whose features are edited; may be left out when one is loaded.",
     )
     budget: _Budget | None = Field(
         default=None,
@@ -73,27 +76,29 @@ class Body(StudyBody):
         default=None, description=f"Edits at most (default {DEFAULT_MAX_EDITS})."
     )
     neutral: Texts | None = Field(
-        default=None, description="What the budget is of; left out, a text of the project's."
+        default=None,
+        description="The texts on which the budget holds; left out, a text that ships with the "
+        "project.",
     )
 
 
 class BeforeAfter(BaseModel):
-    """Mean log P of the positive completions less that of the negative ones, a token."""
+    """Mean log P per token of the positive completions less that of the negative ones, in nats."""
 
     before: float
     after: float
 
 
 class Tried(BaseModel):
-    """One edit at the budget."""
+    """One edit that was tried, at a strength within the budget."""
 
     steering: dict[str, Any]
     kl: float | None
-    fit: float | None = Field(description="As `fit.after` is, steered by it.")
+    fit: float | None = Field(description="What `fit.after` would be with this edit.")
 
 
 class Answer(BaseModel):
-    """The edit, null if none gains on the half that was held out."""
+    """The edit, which is null if the best one gains nothing on the half that was held out."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(title="SteeringSuggestion")
 
@@ -106,19 +111,19 @@ class Answer(BaseModel):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a suggestion is made of, and how much of it is done.
+    """The texts of a suggestion, and how much is tried on them.
 
     Attributes:
-        fit: the texts that edits are chosen by.
-        held_out: the texts by which the best is judged.
-        neutral: the texts of the budget.
-        sample: those of them by which edits are compared.
-        paths: of the texts that are fitted on, in the body.
-        first: edits that are tried alone.
-        following: edits that are tried beside those that have been chosen.
-        attributed: features whose ablation is tried.
-        max_edits: edits in all.
-        budget: KL.
+        fit: the texts by which edits are chosen.
+        held_out: the texts by which the best edit is judged.
+        neutral: the texts on which the budget holds.
+        sample: the neutral texts on which edits are compared.
+        paths: the paths of the fitted texts in the body.
+        first: how many edits are tried alone.
+        following: how many edits are tried beside those that have been chosen.
+        attributed: how many features' ablation is tried.
+        max_edits: how many edits the suggestion may have.
+        budget: the KL that it may cost, in nats.
     """
 
     fit: Half
@@ -134,7 +139,7 @@ class _Plan:
 
     @property
     def tokens(self) -> int:
-        """Through the model at most."""
+        """How many tokens go through the model at most."""
         fit, sample, neutral = self.fit.length, _length(self.sample), _length(self.neutral)
 
         def rounds(edits: int) -> int:
@@ -148,7 +153,11 @@ class _Plan:
 
 
 async def suggest(context: Context, asked: Body) -> dict[str, Any]:
-    """POST /v1/steering/suggest."""
+    """Answer POST /v1/steering/suggest.
+
+    Raises:
+        SteeringError: if the body cannot be answered, with the code and path of what is wrong.
+    """
     sae = context.sae(asked.sae, "")
     plan = await _plan(context, asked)
     (before,) = await log_odds(context, plan.fit, [None])
@@ -163,31 +172,34 @@ async def suggest(context: Context, asked: Body) -> dict[str, Any]:
         "fit": {"before": before, "after": before if best is None else best.odds},
         "held_out": {"before": held_before, "after": held_after[0]},
         "kl": 0.0 if best is None else best.kl,
-        "tried": [one.to_json() for one in tried],
+        "tried": [priced.to_json() for priced in tried],
     }
 
 
 async def _chosen(
     context: Context, plan: _Plan, found: Sequence[Intervention], before: float
 ) -> tuple[Priced | None, list[Priced]]:
-    """The best edit on the half that is fitted on, None if none gains; and all that were tried."""
+    """The best edit on the fitted half (None if none gains there), and all that were tried."""
     search = EditSearch(context, plan.fit, plan.sample, plan.budget)
-    alone = [one for one in await search.price([[one] for one in found]) if one is not None]
-    alone.sort(key=lambda one: -one.odds)
+    each_alone = await search.price([[intervention] for intervention in found])
+    alone = [priced for priced in each_alone if priced is not None]
+    alone.sort(key=lambda priced: -priced.odds)
     tried = list(alone)
     best = alone[0] if alone and alone[0].odds > before else None
     while best is not None and len(best.steering["interventions"]) < plan.max_edits:
-        beside = [one for one in alone if not _shares_a_feature(one, best)][: plan.following]
-        joint = await search.price([[*_edits(best), *_edits(one)] for one in beside])
-        gained = [one for one in joint if one is not None]
+        others = [priced for priced in alone if not _shares_a_feature(priced, best)]
+        joint = await search.price(
+            [[*_edits(best), *_edits(priced)] for priced in others[: plan.following]]
+        )
+        gained = [priced for priced in joint if priced is not None]
         tried += gained
-        following = max(gained, key=lambda one: one.odds, default=None)
+        following = max(gained, key=lambda priced: priced.odds, default=None)
         if following is None or not following.odds > best.odds:
             break
         best = following
     if best is None:
         return None, tried
-    # What has been chosen by a part of the neutral texts is made to meet the budget on all.
+    # The edit was chosen on a sample of the neutral texts; now it has to meet the budget on all.
     search = EditSearch(context, plan.fit, plan.neutral, plan.budget)
     (exact,) = await search.price([_edits(best)], ALL_TRIES)
     if exact is None:
@@ -208,7 +220,13 @@ def _shares_a_feature(one: Priced, other: Priced) -> bool:
 
 
 async def _plan(context: Context, body: Body) -> _Plan:
-    """What is tried: as much as the limit of tokens allows. Raises SteeringError if too little."""
+    """A plan of as much as the limit of tokens allows.
+
+    Raises:
+        SteeringError: ``study_too_large`` if the limit does not allow the least; as
+            `texts_to_read` and `texts_of_budget` for the texts, and ``invalid_value`` for fewer
+            than two on either side or a budget that is not of KL.
+    """
     sides = {}
     for name in ("positive", "negative"):
         given = getattr(body, name)
@@ -234,7 +252,7 @@ async def _plan(context: Context, body: Body) -> _Plan:
         )
 
     affordable = (plan(first) for first in range(NUM_FIRST, FEWEST, -1))
-    chosen = next((one for one in affordable if one.tokens <= context.max_tokens), plan(FEWEST))
+    chosen = next((each for each in affordable if each.tokens <= context.max_tokens), plan(FEWEST))
     context.charge(chosen.tokens)
     return chosen
 
@@ -243,12 +261,14 @@ def _value(budget: BudgetBody | None) -> float:
     if budget is None:
         return DEFAULT_BUDGET
     if budget.metric == "nll":
-        raise SteeringError("invalid_value", "suggest has a budget of kl alone", "budget.metric")
+        raise SteeringError(
+            "invalid_value", "the budget of suggest is in kl: leave metric out", "budget.metric"
+        )
     return budget.value or DEFAULT_BUDGET
 
 
 def _sample(neutral: Sequence[Text]) -> list[Text]:
-    """Every n-th text, so that there are about `ENOUGH_NEUTRAL` tokens."""
+    """Every n-th of the neutral texts, so that they have about `ENOUGH_NEUTRAL` tokens."""
     return list(neutral[:: max(1, round(_length(neutral) / ENOUGH_NEUTRAL))])
 
 

@@ -1,4 +1,4 @@
-"""The texts of a study: their shape in a body, and what must be known to make tokens of them."""
+"""The texts of a study: their shape in a body, and what is needed to turn them into tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _string_or_ids(raw: Any) -> str | list[int]:
     return _IDS.validate_python(raw) if isinstance(raw, list) else _STRING.validate_python(raw)
 
 
-#: Told apart by hand: a union of pydantic's would name its members in the path of an error.
+#: The alternatives are told apart by hand: pydantic's union would name them in an error's path.
 StringOrIds = Annotated[
     str | list[int], PlainValidator(_string_or_ids, json_schema_input_type=StrictStr | _Ids)
 ]
@@ -46,7 +46,7 @@ class TextBody(Shape):
     )
 
 
-#: As a member of a body; `study_too_large` if it is too long.
+#: A list of texts as a member of a body; one that is too long is refused as `study_too_large`.
 Texts = Annotated[list[TextBody], Strict(), Field(min_length=1, max_length=MAX_TEXTS)]
 
 
@@ -54,7 +54,7 @@ class Tokens(Protocol):
     """The served model's tokenizer and chat template.
 
     Attributes:
-        max_model_len: tokens of a context.
+        max_model_len: how many tokens a context has.
     """
 
     @property
@@ -63,18 +63,26 @@ class Tokens(Protocol):
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool
     ) -> list[int]:
-        """A conversation as the model sees it, up to its answer if `generation_prompt`.
+        """The tokens of a conversation as the model sees it.
+
+        Args:
+            messages: as for chat completions.
+            generation_prompt: whether the tokens that begin the model's answer are added.
 
         Raises:
-            ValueError: if the chat template, or the model, does not take it.
+            ValueError: if the chat template, or the model, does not take the conversation.
         """
         ...
 
     async def encode(self, text: str | Sequence[int], *, special_tokens: bool) -> list[int]:
-        """The tokens of a text, with those that begin a prompt if `special_tokens`; ids stay ids.
+        """The tokens of a text; token ids are returned as they are.
+
+        Args:
+            text: a string, or token ids.
+            special_tokens: whether the special tokens that begin or end a prompt are added.
 
         Raises:
-            ValueError: if it is too long, or an id is not in the vocabulary.
+            ValueError: if it is too long, or if an id is not in the vocabulary.
         """
         ...
 
@@ -84,11 +92,14 @@ class Tokens(Protocol):
 
 
 def check_text(text: TextBody, path: str) -> None:
-    """SteeringError unless it has exactly one of messages and prompt, and nothing of it is empty.
+    """Refuse a text that does not have exactly one of messages and prompt, or has an empty member.
 
     Args:
-        text: as parsed.
-        path: of the text in the body, "" for the body itself.
+        text: the text, as parsed.
+        path: the text's path in the body, "" for the body itself.
+
+    Raises:
+        SteeringError: ``invalid_value``.
     """
     if (text.messages is None) == (text.prompt is None):
         name = "prompt" if text.messages is None else "messages"
@@ -98,11 +109,12 @@ def check_text(text: TextBody, path: str) -> None:
     for name in ("messages", "prompt", "completion"):
         value = getattr(text, name)
         if value is not None and not value:
+            least = "one message" if name == "messages" else "one token"
             raise SteeringError(
-                "invalid_value", f"{name} is empty: there is nothing in it", within(path, name)
+                "invalid_value", f"{name} is empty: give at least {least}", within(path, name)
             )
 
 
 def within(path: str, name: str) -> str:
-    """The path of a member of what is at `path`, "" for the body itself."""
+    """The path of a member of the object at ``path``, which is "" for the body itself."""
     return f"{path}.{name}" if path else name
