@@ -45,6 +45,7 @@ from steering.worker.ops.layout import FLOAT16_LIMIT
 from steering.worker.scored_texts import ScoredTexts
 from steering.worker.scores import Scores
 from steering.worker.step import Step
+from steering.worker.worker_sites import WorkerSites
 from steering.worker.worker_state import SteeringState
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -219,7 +220,8 @@ class SteeringWorker(PlatformWorker):
         adapter = runner_v2 if self.use_v2_model_runner else runner_v1
         refuse_unknown_runner(runner, adapter.RUNNER)
         positions, input_ids = adapter.token_buffers(runner)
-        state = SteeringState(
+        dtype = self.vllm_config.model_config.dtype
+        sites = WorkerSites(
             saes,
             owned,
             num_slots=self.vllm_config.scheduler_config.max_num_seqs,
@@ -228,32 +230,24 @@ class SteeringWorker(PlatformWorker):
             step=Step(positions.shape[0], positions, input_ids, runner.device),
             special_token_ids=self._special_token_ids(config),
             vocab_size=self.vllm_config.model_config.get_vocab_size(),
-            record=self._keeps_records,
             device=runner.device,
-            kernel=_kernel(runner.device, self.vllm_config.model_config.dtype),
+            kernel=_kernel(runner.device, dtype),
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
             resident=config.resident if runner.device.type == "cuda" else None,
-            limit=FLOAT16_LIMIT
-            if self.vllm_config.model_config.dtype == torch.float16
-            else math.inf,
+            limit=FLOAT16_LIMIT if dtype == torch.float16 else math.inf,
             input_norms={
                 str(point): hook_points.input_norm(model, point, config.num_layers)
                 for point in owned
             },
             heads=self._heads,
         )
+        state = SteeringState(sites, record=self._keeps_records)
+        ranks = self.parallel_config.tensor_parallel_size
         stores = {
-            point: hook_points.install(
-                model,
-                point,
-                config.num_layers,
-                self.parallel_config.tensor_parallel_size,
-                self.vllm_config.model_config.dtype,
-            )
+            point: hook_points.install(model, point, config.num_layers, ranks, dtype)
             for point in hook_points.install_order(owned)
         }
-        dtype = self.vllm_config.model_config.dtype
         hidden_dtypes = {dtype}
         if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
             _tell_of_rounding(stores, dtype)
