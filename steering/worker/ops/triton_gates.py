@@ -1,4 +1,4 @@
-"""The reading half in one Triton launch: conditions at one hook point, before its edits."""
+"""The conditions that are read at one hook point, before its edits, in one Triton launch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STOP = tl.constexpr(layout.SCOPE_STOP)
 
 
 def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
-    """Same as :func:`steering.worker.ops.reference.read_gates`, as one kernel launch."""
+    """`reference.read_gates` as one kernel launch."""
     gates, state, rows = buffers.gates, buffers.gate_state, buffers.rows
     launch(
         gate_kernel,
@@ -84,12 +84,12 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program a token t that is not special, nor the first, nor a sink to gate i::
+    """One program for each token t that is neither special, nor the first, nor a sink to gate i::
 
     f_i               as in `steer_kernel`
-    event_i           = f_i > threshold_i, in the prompt or behind it if the scope says so
+    event_i           = f_i > threshold_i, and t in the prompt, or behind it, if the scope says so
     events[t]        |= event_i << i | (f_i <= threshold_i) << (i + QUIET)
-    first_held[s, i]  = min(first_held[s, i], position[t])  if event_i and it is kept
+    first_held[s, i]  = min(first_held[s, i], position[t])  if event_i and the scope is not token
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slot_ptr + token)
@@ -150,7 +150,7 @@ def _block_bits(  # type: ignore[no-untyped-def]
     elsewhere = ((scope == _STOP) & ~behind) | ((scope == _PROMPT) & behind)
     event = eligible & (f > threshold) & ~elsewhere
     quiet = eligible & (f <= threshold)
-    # Triton's interpreter takes nothing but the outcome of a comparison for an atomic's mask.
+    # Triton's interpreter accepts only the result of a comparison as an atomic's mask.
     kept = tl.where(event & (scope != _TOKEN), 1, 0) != 0
     tl.atomic_min(first_held_ptr + index, position.to(tl.int32), mask=kept, sem="relaxed")
     return tl.sum((event.to(tl.int32) << index) | (quiet.to(tl.int32) << (index + _QUIET)))
