@@ -162,10 +162,10 @@ def _refuse_unsalted(config: Mapping[str, Any]) -> None:
 
 
 def _lmcache_salts() -> bool:
-    """Whether the installed ``lmcache`` has the salt in its keys; older versions ignore the salt."""
+    """Whether the installed ``lmcache`` has the salt in its keys; older versions ignore it."""
     found = importlib.util.find_spec("lmcache")
     if found is None or found.origin is None:
-        return True  # vLLM itself refuses to start without it
+        return True  # vLLM itself says that it is missing
     root = Path(found.origin).parent
     keys = root / "v1" / "multiprocess" / "custom_types.py"
     # If the package has a connector, vLLM prefers it to the one in vLLM.

@@ -79,7 +79,7 @@ def _describing(do_tracing: Any) -> Any:
 
 @functools.cache
 def _watch_span_starts() -> None:
-    """Put the attributes on spans as they start, since vLLM starts and ends its span in one call."""
+    """Put the attributes on spans as they start: vLLM starts and ends its span in one call."""
     from opentelemetry import trace
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 

@@ -324,7 +324,7 @@ def _last_word() -> Iterator[None]:
 
 
 def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """The Triton kernel on CUDA and in Triton's interpreter, else the CPU's if it takes the dtype."""
+    """Triton's kernel on CUDA and in Triton's interpreter, else the CPU's if it takes the dtype."""
     if device.type == "cuda" or (HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"):
         from steering.worker.ops import triton_kernel
 

@@ -101,7 +101,7 @@ def test_an_ordinary_model_passes_and_nothing_is_left_behind() -> None:
     ("make", "words"),
     [
         (Loop, "run 2 times in one pass"),
-        (Channels, "the stream there is of shape"),
+        (Channels, "the stream there has shape"),
         (Shards, "2 tokens in a pass that has 4 elsewhere"),
     ],
 )
