@@ -105,8 +105,8 @@ class Layer:
             return forms.pop()
         conditions = sorted({key for trace in found for key in trace.decisions})
         raise NotUnderstood(
-            "its forward returns the stream sometimes as one tensor and sometimes as the sum of two, "
-            "depending on " + (", ".join(conditions) or "whether it is the first layer")
+            "its forward returns the stream sometimes as one tensor and sometimes as the sum of "
+            "two, depending on " + (", ".join(conditions) or "whether it is the first layer")
         )
 
     def _traces(self, *, first: bool = False, edit: EditAt | None = None) -> list[Trace]:
