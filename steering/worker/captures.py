@@ -9,7 +9,6 @@ token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from torch import Tensor
 
 from sae.arrays import IntArray
 from steering.request.keep import Keep
-
-#: Host memory of an empty capture, roughly.
-_EMPTY_BYTES: Final = 512
 
 
 class Capture:
@@ -51,11 +47,6 @@ class Capture:
     def rows(self) -> Tensor | None:
         """``[n, d]`` on the host, in the model's dtype; None while a position is missing."""
         return self._rows if self._filled.all() else None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held, roughly."""
-        return _EMPTY_BYTES + (0 if self._rows is None else self._rows.nbytes)
 
 
 class Captures:
@@ -131,11 +122,6 @@ class Captures:
             for req_id, capture in self._running.items()
             if capture.keep.key in self._kept
         }
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory held, roughly."""
-        return sum(capture.nbytes for capture in self._kept.values())
 
     def __len__(self) -> int:
         return len(self._kept)

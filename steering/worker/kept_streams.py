@@ -33,11 +33,6 @@ class KeptStream(NamedTuple):
     asked: FloatArray
     edited: tuple[int, ...] = ()
 
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return self.offset.nbytes + self.x.nbytes + self.asked.nbytes
-
 
 class StreamRows:
     """The stream of one running request, as its passes leave it behind.
@@ -98,11 +93,6 @@ class KeptStreams:
         """Forget what is kept under these keys, if anything is."""
         for key in keys:
             self._kept.pop(key, None)
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return sum(stream.nbytes for saes in self._kept.values() for stream in saes.values())
 
     def __len__(self) -> int:
         return len(self._kept)
