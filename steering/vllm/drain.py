@@ -22,7 +22,7 @@ ASK: Final = "steering_ask"
 PATIENCE: Final = 5.0
 #: Seconds between two checks for incoming calls while an engine has nothing else to do.
 PAUSE: Final = 0.001
-#: Attribute of an engine core: futures of the calls to workers that were made beside a batch.
+#: Attribute of an engine core: futures of calls to workers that were made while a batch ran.
 _CALLS: Final = "steering_calls"
 
 
@@ -84,7 +84,7 @@ def _take(core: Any, key: str, limits: dict[int, int]) -> Any:
 def _ask(core: Any, method: str, args: Sequence[Any], then: Callable[..., None] = _nothing) -> Any:
     """What each worker answers to a call, or a future of it.
 
-    If workers are processes of their own and a batch is in flight, their answer comes behind that
+    If workers are processes of their own and a batch is in flight, their answer comes after that
     batch's. Waiting for it would keep the engine from scheduling the next batch. So this returns a
     future, which whoever waits for a later batch completes on the way.
 

@@ -39,13 +39,13 @@ class Store(Enum):
 
 
 _LAYER_POINTS: Final = ("hook_resid_pre", "hook_resid_post")
-#: The kinds at which the op stands before a module, not behind it.
+#: The kinds at which the op stands before a module, not after it.
 _INPUTS: Final = (
     *("hook_resid_pre", HEADS, "hook_resid_mid", "ln2.hook_normalized", "mlp.hook_in"),
 )
 #: The kinds at which the op is given a matrix product's input, which is stored in any case.
 _PRODUCT_INPUTS: Final = (HEADS, "mlp.hook_in")
-#: Names of the norms behind a branch in Gemma-2 and 3, and in GLM-4.
+#: Names of the norms after a branch in Gemma-2 and 3, and in GLM-4.
 _NORMS_AFTER_BRANCHES: Final = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
@@ -68,7 +68,7 @@ def install_order(points: Iterable[HookPoint]) -> list[HookPoint]:
 
     If two are hooked at one module, the one that comes first in a pass must be called first. An op
     that is put before a module is called before those that were put there earlier; an op that is
-    put behind it is called after them.
+    put after it is called after them.
     """
     ordered = sorted(points, key=lambda point: place_in_pass(str(point)))
     before = [point for point in ordered if point.kind in _INPUTS]
@@ -95,7 +95,7 @@ def width_of_heads(
 
 
 def input_norm(model: nn.Module, point: HookPoint, num_layers: int) -> InputNorm:
-    """The norm that a hook point is behind; the op itself stands before that norm.
+    """The norm that a hook point follows; the op itself stands before that norm.
 
     Args:
         model: as vLLM loaded it.

@@ -98,7 +98,7 @@ def _replace_forward(
         if not isinstance(own, types.MethodType) or own.__self__ is not module:
             raise UnsupportedModelError(
                 f"{original_class(module).__name__}: something else has replaced this module's "
-                "forward (--offload-backend does, for example), and edits would be lost behind it"
+                "forward (--offload-backend does, for example), and edits would be lost"
             )
         module.forward = types.MethodType(wrap(own.__func__), module)
         return

@@ -185,7 +185,7 @@ def _heads(layer: Layer) -> Place:
     path = _only(paths, "its attention is not the same module")
     attention = layer.subject.attribute(path)
     if not isinstance(attention, Attribute) or attention.module is None:
-        raise NotUnderstood("its attention is known only where the model is loaded")
+        raise NotUnderstood("its attention is known only if the model is loaded")
     projection = heads_projection(attention.module, layer.dtype, layer.tensor_parallel)
     return Place(f"{path}.{projection}", False, 0)
 

@@ -1,6 +1,6 @@
 """Sends what a pass found along with its sampled tokens: which ``stop_when`` fired, what was read.
 
-A token is judged in the pass in which it enters the model, and that pass samples the token behind
+A token is judged in the pass in which it enters the model, and that pass samples the token after
 it. So the scheduler learns of a ``stop_when`` together with that next token, drops the token, and
 ends the request.
 """

@@ -71,7 +71,7 @@ class _Tracker:
                 known.extend(choice.token_ids)
 
     def choices(self, prompt_len: int | None) -> dict[int, Choice]:
-        """The choices by index. Generation begins at ``prompt_len``, or behind the whole prompt."""
+        """The choices by index. Generation begins at ``prompt_len``, or after the whole prompt."""
         where = len(self.prompt) if prompt_len is None else prompt_len
         return {
             child: Choice(self.prompt, tokens, where, self.cached, child in self.stopped)
@@ -158,7 +158,7 @@ class _Stream:
         return cls(read, accepted.ticket, place, key, decode)
 
     async def tell(self, choices: dict[int, Choice]) -> None:
-        """Put what has arrived for tokens that entered the model for good on the ticket."""
+        """Put on the ticket what has arrived for tokens that entered the model for good."""
         for child, choice in choices.items():
             found = self._arrived.take(child, choice.entered)
             if len(found) > MANY_TOKENS:
@@ -167,7 +167,7 @@ class _Stream:
                 self._put(child, choice, found)
 
     def tell_rest(self, choices: dict[int, Choice], reads: dict[int, Any]) -> None:
-        """Put what is left of the whole read on the ticket; normally all of it came before."""
+        """Put on the ticket what is left of the whole read; normally all of it came before."""
         for child, choice in choices.items():
             self._put(child, choice, reads.get(child, ()))
 

@@ -1,4 +1,4 @@
-"""Model runner V1 (vLLM's CPU build, and CUDA where V2 does not reach)."""
+"""The adapter of model runner V1, which vLLM uses on a CPU, and on CUDA if it does not use V2."""
 
 from __future__ import annotations
 

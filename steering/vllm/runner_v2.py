@@ -1,4 +1,4 @@
-"""Model runner V2 (vLLM's default on CUDA)."""
+"""The adapter of model runner V2, vLLM's default on CUDA."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class StreamedReads:
         self._rows: dict[int, dict[int, FeaturesAt]] = {}
 
     def put(self, part: StreamedRead) -> None:
-        """Rows have arrived."""
+        """Take in rows that have arrived."""
         rows = self._rows.setdefault(part.child, {})
         for position in part.positions[~part.covered].tolist():
             rows.pop(position, None)
@@ -75,7 +75,7 @@ def put_rows(output: Any, part: StreamedRead) -> None:
 
 
 def receive_rows() -> None:
-    """Teach vLLM's output processor to take rows off; a second call changes nothing."""
+    """Have vLLM's output processor take rows off; a second call changes nothing."""
     from vllm.v1.engine.output_processor import OutputProcessor
 
     if not hasattr(OutputProcessor.process_outputs, _MARK):

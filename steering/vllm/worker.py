@@ -90,7 +90,7 @@ class SteeringWorker(PlatformWorker):
         """Profile the largest pass, in which every installed op must be called.
 
         Raises:
-            UnsupportedModelError: if one was not called.
+            UnsupportedModelError: if an op was not called.
         """
         with _last_word():
             found: int = super().determine_available_memory()

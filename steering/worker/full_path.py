@@ -31,7 +31,7 @@ def apply(
 ) -> None:
     """Read conditions and edits, edit, and read features on the tokens of one part.
 
-    Everything is read from the stream as it came in; only what is kept of the stream is read behind
+    Everything is read from the stream as it came in; only what is kept of the stream is read after
     the edits. Parts are handled in the order of their tokens, so that a condition that looks at
     earlier tokens knows them.
 

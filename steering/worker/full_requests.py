@@ -29,7 +29,7 @@ class FullRequest:
     def advance(self, num_tokens: int) -> None:
         """A pass over this many of its tokens has ended.
 
-        All of the prompt's tokens are kept. Behind the prompt a pass may be speculative, and only
+        All of the prompt's tokens are kept. After the prompt a pass may be speculative, and only
         one of its tokens is sure to be kept.
         """
         reached = self.next_position + num_tokens

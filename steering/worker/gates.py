@@ -2,8 +2,8 @@
 
 A condition is read at its own hook point, before the edits there, and decides about edits there
 and at later ones. It has an event at a token where its feature exceeds the threshold. An event is a
-bit of its token, and the first position with an event is kept for each slot. From these two follows
-whether the condition holds at a token, by its scope and sense:
+bit of its token, and the first position with an event is kept for each slot. Whether the condition
+holds at a token follows from these two, by its scope and sense:
 
     token, above:   an event at this token         below: no event, though there could be one
     so far, above:  first <= position              below: first > position

@@ -22,7 +22,7 @@ class KeptStream(NamedTuple):
     Attributes:
         offset: ``[n]`` int64 ascending, positions less the prompt's length. So texts whose prompts
             differ agree on the tokens of their completion.
-        x: ``[n, d_in]`` float32, the stream behind the edits of the hook point.
+        x: ``[n, d_in]`` float32, the stream after the edits of the hook point.
         asked: ``[n]`` float32, the sum over this SAE's edits of the squared change ``f' - f`` that
             each asks for.
         edited: latents of this SAE that the run edits.

@@ -40,7 +40,7 @@ class _Copy:
     """A copy under way, or done.
 
     Attributes:
-        copied: a ``torch.cuda.Event`` behind the copy; None on a CPU.
+        copied: a ``torch.cuda.Event`` that follows the copy; None on a CPU.
         put: the method by which a record takes its rows.
         record_np: ``[n]`` the number of each row's record.
         columns: ``[n, ...]`` each, in host memory; positions first.
@@ -75,7 +75,7 @@ class PassReports:
         self._records: WeakValueDictionary[int, RequestRecord] = WeakValueDictionary()
 
     def follow(self, record: RequestRecord) -> None:
-        """Hand rows of this record's number to it from now on."""
+        """From now on, hand this record the rows that have its number."""
         with self._lock:
             self._records[record.number] = record
 

@@ -1,4 +1,4 @@
-"""Rows that passes leave behind, by token position: a position computed again gets a new row."""
+"""Rows that passes leave, by token position: computing a position again replaces its row."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ class ScoredTexts:
 
         Returns:
             For each steered text the columns of `Scores.compare` as bytes, float32 or int64 in C
-            order; None if rows of it are missing. None in all if rows of the unsteered one are.
+            order; None for a text with missing rows. None instead of the list if rows of the
+            unsteered text are missing.
         """
         before = self._rows(unsteered, start, stop)
         if before is None:
@@ -76,8 +77,8 @@ class ScoredTexts:
                 tokens of these rows.
 
         Returns:
-            For each text float32 as bytes; None if rows of it are missing. None in all if rows of
-            every text are.
+            For each text float32 as bytes; None for a text with missing rows. None instead of the
+            list if no text has all its rows.
         """
         kept = {
             i: rows

@@ -26,7 +26,7 @@ from steering.worker.residency import Residency
 from steering.worker.step import Step
 from steering.worker.whole_outputs import WholeOutputs
 
-#: Parts of the kernel, in order; None where the pass, or every pass, runs in torch.
+#: Parts of the kernel, in order; None if the pass, or every pass, runs in torch.
 _Launches: TypeAlias = tuple[OnStream, ...] | None
 
 

@@ -50,7 +50,7 @@ class SlotFacts:
         self.limited_np = np.zeros(num_slots, dtype=np.bool_)
 
     def write(self, slot: int, prompt_len: int, max_share: float | None, reports: bool) -> None:
-        """Rewrite a slot as a whole; arguments are the attributes' values."""
+        """Rewrite a slot as a whole; ``max_share`` is None for no limit."""
         self.prompt_len[slot] = prompt_len
         self.max_share[slot] = torch.inf if max_share is None else max_share
         self.reports[slot] = int(reports)

@@ -44,7 +44,7 @@ class StudyProbes:
         Returns:
             For each probe that sums up, `Pooled.summary`; for each that keeps the stream, ``kept``:
             how many tokens are kept. An entry is None if another pipeline stage holds the layer, or
-            if no token took part. None in all if the limit is 0.
+            if no token took part. None instead of the list if the limit is 0.
         """
         if not limit:
             return None

@@ -49,7 +49,7 @@ class WorkerSites:
         graphs: whether CUDA graphs hold the op, so that it is launched in idle passes too.
         resident: see `Residency`.
         limit: see `layout.FLOAT16_LIMIT`; infinite for streams of other dtypes.
-        input_norms: the norms of those hook points that are behind one, by hook point.
+        input_norms: the norms of those hook points that follow one, by hook point.
         heads: how tensor-parallel ranks share attention's heads, for the hook points there; None if
             every rank has all heads.
 

@@ -29,7 +29,13 @@ from steering.worker.worker_sites import WorkerSites
 
 
 class RunningRequest(NamedTuple):
-    """A steered request that is in the batch now."""
+    """A steered request that is in the batch now.
+
+    Attributes:
+        plan: what it asks for.
+        slot: its slot.
+        rows: the rows that it uses.
+    """
 
     plan: SteeringPlan
     slot: int

@@ -54,7 +54,7 @@ class Stream:
 
     Attributes:
         token: index in the batch: a slice, or ``[n]`` int64.
-        x: ``[n, d_in]`` float32, hidden states plus residual, behind the hook point's input norm.
+        x: ``[n, d_in]`` float32, hidden states plus residual, after the hook point's input norm.
         position: ``[n]`` int64.
         special: ``[n]`` bool, whether it is a special token or the sequence's first.
     """

@@ -18,7 +18,7 @@ OnStream: TypeAlias = Callable[[Tensor, Tensor | None], None]
 
 
 class InputNorm(NamedTuple):
-    """The norm that a hook point is behind; the op stands before the norm and applies it itself.
+    """The norm that a hook point follows. The op stands before that norm, so it applies it itself.
 
     Attributes:
         kind: INPUT_PLAIN for no norm; INPUT_RMS for ``x / sqrt(mean(x^2) + eps)``; INPUT_LAYER for

@@ -90,7 +90,7 @@ def _entry(kernel: Any, kept: Any, hidden_dtype: torch.dtype, residual_dtype: to
 
     Args:
         kernel: the loop over tokens.
-        kept: the Numba type of what it takes behind the stream.
+        kept: the Numba type of what it takes after the stream.
         hidden_dtype: dtype of the hidden states.
         residual_dtype: dtype of the residual.
     """
@@ -111,7 +111,7 @@ def _entry(kernel: Any, kept: Any, hidden_dtype: torch.dtype, residual_dtype: to
     return enter.get_overload(_ENTRY)
 
 
-#: What `_entry` made, by kernel and by type of what it takes behind the stream: hook points share
+#: What `_entry` made, by kernel and by type of what it takes after the stream: hook points share
 #: them.
 _entries: dict[tuple[Any, Any], Any] = {}
 
@@ -121,7 +121,7 @@ def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:
 
     Args:
         kernels: see `Kernels`.
-        arrays: what the kernel takes behind the stream; none of it moves.
+        arrays: what the kernel takes after the stream; none of it moves.
     """
     assert all(np.ndim(array) <= _MOST_DIMENSIONS for array in arrays)
     kept = numba.typeof(arrays)

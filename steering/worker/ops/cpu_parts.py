@@ -267,7 +267,7 @@ def carried_array(buffers: Buffers) -> Any:
 
 
 def token_arrays(buffers: Buffers) -> tuple[Any, ...]:
-    """What every kernel takes first behind the stream: what each token is, and prompt lengths."""
+    """What every kernel takes right after the stream: what each token is, and prompt lengths."""
     return (
         buffers.token_slot.numpy(),
         buffers.positions.numpy(),

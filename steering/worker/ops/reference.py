@@ -71,7 +71,7 @@ def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
 
     At a special token, the sequence's first token and a sink, gate i neither has an event nor is
     quiet. Elsewhere it has an event if ``f_i > threshold_i`` (with SCOPE_PROMPT only in the prompt,
-    with SCOPE_STOP only behind it), and it is quiet if ``f_i <= threshold_i``. This writes the bits
+    with SCOPE_STOP only after it), and it is quiet if ``f_i <= threshold_i``. This writes the bits
     of ``gate_state.events`` beside those of other hook points, ``gate_state.first_held``, and
     ``f``.
 
@@ -339,7 +339,7 @@ def reread(read: Read, op: int, value: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _bounded(delta: Tensor, before: Tensor, limit: float) -> Tensor:
-    """``delta``, cut so that no element of ``before`` grows beyond ``limit``; larger ones stay."""
+    """``delta``, cut so that no element grows beyond ``limit``, nor a larger one beyond itself."""
     after, bound = before + delta, before.abs().clamp(min=limit)
     return torch.where(after.abs() > bound, after.clamp(-bound, bound) - before, delta)
 

@@ -118,7 +118,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     params_ptr,  # [capacity, NUM_PARAMS] float32
     f_ptr,  # [num_tokens, MAX_ENTRIES] float32, written
     share_ptr,  # [num_tokens] float32, written
-    carried_ptr,  # [num_tokens, MAX_EDITS] float32; None where all edits are read here
+    carried_ptr,  # [num_tokens, MAX_EDITS] float32; None if all edits are read here
     counters_ptr,  # [2] int64, added to
     hidden_stride,
     residual_stride,
@@ -145,8 +145,9 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     For an edit that was read at another hook point, ``change_i * s_i * g_i`` and whether t is a
     sink are what that hook point left.
 
-    ``g = 1`` without a norm; layer norm: ``z_i = (W_enc[i] @ x - mean(x) * sum(W_enc[i])) / (std(x)
-    + eps)``, ``g = std(x)``; constant norm: ``z_i = W_enc[i] @ x / g``, ``g = |x| / sqrt(D_IN)``.
+    Without a norm, ``g = 1``. With layer norm: ``z_i = (W_enc[i] @ x - mean(x) * sum(W_enc[i])) /
+    (std(x) + eps)``, ``g = std(x)``. With a constant norm: ``z_i = W_enc[i] @ x / g``, ``g = |x| /
+    sqrt(D_IN)``.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slot_ptr + token)
@@ -246,7 +247,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _bounded(delta, before, limit):  # type: ignore[no-untyped-def]
-    """``delta``, cut so that no element of ``before`` grows beyond ``limit``; larger ones stay."""
+    """``delta``, cut so that no element grows beyond ``limit``, nor a larger one beyond itself."""
     after, bound = before + delta, tl.maximum(tl.abs(before), limit)
     bounded = tl.minimum(tl.maximum(after, -bound), bound) - before
     return tl.where(tl.abs(after) > bound, bounded, delta)

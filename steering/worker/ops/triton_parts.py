@@ -82,8 +82,8 @@ def launch(
         hidden_states: ``[num_tokens, d_in]``, rows contiguous.
         residual: the same shape, or None.
         buffers: the buffers of the hook point.
-        pointers: what the kernel takes behind ``prompt_len``.
-        numbers: what it takes behind the two strides of the stream.
+        pointers: what the kernel takes after ``prompt_len``.
+        numbers: what it takes after the two strides of the stream.
         shape: the layout of a program.
         constants: the kernel's further compile-time constants.
     """
@@ -156,7 +156,7 @@ def moments_if_asked(x, inside, params, wanted, D_IN: tl.constexpr):  # type: ig
 
 @triton.jit
 def input_normed(x, inside, eps, KIND: tl.constexpr, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A token's stream behind the hook point's input norm."""
+    """A token's stream after the hook point's input norm."""
     if KIND == PLAIN:
         return x
     if KIND == CENTRED:
