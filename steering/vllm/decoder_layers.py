@@ -12,7 +12,8 @@ from steering.vllm.forward_trace import parameters
 from steering.vllm.layer_source import LayerSource
 from steering.vllm.unsupported import UnsupportedModelError
 
-#: Parts of a module's name that say that it reads images or sound.
+#: Parts of a module's name that show that it is not the text model: it reads images or sound, or
+#: drafts tokens.
 _TOWER: Final = re.compile(
     r"(^|[._])(vision|visual|vit|image|img|video|audio|speech|sound|\w*tower|\w*encoder|qformer|"
     r"resampler|projector|draft\w*|mtp)([._]|$)"
@@ -20,9 +21,13 @@ _TOWER: Final = re.compile(
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The list of decoder layers, placeholders included.
+    """The list of decoder layers, including placeholders.
 
-    Searched in what vLLM calls the model's language model, where it names one.
+    It is searched below what vLLM calls the model's language model, if it names one.
+
+    Args:
+        model: as vLLM loaded it.
+        num_layers: how many layers the list must have.
 
     Raises:
         UnsupportedModelError: if there is not exactly one candidate.
@@ -60,8 +65,8 @@ def _language_model(model: nn.Module) -> nn.Module:
     if get_language_model is None:
         return model
     try:
-        # A model that takes images has the method, and raises where vLLM cannot tell which of its
-        # modules the language model is; then it is looked for in all of them.
+        # Every model that takes images has the method. It raises if vLLM cannot tell which module
+        # is the language model, and then the whole model is searched.
         found = get_language_model()
     except (NotImplementedError, AttributeError):
         return model

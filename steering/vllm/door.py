@@ -1,8 +1,8 @@
 """The one door: every request that reaches the engine gets its salt and its plan here.
 
 ``InputProcessor.process_inputs`` is what ``LLM``, ``AsyncLLM`` and vLLM's HTTP handlers share, so
-wrapping it catches a request whichever way it came in. What comes over HTTP was accepted before;
-what comes otherwise is accepted here at the latest.
+wrapping it catches a request whichever way it came in. A ``steering`` field that came over HTTP was
+accepted before; any other is accepted here at the latest.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from steering.request.plan import SteeringPlan
 from steering.request.planning import make_plan
 from steering.vllm.tracing import SPAN, span_attributes
 
-#: `SamplingParams.extra_args` key of the public field: its JSON value, or what was `Accepted`.
+#: Key in `SamplingParams.extra_args` of the public field: its JSON value, or an `Accepted`.
 FIELD: Final = "steering"
-#: Key under which the workers and the scheduler find the plan.
+#: Key in `SamplingParams.extra_args` under which the workers and the scheduler find the plan.
 PLAN: Final = "steering_plan"
 
-#: The plans that were decoded last, by the identity of what they were decoded from.
+#: The plans that were decoded last, by the identity of the objects that they were decoded from.
 _decoded: Final[dict[int, tuple[Any, SteeringPlan]]] = {}
 _MOST_DECODED: Final = 512
 
-#: Activations, 5 bytes each, that a report of several choices may be of.
+#: How many activations, of 5 bytes each, a report of several choices may need.
 MAX_REPORT_VALUES: Final = 2**25
 
-#: Keys that no client may fill; offline, `FIELD` is the caller's.
+#: Keys of `SamplingParams.extra_args` that clients may not fill; offline, callers may fill `FIELD`.
 RESERVED: Final = frozenset({FIELD, PLAN, SPAN})
 
 
@@ -46,9 +46,9 @@ def open_catalog(
     """The catalog of a configuration, opened once in each process.
 
     Args:
-        config: what to serve.
-        max_model_len: tokens of a context.
-        limits: what the engine, the way it is served, cannot do.
+        config: the SAEs to serve, and how; None if there are none.
+        max_model_len: how many tokens a context has at most.
+        limits: what the engine cannot do as it is configured.
     """
     return Catalog.from_config(config, max_model_len, limits)
 
@@ -73,16 +73,16 @@ def catalog_for(vllm_config: Any) -> Catalog:
 
 
 def accepted_of(params: Any) -> Accepted | None:
-    """What was accepted of a request with these ``SamplingParams``; None if nothing was."""
+    """What these ``SamplingParams`` carry as accepted; None if that is nothing."""
     field = _field(params)
     return field if isinstance(field, Accepted) else None
 
 
 def with_accepted(params: Any, vllm_config: Any) -> Any:
-    """``params`` with their ``steering`` accepted: a copy if it was not yet, else themselves.
+    """``params`` with their ``steering`` accepted: a copy, or themselves if there is nothing to do.
 
     Raises:
-        SteeringError: if it is not valid.
+        SteeringError: if the field is not valid.
     """
     field = _field(params)
     if field is None or isinstance(field, Accepted):
@@ -91,7 +91,7 @@ def with_accepted(params: Any, vllm_config: Any) -> Any:
 
 
 def carrying(params: Any, accepted: Accepted) -> Any:
-    """A copy of ``SamplingParams`` with this ``steering``; the caller's own stay as they are."""
+    """A copy of ``SamplingParams`` with this ``steering``; the caller's object stays as it is."""
     copied = copy(params)
     copied.extra_args = {**(params.extra_args or {}), FIELD: accepted}
     return copied
@@ -100,15 +100,21 @@ def carrying(params: Any, accepted: Accepted) -> Any:
 def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepted | None:
     """Turn what was accepted of an ``EngineCoreRequest`` into its salt and plan.
 
-    Only what needs the prompt's length is done here. Nothing happens to a request without
-    ``steering``. The request's parameters are its own copy; what was accepted is taken out of them,
-    since only plain types go on to the engine. If it is ``traced``, its span's attributes go along.
+    Only what needs the prompt's length is done here. A request without ``steering`` only has its
+    own ``cache_salt`` hashed if that could be the salt of a steered one. The request's parameters
+    are its own copy; what was accepted is taken out of them, since only plain types go on to the
+    engine.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``, changed in place.
+        catalog: the catalog of the engine.
+        traced: whether vLLM traces, so that attributes for the request's span go along.
 
     Returns:
-        What was accepted.
+        What was accepted; None for a request without ``steering``.
 
     Raises:
-        SteeringError: a ``ValueError``, before anything of the request has run.
+        SteeringError: a ``ValueError``, before any part of the request has run.
     """
     request.cache_salt = unsteered_salt(request.cache_salt)
     params = request.sampling_params
@@ -153,16 +159,21 @@ def complete(request: Any, catalog: Catalog, *, traced: bool = False) -> Accepte
 
 
 def refuse_early(prompt: Any, params: Any, vllm_config: Any) -> None:
-    """Refuse what `complete` would, before the engine is handed its request.
+    """Refuse what `complete` would refuse, before the engine is handed the request.
 
-    That is a read or a report that is too long, and edits of one feature that meet in this prompt.
-
-    When `complete` sees it, its response may have begun to stream, or others of its batch may run.
+    When `complete` sees a request, its response may have begun to stream, or others of its batch
+    may run. This refuses an ambiguous stop string, a streamed read of an answer that is not
+    streamed, edits of one feature whose windows meet in this prompt, and a read or report that is
+    too long.
 
     Args:
-        prompt: as vLLM has rendered it; if it has not, `complete` refuses.
+        prompt: the prompt as vLLM rendered it. If it is not rendered yet, what depends on its
+            length is left to `complete`.
         params: the ``SamplingParams``, with what was accepted in them.
-        vllm_config: the engine's.
+        vllm_config: the engine's configuration.
+
+    Raises:
+        SteeringError: if the request is refused.
     """
     accepted = accepted_of(params)
     if accepted is not None:
@@ -189,7 +200,7 @@ def _refuse_what_has_no_tokens(request: Any) -> None:
 
 
 def _refuse_ambiguous_stop(accepted: Accepted, params: Any) -> None:
-    """Refuse a stop string that could not be told from a condition in the answer's reason."""
+    """Refuse a stop string that ``stop_reason`` could not tell from a ``stop_when``."""
     if accepted.spec.stop_when and STOP_REASON in (params.stop or ()):
         raise SteeringError(
             "unsupported_combination",
@@ -200,7 +211,7 @@ def _refuse_ambiguous_stop(accepted: Accepted, params: Any) -> None:
 
 
 def _refuse_unstreamed(accepted: Accepted) -> None:
-    """Refuse a read that is to come with the answer's chunks where there are none."""
+    """Refuse a read that is to come with the answer's chunks if the answer has none."""
     read = accepted.spec.read
     if read is not None and read.stream and accepted.ticket is None:
         raise SteeringError(
@@ -212,13 +223,16 @@ def _refuse_unstreamed(accepted: Accepted) -> None:
 
 
 def _refuse_long(accepted: Accepted, params: Any, length: int, max_read_values: int) -> None:
-    """Refuse results of more values than are kept.
+    """Refuse results with more values than may be kept.
 
     Args:
         accepted: what is asked for.
-        params: the request's.
-        length: tokens in vLLM's prompt.
-        max_read_values: how many features one request may have read.
+        params: the request's ``SamplingParams``.
+        length: how many tokens vLLM's prompt has.
+        max_read_values: how many features one request may have read, over all its tokens.
+
+    Raises:
+        SteeringError: naming the number and the limit.
     """
     _refuse_long_read(accepted, params, length, max_read_values)
     _refuse_long_report(accepted, params, length)
@@ -228,14 +242,14 @@ def _refuse_long_report(accepted: Accepted, params: Any, length: int) -> None:
     edits = len(accepted.spec.edits)
     if not accepted.spec.report:
         return
-    # Activations are kept until the last choice ends: where a choice will end is not known.
+    # Activations are kept until the last choice ends, and where a choice will end is not known.
     tokens = length + params.max_tokens
     values = tokens * edits * params.n
     if params.n > 1 and values > MAX_REPORT_VALUES:
         raise SteeringError(
             "invalid_value",
-            f"a report of {edits} edits of up to {tokens} tokens in {params.n} choices "
-            f"is of {values} activations, the limit is {MAX_REPORT_VALUES}: lower max_tokens or n",
+            f"a report of {edits} edits on up to {tokens} tokens in {params.n} choices needs "
+            f"{values} activations, the limit is {MAX_REPORT_VALUES}: lower max_tokens or n",
             "steering.report",
         )
 
@@ -260,7 +274,7 @@ def _refuse_long_read(accepted: Accepted, params: Any, length: int, limit: int) 
 
 
 def refusal_in(error: BaseException) -> SteeringError | None:
-    """The refusal that an exception is, or that vLLM's engine wrapped in its own."""
+    """The refusal that an exception is, or that vLLM's engine wrapped; None if there is none."""
     from vllm.v1.engine.exceptions import EngineGenerateError
 
     cause = error.__cause__ if isinstance(error, EngineGenerateError) else error
@@ -268,13 +282,13 @@ def refusal_in(error: BaseException) -> SteeringError | None:
 
 
 def plan_of(params: Any) -> SteeringPlan | None:
-    """The plan in a ``SamplingParams``, None for an unsteered request."""
+    """The plan in these ``SamplingParams``; None for an unsteered request."""
     extra = params.extra_args if params is not None else None
     wire = extra.get(PLAN) if extra else None
     if wire is None:
         return None
-    # Scheduler and worker ask several times about a request, and those of one process may share
-    # the answer: what a plan's rows are is worked out once.
+    # Scheduler and worker ask several times about a request. If they are in one process they share
+    # the answer, so that the rows of a plan are worked out only once.
     known = _decoded.get(id(wire))
     if known is not None and known[0] is wire:
         return known[1]
@@ -286,12 +300,12 @@ def plan_of(params: Any) -> SteeringPlan | None:
 
 
 def result_key(accepted: Accepted, request_id: str) -> str:
-    """What names a request's results: tickets keep clients' equal request ids apart."""
+    """The key of a request's results; the ticket's id keeps clients' equal request ids apart."""
     return request_id if accepted.ticket is None else f"{accepted.ticket.id}/{request_id}"
 
 
 def child_index(plan: SteeringPlan, req_id: str) -> int:
-    """Which of the ``n`` children a worker's request is; vLLM names them ``INDEX_PARENT``."""
+    """Which of the ``n`` choices a worker's request is; vLLM names it ``INDEX_PARENT``."""
     return int(req_id.split("_", 1)[0]) if plan.children > 1 else 0
 
 

@@ -1,8 +1,8 @@
-"""An engine that is told to stop stays until the results of its last requests are fetched.
+"""Keeps an engine that is told to stop until the results of its last requests are fetched.
 
-vLLM drains requests, but not what is asked about them afterwards: once told to stop, an engine
+vLLM lets requests finish, but not what is asked about them afterwards: once told to stop, an engine
 refuses every utility call and ends with its last request. A front end would then wait for a report
-for ever, and its client with it.
+forever, and its client with it.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from typing import Any, Final
 TAKE: Final = "steering_take_results"
 #: The utility call that asks any of the workers' methods.
 ASK: Final = "steering_ask"
-#: Seconds after a request's end in which its front end, if it still lives, fetches.
+#: Seconds after a request's end within which its front end fetches, if it still lives.
 PATIENCE: Final = 5.0
-#: Seconds between two looks at what came in, while an engine has nothing else to do.
+#: Seconds between two checks for incoming calls while an engine has nothing else to do.
 PAUSE: Final = 0.001
-#: Attribute of an engine core: futures of what was asked of workers beside a batch in flight.
+#: Attribute of an engine core: futures of calls to workers that were made while a batch ran.
 _CALLS: Final = "steering_calls"
 
 
 class Unfetched:
-    """The keys of finished requests whose results somebody is about to fetch."""
+    """The keys of finished requests whose results somebody is about to fetch; false if none."""
 
     def __init__(self) -> None:
         self._until: OrderedDict[str, float] = OrderedDict()
 
     def add(self, key: str) -> None:
-        """Expect a fetch within `PATIENCE`; the children of a request share a key."""
+        """Expect a fetch within `PATIENCE`; the choices of a request share a key."""
         self._forget_old()
         self._until[key] = time.monotonic() + PATIENCE
         self._until.move_to_end(key)
 
     def discard(self, key: str) -> None:
+        """The results have been fetched."""
         self._until.pop(key, None)
 
     def __bool__(self) -> bool:
@@ -52,7 +53,7 @@ class Unfetched:
 
 
 def stay_for_results() -> None:
-    """Teach vLLM's engine cores; they must run `SteeringScheduler`, or it changes nothing."""
+    """Extend vLLM's engine cores. It has no effect on those without a `SteeringScheduler`."""
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     if hasattr(EngineCore, TAKE):
@@ -70,7 +71,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _take(core: Any, key: str, limits: dict[int, int]) -> Any:
-    """Each worker's records of a request, which are then forgotten; or a future of them."""
+    """What each worker's `steering_take_results` answers, or a future of it."""
     unfetched = _unfetched(core)
 
     def forget(_: object = None) -> None:
@@ -83,9 +84,15 @@ def _take(core: Any, key: str, limits: dict[int, int]) -> Any:
 def _ask(core: Any, method: str, args: Sequence[Any], then: Callable[..., None] = _nothing) -> Any:
     """What each worker answers to a call, or a future of it.
 
-    While a batch is in flight an answer from workers in processes of their own comes behind that
-    batch's. To wait for it would keep the engine from scheduling the next batch meanwhile; as it
-    is, whoever waits for a later batch finds it on the way.
+    If workers are processes of their own and a batch is in flight, their answer comes after that
+    batch's. Waiting for it would keep the engine from scheduling the next batch. So this returns a
+    future, which whoever waits for a later batch completes on the way.
+
+    Args:
+        core: vLLM's ``EngineCore``.
+        method: name of the workers' method.
+        args: its arguments.
+        then: called when the answer is there.
     """
     if not (core.batch_queue and _answers_in_order(core.model_executor)):
         found = core.collective_rpc(method, args=tuple(args))
@@ -108,10 +115,10 @@ def _answers_in_order(executor: Any) -> bool:
 
 
 def _finish_calls(core: Any) -> None:
-    """Once no batch is in flight, no later one need come: complete what is not complete."""
+    """Complete the futures that are left if no batch is in flight, since no later one may come."""
     calls = core.__dict__.get(_CALLS)
     while calls and not core.batch_queue:
-        # What went wrong is told to whoever asked, by the future's callback.
+        # The future's callback tells whoever asked what went wrong.
         with contextlib.suppress(Exception):
             calls.popleft().result()
 

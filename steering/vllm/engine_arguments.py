@@ -19,8 +19,9 @@ from steering.vllm.seams import refuse_missing_seams
 def engine_arguments(config: SteeringConfig) -> dict[str, Any]:
     """Arguments that make a vLLM engine steer: ``LLM(model, **engine_arguments(config))``.
 
-    The hook points stand in the files, which may change under one path; a graph compiled for
-    others must not be taken from vLLM's cache, so they enter its hash beside the paths.
+    The hook points are read from the SAEs' files, which may change while their paths stay the same.
+    A graph that was compiled for other hook points must not come out of vLLM's cache, so they enter
+    its hash beside the paths.
 
     Raises:
         UnsupportedEngineError: if the installed vLLM is not one that can be steered.
@@ -31,7 +32,7 @@ def engine_arguments(config: SteeringConfig) -> dict[str, Any]:
     hook_points = sorted({hook for card in cards for hook in (card.reads, *card.writes)})
     most_writes = max((len(card.writes) for card in cards), default=1)
     if most_writes > 1:
-        # A request's edits always fit, and each has a row for each place where it is added.
+        # One request's edits must always fit, and each has a row for each place where it is added.
         least = MAX_INTERVENTIONS * most_writes + MAX_GATES
         config = replace(config, max_rows=max(config.max_rows, least))
     return {
@@ -52,12 +53,12 @@ def offline_config(
 
     Args:
         saes: each as ``--sae`` takes it, ``NAME=SOURCE[,hook=HOOK][,layer=L]...``.
-        model_config: vLLM's, which says what size the model has.
+        model_config: vLLM's ``ModelConfig``, which tells the model's hidden size and layers.
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: see `SteeringConfig`.
 
     Raises:
-        SAEError: if an SAE cannot be used, or not with this model.
+        SAEError: if an SAE cannot be used, or cannot be used with this model.
     """
     d_model = int(model_config.get_hidden_size())
     num_layers = int(model_config.get_total_num_hidden_layers())

@@ -1,7 +1,7 @@
-"""Logits without NaN and infinity, which an edit too large for the stream's dtype makes of it.
+"""Keeps logits free of NaN and infinity, which an edit too large for the stream's dtype may cause.
 
-No bound on a request's values rules this out: float16 ends at 65,504, and edits at several layers
-multiply. vLLM would answer a request for log-probabilities with an error of the server's.
+No bound on a request's values rules this out: float16 ends at 65,504, and the effects of edits at
+several layers multiply. vLLM would answer a request for log-probabilities with a server error.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _METHODS: Final = ("compute_logits", "compute_logits_local")
 def keep_logits_finite(model: nn.Module, state: SteeringState) -> None:
     """While a steered request runs, take NaN for 0 and infinity for the largest finite number.
 
-    A row of nothing but NaN becomes an even distribution. Minus infinity stays: it rules a token
+    A row that is all NaN becomes an even distribution. Minus infinity stays, since it rules a token
     out.
 
     Args:
-        model: as loaded; its methods are replaced in this instance.
-        state: its steering.
+        model: the loaded model; its methods are replaced in this instance.
+        state: the worker's steering.
     """
     for name in _METHODS:
         compute = getattr(model, name, None)

@@ -1,7 +1,7 @@
 """What a tensor holds, as far as a layer's ``forward`` shows it: a sum of named parts.
 
 The parts are the layer's inputs and the outputs of the modules that it calls, each with the
-factors that it was multiplied by on its way. ``forward_trace.py`` computes with them.
+factors by which it was multiplied on its way. `forward_trace` computes with them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 HIDDEN: Final = "hidden_states"
 RESIDUAL: Final = "residual"
-#: What an edit adds, where a trace is asked how far it comes.
+#: The part that an edit adds, if a trace follows one.
 EDIT: Final = "the edit"
 
 #: Factors of a part, one number for each multiplication; equal tuples are equal factors.
@@ -24,11 +24,11 @@ _numbers = itertools.count(1)
 
 @dataclass(eq=False)
 class Flow:
-    """A tensor, by identity: in-place operations are seen under all of its names.
+    """A tensor, compared by identity: an in-place operation shows under all of its names.
 
     Attributes:
-        parts: what it is the sum of.
-        buffer: made empty, to be written by a module.
+        parts: the parts that it is the sum of.
+        buffer: whether it was made empty, for a module to write into.
     """
 
     parts: dict[str, Factors] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Flow:
     def add(self, other: Flow) -> None:
         """``self += other``"""
         for part, factors in other.parts.items():
-            # Twice the same part is a factor of its own.
+            # The same part twice is that part times a new factor.
             self.parts[part] = (next(_numbers),) if part in self.parts else factors
 
     def scale(self) -> None:
@@ -46,11 +46,11 @@ class Flow:
         self.parts = {part: (*factors, number) for part, factors in self.parts.items()}
 
     def copy(self) -> Flow:
-        """Another tensor of the same content."""
+        """Another tensor with the same content."""
         return Flow(dict(self.parts))
 
     def holds_stream(self) -> bool:
-        """Whether a layer's input is among the parts, so that it is not a branch alone."""
+        """Whether an input of the layer is among the parts, so that it is more than a branch."""
         return HIDDEN in self.parts or RESIDUAL in self.parts
 
 
@@ -70,15 +70,14 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of the layer: a module, or of a kind that is not known.
+    """An attribute of the layer: a module, or something whose kind is not known.
 
     Attributes:
         path: as in ``self.path``.
-        norm: what it does with two tensors: ``adds`` (the norm of their sum, and the sum),
-            ``passes`` (the norm of the first, and the second as it was); ``one`` for a norm that
-            takes one; ``unknown`` where that cannot be told; ``identity`` for a dropout; None for
-            what is no norm.
-        module: the module itself, where a model is at hand.
+        norm: for a norm, what it returns for two tensors: ``adds`` (the norm of their sum, and the
+            sum), ``passes`` (the norm of the first, and the second as it was) or ``unknown``;
+            ``one`` if it takes one tensor. ``identity`` for a dropout. None for what is no norm.
+        module: the module itself; None if the model is not loaded.
     """
 
     path: str
@@ -116,10 +115,10 @@ class Call:
     Attributes:
         path: as in ``self.path``.
         part: the name of its output in a `Flow`.
-        forward: called as a module, not by another method or in a function.
+        forward: whether it was called as a module, not by another method or in a function.
         norm: as `Attribute.norm`.
-        inputs: its tensors and where each stands in the call, with their parts as they were.
-        buffer: it writes its output into one of its arguments.
+        inputs: where each tensor stands in the call (position or name), and its parts at the time.
+        buffer: whether it writes its output into one of its arguments.
     """
 
     path: str
@@ -130,7 +129,7 @@ class Call:
     buffer: bool = False
 
     def sum_of_inputs(self) -> dict[str, Factors]:
-        """What an adding norm is the norm of; a plain module's first tensor."""
+        """The parts of what an adding norm normalizes, or of another module's first tensor."""
         total = Flow(dict(self.inputs[0][1])) if self.inputs else Flow()
         if self.norm == "adds" and len(self.inputs) > 1:
             total.add(Flow(dict(self.inputs[1][1])))

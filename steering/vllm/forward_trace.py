@@ -1,8 +1,9 @@
 """Follows a layer's ``forward`` by its syntax tree and tells what it makes of the stream.
 
-Nothing is run. Conditions that the layer's attributes decide are decided; at others both ways are
-followed. What is not understood raises `NotUnderstood`, never passes for something else. Here are
-the statements; `traced_expressions` are what stands in them, `traced_calls` what they call.
+Nothing is run. Conditions that the layer's attributes decide are decided; at other conditions both
+ways are followed. What is not understood raises `NotUnderstood` and never passes for something
+else. This file follows statements, `traced_expressions` the expressions in them, and `traced_calls`
+the calls.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Trace:
     Attributes:
         returned: what it returns.
         calls: the modules called, in order.
-        decisions: the conditions that were not known, and how they were taken.
+        decisions: the conditions that were not known, and which way was taken at each.
         residual_used: whether the incoming ``residual`` is read at all.
     """
 
@@ -65,13 +66,13 @@ def traces(
 
     Args:
         subject: the layer.
-        dtype: of the model, as a torch dtype.
-        tensor_parallel: ranks of a tensor-parallel group.
-        first: whether the layer is given no residual, as a model's first one is.
+        dtype: torch dtype of the model.
+        tensor_parallel: how many ranks a tensor-parallel group has.
+        first: whether the layer is given no residual, like the first layer of a model.
         edit: an edit to follow, as the part `EDIT`.
 
     Raises:
-        NotUnderstood: naming what.
+        NotUnderstood: if the code does something that the tracer does not know; it says what.
     """
     forward = subject.method("forward")
     if forward is None:
@@ -88,14 +89,14 @@ def traces(
         except Dead:
             continue
         if len(found) + len(waiting) > _MOST_PATHS:
-            raise NotUnderstood("its forward has too many ways")
+            raise NotUnderstood(f"there are more than {_MOST_PATHS} ways through its forward")
     if not found:
         raise NotUnderstood("no way through its forward returns")
     return found
 
 
 def parameters(forward: ast.FunctionDef) -> list[str]:
-    """The names of a method's parameters, ``self`` left out."""
+    """The names of a method's parameters, without ``self``."""
     arguments = forward.args
     return [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)][1:]
 
@@ -107,8 +108,8 @@ class _Run(Expressions):
     Attributes:
         first: whether the layer is given no residual.
         hidden: the stream that comes in.
-        residual: what comes in beside it.
-        depth: how many of the layer's own methods the statement is in.
+        residual: the residual that comes in.
+        depth: how many methods of the layer are being followed, one inside the other.
     """
 
     first: bool
@@ -219,7 +220,7 @@ class _Run(Expressions):
             lose(target, ast.unparse(node))
 
     def own_method(self, name: str, args: Sequence[tuple[int | str, Value]]) -> Value:
-        """See `Expressions.own_method`; its statements are followed."""
+        """See `Expressions.own_method`; the method's statements are followed."""
         method = self.subject.method(name)
         if method is None or self.depth >= _DEEPEST_CALL:
             raise NotUnderstood(f"self.{name}")
@@ -231,7 +232,7 @@ class _Run(Expressions):
             env[method.args.kwarg.arg] = Mapped()
         for key, value in args:
             if isinstance(key, int) and key >= len(names):
-                raise NotUnderstood(f"self.{name} is given more than it takes")
+                raise NotUnderstood(f"self.{name} is given more arguments than it takes")
             env[names[key] if isinstance(key, int) else key] = value
         self.depth += 1
         try:

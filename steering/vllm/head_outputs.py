@@ -1,4 +1,4 @@
-"""Where the outputs of attention's heads, side by side, go into its output projection."""
+"""Finds the output projection of attention, which is given the heads' outputs side by side."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ def heads_projection(attention: nn.Module, dtype: Any, tensor_parallel: int) -> 
     """The name of the module below ``attention`` that is given the heads' outputs and nothing else.
 
     Args:
-        attention: of a decoder layer.
-        dtype: of the model.
-        tensor_parallel: ranks of a tensor-parallel group.
+        attention: the attention module of a decoder layer.
+        dtype: torch dtype of the model.
+        tensor_parallel: how many ranks a tensor-parallel group has.
 
     Raises:
-        NotUnderstood: where something stands between the heads and a projection (a gate, a norm),
-            or its input is not each head's output beside the next one's.
+        NotUnderstood: if something stands between the heads and the projection (a gate, a norm), or
+            if the projection's input is not as wide as all heads together.
     """
     subject = LayerSource(attention)
     names = {_projection(subject, trace) for trace in traces(subject, dtype=dtype)}
     if len(names) != 1:
-        raise NotUnderstood("its attention's output projection is not the same on all ways")
+        raise NotUnderstood(
+            "its attention's output projection is not the same under all conditions"
+        )
     ((heads, projection),) = names
     _refuse_other_widths(attention, heads, projection, tensor_parallel)
     return projection
 
 
 def _projection(subject: LayerSource, trace: Trace) -> tuple[str, str]:
-    """Paths of the heads and of the only module that is given their output as it is."""
+    """Paths of the heads and of the only module that is given their output unchanged."""
     for heads in trace.calls:
         if not _has_heads(subject, heads.path):
             continue
@@ -63,12 +65,12 @@ def _has_heads(subject: LayerSource, path: str) -> bool:
 def _refuse_other_widths(
     attention: nn.Module, heads: str, projection: str, tensor_parallel: int
 ) -> None:
-    """What comes out of the heads must be as wide as what the projection takes."""
+    """Check that what comes out of the heads is as wide as what the projection takes."""
     module: Any = attention.get_submodule(heads)
     taken = getattr(attention.get_submodule(projection), "input_size", None)
     given = module.num_heads * module.head_size * tensor_parallel
     if taken != given:
         raise NotUnderstood(
-            f"its {original_class(module).__name__} has {given} elements in its heads, its output "
-            f"projection takes {taken}"
+            f"its {original_class(module).__name__} has {given} elements in its heads, but its "
+            f"output projection takes {taken}"
         )

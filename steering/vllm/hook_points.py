@@ -1,4 +1,4 @@
-"""From the name of a hook point to the op in a loaded model."""
+"""Puts the op at named hook points of a loaded model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from steering.worker.ops.layout import INPUT_LAYER, INPUT_RMS
 
 
 class Store(Enum):
-    """What the op adds to a compiled graph of a 16-bit model, which rounds what it stores.
+    """The store that the op adds to the compiled graph of a 16-bit model.
+
+    Such a graph rounds what it stores, and keeps everything else in float32.
 
     Attributes:
-        AS_PLAIN: nothing: what the op is given, a matrix product's output, is stored without it.
+        AS_PLAIN: none: a matrix product makes what the op is given, and that is stored anyway.
         WIDE: a store in float32 (`registered.steer_wide`), which rounds nothing.
         ROUNDED: a store that rounds where vLLM's own graph does not.
     """
@@ -37,32 +39,36 @@ class Store(Enum):
 
 
 _LAYER_POINTS: Final = ("hook_resid_pre", "hook_resid_post")
-#: Where the op stands before a module, not behind it.
+#: The kinds at which the op stands before a module, not after it.
 _INPUTS: Final = (
     *("hook_resid_pre", HEADS, "hook_resid_mid", "ln2.hook_normalized", "mlp.hook_in"),
 )
-#: What a matrix product is given, which is stored in any case.
+#: The kinds at which the op is given a matrix product's input, which is stored in any case.
 _PRODUCT_INPUTS: Final = (HEADS, "mlp.hook_in")
-#: Of Gemma-2 and 3, and of GLM-4.
+#: Names of the norms after a branch in Gemma-2 and 3, and in GLM-4.
 _NORMS_AFTER_BRANCHES: Final = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
 def owned_hook_points(
     model: nn.Module, points: Iterable[HookPoint], num_layers: int
 ) -> list[HookPoint]:
-    """Those of ``points`` whose layer lives in this worker.
+    """Those of ``points`` whose layer this worker holds.
 
-    Under pipeline parallelism a stage holds placeholders for the layers of the others.
+    Under pipeline parallelism a stage has placeholders for the layers of the other stages.
+
+    Raises:
+        UnsupportedModelError: if the list of decoder layers is not found.
     """
     layers = decoder_layers(model, num_layers)
     return [point for point in points if not is_placeholder(layers[point.layer])]
 
 
 def install_order(points: Iterable[HookPoint]) -> list[HookPoint]:
-    """Hook points in the order of their installation.
+    """Hook points in the order in which they must be installed.
 
-    Of two at one place, the one that the pass comes by first must be called first. What is put
-    before a module is called before all that was put there earlier; what is put behind it, after.
+    If two are hooked at one module, the one that comes first in a pass must be called first. An op
+    that is put before a module is called before those that were put there earlier; an op that is
+    put after it is called after them.
     """
     ordered = sorted(points, key=lambda point: place_in_pass(str(point)))
     before = [point for point in ordered if point.kind in _INPUTS]
@@ -72,10 +78,16 @@ def install_order(points: Iterable[HookPoint]) -> list[HookPoint]:
 def width_of_heads(
     model: nn.Module, point: HookPoint, num_layers: int, tensor_parallel: int
 ) -> int:
-    """Heads times head size, of all tensor-parallel ranks, where the heads are hooked.
+    """Number of heads times head size over all tensor-parallel ranks, at a hook point of heads.
+
+    Args:
+        model: as vLLM loaded it.
+        point: an ``attn.hook_z``.
+        num_layers: how many layers the model has.
+        tensor_parallel: how many ranks a tensor-parallel group has.
 
     Raises:
-        UnsupportedModelError: where the structure is not understood.
+        UnsupportedModelError: if the structure is not understood.
     """
     module = decoder_layers(model, num_layers)[point.layer]
     place = _layer(module, point.layer, torch.float32, tensor_parallel).place(point)
@@ -83,10 +95,15 @@ def width_of_heads(
 
 
 def input_norm(model: nn.Module, point: HookPoint, num_layers: int) -> InputNorm:
-    """What a hook point is behind, in float32, of the place at which it is hooked.
+    """The norm that a hook point follows; the op itself stands before that norm.
+
+    Args:
+        model: as vLLM loaded it.
+        point: the hook point.
+        num_layers: how many layers the model has.
 
     Raises:
-        UnsupportedModelError: where the norm is none that is known.
+        UnsupportedModelError: if the norm is not known.
     """
     if point.kind != "ln2.hook_normalized":
         return InputNorm()
@@ -99,8 +116,8 @@ def input_norm(model: nn.Module, point: HookPoint, num_layers: int) -> InputNorm
     partial = getattr(norm, "variance_size_override", None) is not None
     if kind is None or not isinstance(eps, float) or partial:
         raise UnsupportedModelError(
-            f"{point}: {name} is no norm that is known; a dictionary that reads before its gain "
-            "cannot be served"
+            f"{point}: {name} is not a known norm; a dictionary that reads before its gain cannot "
+            "be served"
         )
     return InputNorm(kind, eps)
 
@@ -116,16 +133,16 @@ def install(
 
     Args:
         model: as vLLM loaded it.
-        point: of a layer that this worker holds.
-        num_layers: of the model.
-        tensor_parallel: ranks of a tensor-parallel group.
-        dtype: of the model.
+        point: a hook point whose layer this worker holds.
+        num_layers: how many layers the model has.
+        tensor_parallel: how many ranks a tensor-parallel group has.
+        dtype: dtype of the model.
 
     Returns:
-        what the op adds to a compiled graph.
+        What the op adds to a compiled graph.
 
     Raises:
-        UnsupportedModelError: where the structure is not understood.
+        UnsupportedModelError: if the structure is not understood.
     """
     layers = decoder_layers(model, num_layers)
     _refuse_mixed_forms(layers, dtype)
@@ -134,7 +151,7 @@ def install(
     if tensor_parallel > 1:
         _refuse_deferred_sums(module, str(point))
     place = layer.place(point)
-    # Of heads each rank has its own, whole.
+    # Each rank has some of the heads, and those whole.
     if tensor_parallel > 1 and point.kind not in (*_LAYER_POINTS, HEADS):
         _refuse_partial_sums(module, place, str(point))
     store = Store.AS_PLAIN if point.kind in _PRODUCT_INPUTS else _store(module, place)
@@ -144,19 +161,19 @@ def install(
 
 
 def _store(layer: nn.Module, place: Place) -> Store:
-    """What the op at this place adds, by what makes the tensor that it is given."""
+    """What the op adds at this place; that depends on what makes the tensor it is given."""
     if place.other is None and not place.path:
         return Store.ROUNDED  # a whole stream, which an addition makes
     after_norm = any(hasattr(layer, name) for name in _NORMS_AFTER_BRANCHES)
     if after_norm and (place.other is not None or place.path.endswith("norm")):
         return Store.WIDE
-    # Experts that are always chosen are added to those that are, in the compiler's registers. A
-    # store in float32 does not keep every bit there.
+    # The compiler adds shared experts to the chosen ones in registers, where even a store in
+    # float32 does not keep every bit.
     return Store.ROUNDED if _has_shared_experts(layer) else Store.AS_PLAIN
 
 
 def _has_shared_experts(layer: nn.Module) -> bool:
-    """Whether the MLP's output is a sum, of experts that are chosen and experts that are not."""
+    """Whether the MLP adds experts that every token uses to those that are chosen for it."""
     return any(
         name.rsplit(".", 1)[-1] in ("shared_expert", "shared_experts")
         for name, _ in layer.named_modules()
@@ -169,7 +186,7 @@ def _layer(module: nn.Module, index: int, dtype: Any, tensor_parallel: int) -> L
 
 
 def _refuse_mixed_forms(layers: nn.ModuleList, dtype: torch.dtype) -> None:
-    """What one layer returns is what the next one takes: all carry the stream in one form."""
+    """Check that all layers carry the stream in one form: each takes what the last one returns."""
     forms: dict[bool, str] = {}
     for index, module in enumerate(layers):
         if not is_placeholder(module):
@@ -185,7 +202,7 @@ def _refuse_mixed_forms(layers: nn.ModuleList, dtype: torch.dtype) -> None:
 
 
 def _refuse_partial_sums(layer: nn.Module, place: Place, hook: str) -> None:
-    """Under tensor parallelism every rank must hold the whole output, not its share of the sum."""
+    """Check that under tensor parallelism every rank holds the output, not its share of a sum."""
     searched = layer.get_submodule(place.path) if place.output else layer
     for name, child in searched.named_modules():
         if getattr(child, "reduce_results", True) is False:
@@ -196,7 +213,7 @@ def _refuse_partial_sums(layer: nn.Module, place: Place, hook: str) -> None:
 
 
 def _refuse_deferred_sums(layer: nn.Module, hook: str) -> None:
-    """Where the next layer's norm adds up the ranks' shares, none of them holds the stream."""
+    """Refuse layers whose next norm adds up the ranks' shares: then no rank holds the stream."""
     cls = original_class(layer)
     forward = inspect.unwrap(cls.forward)
     names = {*forward.__code__.co_names, *forward.__code__.co_freevars}

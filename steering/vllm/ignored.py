@@ -1,7 +1,8 @@
-"""Requests that ask vLLM to steer where nothing would: refused, never run as if they had not asked.
+"""Refuses requests that ask for steering where nothing would steer, instead of running them plain.
 
-vLLM's request types keep fields they do not know and ignore them. `vllm run-batch` reads its lines
-into them, and so does a `vllm serve` whose plugin list leaves out our routes.
+vLLM's request types keep fields that they do not know, and ignore them. `vllm run-batch` reads its
+lines into these types, and so does a `vllm serve` whose list of plugins leaves out this project's
+routes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ _MARK: Final = "_refuses_ignored_steering"
 
 
 def refuse_ignored_steering() -> None:
-    """Have vLLM's own request types refuse what they would drop, when parameters are made."""
+    """Have vLLM's own request types refuse steering that they would drop.
+
+    They do so when sampling parameters are made of them. A second call changes nothing.
+    """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -38,7 +42,7 @@ def _refusing(to_sampling_params: Any) -> Any:
 
 
 def refuse_ignored(request: Any) -> None:
-    """SteeringError if a request of one of vLLM's own types has `steering` in any place."""
+    """Raise SteeringError if a request of one of vLLM's own types has `steering` in any place."""
     unknown = request.model_extra or {}
     known = {name: value for name in CONTAINERS if (value := getattr(request, name, None))}
     if not unknown and not known:

@@ -1,4 +1,4 @@
-"""Puts the op into a loaded model: a module gets a forward of its own that calls it."""
+"""Puts the op into a loaded model: one module gets a forward of its own, which calls the op."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from steering.worker.ops import registered
 def install(
     layer: nn.Module, place: Place, hook: str, parameters: list[str], *, wide: bool
 ) -> None:
-    """Have the op called at ``place``.
+    """Have a layer call the op at ``place``.
 
     Args:
         layer: the decoder layer.
-        place: where in it.
+        place: where in the layer.
         hook: the hook point's name.
-        parameters: of the layer's forward, ``self`` left out.
+        parameters: names of the parameters of the layer's forward, without ``self``.
         wide: whether a norm makes the stream there (`registered.steer_wide`).
+
+    Raises:
+        UnsupportedModelError: if something else has replaced the module's forward.
     """
     module = layer.get_submodule(place.path)
     if not place.output:
@@ -84,17 +87,18 @@ def _replace_forward(
 ) -> None:
     """Give one instance a forward of its own by giving it a class of its own.
 
-    Unlike an instance attribute or a forward hook this is an ordinary method to torch.compile, and
-    unlike a wrapper module it leaves the names of parameters as checkpoints and LoRA know them.
+    To torch.compile this is an ordinary method, which an instance attribute or a forward hook is
+    not. Unlike a wrapper module it leaves the names of parameters as checkpoints and LoRA know
+    them.
     """
     own = vars(module).get("forward")
     if own is not None:
-        # vLLM's backend for transformers binds rewritten methods; they are wrapped where they are.
+        # vLLM's backend for transformers binds rewritten methods to instances; they are wrapped
+        # there.
         if not isinstance(own, types.MethodType) or own.__self__ is not module:
             raise UnsupportedModelError(
-                f"{original_class(module).__name__}: something else has given this module a "
-                "forward of its own (--offload-backend does, for one), behind which the edit "
-                "would be lost"
+                f"{original_class(module).__name__}: something else has replaced this module's "
+                "forward (--offload-backend does, for example), and edits would be lost"
             )
         module.forward = types.MethodType(wrap(own.__func__), module)
         return
@@ -115,8 +119,10 @@ def _argument(
 
 
 def _first_tensor(output: Any, hook: str) -> Tensor:
-    """What a module returns, or the first of it where it returns weights or a cache beside."""
+    """What a module returns, or its first item if it returns weights or a cache as well."""
     found = output[0] if isinstance(output, tuple) else output
     if not isinstance(found, torch.Tensor):
-        raise UnsupportedModelError(f"{hook}: the module returns {type(found).__name__}")
+        raise UnsupportedModelError(
+            f"{hook}: the module returns {type(found).__name__}, not a tensor"
+        )
     return found

@@ -1,10 +1,10 @@
 """KV connectors: which of them keep blocks of different steering apart, and a guard for the rest.
 
-A connector brings KV blocks that this engine did not compute for this request. One that looks them
-up by vLLM's block hashes is right by itself, since a request's salt is in them. One that looks them
-up by token ids would serve steered blocks to clean requests and the other way round: it is refused.
-One that takes another engine's blocks by request (disaggregated prefill) is right if that engine
-steered the same way, so the one says how and the other compares.
+A connector brings KV blocks that this engine did not compute for this request. A connector that
+looks them up by vLLM's block hashes is right by itself, since a request's salt is part of them. One
+that looks them up by token ids would serve steered blocks to unsteered requests and the other way
+round, so it is refused. One that takes another engine's blocks by request (disaggregated prefill)
+is right if that engine steered the same way, so that engine says how it did, and this one compares.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 from steering.vllm.door import plan_of
 from steering.vllm.support import UnsupportedEngineError
 
-#: Look blocks up by block hash, or never load any (the last two).
+#: Connectors that look blocks up by block hash, or never load any (the last two).
 SALTED: Final = frozenset(
     {
         "OffloadingConnector",
@@ -27,9 +27,11 @@ SALTED: Final = frozenset(
         "ExampleHiddenStatesConnector",
     }
 )
-#: Looks blocks up by token ids and the request's salt, if its package is new enough.
+#: A connector that looks blocks up by token ids and the request's salt, if its package is new
+#: enough.
 LMCACHE_MP: Final = "LMCacheMPConnector"
-#: Take another engine's blocks by request, and only as many as the scheduler is told of.
+#: Connectors that take another engine's blocks by request, and only as many as they announce to the
+#: scheduler.
 BY_REQUEST: Final = frozenset(
     {"NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector"}
 )
@@ -38,7 +40,7 @@ MULTI: Final = "MultiConnector"
 #: Key of the salt of a steered request's blocks in the ``kv_transfer_params`` that go with them.
 STAMP: Final = "steering_salt"
 
-_BY_TOKENS: Final = "looks KV blocks up by token ids alone and would mix steered with clean ones"
+_BY_TOKENS: Final = "looks KV blocks up by token ids alone and would mix steered and unsteered ones"
 _REASONS: Final = {
     "LMCacheConnectorV1": _BY_TOKENS,
     "HF3FSKVConnector": _BY_TOKENS,
@@ -53,10 +55,11 @@ _INSTEAD: Final = (
 
 
 def refuse_unsalted_connectors(kv_transfer_config: Any) -> None:
-    """Check a ``KVTransferConfig``, None where the engine has no connector.
+    """Check a ``KVTransferConfig``; None if the engine has no connector.
 
     Raises:
-        UnsupportedEngineError: naming the connector, why, and what to use.
+        UnsupportedEngineError: if a connector may mix steered with unsteered blocks. It names the
+            connector, the reason, and what to use instead.
     """
     if kv_transfer_config is not None:
         _refuse_unsalted(vars(kv_transfer_config))
@@ -72,12 +75,12 @@ def connects_by_request(kv_transfer_config: Any) -> bool:
 def guard_transfers(scheduler: Any) -> None:
     """Have a scheduler's connector offer only blocks that were steered as their request is.
 
-    A request whose blocks elsewhere were computed otherwise, or in an unknown way, computes its
-    prompt here. The connector finds such a prompt complete and tells the other engine, as it does
-    if the prefix cache holds it all.
+    If a request's blocks elsewhere were steered differently, or it is not known how, its prompt is
+    computed here. To the connector that looks as if the prefix cache held the whole prompt, and it
+    tells the other engine so.
 
     Args:
-        scheduler: vLLM's, with its connector made.
+        scheduler: vLLM's scheduler, with its connector made.
     """
     connector = scheduler.connector
     matched_tokens = connector.get_num_new_matched_tokens
@@ -91,11 +94,12 @@ def guard_transfers(scheduler: Any) -> None:
 
 
 def stamp(kv_transfer_params: dict[str, Any] | None, request: Any) -> None:
-    """Say how a finished request's blocks were steered, where another engine may take them.
+    """Say how a finished request's blocks were steered, if another engine may take them.
 
     Args:
-        kv_transfer_params: what the connector answers for the request; changed in place.
-        request: the scheduler's.
+        kv_transfer_params: what the connector answers for the request, changed in place; None if
+            no engine may take its blocks.
+        request: the scheduler's request.
     """
     salt = _salt(request)
     if kv_transfer_params is not None and salt is not None:
@@ -112,13 +116,13 @@ def _is_steered_alike(request: Any) -> bool:
 
 
 def _salt(request: Any) -> str | None:
-    """What tells a steered request's blocks from others; None of requests that edit nothing."""
+    """The salt of a request's blocks; None for a request that edits nothing."""
     plan = plan_of(request.sampling_params)
     return request.cache_salt if plan is not None and plan.edits else None
 
 
 def _names(config: Mapping[str, Any]) -> set[str]:
-    """Names of a connector and those in it."""
+    """The connector's name, or the names of the connectors that a `MultiConnector` is made of."""
     if config.get("kv_connector") != MULTI:
         return {config.get("kv_connector") or ""}
     return set().union(*map(_names, _children(config)))
@@ -144,11 +148,13 @@ def _refuse_unsalted(config: Mapping[str, Any]) -> None:
     elif name == LMCACHE_MP:
         if _lmcache_salts():
             return
-        reason = "needs an lmcache package that knows cache_salt: update lmcache, its server too"
+        reason = (
+            "needs an lmcache package that knows cache_salt: update lmcache, and its server too"
+        )
     elif name in SALTED or name in BY_REQUEST:
         return
     else:
-        reason = _REASONS.get(name, "may mix steered KV blocks with clean ones")
+        reason = _REASONS.get(name, "may mix steered KV blocks with unsteered ones")
     raise UnsupportedEngineError(
         f"SAE steering does not work with the KV connector {name}, which {reason}"
         + ("" if name == LMCACHE_MP else f"; {_INSTEAD}")
@@ -156,15 +162,16 @@ def _refuse_unsalted(config: Mapping[str, Any]) -> None:
 
 
 def _lmcache_salts() -> bool:
-    """Whether the installed ``lmcache`` has the salt in its keys; older ones ignore it."""
+    """Whether the installed ``lmcache`` has the salt in its keys; older versions ignore it."""
     found = importlib.util.find_spec("lmcache")
     if found is None or found.origin is None:
-        return True  # vLLM says so itself
+        return True  # vLLM itself says that it is missing
     root = Path(found.origin).parent
     keys = root / "v1" / "multiprocess" / "custom_types.py"
-    # vLLM prefers the package's own connector to its own wherever there is one.
-    own = root / "integration" / "vllm"
+    # If the package has a connector, vLLM prefers it to the one in vLLM.
+    integration = root / "integration" / "vllm"
     texts = [keys.read_text(encoding="utf-8") if keys.is_file() else ""]
-    if (own / "lmcache_mp_connector.py").is_file():
-        texts.append("".join(p.read_text(encoding="utf-8") for p in own.glob("lmcache_mp_*.py")))
+    if (integration / "lmcache_mp_connector.py").is_file():
+        files = integration.glob("lmcache_mp_*.py")
+        texts.append("".join(file.read_text(encoding="utf-8") for file in files))
     return all("cache_salt" in text for text in texts)

@@ -1,6 +1,7 @@
-"""Where a decoder layer carries the stream, and where its branches join it.
+"""In which form a decoder layer carries the stream, and where its branches join it.
 
-Both follow from what the layer's ``forward`` does with its inputs (`forward_trace`):
+Both follow from what the layer's ``forward`` does with its inputs (`forward_trace`). There are two
+forms:
 
 * fused: the stream is ``hidden_states + residual``, on the way in and on the way out;
 * whole: the stream is ``hidden_states``, and a ``residual`` is not read.
@@ -32,7 +33,7 @@ MLP_NAMES: Final = (
     *("mlp", "mlps", "block_sparse_moe", "feed_forward", "ffn", "moe", "shared_mlp"),
     *("share_expert", "experts", "meta_mlp"),
 )
-#: Parameters that say which of several runs in one pass this is.
+#: Parameters that tell a layer which of several runs in one pass this is.
 _LOOPS: Final = ("loop_idx", "current_step")
 _T = TypeVar("_T")
 _FLOAT16: Final = re.compile(r"dtype == torch\.float16")
@@ -43,11 +44,11 @@ class Place:
     """Where the op is put.
 
     Attributes:
-        path: of the module below the layer; empty for the layer itself.
-        output: whether it edits what the module returns, or else what it is given.
-        stream: the argument that is edited, by position or name (inputs only).
-        other: the argument that is summed with it; None if there is none. On outputs: whether the
-            second value that is returned is summed with the first.
+        path: path of the module below the layer; empty for the layer itself.
+        output: whether the op edits what the module returns, or else what it is given.
+        stream: for an input, the position or name of the argument that is edited.
+        other: for an input, the argument that is summed with it; for an output, not None if the
+            second value that is returned is summed with the first. None if the stream is whole.
     """
 
     path: str
@@ -61,11 +62,11 @@ class Layer:
     """A layer and what is known of its surroundings.
 
     Attributes:
-        subject: its code.
-        name: of its class.
-        dtype: of the model.
-        tensor_parallel: ranks of a tensor-parallel group.
-        first: whether it is the model's first.
+        subject: the layer's code.
+        name: name of the layer's class.
+        dtype: torch dtype of the model.
+        tensor_parallel: how many ranks a tensor-parallel group has.
+        first: whether it is the model's first layer.
     """
 
     subject: Subject
@@ -78,12 +79,12 @@ class Layer:
         """Where the op for ``point`` goes.
 
         Raises:
-            UnsupportedModelError: the layer's forward has no such place, or is not understood.
+            UnsupportedModelError: if the layer's forward has no such place, or is not understood.
         """
         find = _FINDERS.get(point.kind)
         try:
             if find is None:
-                raise NotUnderstood(f"{point.kind} is no place in a decoder layer")
+                raise NotUnderstood(f"{point.kind} is not a place in a decoder layer")
             return find(self)
         except NotUnderstood as error:
             raise UnsupportedModelError(f"{point}: {self.name}: {error}") from None
@@ -92,20 +93,20 @@ class Layer:
         """Whether the stream is the sum of two tensors.
 
         Raises:
-            NotUnderstood: neither form fits.
+            NotUnderstood: if neither form fits.
         """
         found = self._traces()
         forms = {_form(trace) for trace in found}
         if self.first and forms == {True}:
-            # The first layer is given no residual, but returns what all return.
+            # The first layer is given no residual, but returns what all layers return.
             for trace in self._traces(first=True):
                 _form(trace, fused=True)
         if len(forms) == 1:
             return forms.pop()
         conditions = sorted({key for trace in found for key in trace.decisions})
         raise NotUnderstood(
-            "its forward returns the stream now as one tensor, now as the sum of two, depending on "
-            + (", ".join(conditions) or "whether it is the first layer")
+            "its forward returns the stream sometimes as one tensor and sometimes as the sum of "
+            "two, depending on " + (", ".join(conditions) or "whether it is the first layer")
         )
 
     def _traces(self, *, first: bool = False, edit: EditAt | None = None) -> list[Trace]:
@@ -118,7 +119,11 @@ class Layer:
         )
 
     def parameters(self) -> list[str]:
-        """Its forward's parameters."""
+        """The names of its forward's parameters, without ``self``.
+
+        Raises:
+            NotUnderstood: if they are not those of a layer that runs once in a pass.
+        """
         forward = self.subject.method("forward")
         if forward is None:
             raise NotUnderstood("its forward has no source")
@@ -139,7 +144,7 @@ def _resid_pre(layer: Layer) -> Place:
     names = layer.parameters()
     if layer.first and "attn_in" in names:
         raise NotUnderstood(
-            "may take its attention's input ready-made, which would not see the edit; use "
+            "it may take its attention's input ready-made, which would not see the edit; use "
             "hook_resid_post"
         )
     return Place("", output=False, other=RESIDUAL if layer.fused() else None)
@@ -180,7 +185,7 @@ def _heads(layer: Layer) -> Place:
     path = _only(paths, "its attention is not the same module")
     attention = layer.subject.attribute(path)
     if not isinstance(attention, Attribute) or attention.module is None:
-        raise NotUnderstood("its attention is known only where the model is loaded")
+        raise NotUnderstood("its attention is known only if the model is loaded")
     projection = heads_projection(attention.module, layer.dtype, layer.tensor_parallel)
     return Place(f"{path}.{projection}", False, 0)
 
@@ -261,7 +266,7 @@ def _form(trace: Trace, fused: bool | None = None) -> bool:
 
 
 def _refuse_other_than_stream(trace: Trace, returned: Flow) -> None:
-    """What is returned has the stream in it, or is all that a part of the layer makes of it."""
+    """Check that what is returned contains the stream, or is what one module made of it."""
     if HIDDEN in returned.parts:
         return
     for call in trace.calls:
@@ -298,12 +303,12 @@ def _stream(trace: Trace) -> Mapping[str, Factors]:
 
 
 def _check_edit(layer: Layer, edit: EditAt) -> None:
-    """An edit at this place comes out in the stream once, as the stream's own part does."""
+    """Check that an edit at this place comes out in the stream once, as the stream itself does."""
     for trace in layer._traces(edit=edit):
         stream = _stream(trace)
         if EDIT not in stream or stream[EDIT] != stream.get(HIDDEN):
             raise NotUnderstood(
-                f"an edit at {edit.path} would not reach the stream that it returns unchanged"
+                f"an edit at {edit.path} would not arrive unchanged in the stream that it returns"
             )
 
 
@@ -321,20 +326,22 @@ def _refuse_unhookable(trace: Trace, call: Call) -> None:
     if len(trace.called(call.path)) > 1:
         raise NotUnderstood(f"{call.path} is called more than once")
     if not call.forward:
-        raise NotUnderstood(f"{call.path} is not called by its forward, where an edit could be")
+        raise NotUnderstood(
+            f"{call.path} is not called by its forward, so no edit can be put there"
+        )
     if call.buffer:
         raise NotUnderstood(f"{call.path} writes its output into an argument")
 
 
 def _followers(trace: Trace, call: Call) -> list[Call]:
-    """The modules that are given a module's output and nothing else."""
+    """The modules that are given this module's output and nothing else."""
     return [
         later for later in trace.calls if [parts for _, parts in later.inputs] == [{call.part: ()}]
     ]
 
 
 def _projected(trace: Trace, call: Call) -> Call:
-    """A branch's last module before its norm: heads that the layer itself projects are none."""
+    """A branch's last module before its norm: the layer itself may project its heads' outputs."""
     while True:
         projections = [later for later in _followers(trace, call) if later.norm is None]
         if len(projections) != 1:
@@ -343,7 +350,7 @@ def _projected(trace: Trace, call: Call) -> Call:
 
 
 def _added(trace: Trace, names: tuple[str, ...], what: str) -> Place:
-    """The module whose output, the branch's, is added to the stream as it is."""
+    """The module whose output is the branch's and is added to the stream unchanged."""
     call = _one_call(trace, names, what)
     stream = _stream(trace)
     while call.part not in stream:
@@ -363,7 +370,7 @@ def _added(trace: Trace, names: tuple[str, ...], what: str) -> Place:
 
 
 def _before_mlp(trace: Trace) -> Place:
-    """The module that is given the stream between attention and MLP: a norm, or the MLP itself."""
+    """The module that is given the stream between attention and MLP: a norm or the MLP itself."""
     mlp = _one_call(trace, MLP_NAMES, "MLP")
     given = [parts for _, parts in mlp.inputs]
     readers = [call for call in trace.calls if call.norm is not None and {call.part: ()} in given]

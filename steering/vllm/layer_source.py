@@ -1,4 +1,4 @@
-"""A decoder layer of a loaded model, as `forward_trace` wants to see it."""
+"""The source code and the attributes of a loaded model's layer, for `forward_trace`."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from torch import Tensor, nn
 
 from steering.vllm.flows import Attribute, Function, Known, Unknown, Value
 
-#: Where vLLM's own norms live: given two tensors they return the norm of the sum, and the sum.
+#: The module of vLLM's own norms: given two tensors they return the norm of the sum, and the sum.
 ADDING_NORMS: Final = "vllm.model_executor.layers.layernorm"
 _NORM_CLASS: Final = re.compile(r"norm", re.IGNORECASE)
 _NO_NORM_CLASS: Final = re.compile(r"att(ention|n)|block|layer$|mlp|mixer", re.IGNORECASE)
 _IDENTITY_CLASS: Final = re.compile(r"^(Dropout|Identity|DropPath)$")
-#: Set on the classes that this project makes of a module's own.
+#: Set on the classes that `installation` derives from a module's own class.
 STEERED: Final = "_vllm_sae_steered"
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as its model made it, whatever is installed on it."""
+    """The class of a module as its model made it, whatever has been installed on it since."""
     return next(cls for cls in type(module).__mro__ if STEERED not in vars(cls))
 
 
 class LayerSource:
-    """A layer that is at hand: its class's source text, and its own attributes."""
+    """A loaded layer: the source text of its class, and its attributes. See `Subject`."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
         self._class = original_class(layer)
 
     def method(self, name: str) -> ast.FunctionDef | None:
-        """A method of its class, or None if it has none or its source is not to be had."""
+        """A method of its class; None if there is none, or if its source is not available."""
         function = getattr(self._class, name, None)
         return None if function is None else function_tree(inspect.unwrap(function))
 
     def attribute(self, path: str) -> Value:
-        """``self.path``: a module, a plain value, or unknown."""
+        """``self.path``: an `Attribute` for a module, `Known` for a plain value, else `Unknown`."""
         value: Any = self._layer
         for name in path.split("."):
             try:
@@ -50,7 +50,7 @@ class LayerSource:
                 return Unknown(f"self.{path}")
         if isinstance(value, nn.Module):
             return Attribute(path, norm_kind(original_class(value)), value)
-        # Its numbers do not depend on the batch, but are not looked at.
+        # A tensor's numbers do not depend on the batch, but are not looked at.
         if isinstance(value, Tensor) or inspect.isroutine(value):
             return Unknown(f"self.{path}")
         return Known(value)
@@ -62,7 +62,7 @@ class LayerSource:
         return Function(name, value)
 
     def is_instance(self, attribute: Attribute, cls: Value) -> bool | None:
-        """Whether a module of the layer is of a class."""
+        """Whether a module of the layer is of a class; None if that is not known."""
         module, wanted = attribute.module, getattr(cls, "value", None)
         if attribute.path == "":
             module = self._layer
@@ -79,13 +79,13 @@ def norm_kind(cls: type[nn.Module]) -> str | None:
         return None
     if any(base.__module__ == ADDING_NORMS for base in cls.__mro__):
         return "adds"
-    # vLLM's custom ops say in `forward_native` what they do.
+    # What one of vLLM's custom ops does is written in its `forward_native`.
     tree = function_tree(inspect.unwrap(getattr(cls, "forward_native", cls.forward)))
     return "one" if tree is None else norm_kind_of(tree)
 
 
 def norm_kind_of(forward: ast.FunctionDef) -> str:
-    """What a norm does, by its forward; ``unknown`` where that does not show."""
+    """What a norm does, by its forward; ``unknown`` if the code does not show it."""
     names = [argument.arg for argument in forward.args.args[1:]]
     pairs = [
         part
@@ -124,7 +124,7 @@ def _is_name(node: ast.AST, name: str) -> bool:
 
 @functools.cache
 def function_tree(function: Callable[..., Any]) -> ast.FunctionDef | None:
-    """The syntax tree of a function; None where its source is not to be had."""
+    """The syntax tree of a function; None if its source is not available."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

@@ -27,9 +27,10 @@ Field = Mapping[str, Any]
 class SteeringLLM(LLM):
     """vLLM's ``LLM`` with SAEs: each request may steer, and its output says what that did.
 
-    ``generate`` and ``chat`` take a field ``steering`` as the HTTP routes do, one for all prompts
-    or a list with one, or None, for each. An output then has ``output.steering``: what a response
-    would have as ``steering``, or None if the request asked for neither report nor read.
+    ``generate`` and ``chat`` take the field ``steering`` of the HTTP routes: either one for all
+    prompts, or a list with one, or None, for each prompt. Every output has ``output.steering``:
+    what an HTTP response would have as ``steering``, or None if the request asked for neither
+    report nor read.
 
     Args:
         model: as for ``LLM``.
@@ -37,11 +38,12 @@ class SteeringLLM(LLM):
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: how many features one request may have read, over all its tokens.
         max_study_tokens: how many tokens one study may send through the model.
-        engine_args: whatever else ``LLM`` takes.
+        engine_args: all other arguments of ``LLM``.
 
     Raises:
-        SAEError: if an SAE cannot be used, or not with this model.
+        SAEError: if an SAE cannot be used, or cannot be used with this model.
         UnsupportedEngineError: if this vLLM cannot be steered.
+        ValueError: if ``additional_config`` holds the key that this project uses.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class SteeringLLM(LLM):
             max_read_values=max_read_values,
         )
         steered = engine_arguments(config)
-        own = engine_args.pop("additional_config", None) or {}
-        if CONFIG_KEY in own:
-            raise ValueError(f"additional_config: {CONFIG_KEY!r} is taken")
-        steered["additional_config"] = {**own, **steered["additional_config"]}
+        given = engine_args.pop("additional_config", None) or {}
+        if CONFIG_KEY in given:
+            raise ValueError(
+                f"additional_config: the key {CONFIG_KEY!r} is set by SteeringLLM; leave it out"
+            )
+        steered["additional_config"] = {**given, **steered["additional_config"]}
         super().__init__(model, **engine_args, **steered)
         self._studies = OfflineStudies(self, max_study_tokens)
 
@@ -110,8 +114,8 @@ class SteeringLLM(LLM):
         """What POST /v1/steering/evaluate answers: what edits do to texts.
 
         Args:
-            body: as the route takes it.
-            progress: is told how many steps are done, and of how many.
+            body: the body as the route takes it.
+            progress: called with the number of steps that are done, and of how many.
 
         Raises:
             SteeringError: a ValueError, with the code and the path of what is wrong.
@@ -160,7 +164,11 @@ class SteeringLLM(LLM):
     def _steered(
         self, given: Any, steering: Field | Sequence[Field | None] | None
     ) -> SamplingParams | list[SamplingParams]:
-        """The sampling parameters with what is accepted of each field in them."""
+        """The sampling parameters, each carrying its field as it was accepted.
+
+        Raises:
+            ValueError: if a field is not valid, or there are not as many fields as parameters.
+        """
         if given is None:
             given = self.get_default_sampling_params()
         if steering is None or isinstance(steering, Mapping):
@@ -169,20 +177,22 @@ class SteeringLLM(LLM):
             return [self._carrying(params, steering) for params in given]
         if isinstance(given, SamplingParams):
             given = [given] * len(steering)
-        return [self._carrying(*both) for both in zip(given, steering, strict=True)]
+        return [
+            self._carrying(params, field) for params, field in zip(given, steering, strict=True)
+        ]
 
     def _carrying(self, params: SamplingParams, steering: Field | None) -> SamplingParams:
         field = steering if steering is not None else (params.extra_args or {}).get(FIELD)
         if field is None:
             return params
         accepted = field if isinstance(field, Accepted) else accept(field, self.catalog)
-        # All are fetched below, so none may be dropped, however many there are.
+        # `_with_reports` fetches all of them, so none may be dropped, however many there are.
         return carrying(params, replace(accepted, awaited=wants_report(accepted.spec)))
 
     def _with_reports(self, outputs: list[Any], params: Any) -> list[Any]:
-        of_each = params if isinstance(params, list) else [params] * len(outputs)
-        for output, one in zip(outputs, of_each, strict=True):
-            accepted = accepted_of(one)
+        params_of = params if isinstance(params, list) else [params] * len(outputs)
+        for output, sampling_params in zip(outputs, params_of, strict=True):
+            accepted = accepted_of(sampling_params)
             output.steering = None
             if accepted is not None and wants_report(accepted.spec):
                 reports = results_of(self, output)

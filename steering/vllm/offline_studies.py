@@ -1,4 +1,4 @@
-"""Studies on a `vllm.LLM`: the same functions as a server's, run to their end."""
+"""Studies on a `vllm.LLM`: the same functions as on a server, run to their end."""
 
 from __future__ import annotations
 
@@ -41,13 +41,16 @@ class OfflineStudies:
         sae: str | None = None,
         progress: Listener | None = None,
     ) -> dict[str, Any]:
-        """Run one study; what its route would answer.
+        """Run one study.
 
         Args:
-            name: of the study.
-            body: as its route takes it.
-            sae: name of an SAE, for a study of one.
-            progress: is told how many steps are done, and of how many.
+            name: name of the study.
+            body: the body as the study's route takes it.
+            sae: name of the SAE, for a study of one SAE.
+            progress: called with the number of steps that are done, and of how many.
+
+        Returns:
+            What the study's route would answer.
 
         Raises:
             SteeringError: a ValueError, with the code and the path of what is wrong.
@@ -72,21 +75,21 @@ class OfflineStudies:
 
 
 def _refuse_other_model(body: object, llm: Any) -> None:
-    """SteeringError if a body names another model than the engine's."""
+    """Raise SteeringError if a body names another model than the engine's."""
     model = body.get("model") if isinstance(body, Mapping) else None
     served = llm.model_config.served_model_name
     known = {llm.model_config.model, *([served] if isinstance(served, str) else served or ())}
     if isinstance(model, str) and model not in known:
-        raise SteeringError("invalid_value", f"this engine runs no model {model[:80]!r}", "model")
+        raise SteeringError("invalid_value", f"this engine does not run {model[:80]!r}", "model")
 
 
 def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine, and what it leaves behind, in an event loop of its own."""
+    """Run a coroutine, and the tasks that it leaves behind, in an event loop of their own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(_with_what_is_left(work))
-    # A notebook has a loop in this thread already.
+    # In a notebook, a loop runs in this thread already.
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(asyncio.run, _with_what_is_left(work)).result()
 

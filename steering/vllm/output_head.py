@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 class OutputHead:
-    """Logits of final hidden states, as the model itself makes them, soft cap and all.
+    """Logits of final hidden states as the model itself makes them, soft cap included.
 
-    A LoRA of the head would be applied as the last pass's batch asked, so it is left out.
+    A LoRA adapter of the head is left out: vLLM would apply those that the last pass's batch used.
 
     Args:
-        model: as loaded.
+        model: the loaded model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,8 +25,10 @@ class OutputHead:
     def __call__(self, hidden_states: Tensor) -> Tensor | None:
         """``[n, vocabulary]`` logits; None on a rank to which they are not gathered.
 
+        All tensor-parallel ranks must take part.
+
         Args:
-            hidden_states: ``[n, d]``, what the model returned. All tensor-parallel ranks take part.
+            hidden_states: ``[n, d]``, what the model returned.
         """
         with self._without_lora():
             logits: Tensor | None = self._model.compute_logits(hidden_states)

@@ -1,8 +1,8 @@
 """Watches the passes that vLLM runs before it serves: every installed op must be called in each.
 
-It finds what reading code cannot: a module that its layer calls by another method, layers that are
-run several times or skipped, a stream of another shape, and a compiled graph from a cache that was
-made without the op. Once the engine is ready it is gone; it costs nothing while requests run.
+This finds what reading the code cannot: a module that its layer calls by another method, layers
+that run several times or are skipped, a stream of another shape, and a compiled graph from a cache
+that was made without the op. Once the engine is ready the watch ends, so it costs requests nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from steering.worker.worker_state import SteeringState
 
 
 class PassGuard:
-    """Stands before ``state.apply_at`` until `leave`.
+    """Watches the calls of ``state.apply_at`` until `leave`.
 
     Args:
-        state: the worker's.
-        model: the whole model, whose calls are the passes.
-        replayed: whether passes may be replayed from graphs, in which no op is called by name.
+        state: the worker's steering.
+        model: the whole model; each call of it is a pass.
+        replayed: whether passes may be replayed from graphs, so that no op is called from Python.
+
+    Attributes:
+        passes: how many passes have ended so far.
     """
 
     def __init__(self, state: SteeringState, model: nn.Module, *, replayed: bool) -> None:
@@ -38,15 +41,16 @@ class PassGuard:
         self._handle = model.register_forward_hook(self._end_of_pass)
 
     def leave(self) -> None:
-        """Take nothing more notice."""
+        """Stop watching."""
         self._handle.remove()
         del self._state.apply_at
 
     def check(self) -> None:
-        """Refuse a model in which some op was not called yet, though passes were run.
+        """Check that every op has been called, if any pass has been run.
 
         Raises:
-            UnsupportedModelError: naming the hook point.
+            UnsupportedModelError: if one has not, or if something was wrong in a pass. It names the
+                hook point.
         """
         if self._wrong is not None:
             raise UnsupportedModelError(self._wrong)
@@ -65,19 +69,25 @@ class PassGuard:
             self._apply(hook, hidden_states, residual)
 
     def _misshapen(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> str | None:
-        """A stream is ``[num_tokens, d]``, or that with a leading axis of one."""
+        """What is wrong with a stream; it must be ``[num_tokens, d]`` or ``[1, num_tokens, d]``."""
         shape = tuple(hidden_states.shape)
         plain = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
         width = self._state.hooks[hook].width
         if not plain or shape[-1] != width or shape[-2] > self._state.max_num_tokens:
             return (
-                f"{hook}: the stream there is of shape {list(shape)}, not [tokens, "
-                f"{width}] with at most {self._state.max_num_tokens} tokens"
+                f"{hook}: the stream there has shape {list(shape)}, not [tokens, {width}] with at "
+                f"most {self._state.max_num_tokens} tokens"
             )
         if residual is not None and tuple(residual.shape) != shape:
-            return f"{hook}: a residual of shape {list(residual.shape)} beside {list(shape)}"
+            return (
+                f"{hook}: the residual there has shape {list(residual.shape)}, but the hidden "
+                f"states have {list(shape)}"
+            )
         if self._tokens not in (None, shape[-2]):
-            return f"{hook}: {shape[-2]} tokens in a pass that has {self._tokens} elsewhere"
+            return (
+                f"{hook}: the stream there has {shape[-2]} tokens in a pass that has "
+                f"{self._tokens} elsewhere"
+            )
         self._tokens = shape[-2]
         return None
 
@@ -92,7 +102,7 @@ class PassGuard:
 
 
 def _miscounted(counts: Mapping[str, int], replayed: bool) -> str | None:
-    """Each once; or none at all, in a pass that is replayed."""
+    """What is wrong with the calls of a pass: each op once, or none at all if it is replayed."""
     found = set(counts.values())
     if found == {1} or (replayed and found == {0}):
         return None
@@ -104,7 +114,7 @@ def _miscounted(counts: Mapping[str, int], replayed: bool) -> str | None:
 
 def _never_called(hook: str) -> str:
     return (
-        f"{hook}: the model ran without calling the place of the edit: its layer goes another way, "
-        "or vLLM's compile cache holds the model without it (VLLM_DISABLE_COMPILE_CACHE=1 leaves "
-        "the cache aside)"
+        f"{hook}: the model ran without calling the place of the edit: its layer takes another "
+        "way, or vLLM's compile cache holds the model without it (VLLM_DISABLE_COMPILE_CACHE=1 "
+        "bypasses the cache)"
     )

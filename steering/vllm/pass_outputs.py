@@ -1,7 +1,8 @@
-"""Which requests a pass ends by their ``stop_when``, and what was read, with its sampled tokens.
+"""Sends what a pass found along with its sampled tokens: which ``stop_when`` fired, what was read.
 
-A token is judged in the pass that it enters the model with, which samples the token behind it. So
-the scheduler is told beside that next token, drops it, and ends the request.
+A token is judged in the pass in which it enters the model, and that pass samples the token after
+it. So the scheduler learns of a ``stop_when`` together with that next token, drops the token, and
+ends the request.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from steering.worker.stops import Stops
 from steering.worker.streamed_read import StreamedRead
 from steering.worker.worker_state import SteeringState
 
-#: Attribute of a ``ModelRunnerOutput``: the pass's `Findings`.
+#: Attribute of a ``ModelRunnerOutput`` that holds the `Findings` of its pass.
 FINDINGS: Final = "steering_findings"
 
 
@@ -28,8 +29,8 @@ class Findings:
     """What one pass found, as the scheduler gets it.
 
     Attributes:
-        fired: request ids to the position at which a ``stop_when`` fired.
-        read: request ids to what was read of requests that stream it.
+        fired: request id to the position at which a ``stop_when`` fired.
+        read: request id to what was read, for requests that stream it.
     """
 
     fired: dict[str, int] = field(default_factory=dict)
@@ -49,9 +50,10 @@ def attach(runner: Any, state: SteeringState) -> None:
 
 
 def carrying(output: Any, found: _Found | None) -> Any:
-    """A runner's ``output`` with what was found; one without requests stays as it is.
+    """A runner's ``output`` with what was found.
 
-    That one is shared, or of a pipeline stage that samples nothing.
+    An output without requests stays as it is: vLLM shares it among passes, or it comes from a
+    pipeline stage that samples nothing.
     """
     if found is None:
         return output
@@ -63,12 +65,12 @@ def carrying(output: Any, found: _Found | None) -> Any:
 
 
 def findings_in(output: Any) -> Findings:
-    """What a ``ModelRunnerOutput`` carries."""
+    """The findings that a ``ModelRunnerOutput`` carries; empty ones if it carries none."""
     return getattr(output, FINDINGS, None) or Findings()
 
 
 class _Found:
-    """What one pass found, on its way to the host or there."""
+    """What one pass found, on its way to the host or already there."""
 
     def __init__(
         self, stops: Stops | None, streaming: dict[str, RequestRecord], state: SteeringState
@@ -80,7 +82,7 @@ class _Found:
             self._stops = _StopsOnHost(stops, state)
 
     def wait(self) -> Findings:
-        """Wait for the copies, which the pass's sampled tokens follow."""
+        """Wait for the copies; the pass's sampled tokens arrive after them."""
         fired = {} if self._stops is None else self._stops.fired()
         return Findings(fired, self._state.take_streamed(self._streaming))
 
@@ -90,7 +92,7 @@ class _StopsOnHost:
 
     def __init__(self, stops: Stops, state: SteeringState) -> None:
         self._req_ids = stops.req_ids
-        # Looked up now: the next pass may have changed them when the copies are read.
+        # Looked up now, since the next pass may have changed them by the time the copies are read.
         self._records: list[RequestRecord | None] = [
             state.records.running(req_id) for req_id in stops.req_ids
         ]
@@ -101,7 +103,11 @@ class _StopsOnHost:
             self._copied.record()
 
     def fired(self) -> dict[str, int]:
-        """Wait for the copies; what fired is noted in its record before anybody hears of it."""
+        """Wait for the copies, and note what fired in its record before anybody is told.
+
+        Returns:
+            Request id to position, of the requests of which a ``stop_when`` fired.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         found = {}

@@ -1,8 +1,8 @@
-"""Piecewise CUDA graphs that leave the op out, so that a full pass needs to give up only full ones.
+"""Piecewise CUDA graphs that leave the op out, so that a full pass can still use them.
 
-vLLM cuts a compiled model at ``splitting_ops``, captures the pieces and runs those ops between them
-as they are. With ``vllm_sae::steer`` among them a pass in pieces may do at a hook point what no
-graph can hold: allocate, and decide on the host.
+vLLM cuts a compiled model at ``splitting_ops``, captures the pieces, and runs those ops between the
+pieces as they are. If ``vllm_sae::steer`` is among them, a pass in pieces may do at a hook point
+what no graph can hold: allocate memory, and decide on the host.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ STEER: Final = f"{NAMESPACE}::steer"
 
 
 def split_at_steer(compilation_config: Any) -> None:
-    """Put the op among ``splitting_ops`` where vLLM captures pieces, before anything is compiled.
+    """Put the op among ``splitting_ops`` if vLLM captures pieces, before anything is compiled.
 
-    Not with Inductor's own partition or breakable graphs, which cut in another place.
+    Inductor's own partition and breakable graphs are left alone: they cut elsewhere.
+
+    Args:
+        compilation_config: vLLM's ``CompilationConfig``, changed in place.
     """
     if (
         compilation_config.mode == CompilationMode.VLLM_COMPILE

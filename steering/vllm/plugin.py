@@ -1,4 +1,4 @@
-"""``vllm.general_plugins`` entry point: runs in every process, changes nothing until asked to."""
+"""``vllm.general_plugins`` entry point: vLLM runs it in every one of its processes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ _MARK = "_steered_by_vllm_sae"
 
 
 def register() -> None:
-    """Put the door into ``InputProcessor``, the fetching of results into ``AsyncLLM`` and its
-    client, patience into ``EngineCore``, attributes of spans and streamed reads into
-    ``OutputProcessor``.
+    """Extend vLLM's classes in this process.
 
-    vLLM may call this several times in a process.
+    ``InputProcessor`` and ``LLM`` get the door, ``AsyncLLM`` and its client fetch results, an
+    ``EngineCore`` stays until they are fetched, ``OutputProcessor`` describes spans and receives
+    streamed reads, and vLLM's request types refuse steering that they would ignore. Requests
+    without ``steering`` are handled as before. vLLM may call this several times in a process.
     """
     from vllm.entrypoints.common.offline import OfflineInferenceMixin
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -64,27 +65,27 @@ def _admitting(process_inputs: Any) -> Any:
 
 
 def _validating(add_requests: Any) -> Any:
-    """Refuse a batch of ``LLM``'s before its first request runs, whichever of them is invalid."""
+    """Refuse a batch of ``LLM`` before its first request runs if any of them is invalid."""
     from steering.vllm.door import accepted_of, refuse_early, with_accepted
 
     @functools.wraps(add_requests)
     def wrapper(self: Any, prompts: Any, params: Any, **kwargs: Any) -> Any:
         vllm_config = self.llm_engine.vllm_config
-        # Prompts often share their parameters, which are then accepted once.
-        of_each = {id(one): with_accepted(one, vllm_config) for one in params}
-        params = [of_each[id(one)] for one in params]
-        accepted = map(accepted_of, of_each.values())
-        if any(one is not None and _by_length(one.spec) for one in accepted):
+        # Prompts often share their parameters, which are then accepted only once.
+        with_field = {id(given): with_accepted(given, vllm_config) for given in params}
+        params = [with_field[id(given)] for given in params]
+        fields = map(accepted_of, with_field.values())
+        if any(accepted is not None and _by_length(accepted.spec) for accepted in fields):
             prompts = list(prompts)
-            for prompt, one in zip(prompts, params, strict=False):
-                refuse_early(prompt, one, vllm_config)
+            for prompt, sampling_params in zip(prompts, params, strict=False):
+                refuse_early(prompt, sampling_params, vllm_config)
         return add_requests(self, prompts, params, **kwargs)
 
     return wrapper
 
 
 def _by_length(spec: SteeringSpec) -> bool:
-    """Whether the length of a prompt may be what such a request is refused for."""
+    """Whether such a request may be refused because of its prompt's length."""
     from steering.report import wants_report
 
     return wants_report(spec) or spec.relative
@@ -98,7 +99,7 @@ def _collecting(generate: Any) -> Any:
     def wrapper(
         self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        # If no server stands before this call: vLLM would wrap what its generator raises.
+        # Needed if no server stands before this call: vLLM would wrap what its generator raises.
         params = with_accepted(sampling_params, self.vllm_config)
         accepted = accepted_of(params)
         collects = accepted is not None and accepted.ticket is not None

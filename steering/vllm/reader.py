@@ -1,11 +1,10 @@
-"""Texts through the engine, for whoever wants to know what happens inside: inspect, the
-self-checks, studies.
+"""Runs texts through the engine for inspect, the self-checks and studies.
 
 A text is teacher-forced: all of it is the prompt of one engine request that generates a single
-token, but what it calls its completion is generation to edits, conditions and salt. Runs of studies
-come after served traffic, since few of them are in flight at a time and, if the scheduler knows
-priorities, they are last of all. A run is salted like any other request, so blocks are shared with
-equal ones only; none is taken from the cache, so that everything is computed and counted.
+token, but its completion counts as generation for edits, conditions and salt. Served traffic goes
+first: few runs of a study are in flight at a time, and if the scheduler knows priorities, runs have
+the last one. A run is salted like any other request, so it shares blocks only with equal requests.
+It takes none from the cache, so that everything is computed and counted.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from steering.request.accepted import Accepted
 from steering.vllm.door import carrying, refusal_in
 from steering.vllm.results import ask_workers, results_of
 
-#: Engine requests of one study at a time.
+#: How many engine requests of one study are in flight at a time.
 IN_FLIGHT: Final = 8
-#: Studies that have something kept in the workers at a time.
+#: How many studies may have something kept in the workers at a time.
 MAX_KEEPING: Final = 8
-#: Of vLLM's priorities the lowest number comes first.
+#: The last of vLLM's priorities, of which the lowest number comes first.
 LAST: Final = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids; those of the completion count as generation."""
+    """Token ids of a text; those of the completion count as generation."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
-        """Tokens of both."""
+        """How many tokens prompt and completion have together."""
         return len(self.prompt) + len(self.completion)
 
 
@@ -49,12 +48,12 @@ class Run:
     """One text's way through the engine.
 
     Attributes:
-        prompt: vLLM's engine input, or a `prompt_token_ids` (and a `cache_salt`).
-        accepted: how it is steered and read; None for the model as it is.
-        sampling: of vLLM's sampling parameters those that differ from one greedy token, such as
+        prompt: vLLM's engine input, or `prompt_token_ids` (and a `cache_salt`).
+        accepted: how the text is steered and read; None for the model as it is.
+        sampling: sampling parameters of vLLM that differ from those of one greedy token, such as
             `prompt_logprobs`.
-        lora_request: vLLM's, None for the model itself.
-        priority: vLLM's; served requests have 0.
+        lora_request: vLLM's ``LoRARequest``; None for the model itself.
+        priority: vLLM's priority; served requests have 0.
         engine: which of the reader's engines runs it; None for any.
     """
 
@@ -78,11 +77,11 @@ class Run:
         """A run of a text.
 
         Args:
-            text: of at least one token, two if the last does not enter.
-            accepted: how it is steered and read.
-            last_enters: whether the last token enters the model, as where a text is only read;
-                scored, it is like a last sampled token, which does not.
-            salt: kept apart from runs with another one, as a client's `cache_salt` is.
+            text: at least one token, or two if the last does not enter the model.
+            accepted: how the text is steered and read.
+            last_enters: whether the last token enters the model. If a text is only read it does; if
+                it is scored, the last token is like a last sampled one, which does not.
+            salt: keeps the run apart from runs with another one, like a client's `cache_salt`.
             sampling: see `Run.sampling`.
         """
         ids = [*text.prompt, *text.completion]
@@ -97,7 +96,11 @@ class Run:
         return cls(prompt, accepted, sampling)
 
     def params(self, ticket: Ticket | None) -> Any:
-        """vLLM's sampling parameters, with what was accepted in them."""
+        """vLLM's sampling parameters, which carry what was accepted.
+
+        Args:
+            ticket: where the run's reports go; None if they are fetched by `results_of`.
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -119,11 +122,11 @@ class Run:
 
     @property
     def reports(self) -> bool:
-        """Whether what was edited and read is told."""
+        """Whether the run has a report of what was edited, read or probed."""
         return self.accepted is not None and self.accepted.reports
 
     def ticket(self) -> Ticket | None:
-        """Where its report goes; None if it has none."""
+        """A ticket for the run's report; None if it has no report."""
         if self.accepted is None or not self.reports:
             return None
         return Ticket(self.accepted.spec.report)
@@ -134,8 +137,8 @@ class Finished:
     """What came of a run.
 
     Attributes:
-        output: vLLM's `RequestOutput`, the last one.
-        report: what was edited and read, if the run asked.
+        output: vLLM's last `RequestOutput` of the run.
+        report: what was edited and read; None if the run did not ask.
     """
 
     output: Any
@@ -146,11 +149,12 @@ class Reader:
     """Runs texts through a running `AsyncLLM`.
 
     Args:
-        engine: the engine client.
-        in_flight: most runs of one call that are in the engine at a time.
+        engine: the `AsyncLLM`.
+        in_flight: how many runs of one call are in the engine at a time at most.
 
     Attributes:
-        keeping: what a study enters as long as the workers keep something for it; others wait.
+        keeping: a context that a study enters for as long as the workers keep something for it.
+            Only `MAX_KEEPING` may be in it; others wait.
     """
 
     def __init__(self, engine: Any, in_flight: int = IN_FLIGHT) -> None:
@@ -160,26 +164,29 @@ class Reader:
 
     @property
     def engines(self) -> int:
-        """How many engines there are: with data parallelism, those that this process serves."""
+        """How many engines this process serves: several with data parallelism."""
         return len(self._engine.engine_core.core_engines)
 
     @property
     def external_blocks(self) -> bool:
-        """Whether a text's blocks may come from elsewhere, though none is taken from the cache."""
+        """Whether a KV connector may bring a text's blocks, though none comes from the cache."""
         return self._engine.vllm_config.kv_transfer_config is not None
 
     async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker of one engine; what each answers.
+        """Call a method of every worker of one engine; returns what each worker answers.
 
         Args:
-            engine: which of `engines`.
-            method: one of `SteeringWorker`'s.
-            args: plain types.
+            engine: which of the engines, in ``[0, engines)``.
+            method: name of a method of `SteeringWorker`.
+            args: its arguments, in plain types.
+
+        Raises:
+            vllm.v1.engine.exceptions.EngineDeadError: if an engine has died.
         """
         return await ask_workers(self._engine, engine, method, args)
 
     async def run(self, run: Run) -> Finished:
-        """Run one text. Cancelled, its request leaves the engine.
+        """Run one text. If this is cancelled, the text's request leaves the engine.
 
         Raises:
             SteeringError: if the engine's door refuses it.
@@ -208,11 +215,11 @@ class Reader:
         return Finished(last, reports[0] if reports else None)
 
     async def each(self, runs: Iterable[Run]) -> AsyncGenerator[tuple[int, Finished], None]:
-        """Run many texts, and yield each with its place as it is done, in no order.
+        """Run many texts, and yield each with its place in ``runs`` as it is done.
 
-        Runs are taken from the iterable when there is room for them. Closing the iterator, or
-        cancelling who waits for it, takes those in flight out of the engine, as the first failure
-        does.
+        Runs are taken from the iterable as there is room for them, and finish in any order. If the
+        iterator is closed, if its consumer is cancelled, or if a run fails, those in flight are
+        taken out of the engine.
         """
         waiting = enumerate(runs)
         running: dict[asyncio.Task[Finished], int] = {}
@@ -234,11 +241,11 @@ class Reader:
     async def all(
         self, runs: Iterable[Run], progress: Callable[[int], None] | None = None
     ) -> list[Finished]:
-        """Run many texts; what came of each, in their order.
+        """Run many texts; returns what came of each, in their order.
 
         Args:
             runs: see `each`. What comes of all of them is held at once.
-            progress: is told how many are done, after each.
+            progress: called after each run with the number of runs that are done.
         """
         found: dict[int, Finished] = {}
         async for place, finished in self.each(runs):
@@ -253,10 +260,10 @@ class OfflineReader:
 
     Args:
         llm: the engine.
-        in_flight: most runs that are handed to it at a time.
+        in_flight: how many runs are handed to it at a time at most.
 
     Attributes:
-        keeping: see `Reader`; offline nothing runs beside a study.
+        keeping: see `Reader`; never waits, since nothing runs beside a study offline.
     """
 
     def __init__(self, llm: Any, in_flight: int = IN_FLIGHT) -> None:
@@ -275,7 +282,7 @@ class OfflineReader:
         return self._llm.llm_engine.vllm_config.kv_transfer_config is not None
 
     async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker; what each answers. See `Reader.ask`."""
+        """Call a method of every worker; returns what each answers. See `Reader.ask`."""
         found: list[Any] = self._llm.collective_rpc(method, args=args)
         return found
 
@@ -288,7 +295,7 @@ class OfflineReader:
         return run_offline(self._llm, run)
 
     async def each(self, runs: Iterable[Run]) -> AsyncGenerator[tuple[int, Finished], None]:
-        """Run many texts, a batch at a time, and yield each with its place."""
+        """Run many texts, a batch at a time, and yield each with its place in ``runs``."""
         waiting = iter(runs)
         place = 0
         while batch := list(islice(waiting, self._in_flight)):
@@ -299,7 +306,7 @@ class OfflineReader:
     async def all(
         self, runs: Iterable[Run], progress: Callable[[int], None] | None = None
     ) -> list[Finished]:
-        """Run many texts; what came of each, in their order. See `Reader.all`."""
+        """Run many texts; returns what came of each, in their order. See `Reader.all`."""
         found = []
         async for _, finished in self.each(runs):
             found.append(finished)
@@ -309,18 +316,26 @@ class OfflineReader:
 
 
 def run_offline(llm: Any, run: Run) -> Finished:
-    """Run one text through a `vllm.LLM`."""
+    """Run one text through a `vllm.LLM`.
+
+    Raises:
+        SteeringError: if the engine's door refuses it.
+    """
     (finished,) = run_batch(llm, [run])
     return finished
 
 
 def run_batch(llm: Any, runs: Sequence[Run]) -> list[Finished]:
-    """Run texts through a `vllm.LLM` together; what came of each, in their order."""
+    """Run texts through a `vllm.LLM` together; returns what came of each, in their order.
+
+    Raises:
+        SteeringError: if the engine's door refuses one of them.
+    """
     from vllm import LLM
 
     params = [run.params(None) for run in runs]
     prompts = [dict(run.prompt) for run in runs]
-    # Of `SteeringLLM` not its own, which would fetch the reports and hand them out once.
+    # Not `SteeringLLM.generate`, which would fetch the reports, and they can be fetched only once.
     outputs = LLM.generate(
         llm, prompts, params, use_tqdm=False, lora_request=[run.lora_request for run in runs]
     )

@@ -1,4 +1,4 @@
-"""A full pass within vLLM's profile run, so that its memory is kept free beside the KV cache."""
+"""Runs part of a full pass in vLLM's profile run, so that the KV cache leaves room for one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from steering.worker.worker_state import SteeringState
 def rehearse_full_passes(runner: Any, state: SteeringState) -> None:
     """Have the runner's profile run encode and decode with the largest SAE of each kind.
 
-    At its hook point, while the layers' own activations are held, as in a pass that needs it.
+    This happens at the SAE's hook point, while the layers' own activations are held, as in a pass
+    that needs it.
 
     Args:
         runner: the worker's model runner.
-        state: its steering, installed.
+        state: the worker's steering, installed in the model.
     """
     profile_run = runner.profile_run
 
@@ -39,7 +40,7 @@ def rehearse_full_passes(runner: Any, state: SteeringState) -> None:
 
 
 def _largest(state: SteeringState) -> dict[str, list[int]]:
-    """By hook point the SAEs to rehearse: of TopK ones and of others, the one with most latents."""
+    """The SAEs to rehearse by hook point: the largest of those with TopK, and of the others."""
     largest: dict[bool, tuple[int, str, int]] = {}
     for hook, site in state.hooks.items():
         for index, sae in site.saes.items():

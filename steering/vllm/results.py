@@ -1,4 +1,4 @@
-"""Fetching what the workers recorded of a request: by one RPC, once its outputs have ended."""
+"""Fetches what the workers recorded of a request, by one RPC, once its outputs have ended."""
 
 from __future__ import annotations
 
@@ -28,22 +28,26 @@ from steering.vllm.streamed_reads import Told, open_stream
 from steering.worker.record_store import MAX_FINISHED_RECORDS
 from steering.worker_stats import WorkerStats
 
-#: Seconds between two looks at whether the engine that is asked for results still lives.
+#: Seconds between two checks that the engine that is asked for results still lives.
 LIVENESS_SECONDS: Final = 1.0
-#: Tokens of which a read is put into words beside the event loop.
+#: A read of more tokens than this is put into words outside of the event loop.
 MANY_TOKENS: Final = 64
-#: Attribute of an engine's client: result keys of requests under way to the engines that run them.
+#: Attribute of an engine's client: result key of a request under way to the engines that run it.
 _ENGINES: Final = "steering_engines"
-#: Attribute of an engine's input processor: request ids to what was accepted of them.
+#: Attribute of an engine's input processor: request id to what was accepted of the request.
 _ACCEPTED: Final = "steering_accepted"
 
 
 @dataclass
 class _Tracker:
-    """One engine request while its outputs pass by.
+    """What is known of one engine request from the outputs that have passed by.
 
-    ``tokens`` maps a child's index to its output tokens so far; ``stopped`` are the children that
-    their ``stop_when`` ended; ``aborted`` says whether one was taken out of the engine.
+    Attributes:
+        tokens: index of a choice to its output tokens so far.
+        prompt: token ids of vLLM's prompt.
+        cached: how many of the prompt's tokens came from the prefix cache.
+        stopped: the choices that a ``stop_when`` ended.
+        aborted: whether a choice was taken out of the engine.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -53,6 +57,7 @@ class _Tracker:
     aborted: bool = False
 
     def see(self, output: Any, cumulative: bool) -> None:
+        """Take note of a ``RequestOutput``, whose tokens are all so far or only the new ones."""
         self.prompt = output.prompt_token_ids or self.prompt
         self.cached = output.num_cached_tokens or self.cached
         for choice in output.outputs:
@@ -66,7 +71,7 @@ class _Tracker:
                 known.extend(choice.token_ids)
 
     def choices(self, prompt_len: int | None) -> dict[int, Choice]:
-        """Each child's tokens; ``prompt_len`` where it is not all of vLLM's prompt."""
+        """The choices by index. Generation begins at ``prompt_len``, or after the whole prompt."""
         where = len(self.prompt) if prompt_len is None else prompt_len
         return {
             child: Choice(self.prompt, tokens, where, self.cached, child in self.stopped)
@@ -79,11 +84,19 @@ async def collect(
 ) -> AsyncGenerator[Any, None]:
     """Pass ``outputs`` on; when they end, fetch the records and put the reports on the ticket.
 
-    If the caller leaves earlier, or the request fails, they are fetched for nobody, so that the
-    workers forget them.
+    If the caller leaves earlier, or the request fails, the records are fetched for nobody, so that
+    the workers forget them.
+
+    Args:
+        engine: the `AsyncLLM`.
+        outputs: what its ``generate`` yields.
+        params: the request's ``SamplingParams``, with an `Accepted` that has a ticket.
+        request_id: the request's id.
 
     Raises:
-        vllm.exceptions.RetryableRequestError: if the engine was stopped in the middle of it.
+        vllm.exceptions.RetryableRequestError: if the engine was stopped in the middle of the
+            request.
+        vllm.v1.engine.exceptions.EngineDeadError: if an engine died, and the records with it.
     """
     from vllm.exceptions import RetryableRequestError
     from vllm.sampling_params import RequestOutputKind
@@ -116,7 +129,7 @@ async def collect(
     reads = {}
     for summary in summaries:
         if summary.read is not None:
-            # A long read is a second of work, in which others' tokens go on.
+            # A long read takes a second of work, during which other requests' tokens must go on.
             reads[summary.child] = await asyncio.to_thread(_unpacked, summary.read)
     decode = engine.get_tokenizer().decode
     if stream is not None:
@@ -125,7 +138,7 @@ async def collect(
 
 
 class _Stream:
-    """A read of one engine request, told on its ticket as the request's outputs pass by."""
+    """Puts a read of one engine request on its ticket as the request's outputs pass by."""
 
     def __init__(self, read: Read, ticket: Ticket, place: int, key: str, decode: Any) -> None:
         self._read = read
@@ -137,7 +150,7 @@ class _Stream:
 
     @classmethod
     def of(cls, accepted: Accepted, place: int, key: str, decode: Any) -> _Stream | None:
-        """None for a request that does not stream its read."""
+        """The stream of a request's read; None if the request does not stream its read."""
         read = accepted.spec.read
         if read is None or not read.stream:
             return None
@@ -145,7 +158,7 @@ class _Stream:
         return cls(read, accepted.ticket, place, key, decode)
 
     async def tell(self, choices: dict[int, Choice]) -> None:
-        """Tell what has arrived of tokens that entered the model for good."""
+        """Put on the ticket what has arrived for tokens that entered the model for good."""
         for child, choice in choices.items():
             found = self._arrived.take(child, choice.entered)
             if len(found) > MANY_TOKENS:
@@ -154,7 +167,7 @@ class _Stream:
                 self._put(child, choice, found)
 
     def tell_rest(self, choices: dict[int, Choice], reads: dict[int, Any]) -> None:
-        """Tell what is left of the whole read: nothing, if it all came with the tokens."""
+        """Put on the ticket what is left of the whole read; normally all of it came before."""
         for child, choice in choices.items():
             self._put(child, choice, reads.get(child, ()))
 
@@ -165,7 +178,7 @@ class _Stream:
             self._ticket.put_streamed(self._place, child, read)
 
 
-# Kept here, since the event loop alone lets a task be collected.
+# Kept here, since the event loop alone does not keep a task from being garbage-collected.
 _forgetting: set[asyncio.Future[None]] = set()
 
 
@@ -176,19 +189,19 @@ async def _forget(engine: Any, key: str, children: int) -> None:
 
 
 async def _fetch(engine: Any, key: str, limits: dict[int, int]) -> list[Summary]:
-    """The workers' summaries of a request, from the engine that ran it.
+    """The workers' summaries of a request, from the engines that ran it.
 
-    If it is not known which one did, all are asked. An engine that has ended never answers, and
-    vLLM does not end the wait: with several engines the others are enough where they have every
-    child, and with none left there is no answer.
+    If it is not known which engines did, all are asked. An engine that has died never answers, and
+    vLLM does not end the wait. So this waits only until there is a summary of every choice, and
+    while the client has not reported a dead engine.
 
     Raises:
-        vllm.v1.engine.exceptions.EngineDeadError: if the records are lost.
+        vllm.v1.engine.exceptions.EngineDeadError: if an engine died and the records are lost.
     """
     client = engine.engine_core
     waiting = {
-        asyncio.ensure_future(client._call_utility_async(TAKE, key, limits, engine=one))
-        for one in _engines_of(client, key)
+        asyncio.ensure_future(client._call_utility_async(TAKE, key, limits, engine=identity))
+        for identity in _engines_of(client, key)
     }
     summaries: list[Summary] = []
     try:
@@ -207,16 +220,19 @@ async def _fetch(engine: Any, key: str, limits: dict[int, int]) -> list[Summary]
 
 
 async def ask_workers(engine: Any, index: int, method: str, args: Sequence[Any]) -> list[Any]:
-    """Call a method of every worker of one engine, and wait while that engine lives.
+    """Call a method of every worker of one engine, and wait for as long as that engine lives.
 
     Args:
         engine: the `AsyncLLM`.
         index: which of its engines.
-        method: the workers' method.
-        args: plain types.
+        method: name of the workers' method.
+        args: its arguments, in plain types.
+
+    Returns:
+        What each worker returned.
 
     Raises:
-        vllm.v1.engine.exceptions.EngineDeadError: if an engine has ended.
+        vllm.v1.engine.exceptions.EngineDeadError: if an engine has died.
     """
     client = engine.engine_core
     call = asyncio.ensure_future(
@@ -233,7 +249,10 @@ async def ask_workers(engine: Any, index: int, method: str, args: Sequence[Any])
 
 
 def remember_engines() -> None:
-    """Teach vLLM's client of several engines to note which of them runs what will be fetched."""
+    """Have vLLM's client of several engines note which of them runs a request to be fetched.
+
+    A second call changes nothing.
+    """
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
     choose = DPLBAsyncMPClient.get_core_engine_for_request
@@ -258,18 +277,18 @@ def _noting(choose: Any) -> Any:
 
 
 def _engines_of(client: Any, key: str) -> Iterable[Any]:
-    """The engines that ran a request, which are then forgotten; all if they are not known."""
+    """The engines that ran a request, or all engines if that is not known; then forgets it."""
     engines = getattr(client, _ENGINES, {}).pop(key, ())
-    # One that has been taken away since would never answer.
-    known = engines and all(one in client.core_engines for one in engines)
+    # An engine that has been taken away since would never answer.
+    known = engines and all(identity in client.core_engines for identity in engines)
     asked: Iterable[Any] = engines if known else client.core_engines
     return asked
 
 
 def remember_accepted(input_processor: Any, request_id: str, accepted: Accepted) -> None:
-    """Keep what `results_of` must know of a request whose reports go to nobody by themselves.
+    """Keep what `results_of` must know of a request whose reports nobody collects by itself.
 
-    As many are kept as workers keep records of ended requests that nobody need fetch.
+    At most as many are kept as workers keep records of ended requests that nobody is sure to fetch.
     """
     if accepted.ticket is not None or not accepted.reports:
         return
@@ -280,19 +299,19 @@ def remember_accepted(input_processor: Any, request_id: str, accepted: Accepted)
 
 
 def results_of(llm: Any, output: Any, params: object = None) -> list[Report]:
-    """Offline use: what steering did to one ``RequestOutput`` of ``LLM.generate``.
+    """For offline use: what steering did to one ``RequestOutput`` of ``LLM.generate``.
 
     Args:
         llm: the ``vllm.LLM`` that made ``output``.
         output: a finished output of a request that asked for ``report`` or ``read``.
-        params: not needed; version 0.1 asked for the ``SamplingParams`` here.
+        params: ignored; version 0.1 asked for the ``SamplingParams`` here.
 
     Returns:
-        One report for each of the output's choices; fetching forgets them.
+        One report for each of the output's choices. They can be fetched once.
 
     Raises:
-        LookupError: there is none (any more). Results that nobody fetches are forgotten, the oldest
-            first, once there are 4,096 of them or 256 MiB.
+        LookupError: if there is no report, or none any more. Results that nobody fetches are
+            forgotten, oldest first, once there are more than 4,096 of them or more than 256 MiB.
     """
     kept = getattr(llm.llm_engine.input_processor, _ACCEPTED, {})
     accepted = kept.pop(output.request_id, None)
@@ -346,13 +365,13 @@ def _reports(
 
 def _nothing_recorded(child: int) -> LookupError:
     return LookupError(
-        f"nothing is recorded of choice {child}: it asked for neither report nor read, was "
-        f"fetched before, or {MAX_FINISHED_RECORDS} other requests have ended since"
+        f"nothing is recorded of choice {child}: its request asked for neither report nor read, "
+        f"its results were fetched before, or {MAX_FINISHED_RECORDS} requests have ended since"
     )
 
 
 async def worker_stats(engine: Any) -> WorkerStats:
-    """Ask every engine's first worker how steering is doing."""
+    """The sum of `SteeringState.take_stats` over the workers of all engines that keep records."""
     per_engine = await engine.engine_core.call_utility_all_async(
         "collective_rpc", "steering_take_stats", None, (), None
     )

@@ -1,4 +1,4 @@
-"""Model runner V1 (vLLM's CPU build, and CUDA where V2 does not reach)."""
+"""The adapter of model runner V1, which vLLM uses on a CPU, and on CUDA if it does not use V2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steering.vllm.pass_positions import FirstPositions
 from steering.worker.ops import registered
 from steering.worker.worker_state import SteeringState
 
-#: The class that `attach` knows its way around in.
+#: The class whose insides `attach` knows.
 RUNNER: Final = ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
 
 
@@ -37,7 +37,8 @@ def attach(runner: Any, state: SteeringState) -> None:
         return update_states(scheduler_output)
 
     def _determine_batch(*args: Any, force_eager: bool = False, **kwargs: Any) -> Any:
-        # A full encode allocates and decides on the host: that pass runs outside CUDA graphs.
+        # A full encode allocates memory and decides on the host, so its pass runs outside CUDA
+        # graphs.
         full = state.needs_full(runner.input_batch.req_ids)
         return determine_batch(*args, force_eager=force_eager or full, **kwargs)
 
@@ -52,7 +53,8 @@ def attach(runner: Any, state: SteeringState) -> None:
         )
         try:
             output = model_forward(*args, **kwargs)
-            # Beside what a draft model needs; not the last pipeline stage's if it is no tensor.
+            # The output is a tuple if a draft model needs more than the hidden states, and holds no
+            # tensor of them except on the last pipeline stage.
             hidden_states = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden_states, Tensor):
                 state.captures.put(hidden_states)

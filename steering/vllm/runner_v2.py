@@ -1,4 +1,4 @@
-"""Model runner V2 (vLLM's default on CUDA)."""
+"""The adapter of model runner V2, vLLM's default on CUDA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steering.vllm.piecewise import runs_between_pieces
 from steering.worker.ops import registered
 from steering.worker.worker_state import SteeringState
 
-#: The class that `attach` knows its way around in.
+#: The class whose insides `attach` knows.
 RUNNER: Final = ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner")
 
 
@@ -27,7 +27,8 @@ def token_buffers(runner: Any) -> tuple[Tensor, Tensor]:
 def attach(runner: Any, state: SteeringState) -> None:
     """Follow the runner's requests through its ``ModelState`` and bracket its passes.
 
-    A preempted request is removed and comes back as a new one with its original prompt's length.
+    The runner removes a preempted request, and adds it as a new one with its original prompt's
+    length when it resumes.
     """
     model_state = runner.model_state
     add_request = model_state.add_request
@@ -52,8 +53,8 @@ def attach(runner: Any, state: SteeringState) -> None:
 
     def _execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         registered.make_current(state)
-        # Not in `ModelState.remove_request`, which is called for both alike, and for a request that
-        # resumes.
+        # Not in `ModelState.remove_request`, which does not tell preempted requests from ended ones
+        # and is called for a request that resumes, too.
         for req_id in scheduler_output.preempted_req_ids or ():
             state.pause_request(req_id)
         for req_id in scheduler_output.finished_req_ids:
@@ -93,10 +94,10 @@ _full_pass = _FullPass()
 
 @functools.cache
 def _intercept_dispatch() -> None:
-    """A full encode allocates and decides on the host: such a pass must not replay it in a graph.
+    """Keep passes with a full encode, which allocates and decides on the host, out of full graphs.
 
-    The runner decides between graphs and eager execution in one imported function, and gives it no
-    other say from outside.
+    The runner decides between graphs and eager execution in one imported function. There is no
+    other way to influence that from outside.
     """
     from vllm.v1.worker.gpu import model_runner
 
@@ -106,11 +107,11 @@ def _intercept_dispatch() -> None:
 
 
 def _without_full_graphs(dispatch: Callable[..., Any]) -> Callable[..., Any]:
-    """``dispatch`` that gives a full pass no graph with the op in it.
+    """``dispatch``, but it gives a full pass no graph with the op in it.
 
-    Where there are graphs of the pieces between ops, the batch is passed off as one that no full
-    graph fits, and takes those; so do other data-parallel ranks, who agree on its shape. Else it
-    runs eagerly, and so do they.
+    If there are graphs of the pieces between ops, the batch is passed off as one that no full graph
+    fits, so that it takes those; so do the other data-parallel ranks, which agree on its shape.
+    Else it runs eagerly, and so do they.
     """
 
     @functools.wraps(dispatch)

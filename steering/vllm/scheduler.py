@@ -1,4 +1,6 @@
-"""vLLM's scheduler, holding back steered requests whose rows would not fit on the device."""
+"""vLLM's scheduler, extended: it holds back requests whose rows would not fit on the device,
+computes a text's prompt before its completion if need be, and ends requests by their ``stop_when``.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 class _RowLimits:
     """Scheduler mixin: requests whose features do not fit wait, in the order of vLLM's policy.
 
-    Rows are counted from the moment a request enters vLLM's own queue, so whatever vLLM decides to
-    run fits. Unsteered requests never wait here.
+    Rows are counted from the moment at which a request enters vLLM's own queue, so whatever vLLM
+    decides to run fits. Unsteered requests never wait here.
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -96,8 +98,8 @@ class _RowLimits:
             req_id = request.request_id
             plan = plan_of(request.sampling_params)
             assert plan is not None
-            more = sum(row not in self._row_users for row in plan.rows)
-            if len(self._row_users) + more > self._max_rows:
+            new_rows = sum(row not in self._row_users for row in plan.rows)
+            if len(self._row_users) + new_rows > self._max_rows:
                 return
             del self._held[req_id]
             self._row_users.update(plan.rows)
@@ -112,10 +114,10 @@ class _RowLimits:
 
 
 class _PromptFirst:
-    """Scheduler mixin: a text's prompt and its completion are computed in passes of their own.
+    """Scheduler mixin: a text's prompt and its completion are computed in different passes.
 
-    Of a text that is read, vLLM's prompt holds both. What its prompt decides (scope ``prompt``)
-    may be read behind the place of an edit of its completion, and must be known before.
+    vLLM's prompt holds both if a text is read. A condition of scope ``prompt`` may be read at a
+    later layer than an edit of the completion is made, so it must be known before the edit's pass.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +145,7 @@ class _PromptFirst:
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """What vLLM asks last of all how many tokens a request is given in a pass."""
+        """Cut a pass at the prompt's end: vLLM asks here last how many tokens a request gets."""
         end = self._prompt_ends.get(request.request_id)
         if end is not None and num_computed_tokens < end < num_computed_tokens + num_new_tokens:
             num_new_tokens = end - num_computed_tokens
@@ -156,9 +158,9 @@ class _PromptFirst:
 class _Findings:
     """Scheduler mixin: a request ends with the token at which its ``stop_when`` fired.
 
-    The pass that fed the token to the model sampled another, which is dropped; so is whatever a
-    later pass under way samples, since vLLM drops that of every request that has ended. What was
-    read of requests that stream it goes with their next output.
+    The pass that fed the token to the model sampled another one, which is dropped. So is what a
+    later pass under way samples, since vLLM drops the tokens of every request that has ended. What
+    was read for requests that stream it goes with their next output.
     """
 
     _fired: dict[str, int]
@@ -183,14 +185,16 @@ class _Findings:
             for output in of_client.outputs:
                 if (part := self._read.pop(output.request_id, None)) is not None:
                     put_rows(output, part)
-        # Of the prompt's chunks there is no output yet; of an aborted request there never is.
+        # Chunks of a prompt have no output yet, so their rows stay. An aborted request never gets
+        # one.
         for req_id in self._read.keys() - self.requests.keys():  # type: ignore[attr-defined]
             del self._read[req_id]
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        # Of a chunk of what is computed again after a preemption the last token is no news.
+        # When tokens are computed again after a preemption, the last one of a chunk may not be the
+        # request's newest token; then it was judged before.
         if self._fired.get(request.request_id) != request.num_tokens - 1:
             updated: tuple[list[int], bool] = super()._update_request_with_output(  # type: ignore[misc]
                 request, new_token_ids, is_stale=is_stale
@@ -215,7 +219,7 @@ class SteeringScheduler:
     """Name this as ``scheduler_cls``; it becomes vLLM's sync or async scheduler, as configured."""
 
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """The scheduler that vLLM would have made, with row limits, stops and streamed reads."""
+        """Make the scheduler that vLLM would have made, with the additions of this module."""
         asynchronous = vllm_config.scheduler_config.async_scheduling
         chosen = _SteeringAsyncScheduler if asynchronous else _SteeringScheduler
         return chosen(vllm_config, *args, **kwargs)

@@ -1,10 +1,10 @@
-"""Every place of vLLM's insides that ``steering`` leans on, and whether a given vLLM has them.
+"""Every place inside vLLM that ``steering`` relies on, and a check that the installed one has them.
 
-``server/seams.py`` is the server's. A list of data, hence its length: each module of ours has its
-own entries, though another may lean on the same place.
+``server/seams.py`` has those of the server. This file is long because it is a list of data: each
+module of this project has its own entries, though another may rely on the same place.
 
-The list says that names, parameters and fields are there and that what is wrapped is still called;
-that they mean the same is for the engine tests.
+The check shows that names, parameters and fields exist, and that what is wrapped is still called.
+That they still mean the same is shown by the engine tests.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Final
 from steering.vllm.source import Seam, Source
 from steering.vllm.support import UnsupportedEngineError
 
-#: What both lists were made from.
+#: The versions of vLLM that both lists were made from.
 KNOWN_VERSIONS: Final = "0.32 and 0.33"
-#: Most that one message names; a vLLM of another age would lack dozens.
+#: How many missing seams one message names; a much older or newer vLLM would lack dozens.
 MAX_NAMED: Final = 4
 
-#: By the module of ours that leans on them.
+#: The seams, by the module of this project that relies on them.
 SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
     "steering/vllm/plugin.py": (
         Seam("v1.engine.input_processor", "InputProcessor", fields=("vllm_config",)),
@@ -631,7 +631,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
 
 @functools.cache
 def refuse_missing_seams() -> None:
-    """Hold this list against the installed vLLM, once in a process: half a second of a core.
+    """Check this list against the installed vLLM, once in a process; it takes half a second.
 
     Raises:
         UnsupportedEngineError: see `refuse_missing`.
@@ -640,10 +640,14 @@ def refuse_missing_seams() -> None:
 
 
 def refuse_missing(seams: Mapping[str, Sequence[Seam]]) -> None:
-    """Hold a list against the installed vLLM.
+    """Check a list of seams against the installed vLLM.
+
+    Args:
+        seams: by the module of this project that relies on them.
 
     Raises:
-        UnsupportedEngineError: in one line, with the version and what it lacks.
+        UnsupportedEngineError: if vLLM is not installed, or lacks one of them. It is one line with
+            vLLM's version and what is missing.
     """
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:

@@ -1,6 +1,6 @@
-"""The source text of a vLLM, asked whether it has what this project leans on.
+"""Checks the source text of a vLLM for what this project relies on.
 
-Nothing of it is imported or run, so any unpacked wheel can be asked, on any machine.
+Nothing of it is imported or run, so any unpacked wheel can be checked, on any machine.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Seam:
-    """Something of vLLM's that is imported, called, wrapped or read.
+    """Something in vLLM that this project imports, calls, wraps or reads.
 
     Attributes:
         module: dotted name below ``vllm``.
-        name: of a function, class, method or variable there; empty for the module itself.
-        first: a function's leading parameters in this order, ``self`` left out: what is passed or
-            taken by position.
-        parameters: parameters passed by name.
+        name: name of a function, class, method or variable there; empty for the module itself.
+        first: a function's leading parameters in this order, without ``self``: those that are
+            passed or taken by position.
+        parameters: parameters that are passed by name.
         fields: attributes of a class, its own or inherited, set in its body or on ``self``.
-        mentions: names that its source must mention: calls through which a wrapper is reached.
-        or_in: another module that has it in another version.
+        mentions: names that its source must mention, such as calls through which a wrapper is
+            reached.
+        or_in: another module, which has it in another version.
     """
 
     module: str
@@ -52,7 +53,7 @@ class Source:
 
     @property
     def version(self) -> str:
-        """What the package calls itself."""
+        """The version that the package states, or ``of unknown version``."""
         try:
             text = (self._package / "_version.py").read_text(encoding="utf-8")
         except OSError:
@@ -61,22 +62,22 @@ class Source:
         return found.group(1) if found else "of unknown version"
 
     def definition(self, module: str, name: str) -> tuple[str, ast.AST] | None:
-        """The module where a name of ``module`` is defined, through re-exports, and its node."""
+        """The module where a name of ``module`` is defined, and its node; follows re-exports."""
         return self._find(module, name)
 
     def line(self, module: str, name: str) -> list[tuple[str, ast.ClassDef]]:
         """A class and the classes of this package that it inherits from, nearest first.
 
-        Each with the module that it is defined in; empty if there is no such class.
+        Each comes with the module that defines it; the list is empty if there is no such class.
         """
         found = self._find(module, name)
         return [] if found is None else list(self._line(*found))
 
     def lacking(self, seams: Mapping[str, Iterable[Seam]]) -> list[str]:
-        """What of the seams is not there, each in a few words.
+        """What is missing of the seams, each in a few words.
 
         Args:
-            seams: by the module of ours that leans on them.
+            seams: by the module of this project that relies on them.
         """
         with _no_collection():
             return [
@@ -120,7 +121,7 @@ class Source:
         return self._trees[module]
 
     def _find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
-        """Where a dotted name is defined, through re-exports and base classes, and its node."""
+        """The module that defines a dotted name, and its node; follows re-exports and bases."""
         tree = self._tree(module)
         if tree is None or not name:
             return None if tree is None else (module, tree)
@@ -156,11 +157,11 @@ class Source:
         elif target[0] == "vllm":
             target = target[1:]
         else:
-            return module, node  # another package's, which is not looked into
+            return module, node  # from another package, which is not searched
         return self._find(".".join(target), name)
 
     def _line(self, module: str, node: ast.AST) -> Iterator[tuple[str, ast.ClassDef]]:
-        """A class and the classes of vLLM's that it inherits from, nearest first."""
+        """A class and the classes of vLLM that it inherits from, nearest first."""
         if not isinstance(node, ast.ClassDef):
             return
         yield module, node
@@ -194,7 +195,7 @@ def _lacking_parameters(
 
 
 def _statements(body: Iterable[ast.stmt], *, into_definitions: bool) -> Iterator[ast.stmt]:
-    """Statements, those under ``if``, ``with``, ``try`` and loops included, no expressions."""
+    """All statements, including those under ``if``, ``with``, ``try`` and loops."""
     for node in body:
         yield node
         if into_definitions or not isinstance(
@@ -231,7 +232,7 @@ def _targets(node: ast.stmt) -> list[ast.expr]:
 
 
 def _mentioned(node: ast.AST) -> set[str]:
-    """Names, attributes, arguments and strings anywhere in a node; no comments."""
+    """All names, attributes, arguments and strings in a node; comments do not count."""
     found: set[str] = set()
     waiting: list[Any] = [node]
     while waiting:  # `ast.walk` takes three times as long
@@ -247,7 +248,7 @@ def _mentioned(node: ast.AST) -> set[str]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Trees are a million objects that all stay: the collector would go through them in vain."""
+    """Pause the garbage collector: syntax trees are a million objects, none of which is garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,7 @@
-"""Why a process of the engine did not start, left where the process that began it finds it.
+"""Passes the reason why a process of the engine did not start to the process that started it.
 
-vLLM's processes log the exception and end; the one that waits for them only learns that they did.
+vLLM's processes log the exception and end; the process that waits for them only learns that they
+ended.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-#: Environment variable naming the file for the first such exception, in one line.
+#: Environment variable that names the file to which the first such exception goes, in one line.
 FAILURE_VARIABLE: Final = "STEERING_FAILURE_FILE"
 #: What vLLM logs, with the exception, before such a process ends.
 LAST_WORDS: Final = frozenset({"WorkerProc failed to start.", "EngineCore failed to start."})
@@ -28,14 +29,14 @@ class _LeaveWord(logging.Handler):
         if error is None or record.msg not in LAST_WORDS:
             return
         said = " ".join(str(error).split())[:MAX_CHARS]
-        # The first is the cause; those that follow tell of a process that ended. The folder is
-        # gone once nobody waits.
+        # The first exception is the cause; later ones only say that some process ended. The folder
+        # is gone if nobody waits any more.
         with suppress(OSError), self._file.open("x", encoding="utf-8") as file:
             file.write(f"{type(error).__name__}: {said}" if said else type(error).__name__)
 
 
 def leave_word_of_failure() -> None:
-    """Have this process leave word, if the one that began it asks for that."""
+    """Have this process leave its exception in the file that `FAILURE_VARIABLE` names, if any."""
     file = os.environ.get(FAILURE_VARIABLE)
     logger = logging.getLogger("vllm")
     if file and not any(isinstance(handler, _LeaveWord) for handler in logger.handlers):

@@ -1,9 +1,9 @@
 """What is read of a streamed answer, on its way from the worker to the answer's chunks.
 
-A pass's rows travel with its sampled tokens: on the model runner's output to the scheduler, which
-puts them on the ``EngineCoreOutput`` of their request, from where the front end's output processor
-takes them off before vLLM looks at it. Whoever passes the answer's tokens on asks for what is known
-by then.
+A pass's rows travel with its sampled tokens. The model runner's output carries them to the
+scheduler, which puts them on the ``EngineCoreOutput`` of their request. The front end's output
+processor takes them off before vLLM looks at it. Whoever passes the answer's tokens on then asks
+for what is known by that time.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from weakref import WeakValueDictionary
 from steering.report import FeaturesAt, features_read
 from steering.worker.streamed_read import StreamedRead
 
-#: Key in an ``EngineCoreOutput``'s ``kv_transfer_params``, the only field for any value that vLLM
-#: does not interpret.
+#: Key in an ``EngineCoreOutput``'s ``kv_transfer_params``, the only field that may hold any value
+#: and that vLLM does not interpret.
 ROWS: Final = "steering_streamed_reads"
 _MARK: Final = "_takes_streamed_reads"
 
 
 class StreamedReads:
-    """What has arrived of one engine request and was not taken yet.
+    """The rows of one engine request that have arrived and have not been taken yet.
 
-    A row may be replaced by a later one of its position, after a rejected speculation, say.
+    A row may be replaced by a later one of its position, for example after a rejected speculation.
     """
 
     def __init__(self) -> None:
         self._rows: dict[int, dict[int, FeaturesAt]] = {}
 
     def put(self, part: StreamedRead) -> None:
-        """Rows have arrived."""
+        """Take in rows that have arrived."""
         rows = self._rows.setdefault(part.child, {})
         for position in part.positions[~part.covered].tolist():
             rows.pop(position, None)
@@ -41,30 +41,30 @@ class StreamedReads:
             rows[found[0]] = found
 
     def take(self, child: int, limit: int) -> list[FeaturesAt]:
-        """Rows of positions below ``limit``, which must have entered the model for good."""
+        """Take the rows of positions below ``limit``, which have entered the model for good."""
         rows = self._rows.get(child, {})
         return [rows.pop(position) for position in sorted(rows) if position < limit]
 
 
 class Told:
-    """The positions of one choice that were told, so that a whole read can be told but for them."""
+    """The positions of one choice that were told already, so that none is told twice."""
 
     def __init__(self) -> None:
         self._positions: set[int] = set()
 
     def untold(self, read: Iterable[FeaturesAt]) -> list[FeaturesAt]:
-        """Those of ``read`` that were not told before; they are from now on."""
+        """Those rows of ``read`` that were not told before; from now on they count as told."""
         found = [at for at in read if at[0] not in self._positions]
         self._positions.update(position for position, _ in found)
         return found
 
 
-# By the plan's key; each goes when the call that passes its answer on does.
+# By the plan's key. Each is dropped when the call that passes its answer on ends.
 _streams: WeakValueDictionary[str, StreamedReads] = WeakValueDictionary()
 
 
 def open_stream(key: str) -> StreamedReads:
-    """Where rows of a request with this plan's key go from now on, while it is referred to."""
+    """Where rows of the request with this key go from now on, for as long as it is referred to."""
     stream = _streams[key] = StreamedReads()
     return stream
 
@@ -75,7 +75,7 @@ def put_rows(output: Any, part: StreamedRead) -> None:
 
 
 def receive_rows() -> None:
-    """Teach vLLM's output processor to take rows off; a second call changes nothing."""
+    """Have vLLM's output processor take rows off; a second call changes nothing."""
     from vllm.v1.engine.output_processor import OutputProcessor
 
     if not hasattr(OutputProcessor.process_outputs, _MARK):

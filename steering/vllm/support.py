@@ -8,18 +8,18 @@ import torch
 
 
 class UnsupportedEngineError(ValueError):
-    """An engine setting would make edits wrong or drop them."""
+    """An engine setting, or the installed vLLM, would make edits wrong or lose them."""
 
 
 def refuse_unknown_runner(runner: Any, known: tuple[str, str]) -> None:
-    """Check that a model runner is, or descends from, the one that an adapter knows.
+    """Check that a model runner's class is, or descends from, the one that an adapter knows.
 
     Args:
         runner: the worker's model runner.
-        known: module and name of its class.
+        known: module and name of the class that the adapter knows.
 
     Raises:
-        UnsupportedEngineError: it does not.
+        UnsupportedEngineError: if it does not.
     """
     if known not in {(base.__module__, base.__qualname__) for base in type(runner).__mro__}:
         raise UnsupportedEngineError(
@@ -31,7 +31,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
     """Check a ``VllmConfig`` whose ``additional_config`` asks for steering.
 
     Raises:
-        UnsupportedEngineError: naming the setting and why.
+        UnsupportedEngineError: if steering cannot honour a setting. It names the setting and the
+            reason.
     """
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config

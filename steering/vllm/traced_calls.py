@@ -1,6 +1,7 @@
-"""What a call in a layer's ``forward`` makes of the streams that it is given.
+"""What calls in a layer's ``forward`` make of the tensors that they are given.
 
-Modules, functions and tensor methods; by values alone, whatever the code was that calls them.
+These are calls of modules, of functions and of tensor methods. Only the values of their arguments
+matter here, not the code that made them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from steering.vllm.flows import (
     flows_in,
 )
 
-#: ``norm(x + residual), x + residual`` in a function; by last name.
+#: Functions, by last name, that return ``norm(x + residual), x + residual``.
 _ADDING_FUNCTIONS: Final = ("fused_allreduce_rms_norm", "fused_allreduce_gemma_rms_norm")
-#: Sums over tensor-parallel ranks; the same tensor where there is one.
+#: Sums over tensor-parallel ranks, which change nothing if there is only one.
 _REDUCTIONS: Final = ("tensor_model_parallel_all_reduce",)
 _EMPTY_BUFFERS: Final = ("empty_like", "zeros_like", "empty", "zeros")
 #: Tensor methods whose result holds the same numbers.
@@ -37,7 +38,7 @@ class NotUnderstood(Exception):
 
 @dataclass(frozen=True)
 class EditAt:
-    """An edit in place: of the first tensor given to ``self.path``, or of what it returns."""
+    """An edit in place, of what ``self.path`` returns if ``output``, else of its first tensor."""
 
     path: str
     output: bool
@@ -48,8 +49,8 @@ class Calls:
     """The modules that one way through the code calls, in order.
 
     Attributes:
-        tensor_parallel: ranks of a tensor-parallel group.
-        edit: an edit to follow, as the part `EDIT`.
+        tensor_parallel: how many ranks a tensor-parallel group has.
+        edit: an edit to follow, as the part `EDIT`; None if there is none.
         made: the calls so far.
     """
 
@@ -60,12 +61,15 @@ class Calls:
     def module(
         self, module: Attribute, args: Sequence[tuple[int | str, Value]], *, forward: bool
     ) -> Value:
-        """What a module returns; the call is noted.
+        """What a module returns. The call is noted in `made`.
 
         Args:
             module: the module.
             args: what it is given, by position or name.
-            forward: it is called as a module, not by another method or in a function.
+            forward: whether it is called as a module, not by another method or in a function.
+
+        Raises:
+            NotUnderstood: if what the module makes of the stream cannot be told.
         """
         tensors = [(key, value) for key, value in args if isinstance(value, Flow)]
         if module.norm == "identity" and len(tensors) == 1:
@@ -90,7 +94,7 @@ class Calls:
             return self._norm_of_two(norm, made, tensors)
         for buffer in buffers:
             buffer.parts = dict(made.parts)
-        # A norm that may be given a residual, and is not, returns what one of its kind returns.
+        # A norm that passes a residual on returns a pair even if it is given none.
         if norm == "one" and module.norm == "passes":
             return (made, Known(None))
         return made
@@ -99,7 +103,7 @@ class Calls:
         self, norm: str, made: Flow, tensors: Sequence[tuple[int | str, Flow]]
     ) -> Value:
         if len(tensors) != 2 or norm == "unknown":
-            raise NotUnderstood("it has a norm of several tensors that is not known")
+            raise NotUnderstood("it has a norm of several tensors that is not understood")
         (_, first), (_, second) = tensors
         if norm == "passes":
             return (made, second)
@@ -110,7 +114,11 @@ class Calls:
     def function(
         self, function: Function, args: Sequence[tuple[int | str, Value]], text: str
     ) -> Value:
-        """What a function from outside returns; ``text`` is the call in the source."""
+        """What a function from outside the layer returns; ``text`` is the call in the source.
+
+        Raises:
+            NotUnderstood: see `module`, if the function applies one.
+        """
         values = [value for _, value in args]
         flows = flows_in(values)
         if function.name in _ADDING_FUNCTIONS and len(values) == 3:
@@ -167,7 +175,7 @@ class Calls:
 
 
 def lose(flow: Flow, text: str) -> None:
-    """Something unknown was made of a tensor: what it holds of the stream cannot be told."""
+    """Note that something unknown was made of a tensor, in place: its parts are no longer known."""
     flow.parts = {f"{text} of {part}": factors for part, factors in flow.parts.items()}
 
 

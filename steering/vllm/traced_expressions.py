@@ -1,4 +1,4 @@
-"""What an expression in a layer's ``forward`` is, and whether a condition holds."""
+"""What the value of an expression in a layer's ``forward`` is, and whether a condition holds."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from steering.vllm.traced_calls import Calls, NotUnderstood, lose
 
 
 class Dead(Exception):
-    """This way through the code raises or cannot be gone."""
+    """This way through the code raises an exception or is impossible."""
 
 
 class Fork(Exception):
-    """A condition that must be gone both ways."""
+    """A condition that is not known, so that both ways must be followed; ``key`` is its source."""
 
     def __init__(self, key: str) -> None:
         self.key = key
 
 
 class Subject(Protocol):
-    """A layer whose code is followed: one that is at hand, or its class's source text."""
+    """A layer whose code is followed: a loaded one, or only the source text of its class."""
 
     def method(self, name: str) -> ast.FunctionDef | None:
-        """A method of its class."""
+        """A method of its class; None if there is none."""
 
     def attribute(self, path: str) -> Value:
-        """``self.path``, a dotted path; `Unknown` where the source does not say."""
+        """``self.path``, for a dotted path; `Unknown` if the source does not say what it is."""
 
     def outside(self, name: str) -> Value:
         """A global name of the class's module."""
 
     def is_instance(self, attribute: Attribute, cls: Value) -> bool | None:
-        """Whether a module is of a class; None if unknown."""
+        """Whether a module is of a class; None if that is not known."""
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Expressions(ABC):
 
     Attributes:
         subject: the layer.
-        dtype: of the model, as a torch dtype.
-        decisions: how conditions that are not known are taken.
+        dtype: torch dtype of the model.
+        decisions: which way is taken at each condition that is not known, by its source.
         calls: what the expressions call.
     """
 
@@ -73,7 +73,7 @@ class Expressions(ABC):
         """Whether a condition holds.
 
         Raises:
-            Fork: if it is not known, nor decided.
+            Fork: if it is neither known nor decided.
         """
         known = self._truth(test, env)
         if known is not None:
@@ -131,16 +131,21 @@ class Expressions(ABC):
             }
             found = bool(operators[type(node.ops[0])](left.value, right.value))
             if left.value is self.dtype and found:
-                self.decisions[ast.unparse(node)] = True  # a way that other types do not go
+                self.decisions[ast.unparse(node)] = True  # other dtypes do not take this way
             return Known(found)
         return unknown
 
     def value(self, node: ast.expr, env: dict[str, Value]) -> Value:
-        """What an expression is, where names are what ``env`` says.
+        """The value of an expression.
+
+        Args:
+            node: the expression.
+            env: the values of names.
 
         Raises:
-            NotUnderstood: naming what is not known.
-            Dead: if it cannot be.
+            NotUnderstood: if the expression is not understood; it says which part.
+            Dead: if this way through the code is impossible.
+            Fork: if it depends on a condition that is neither known nor decided.
         """
         match node:
             case ast.Constant():
@@ -261,7 +266,7 @@ class Expressions(ABC):
         if len(tensors) == 1 and isinstance(node.op, ast.Mult | ast.Div):
             other = right if left is tensors[0] else left
             scaled = tensors[0].copy()
-            # One times is none; the number one over a tensor is not looked for.
+            # Times one changes nothing. One divided by a tensor is not told apart from that.
             if other not in (Known(1), Known(1.0)):
                 scaled.scale()
             return scaled

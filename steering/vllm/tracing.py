@@ -1,4 +1,4 @@
-"""What vLLM's span of a request says of its steering, where vLLM traces: never a text.
+"""What vLLM's span of a request says of its steering if vLLM traces; never any text.
 
 vLLM makes the span when the request has ended, from what its output processor knows.
 """
@@ -22,7 +22,7 @@ _starting: ContextVar[dict[str, Any] | None] = ContextVar("steering_span", defau
 
 
 def span_attributes(spec: SteeringSpec) -> dict[str, Any]:
-    """Attributes of a steered request's span, plain types."""
+    """Attributes of a steered request's span, in plain types."""
     return {
         "vllm_sae.saes": sorted(spec.all_saes),
         "vllm_sae.ops": sorted({edit.op for edit in spec.edits}),
@@ -38,7 +38,7 @@ def is_traced(vllm_config: Any) -> bool:
 
 
 def describe_spans() -> None:
-    """Teach vLLM's output processor; a second call changes nothing."""
+    """Have vLLM's output processor put the attributes on spans; a second call changes nothing."""
     from vllm.v1.engine.output_processor import OutputProcessor
 
     if hasattr(OutputProcessor.do_tracing, _MARK):

@@ -1,4 +1,4 @@
-"""The refusal of a model, raised at start and shown as one line."""
+"""The refusal of a model, which is raised at start and shown as one line."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Vocabulary(ABC):
-    """Makes tokens of texts with vLLM's renderer, which the routes use as well.
+    """Turns texts into tokens with vLLM's renderer, which the routes use as well.
 
     Args:
-        renderer: the engine's.
+        renderer: the engine's renderer.
     """
 
     def __init__(self, renderer: Any) -> None:
@@ -23,14 +23,19 @@ class Vocabulary(ABC):
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of a context."""
+        """How many tokens a context has at most."""
         return int(self.renderer.model_config.max_model_len)
 
     async def chat(self, messages: Messages, *, generation_prompt: bool) -> list[int]:
-        """A conversation as the model sees it, up to its answer if `generation_prompt`.
+        """Token ids of a conversation as the model sees it.
+
+        Args:
+            messages: the conversation.
+            generation_prompt: whether what introduces the model's answer is added.
 
         Raises:
-            ValueError: if the chat template, or the model, does not take it.
+            ValueError: if the chat template or the model does not accept the conversation, or if it
+                holds more than text.
         """
         with _value_errors():
             rendered = await self._rendered(messages, generation_prompt)
@@ -39,14 +44,14 @@ class Vocabulary(ABC):
             return list(rendered["prompt_token_ids"])
 
     async def encode(self, text: str | Sequence[int], *, special_tokens: bool) -> list[int]:
-        """The tokens of a text; ids stay as they are.
+        """Token ids of a text.
 
         Args:
-            text: as it is written, or ids.
-            special_tokens: whether those are added that begin or end a prompt.
+            text: the text, or token ids, which stay as they are.
+            special_tokens: whether the special tokens that begin or end a prompt are added.
 
         Raises:
-            ValueError: if it is too long, or an id is not in the vocabulary.
+            ValueError: if the text is too long, or an id is not in the vocabulary.
         """
         with _value_errors():
             if not isinstance(text, str):
@@ -64,7 +69,7 @@ class Vocabulary(ABC):
 
     @abstractmethod
     async def _rendered(self, messages: Messages, generation_prompt: bool) -> Mapping[str, Any]:
-        """vLLM's engine input of a conversation."""
+        """vLLM's engine input for a conversation."""
 
     @abstractmethod
     async def _tokenized(self, prompt: Mapping[str, str], params: Any) -> Mapping[str, Any]:
@@ -72,7 +77,7 @@ class Vocabulary(ABC):
 
 
 class OfflineVocabulary(Vocabulary):
-    """That of a `vllm.LLM`."""
+    """The vocabulary of a `vllm.LLM`."""
 
     def __init__(self, llm: Any) -> None:
         super().__init__(llm.renderer)
@@ -92,7 +97,7 @@ class OfflineVocabulary(Vocabulary):
 
 @contextmanager
 def _value_errors() -> Iterator[None]:
-    """Make ValueErrors of what vLLM, a tokenizer or a template says of a text."""
+    """Turn what vLLM, a tokenizer or a chat template raises for a text into ValueErrors."""
     from jinja2 import TemplateError
     from vllm.exceptions import VLLMClientError
 

@@ -1,4 +1,4 @@
-"""vLLM's worker of this platform, with steering installed once the model is loaded."""
+"""vLLM's worker for this platform, with steering installed once the model is loaded."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ from steering.worker.ops.layout import FLOAT16_LIMIT
 from steering.worker.scored_texts import ScoredTexts
 from steering.worker.scores import Scores
 from steering.worker.step import Step
+from steering.worker.worker_sites import WorkerSites
 from steering.worker.worker_state import SteeringState
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -60,14 +61,20 @@ logger = logging.getLogger("vllm.sae.steering")
 
 
 class SteeringWorker(PlatformWorker):
-    """A worker that steers; name it as ``worker_cls``."""
+    """A worker that steers; vLLM makes it if it is named as ``worker_cls``."""
 
     steering: SteeringState | None = None
     _guard: PassGuard | None = None
     _scored: ScoredTexts | None = None
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the model, then put the op at every hook point that this worker holds."""
+        """Load the model, then put the op at every hook point that this worker holds.
+
+        Raises:
+            UnsupportedEngineError: if an engine setting would make edits wrong or lose them.
+            UnsupportedModelError: if the model's structure is not understood.
+            SAEError: if an SAE cannot be used with the model as it is loaded.
+        """
         config = SteeringConfig.from_additional_config(self.vllm_config.additional_config)
         if config is None or not config.saes:
             super().load_model(**kwargs)
@@ -80,7 +87,11 @@ class SteeringWorker(PlatformWorker):
             self.steering = self._install(config)
 
     def determine_available_memory(self) -> int:
-        """Profile the largest pass, in which every installed op must be called."""
+        """Profile the largest pass, in which every installed op must be called.
+
+        Raises:
+            UnsupportedModelError: if an op was not called.
+        """
         with _last_word():
             found: int = super().determine_available_memory()
             if self._guard is not None:
@@ -88,7 +99,11 @@ class SteeringWorker(PlatformWorker):
         return found
 
     def compile_or_warm_up_model(self) -> Any:
-        """Compile and capture; then no pass is watched any more."""
+        """Compile and capture; from then on passes are not watched.
+
+        Raises:
+            UnsupportedModelError: if an installed op was not called in every pass so far.
+        """
         with _last_word():
             times = super().compile_or_warm_up_model()
             if self._guard is not None:
@@ -102,13 +117,13 @@ class SteeringWorker(PlatformWorker):
     def steering_take_results(
         self, key: str, limits: dict[int, int]
     ) -> list[dict[str, Any]] | None:
-        """RPC: fetch and forget a request's records; None from workers that keep none."""
+        """RPC: `SteeringState.take_results`; None from workers that keep no records."""
         if self.steering is None or not self._keeps_records:
             return None
         return self.steering.take_results(key, limits)
 
     def steering_take_stats(self) -> dict[str, float] | None:
-        """RPC: gauges, and counters since the last call; None from all but one worker a stage."""
+        """RPC: `SteeringState.take_stats`; None from all but one worker of each stage."""
         if self.steering is None or not self._keeps_records:
             return None
         return self.steering.take_stats()
@@ -122,12 +137,9 @@ class SteeringWorker(PlatformWorker):
         stop: int,
         then_forget: list[str],
     ) -> list[dict[str, Any] | None] | None:
-        """RPC: what became of features, by `StudyProbes.compare`.
+        """RPC: how features changed, by `StudyProbes.compare`; None from workers without records.
 
-        What is kept under the keys ``then_forget`` is forgotten, here as below.
-
-        Returns:
-            of each SAE; None from workers that keep no records.
+        This and the two calls below then forget what is kept under the keys ``then_forget``.
         """
         with self._forgetting(then_forget):
             if self.steering is None or not self._keeps_records:
@@ -143,7 +155,7 @@ class SteeringWorker(PlatformWorker):
         stop: int,
         then_forget: list[str],
     ) -> list[dict[str, bytes] | None] | None:
-        """RPC: figures of steered texts beside an unsteered one, by `ScoredTexts.compare`."""
+        """RPC: steered texts compared with an unsteered one, by `ScoredTexts.compare`."""
         with self._forgetting(then_forget):
             if self._scored is None:
                 return None
@@ -152,12 +164,12 @@ class SteeringWorker(PlatformWorker):
     def steering_log_probabilities(
         self, texts: list[tuple[str, int, list[int]]], then_forget: list[str]
     ) -> list[bytes | None] | None:
-        """RPC: log p of texts' tokens, by `ScoredTexts.log_probabilities`."""
+        """RPC: log p of the tokens of texts, by `ScoredTexts.log_probabilities`."""
         with self._forgetting(then_forget):
             return None if self._scored is None else self._scored.log_probabilities(texts)
 
     def steering_forget(self, keys: list[str]) -> None:
-        """RPC: forget what was kept under these keys."""
+        """RPC: forget what is kept for studies under these keys."""
         if self.steering is not None:
             self.steering.forget(keys)
 
@@ -170,7 +182,7 @@ class SteeringWorker(PlatformWorker):
 
     @property
     def _keeps_records(self) -> bool:
-        """All tensor-parallel ranks see the same stream; one of them keeps the records."""
+        """Whether this worker keeps records: all tensor-parallel ranks see the same stream."""
         return bool(get_tp_group().is_first_rank)
 
     def _special_token_ids(self, config: SteeringConfig) -> tuple[int, ...]:
@@ -193,7 +205,11 @@ class SteeringWorker(PlatformWorker):
     def _refuse_other_heads(
         self, saes: Sequence[SAE], owned: Sequence[HookPoint], num_layers: int
     ) -> None:
-        """The heads' width is known when the model is loaded."""
+        """Refuse SAEs of attention's heads with another width, which only a loaded model tells.
+
+        Raises:
+            SAEError: naming the SAE and both widths.
+        """
         model, ranks = self.model_runner.get_model(), self.parallel_config.tensor_parallel_size
         for point in owned:
             if point.kind != HEADS:
@@ -219,7 +235,8 @@ class SteeringWorker(PlatformWorker):
         adapter = runner_v2 if self.use_v2_model_runner else runner_v1
         refuse_unknown_runner(runner, adapter.RUNNER)
         positions, input_ids = adapter.token_buffers(runner)
-        state = SteeringState(
+        dtype = self.vllm_config.model_config.dtype
+        sites = WorkerSites(
             saes,
             owned,
             num_slots=self.vllm_config.scheduler_config.max_num_seqs,
@@ -228,32 +245,24 @@ class SteeringWorker(PlatformWorker):
             step=Step(positions.shape[0], positions, input_ids, runner.device),
             special_token_ids=self._special_token_ids(config),
             vocab_size=self.vllm_config.model_config.get_vocab_size(),
-            record=self._keeps_records,
             device=runner.device,
-            kernel=_kernel(runner.device, self.vllm_config.model_config.dtype),
+            kernel=_kernel(runner.device, dtype),
             graphs=runner.device.type == "cuda"
             and self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
             resident=config.resident if runner.device.type == "cuda" else None,
-            limit=FLOAT16_LIMIT
-            if self.vllm_config.model_config.dtype == torch.float16
-            else math.inf,
+            limit=FLOAT16_LIMIT if dtype == torch.float16 else math.inf,
             input_norms={
                 str(point): hook_points.input_norm(model, point, config.num_layers)
                 for point in owned
             },
             heads=self._heads,
         )
+        state = SteeringState(sites, record=self._keeps_records)
+        ranks = self.parallel_config.tensor_parallel_size
         stores = {
-            point: hook_points.install(
-                model,
-                point,
-                config.num_layers,
-                self.parallel_config.tensor_parallel_size,
-                self.vllm_config.model_config.dtype,
-            )
+            point: hook_points.install(model, point, config.num_layers, ranks, dtype)
             for point in hook_points.install_order(owned)
         }
-        dtype = self.vllm_config.model_config.dtype
         hidden_dtypes = {dtype}
         if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
             _tell_of_rounding(stores, dtype)
@@ -271,11 +280,15 @@ class SteeringWorker(PlatformWorker):
 
 
 def _refuse_across_stages(saes: Sequence[SAE], owned: Sequence[HookPoint]) -> None:
-    """What is read on one pipeline stage is not known on another."""
-    here = {str(point) for point in owned}
+    """Refuse SAEs that read on one pipeline stage and write on another, which does not know f.
+
+    Raises:
+        SAEError: naming the SAE and its hook points.
+    """
+    on_this_stage = {str(point) for point in owned}
     for sae in saes:
         places = {sae.card.reads, *sae.card.writes}
-        if places & here and not places <= here:
+        if places & on_this_stage and not places <= on_this_stage:
             raise SAEError(
                 f"SAE {sae.card.id!r} reads at {sae.card.reads} and writes at "
                 f"{', '.join(sae.card.writes)}, which are on different pipeline stages; serve it "
@@ -284,22 +297,23 @@ def _refuse_across_stages(saes: Sequence[SAE], owned: Sequence[HookPoint]) -> No
 
 
 def _tell_of_rounding(stores: Mapping[HookPoint, Store], dtype: torch.dtype) -> None:
-    """Log where a compiled graph cannot be kept from rounding the stream."""
+    """Warn of hook points at which a compiled graph cannot be kept from rounding the stream."""
     rounded = ", ".join(str(point) for point, store in stores.items() if store is Store.ROUNDED)
     name = str(dtype).removeprefix("torch.")
     if rounded and dtype != torch.float32:
         logger.warning(
-            "compiled in %s, the stream is rounded at %s, where it is not without SAEs: unsteered "
-            "answers differ from those of a server without SAEs, about as much as %s from float32 "
-            "(seen: a tenth of greedy tokens). They do not depend on who steers beside them. "
-            "--enforce-eager or --dtype float32 makes them the same.",
+            "compiled in %s, the stream is rounded at %s, which it would not be without SAEs. "
+            "Unsteered answers therefore differ from those of a server without SAEs, about as much "
+            "as %s differs from float32 (a tenth of greedy tokens was seen to change). They do not "
+            "depend on which other requests steer. With --enforce-eager or --dtype float32 there "
+            "is no difference.",
             *(name, rounded, name),
         )
 
 
 @contextmanager
 def _last_word() -> Iterator[None]:
-    """Tell the command line why the engine did not start; vLLM passes on only that it did not."""
+    """Tell the command that started the engine why it failed; vLLM only says that it did."""
     try:
         yield
     except (UnsupportedEngineError, UnsupportedModelError, SAEError) as error:
@@ -310,7 +324,7 @@ def _last_word() -> Iterator[None]:
 
 
 def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """Triton's kernel on CUDA and in Triton's interpreter, else the CPU's where it has one."""
+    """Triton's kernel on CUDA and in Triton's interpreter, else the CPU's if it takes the dtype."""
     if device.type == "cuda" or (HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"):
         from steering.worker.ops import triton_kernel
 

@@ -1,7 +1,6 @@
-"""A batch at one hook point, laid out: which of its tokens have work, and what that work is.
+"""Lays a batch out at one hook point: which of its tokens have work, and what that work is.
 
-Indices are named by what they count in: ``in_batch``, the pass's tokens; ``in_part``, those of one
-part, which all have work; ``in_encode``, those of a part for which one SAE is encoded in full.
+What it makes, and how indices are named, is in `batch_work`.
 """
 
 from __future__ import annotations
@@ -15,199 +14,57 @@ from torch import Tensor
 
 from sae.arrays import IntArray
 from sae.sae import SAE
-from steering.request.plan import (
-    COVERS_SINKS,
-    COVERS_SPECIAL,
-    PlannedEdit,
-    PlannedGate,
-    PlannedRead,
+from steering.request.plan import COVERS_SINKS, COVERS_SPECIAL, PlannedEdit, PlannedGate
+from steering.request.probe_plan import PlannedPool, PlannedStream
+from steering.worker.batch_work import (
+    BatchPart,
+    Exact,
+    FitTokens,
+    FullPart,
+    ReadTokens,
+    SlotWork,
 )
-from steering.request.probe_plan import PlannedPool, PlannedProbe, PlannedStream
 from steering.worker.ops import compilation
 from steering.worker.ops.buffers import Buffers
-from steering.worker.ops.compiled import CompiledEdits, CompiledGates, CompiledReads, Covers
-from steering.worker.probed_tokens import (
-    KeptTokens,
-    PooledTokens,
-    kept_tokens,
-    pooled_tokens,
-)
-from steering.worker.record import RequestRecord
+from steering.worker.ops.compiled import Covers
+from steering.worker.probed_tokens import kept_tokens, pooled_tokens
 from steering.worker.step import Step
 
-#: Elements that the float32 streams, or the full encodes, of one part of a batch may take.
+#: How many elements the float32 streams, or the full encodes, of one part of a batch may have.
 _WORKSPACE_ELEMENTS = 16 * 2**20
-#: Arrays as large as a full encode that a pass holds at once: it, the edited one, the ranked one.
+#: Arrays of a full encode's size that a pass holds at once: the encode, edited, and ranked.
 _ENCODES_AT_ONCE = 3
-
-
-@dataclass(frozen=True)
-class SlotWork:
-    """What one slot does at one hook point, beyond its entries in the tables.
-
-    Attributes:
-        edits: ``(index in the request, edit)`` that are added at this hook point.
-        gates: ``(index in the request, gate)`` that are read at this hook point.
-        full: SAEs that must be encoded in full for this slot's tokens.
-        decode: the SAE whose reconstruction replaces the stream (``error_term: false``).
-        read: what is read at this hook point.
-        prompt_len: tokens of the request's original prompt.
-        record: where what is read goes; None if nothing is recorded.
-        elsewhere: ``(index in the request, edit)`` that are read here and added elsewhere.
-        leaves_output: SAEs that are read here and whose reconstruction is needed elsewhere.
-        replaced: the SAE, read elsewhere, whose reconstruction replaces the stream.
-        fit: the SAE, read elsewhere, whose reconstruction is held against the stream.
-        probes: ``(index in the request, probe)`` of those at this hook point.
-    """
-
-    edits: list[tuple[int, PlannedEdit]]
-    gates: list[tuple[int, PlannedGate]]
-    full: frozenset[int]
-    decode: int | None
-    read: PlannedRead | None
-    prompt_len: int
-    record: RequestRecord | None
-    elsewhere: Sequence[tuple[int, PlannedEdit]] = ()
-    leaves_output: frozenset[int] = frozenset()
-    replaced: int | None = None
-    fit: int | None = None
-    probes: Sequence[tuple[int, PlannedProbe]] = ()
-
-    @property
-    def in_torch(self) -> bool:
-        """Whether a pass over this slot's tokens runs in torch here."""
-        return bool(self.full or self.probes) or self.replaced is not None or self.fit is not None
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Entries whose activations are taken from a full encode; all ``[m, e]``.
-
-    Attributes:
-        latent: int64.
-        own: bool, the entry is at the SAE that is encoded.
-    """
-
-    latent: Tensor
-    own: Tensor
-
-
-@dataclass(frozen=True)
-class ReadTokens:
-    """The tokens of a full encode that are read, of all requests together.
-
-    Attributes:
-        in_encode: ``[r]`` int64.
-        in_part: ``[r]`` int64.
-        record_np: ``[r]`` the record of each, by number.
-        covers: ``[r, 1]`` what the reads cover.
-        top_k: the most that one of them asks for; 0 if all ask for something else.
-        others: probes of whole encodes, each with its tokens among these.
-        covers_output: whether what is covered is to be known where the SAE writes.
-    """
-
-    in_encode: Tensor
-    in_part: Tensor
-    record_np: IntArray
-    covers: Covers
-    top_k: int
-    others: list[tuple[RequestRecord, PlannedRead, slice]]
-    covers_output: bool
-
-
-@dataclass(frozen=True)
-class FitTokens:
-    """Tokens of a part where a request compares an SAE's reconstruction with the stream.
-
-    Attributes:
-        sae: the SAE, which was read elsewhere.
-        index: ``[m]`` int64, where they are in the part.
-        record: of the request.
-    """
-
-    sae: int
-    index: Tensor
-    record: RequestRecord
-
-
-@dataclass(frozen=True)
-class FullPart:
-    """The tokens of a part for which one SAE is encoded in full.
-
-    Attributes:
-        index: ``[m]`` int64, where they are in the part.
-        edits: None if none is added here at this SAE.
-        elsewhere: None if none is added elsewhere at this SAE.
-        gates: None if none has any at this SAE.
-        leaves_output: the reconstruction is needed where the SAE writes.
-        decodes: ``[m]`` bool, the reconstruction replaces the stream; None if of none.
-        reads: None if none is read.
-        pools: tokens whose activations are summed up.
-    """
-
-    sae: int
-    index: Tensor
-    edits: Exact | None
-    elsewhere: Exact | None
-    gates: Exact | None
-    leaves_output: bool
-    decodes: Tensor | None
-    reads: ReadTokens | None
-    pools: list[PooledTokens]
-
-
-@dataclass(frozen=True)
-class BatchPart:
-    """Tokens that have work here, and that work: all that lasts from pass to pass.
-
-    Attributes:
-        token: their index in the batch, a slice if they are neighbours.
-        edits: None if no slot among them has any.
-        reads: of edits that are added elsewhere; None if no slot among them has any.
-        gates: None if no slot among them has any here.
-        replaced: ``(SAE, [m] int64 index in the part)`` of tokens whose stream becomes what an SAE
-            that was read elsewhere makes of them.
-        fits: tokens that are compared with that.
-        kept: tokens whose stream is kept behind the edits.
-    """
-
-    token: slice | Tensor
-    edits: CompiledEdits | None
-    reads: CompiledReads | None
-    gates: CompiledGates | None
-    full: list[FullPart]
-    replaced: list[tuple[int, Tensor]]
-    fits: list[FitTokens]
-    kept: list[KeptTokens]
 
 
 @dataclass
 class BatchParts:
-    """Parts of a batch whose intermediates fit the workspace.
+    """The parts of a batch, each small enough for its intermediates to fit the workspace.
 
-    A batch of one part is laid out once, for as long as it and its slots stay the same.
+    A batch of a single part is laid out once, for as long as it and its slots stay the same.
 
     Attributes:
-        saes: index to SAE, those at this hook point.
-        buffers: of this hook point.
+        saes: the SAEs that are read at this hook point, by index.
+        buffers: the buffers of this hook point.
         work: slot to its work here.
     """
 
     saes: Mapping[int, SAE]
     buffers: Buffers
     work: Mapping[int, SlotWork]
-    # Slots by token, and the only part of that batch, None if it has no work.
+    # The slot of each token of the batch, and its only part; None if it has no work.
     _laid_out: tuple[IntArray, BatchPart | None] | None = None
 
     def forget(self) -> None:
-        """A slot is rewritten: what was laid out may be wrong."""
+        """A slot was rewritten, so what was laid out may be wrong."""
         self._laid_out = None
 
     def of(self, step: Step) -> Iterable[BatchPart]:
         """The pass's tokens that have work here; nothing is laid out again without need."""
         if self._laid_out is not None:
-            of, part = self._laid_out
-            if of is step.token_slot_np or np.array_equal(of, step.token_slot_np):
+            token_slot_np, part = self._laid_out
+            if token_slot_np is step.token_slot_np or np.array_equal(
+                token_slot_np, step.token_slot_np
+            ):
                 return () if part is None else (part,)
         buffers = self.buffers
         present = [int(s) for s in step.slots_np if int(s) in self.work]
@@ -226,7 +83,7 @@ class BatchParts:
         return () if part is None else (part,)
 
     def tokens_in_part(self, full: Iterable[int]) -> int:
-        """Most tokens of a part in which these SAEs are encoded in full."""
+        """How many tokens a part may have if these SAEs are encoded in full for it."""
         d_in = self.buffers.rows.W_enc.shape[1]
         per_token = max([d_in, *(_ENCODES_AT_ONCE * self.saes[s].card.d_sae for s in full)])
         return max(1, _WORKSPACE_ELEMENTS // per_token)
@@ -266,9 +123,9 @@ class BatchParts:
             kept=[
                 kept_tokens(
                     *(record, probe, planned, work.edits, work.elsewhere),
-                    *(token_np[here], here, device),
+                    *(token_np[in_part], in_part, device),
                 )
-                for slot, here in slots.items()
+                for slot, in_part in slots.items()
                 if (record := (work := self.work[slot]).record) is not None
                 for probe, planned in work.probes
                 if isinstance(planned, PlannedStream)
@@ -295,9 +152,9 @@ class BatchParts:
         widths: tuple[int, int, int],
         device: torch.device,
     ) -> FullPart:
-        in_part = {slot: here for slot, here in slots.items() if sae in self.work[slot].full}
+        in_part = {slot: tokens for slot, tokens in slots.items() if sae in self.work[slot].full}
         index_np = np.sort(np.concatenate(list(in_part.values())))
-        in_encode = {slot: np.searchsorted(index_np, here) for slot, here in in_part.items()}
+        in_encode = {slot: np.searchsorted(index_np, tokens) for slot, tokens in in_part.items()}
         work = {slot: self.work[slot] for slot in in_part}
         decodes_np = np.zeros(len(index_np), dtype=np.bool_)
         for slot, where in in_encode.items():
@@ -312,14 +169,14 @@ class BatchParts:
             edits=_exact(sae, edits, in_encode, (len(index_np), num_edits), device),
             elsewhere=_exact(sae, elsewhere, in_encode, (len(index_np), num_reads), device),
             gates=_exact(sae, gates, in_encode, (len(index_np), num_gates), device),
-            leaves_output=any(sae in of_slot.leaves_output for of_slot in work.values()),
+            leaves_output=any(sae in slot_work.leaves_output for slot_work in work.values()),
             decodes=torch.from_numpy(decodes_np).to(device) if decodes_np.any() else None,
             reads=self._reads(sae, work, in_part, in_encode, device),
             pools=[
                 pooled_tokens(record, probe, planned, in_encode[slot], in_part[slot], device)
-                for slot, one in work.items()
-                if (record := one.record) is not None
-                for probe, planned in one.probes
+                for slot, slot_work in work.items()
+                if (record := slot_work.record) is not None
+                for probe, planned in slot_work.probes
                 if isinstance(planned, PlannedPool) and planned.sae == sae
             ],
         )
@@ -333,9 +190,11 @@ class BatchParts:
         device: torch.device,
     ) -> ReadTokens | None:
         found = [
-            (slot, one.read, one.record)
-            for slot, one in work.items()
-            if one.read is not None and one.read.sae == sae and one.record is not None
+            (slot, read, record)
+            for slot, slot_work in work.items()
+            if (read := slot_work.read) is not None
+            and read.sae == sae
+            and (record := slot_work.record) is not None
         ]
         if not found:
             return None
@@ -384,13 +243,14 @@ def _exact(
     shape: tuple[int, int],
     device: torch.device,
 ) -> Exact | None:
+    """Which of the entries, by slot, are of an SAE; None if none is."""
     latent_np = np.zeros(shape, dtype=np.int64)
-    own_np = np.zeros(shape, dtype=np.bool_)
+    is_encoded_np = np.zeros(shape, dtype=np.bool_)
     for slot, of_slot in entries.items():
         for column, entry in enumerate(of_slot):
             if entry.sae == sae:
                 latent_np[in_encode[slot], column] = entry.latent
-                own_np[in_encode[slot], column] = True
-    if not own_np.any():
+                is_encoded_np[in_encode[slot], column] = True
+    if not is_encoded_np.any():
         return None
-    return Exact(torch.from_numpy(latent_np).to(device), torch.from_numpy(own_np).to(device))
+    return Exact(torch.from_numpy(latent_np).to(device), torch.from_numpy(is_encoded_np).to(device))

@@ -1,14 +1,14 @@
-"""Final hidden states that are kept of a study's texts until they are compared.
+"""Final hidden states of a study's texts, kept until they are compared.
 
-They lie on the host, so that no study takes memory from the KV cache: pinned beside an accelerator,
-from which they are copied on the compute stream. Nobody waits for that: a pass's rows are copied
-before its next token is sampled, and whoever asks for them has seen that token.
+They lie on the host, so that no study takes memory from the KV cache. If the model runs on an
+accelerator, they are copied to pinned memory on the compute stream. Nobody waits for the copies: a
+pass's rows are copied before its next token is sampled, and whoever asks for them has seen that
+token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
 
 import numpy as np
 import torch
@@ -17,12 +17,9 @@ from torch import Tensor
 from sae.arrays import IntArray
 from steering.request.keep import Keep
 
-#: Host memory of an empty capture, roughly.
-_EMPTY_BYTES: Final = 512
-
 
 class Capture:
-    """One run's final hidden states by position; one that is computed again replaces itself."""
+    """One run's final hidden states by position; a position computed again replaces its row."""
 
     def __init__(self, keep: Keep) -> None:
         self.keep = keep
@@ -33,7 +30,7 @@ class Capture:
         """Keep rows of consecutive positions.
 
         Args:
-            start: position of the first, within the keep's.
+            start: position of the first row; all positions lie within those of the `Keep`.
             hidden_states: ``[n, d]`` on the model's device; copied on its stream.
         """
         if self._rows is None:
@@ -51,11 +48,6 @@ class Capture:
         """``[n, d]`` on the host, in the model's dtype; None while a position is missing."""
         return self._rows if self._filled.all() else None
 
-    @property
-    def nbytes(self) -> int:
-        """Memory held, roughly."""
-        return _EMPTY_BYTES + (0 if self._rows is None else self._rows.nbytes)
-
 
 class Captures:
     """The captures of one worker by key, and which rows of the pass under way belong to them."""
@@ -63,7 +55,7 @@ class Captures:
     def __init__(self) -> None:
         self._kept: dict[str, Capture] = {}
         self._running: dict[str, Capture] = {}
-        # Of the pass under way: a capture, its first position there, and its rows in the batch.
+        # For the pass under way: a capture, the first of its positions there, and their rows.
         self._in_pass: list[tuple[Capture, int, slice]] = []
 
     def open(self, req_id: str, keep: Keep) -> None:
@@ -83,9 +75,10 @@ class Captures:
         """Lay out a forward pass.
 
         Args:
-            req_ids: the input batch's requests, in the runner's order.
+            req_ids: the requests of the input batch, in the runner's order.
             query_start_loc: ``[num_reqs + 1]`` offsets of their tokens.
-            first_positions: the position of each one's first token; asked only if one is kept.
+            first_positions: returns the position of each request's first token in the pass; called
+                only if some running request is captured.
         """
         self._in_pass = []
         if not self._running:
@@ -103,7 +96,7 @@ class Captures:
                 self._in_pass.append((capture, low, rows))
 
     def put(self, hidden_states: Tensor) -> None:
-        """Keep the pass's rows of whoever asked for them.
+        """Keep those rows of the pass that some request asked to have kept.
 
         Args:
             hidden_states: ``[>= num_tokens, d]`` in the batch's order.
@@ -116,7 +109,7 @@ class Captures:
         self._in_pass = []
 
     def rows(self, key: str) -> Tensor | None:
-        """What is kept under a key, see `Capture.rows`; None if nothing is."""
+        """The rows that are kept under a key; None if there are none, or not yet all of them."""
         capture = self._kept.get(key)
         return None if capture is None else capture.rows
 
@@ -129,11 +122,6 @@ class Captures:
             for req_id, capture in self._running.items()
             if capture.keep.key in self._kept
         }
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory held, roughly."""
-        return sum(capture.nbytes for capture in self._kept.values())
 
     def __len__(self) -> int:
         return len(self._kept)

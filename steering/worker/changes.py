@@ -1,4 +1,4 @@
-"""What became of an SAE's features between two runs of a text."""
+"""How an SAE's features changed between two runs of a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sae.card import KINDS_THAT_DECODE
 from sae.sae import SAE
 from steering.worker.kept_streams import KeptStream, counterparts
 
-#: Elements of one array of activations; a block has some six of them at a time.
+#: Elements of one array of activations; a block has about six such arrays at a time.
 _BLOCK_ELEMENTS: Final = 2**22
 
 
@@ -26,30 +26,32 @@ def compare(
     stop: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Encode both streams and compare what is read, in blocks of tokens.
+    """Encode both streams and compare the activations, in blocks of tokens.
 
-    A token whose stream in the unsteered run is a sink's takes no part.
+    A token that is a sink in the unsteered run takes no part.
 
     Args:
-        unsteered: of every token of the other one.
-        steered: of the tokens that are compared.
-        sae: the SAE, its matrices where they are needed.
-        start: the first of the steered run's kept tokens that this is about.
+        unsteered: the stream of the unsteered run.
+        steered: the stream of the steered run.
+        sae: the SAE, with its matrices on the device.
+        start: the first of the steered run's kept tokens to compare.
         stop: one past the last.
         device: where to compute.
 
     Returns:
-        ``unmatched``, tokens that the unsteered run does not have; ``tokens`` that were compared;
-        ``latents`` ``[m]`` int32, those that fire in either run; ``before`` and ``after`` ``[m]``
-        float64, sums of activations, as bytes; of the latents that are not edited ``newly_active``
-        and ``silenced``, counts, and ``others``, the squared norm of their change; ``asked``, that
-        of the change asked for; ``stream`` and ``unexplained``, squared norms of the stream's
-        change and of what the features' does not explain of it, None for an SAE that does not
-        write where it reads.
+        Sums over the tokens: ``unmatched``, how many of them the unsteered run does not have;
+        ``tokens``, how many were compared; ``latents`` ``[m]`` int32, the latents that fire in
+        either run; ``before`` and ``after`` ``[m]`` float64, the sums of their activations (these
+        three as bytes). Over the latents that the run does not edit: ``newly_active`` and
+        ``silenced``, how often one fires only in the steered or only in the unsteered run, and
+        ``others``, the squared norm of their change. ``asked``, the squared norm of the change that
+        the edits ask for. ``stream``, the squared norm of the stream's change, and
+        ``unexplained``, that of the part which the change of the features, decoded, does not
+        explain; both None for an SAE that does not write where it reads.
     """
     where = counterparts(unsteered, steered)
-    here = np.arange(min(start, len(where)), min(stop, len(where)))
-    matched = here[where[here] >= 0]
+    tokens = np.arange(min(start, len(where)), min(stop, len(where)))
+    matched = tokens[where[tokens] >= 0]
     found = _Sums(sae, steered.edited, device)
     size = max(1, _BLOCK_ELEMENTS // sae.card.d_sae)
     for first in range(0, len(matched), size):
@@ -59,11 +61,11 @@ def compare(
             torch.from_numpy(steered.x[block]).to(device),
             torch.from_numpy(steered.asked[block]).to(device),
         )
-    return {"unmatched": len(here) - len(matched), **found.summary()}
+    return {"unmatched": len(tokens) - len(matched), **found.summary()}
 
 
 class _Sums:
-    """Figures over blocks of tokens; float64 on the device."""
+    """Sums over blocks of tokens, on the device: float64, and int64 for counts."""
 
     def __init__(self, sae: SAE, edited: Sequence[int], device: torch.device) -> None:
         self._sae = sae
@@ -77,7 +79,13 @@ class _Sums:
         )
 
     def add(self, x: Tensor, x_new: Tensor, asked: Tensor) -> None:
-        """Add tokens: streams ``[n, d_in]`` of the two runs, ``[n]`` changes asked for, squared."""
+        """Add tokens.
+
+        Args:
+            x: ``[n, d_in]`` float32, the stream of the unsteered run.
+            x_new: ``[n, d_in]`` float32, the stream of the steered run.
+            asked: ``[n]`` float32, see `KeptStream`.
+        """
         sink_norm = self._sae.card.sink_norm
         if sink_norm is not None:
             kept = ~(torch.linalg.vector_norm(x, dim=1) > sink_norm)
@@ -102,7 +110,10 @@ class _Sums:
     def _decoded(
         self, change: Tensor, f: Tensor, f_new: Tensor, x: Tensor, x_new: Tensor
     ) -> Tensor:
-        """The change of the reconstruction: of the features alone where it is linear in them."""
+        """The change of the reconstruction ``[n, d_in]``.
+
+        Without a normalized input it is linear in the features, so their change is decoded.
+        """
         sae = self._sae
         if sae.card.normalize_activations == "none":
             return sae.written(change)
@@ -112,10 +123,11 @@ class _Sums:
         return sae.written(f_new * g_new[:, None] - f * g[:, None])
 
     def summary(self) -> dict[str, Any]:
-        touched = ((self._before != 0) | (self._after != 0)).nonzero().squeeze(1)
+        """The figures that `compare` returns."""
+        fired = ((self._before != 0) | (self._after != 0)).nonzero().squeeze(1)
         latents, before, after = (
             column.cpu().numpy().tobytes()
-            for column in (touched.int(), self._before[touched], self._after[touched])
+            for column in (fired.int(), self._before[fired], self._after[fired])
         )
         one_place = self._sae.card.one_place
         return {

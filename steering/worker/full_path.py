@@ -1,4 +1,4 @@
-"""One hook point's pass in torch: whole encodes wherever a request needs them, and no kernel."""
+"""A pass at one hook point in torch, without a kernel: SAEs are encoded whole where needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae.sae import SAE
-from steering.worker.batch_parts import BatchPart, Exact, FitTokens, FullPart
+from steering.worker.batch_work import BatchPart, Exact, FitTokens, FullPart
 from steering.worker.ops import batched
 from steering.worker.ops.batched import Stream
 from steering.worker.ops.buffers import Buffers
@@ -31,13 +31,23 @@ def apply(
 ) -> None:
     """Read conditions and edits, edit, and read features on the tokens of one part.
 
-    All of it is of the stream as it came, but for what is kept of it behind the edits. Parts follow
-    each other in the order of their tokens, so that a condition on earlier tokens knows them.
+    Everything is read from the stream as it came in; only what is kept of the stream is read after
+    the edits. Parts are handled in the order of their tokens, so that a condition that looks at
+    earlier tokens knows them.
+
+    Args:
+        hidden_states: ``[num_tokens, d_in]`` model dtype, edited in place.
+        residual: the same shape, or None; only read.
+        part: the tokens, and what is to be done with them.
+        residency: the SAEs that are read here, and where their weights are.
+        buffers: the buffers of this hook point.
+        reports: takes what was found, on its way to the records.
+        outputs: what SAEs that write elsewhere make of whole tokens.
     """
     stream = batched.gather_stream(hidden_states, residual, part.token, buffers)
     for fit in part.fits:
         _fit_where_written(stream, fit, outputs)
-    # Of SAEs that take turns in one place, the one that is there comes first.
+    # If SAEs take turns in one place, the one that is there now comes first.
     encoded = [
         (full, residency.whole(full.sae).encode(stream.x[full.index]))
         for full in sorted(part.full, key=lambda full: not residency.is_near(full.sae))
@@ -71,9 +81,12 @@ def _read_for_elsewhere(
     encoded: list[tuple[FullPart, Tensor]],
     buffers: Buffers,
 ) -> Tensor | None:
-    """Leave what edits ask for where they are added; returns it as `_edit` does.
+    """Leave the changes that edits ask for to the hook points where they are added.
 
-    Whether their conditions hold is known there alone.
+    Whether an edit's conditions hold is known only there.
+
+    Returns:
+        As `_edit`, of these edits, whether or not their conditions will hold.
     """
     coverage = batched.cover(stream, reads.edits.covers)
     read = batched.read(stream, reads.edits.latents, buffers.rows)
@@ -100,7 +113,7 @@ def _leave_output(
 
 
 def _fit_where_written(stream: Stream, fit: FitTokens, outputs: WholeOutputs) -> None:
-    """Compare what a dictionary said of its output with what stands there."""
+    """Compare a dictionary's reconstruction with the stream where it writes."""
     output = outputs.take(fit.sae)
     token = _tokens(stream.token, stream.x.device)[fit.index]
     assert fit.record.fit is not None
@@ -114,7 +127,7 @@ def _fit_where_written(stream: Stream, fit: FitTokens, outputs: WholeOutputs) ->
 
 
 def _tokens(token: slice | Tensor, device: torch.device) -> Tensor:
-    """Indices in the batch."""
+    """``[n]`` int64 indices in the batch."""
     if isinstance(token, slice):
         return torch.arange(token.start, token.stop, device=device)
     return token
@@ -132,8 +145,8 @@ def _edit(
     """Edit the part's tokens.
 
     Returns:
-        ``[n, e]`` f' - f as each edit asks for it, zero where it is not active; None if nobody asks
-        for that.
+        ``[n, e]`` float32, the change ``f' - f`` that each edit asks for, zero where it is not
+        active; None if no stream of the part is kept.
     """
     edits = part.edits
     assert edits is not None
@@ -162,11 +175,11 @@ def _edit(
     for sae, index in part.replaced:
         token = _tokens(stream.token, delta.device)[index]
         delta[index] += outputs.take(sae).decoded[token] - stream.x[index]
-    touched = active.any(dim=1)
+    is_edited = active.any(dim=1)
     delta = batched.bounded(delta, hidden_states, stream, buffers.limit)
-    delta = batched.limited(delta, stream, touched, edits, buffers.share)
-    batched.add_delta(hidden_states, stream, delta, touched)
-    buffers.counters[0] += touched.sum()
+    delta = batched.limited(delta, stream, is_edited, edits, buffers.share)
+    batched.add_delta(hidden_states, stream, delta, is_edited)
+    buffers.counters[0] += is_edited.sum()
     if skipped is not None:
         buffers.counters[1] += skipped.any(dim=1).sum()
     if not part.kept:
@@ -175,9 +188,9 @@ def _edit(
 
 
 def _put_exact(f: Tensor, full: FullPart, exact: Exact | None, f_all: Tensor) -> None:
-    """Replace what a row alone says by what the whole encode ``[m, d_sae]`` says."""
+    """Replace activations read from rows alone by those of the whole encode ``[m, d_sae]``."""
     if exact is not None:
-        f[full.index] = torch.where(exact.own, f_all.gather(1, exact.latent), f[full.index])
+        f[full.index] = torch.where(exact.is_encoded, f_all.gather(1, exact.latent), f[full.index])
 
 
 def _reconstruct(
@@ -188,15 +201,15 @@ def _reconstruct(
     f_all: Tensor,
     sae: SAE,
 ) -> None:
-    """``error_term: false``: of tokens that an edit touches the stream becomes ``decode(f')``."""
+    """With ``error_term: false`` the stream of an edited token becomes ``decode(f')``."""
     assert full.decodes is not None
     f_new = f_all
     if full.edits is not None:
-        own = torch.where(full.edits.own, difference[full.index], 0.0)
-        f_new = f_all.scatter_add(1, full.edits.latent, own)
+        change = torch.where(full.edits.is_encoded, difference[full.index], 0.0)
+        f_new = f_all.scatter_add(1, full.edits.latent, change)
     x = stream.x[full.index]
-    change = sae.decode(f_new, x) - x
-    delta[full.index] = torch.where(full.decodes[:, None], change, delta[full.index])
+    replaced = sae.decode(f_new, x) - x
+    delta[full.index] = torch.where(full.decodes[:, None], replaced, delta[full.index])
 
 
 def _read(
@@ -225,13 +238,13 @@ def _read(
             RequestRecord.put_reads, reads.record_np, seen.position, covered, latents, values
         )
     for record, read, tokens in reads.others:
-        position, is_covered, its_f = seen.position[tokens], covered[tokens], f[tokens]
+        position, is_covered, f_read = seen.position[tokens], covered[tokens], f[tokens]
         if record.fit is not None and residency.saes[full.sae].card.one_place:
             x = seen.x[tokens]
-            l0 = (its_f != 0).sum(dim=1)
-            decoded = residency.whole(full.sae).decode(its_f, x)
+            l0 = (f_read != 0).sum(dim=1)
+            decoded = residency.whole(full.sae).decode(f_read, x)
             record.fit.observe(position, is_covered, x, decoded, l0)
         elif read.aggregate is not None:
             if record.totals is None:
                 record.totals = Totals(read.aggregate, read.top_k, f.shape[1], f.device)
-            record.totals.observe(position, is_covered, its_f)
+            record.totals.observe(position, is_covered, f_read)

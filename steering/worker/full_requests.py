@@ -1,6 +1,7 @@
-"""Requests whose passes are full ones: some SAE is encoded whole, or a stream is kept.
+"""Requests that need full passes, in which some SAE is encoded whole or a stream is kept.
 
-All pipeline stages must choose the same kind of pass, so each counts those of the others too.
+All pipeline stages must choose the same kind of pass, so each stage also counts requests that need
+one only on another stage.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from sae.arrays import IntArray
 
 @dataclass
 class FullRequest:
-    """One that is in the batch now.
+    """A request in the batch that needs full passes.
 
     Attributes:
         prompt_len: tokens of its original prompt.
-        until: the position from which on none of its tokens needs a full pass.
+        until: from this position on none of its tokens needs a full pass.
         next_position: no later pass computes a position before this one.
     """
 
@@ -26,9 +27,10 @@ class FullRequest:
     next_position: int = 0
 
     def advance(self, num_tokens: int) -> None:
-        """A pass over so many of its tokens is over.
+        """A pass over this many of its tokens has ended.
 
-        All tokens of the prompt are kept; behind it, where a pass may be speculative, one is.
+        All of the prompt's tokens are kept. After the prompt a pass may be speculative, and only
+        one of its tokens is sure to be kept.
         """
         reached = self.next_position + num_tokens
         self.next_position = (
@@ -37,19 +39,19 @@ class FullRequest:
 
 
 class FullRequests:
-    """Those of the batch, until none of their tokens needs a full pass any more."""
+    """The requests of the batch that need full passes, each until none of its tokens does."""
 
     def __init__(self) -> None:
         self._running: dict[str, FullRequest] = {}
-        # How many tokens each has in the pass under way.
+        # Which of them are in the pass under way, and with how many tokens.
         self._in_pass: list[tuple[str, int]] = []
 
     def add(self, req_id: str, prompt_len: int, until: int) -> None:
-        """One enters the batch, from its first position; see `FullRequest`."""
+        """A request enters the batch, to be computed from its first position; see `FullRequest`."""
         self._running[req_id] = FullRequest(prompt_len, until)
 
     def remove(self, req_id: str) -> None:
-        """A request leaves the batch, whether or not it was one of these."""
+        """A request leaves the batch, whether or not it is one of these."""
         self._running.pop(req_id, None)
 
     def any(self, req_ids: Iterable[str]) -> bool:
@@ -67,7 +69,11 @@ class FullRequests:
             ]
 
     def end(self) -> list[str]:
-        """The forward pass is over; those that it was the last full one of."""
+        """The forward pass is over.
+
+        Returns:
+            The ids of the requests that need no further full pass.
+        """
         done = []
         for req_id, num_tokens in self._in_pass:
             request = self._running.get(req_id)

@@ -1,15 +1,18 @@
 """Conditions on the device: where each is read, and what is known of it so far.
 
 A condition is read at its own hook point, before the edits there, and decides about edits there
-and at later ones. Per token its event is a bit; per slot the first position with an event is kept,
-from which every scope but that of the token itself follows:
+and at later ones. It has an event at a token where its feature exceeds the threshold. An event is a
+bit of its token, and the first position with an event is kept for each slot. Whether the condition
+holds at a token follows from these two, by its scope and sense:
 
-    token, above:   an event at this token         below: none, where it could have been
+    token, above:   an event at this token         below: no event, though there could be one
     so far, above:  first <= position              below: first > position
     prompt, above:  first < length of the prompt   below: first >= length of the prompt
 
-The answer never depends on how a sequence was cut into passes: what a pass computes anew (the tail
-of a rejected speculation, a chunk after preemption) is forgotten before it (`begin`).
+There can be no event at special tokens, the first token and sinks. The answer never depends on how
+a sequence was cut into passes: what a pass will compute again (the tail of a rejected speculation,
+a chunk after preemption) is forgotten before the pass, but for what a prompt decides
+(`GateState.begin`).
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from steering.worker.ops.layout import (
 )
 from steering.worker.slots import copy_to_device
 
-#: Scopes whose first event is found anew with every pass over its position.
+#: Scopes whose first event is forgotten before a pass over its position, which finds it again. With
+#: scope `prompt` it stays: after a preemption one pass may compute the prompt and generated tokens,
+#: and must know before what the prompt decided.
 _FOUND_ANEW = (SCOPE_SO_FAR, SCOPE_STOP)
 
 
@@ -39,11 +44,11 @@ class GateTable:
     """The conditions of every slot that are read at one hook point.
 
     Attributes:
-        count: ``[num_slots]`` int32.
-        ints: ``[num_slots, MAX_GATES, NUM_GATE_INTS]`` int32.
-        threshold: ``[num_slots, MAX_GATES]`` float32.
-        count_np: ``[num_slots]`` int32, host twin of ``count``.
-        ints_np: ``[num_slots, MAX_GATES, NUM_GATE_INTS]`` int32, host twin of ``ints``.
+        count: ``[num_slots]`` int32, how many conditions each slot has.
+        ints: ``[num_slots, MAX_GATES, NUM_GATE_INTS]`` int32; for the columns see `layout`.
+        threshold: ``[num_slots, MAX_GATES]`` float32, in raw units.
+        count_np: ``[num_slots]`` int32, the copy of ``count`` on the host.
+        ints_np: ``[num_slots, MAX_GATES, NUM_GATE_INTS]`` int32, the copy of ``ints`` on the host.
     """
 
     def __init__(self, num_slots: int, device: torch.device | str) -> None:
@@ -57,11 +62,11 @@ class GateTable:
     def write(
         self, slot: int, gates: Sequence[tuple[int, PlannedGate]], rows: Sequence[int]
     ) -> None:
-        """Rewrite a slot whole; no gates empty it.
+        """Rewrite a slot as a whole; an empty list of gates empties it.
 
         Args:
             slot: the slot to rewrite.
-            gates: ``(index in the request, gate)`` of those that are read here.
+            gates: ``(index in the request, gate)`` of the conditions that are read here.
             rows: their rows in the pool.
         """
         if not (gates or self.count_np[slot]):
@@ -82,9 +87,9 @@ class GateState:
     """What is known of every slot's conditions, shared by all hook points.
 
     Attributes:
-        kind: ``[num_slots, MAX_GATES]`` int32, scope and sense of each gate.
-        first_held: ``[num_slots, MAX_GATES]`` int32, the first position with an event (f above
-            the threshold), NEVER for none; not kept with SCOPE_TOKEN.
+        kind: ``[num_slots, MAX_GATES]`` int32, scope and sense of each gate; see `layout`.
+        first_held: ``[num_slots, MAX_GATES]`` int32, the first position with an event, NEVER if
+            there is none; not kept with SCOPE_TOKEN.
         events: ``[max_num_tokens]`` int32, bits of this pass's tokens; see `layout.QUIET`.
     """
 
@@ -94,15 +99,16 @@ class GateState:
         self.first_held = torch.full(shape, NEVER, dtype=torch.int32, device=device)
         self.events = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
         self._found_anew = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._written: set[int] = set()  # slots that had gates last
+        self._written: set[int] = set()  # slots that have gates, as they were written last
 
     def write(self, slot: int, gates: Sequence[PlannedGate], first_held: Tensor | None) -> None:
-        """Rewrite a slot whole.
+        """Rewrite a slot as a whole.
 
         Args:
             slot: the slot to rewrite.
-            gates: all of the request's.
-            first_held: what `saved` gave when the request was preempted; None for a new one.
+            gates: all conditions of the request.
+            first_held: ``[MAX_GATES]`` what `saved` returned when the request was preempted; None
+                for a new request.
         """
         if not gates and slot not in self._written:
             return
@@ -122,20 +128,20 @@ class GateState:
             self.first_held[slot].copy_(first_held)
 
     def saved(self, slot: int) -> Tensor:
-        """``[MAX_GATES]`` a slot's first events, in stream order: later passes do not change it."""
+        """A copy ``[MAX_GATES]`` of a slot's first events, which later passes do not change."""
         return self.first_held[slot].clone()
 
     def begin(self, slots: Tensor, first_token: Tensor, positions: Tensor, num_tokens: int) -> None:
-        """Forget what this pass will find anew.
+        """Forget what this pass will find again.
 
-        Decided on the device, from the runner's own positions: the host does not know where a
-        request stands whose last pass was speculative.
+        This is decided on the device, from the runner's own positions: the host does not know how
+        far a request has come if its last pass was speculative.
 
         Args:
-            slots: ``[k]`` int64, distinct slots of this pass that have gates.
-            first_token: ``[k]`` int64, index in the batch of each one's first token.
+            slots: ``[k]`` int64, the distinct slots of this pass that have gates.
+            first_token: ``[k]`` int64, index in the batch of each slot's first token.
             positions: ``[max_num_tokens]`` int64.
-            num_tokens: of this pass.
+            num_tokens: tokens of this pass.
         """
         self.events[:num_tokens].zero_()
         first = self.first_held[slots]

@@ -1,7 +1,8 @@
 """At which hook points something is done: for one request, and in the pass under way.
 
-Most are idle in most passes. Between two of them a layer's weights go through the caches, so that
-all that is looked at to find that out comes from memory; it is found out once a batch instead.
+Most hook points are idle in most passes. Between two of them a layer's weights go through the
+caches, so whatever a hook point looks at to find that out must come from memory again. It is
+therefore found out once for each batch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from steering.worker.step import Step
 
 
 class HooksAtWork:
-    """Those of one worker.
+    """The hook points of one worker at which something is done.
 
     Args:
-        hooks: all of the worker's hook points.
+        hooks: all of the worker's hook points, by name.
 
     Attributes:
-        in_pass: where something is done in the pass under way; none outside of passes.
+        in_pass: names of those at which the pass under way does something; empty outside of passes.
     """
 
     def __init__(self, hooks: Mapping[str, Site]) -> None:
@@ -31,16 +32,16 @@ class HooksAtWork:
             for sae in {*site.saes, *site.written}:
                 self._sites_of.setdefault(sae, set()).add(hook)
         self.in_pass: frozenset[str] = frozenset()
-        # Where something is done in the batch as it was laid out last, with its slots.
+        # The slots of the batch as it was laid out last, and where something is done for it.
         self._laid_out: tuple[IntArray, frozenset[str]] | None = None
 
     def of(self, plan: SteeringPlan) -> list[Site]:
-        """Where a request may have something done."""
+        """The hook points at which something may be done for a request."""
         names = set[str]().union(*(self._sites_of.get(sae, ()) for sae in plan.saes))
         return [self._hooks[hook] for hook in names]
 
     def forget(self) -> None:
-        """What some slot has done has changed."""
+        """The work of some slot has changed."""
         self._laid_out = None
 
     def begin(self, step: Step) -> None:

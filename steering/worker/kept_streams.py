@@ -1,9 +1,8 @@
-"""The stream where an SAE reads it, of one run of a text: kept to be compared with another's.
+"""The stream where an SAE reads it, kept of one run of a text to be compared with another run's.
 
-Streams lie in the host's memory: they go there by the copies that every pass makes for its records,
-since only the device knows which tokens are special. (Rows of `captures` the host knows before the
-pass, which is then an unsteered one but for the copy behind it.)
-A study names each run by a key of its own, and has it forgotten.
+Streams lie in the host's memory. They get there with the copies that every pass makes for its
+records, since only the device knows which tokens are special. A study names each run by a key of
+its own, and has what is kept under it forgotten.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ class KeptStream(NamedTuple):
     """The stream at one SAE, of the tokens that take part.
 
     Attributes:
-        offset: ``[n]`` int64 ascending, positions less the prompt's length: texts whose prompts
-            differ have their completion's tokens in common.
-        x: ``[n, d_in]`` float32, behind the edits of the hook point.
-        asked: ``[n]`` float32, the squared changes that this SAE's edits ask for, summed over them.
+        offset: ``[n]`` int64 ascending, positions less the prompt's length. So texts whose prompts
+            differ agree on the tokens of their completion.
+        x: ``[n, d_in]`` float32, the stream after the edits of the hook point.
+        asked: ``[n]`` float32, the sum over this SAE's edits of the squared change ``f' - f`` that
+            each asks for.
         edited: latents of this SAE that the run edits.
     """
 
@@ -33,14 +33,14 @@ class KeptStream(NamedTuple):
     asked: FloatArray
     edited: tuple[int, ...] = ()
 
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return self.offset.nbytes + self.x.nbytes + self.asked.nbytes
-
 
 class StreamRows:
-    """The stream of a request that runs, as its passes leave it behind."""
+    """The stream of one running request, as its passes leave it behind.
+
+    Args:
+        prompt_len: tokens of the request's prompt.
+        edited: see `KeptStream`.
+    """
 
     def __init__(self, prompt_len: int, edited: tuple[int, ...] = ()) -> None:
         self._prompt_len = prompt_len
@@ -55,11 +55,18 @@ class StreamRows:
     def put(
         self, positions: IntArray, covered: BoolArray, x: FloatArray, asked: FloatArray
     ) -> None:
-        """Add tokens of a pass; see `KeptStream`, ``covered`` are those that take part."""
+        """Add tokens of a pass.
+
+        Args:
+            positions: ``[n]``.
+            covered: ``[n]`` bool, the tokens that take part.
+            x: ``[n, d_in]``, see `KeptStream`.
+            asked: ``[n]``, see `KeptStream`.
+        """
         self._rows.put(positions[covered], x[covered], asked[covered])
 
     def below(self, limit: int) -> KeptStream | None:
-        """Positions below ``limit``; None if there are none."""
+        """The stream at positions below ``limit``; None if none of them takes part."""
         positions, columns = self._rows.latest()
         counted = positions < limit
         if not counted.any():
@@ -75,7 +82,7 @@ class KeptStreams:
         self._kept: dict[str, dict[int, KeptStream]] = {}
 
     def keep(self, key: str, sae: int, stream: KeptStream) -> None:
-        """Keep a stream; it replaces what was kept there."""
+        """Keep a stream in place of what was kept there before."""
         self._kept.setdefault(key, {})[sae] = stream
 
     def get(self, key: str, sae: int) -> KeptStream | None:
@@ -87,18 +94,13 @@ class KeptStreams:
         for key in keys:
             self._kept.pop(key, None)
 
-    @property
-    def nbytes(self) -> int:
-        """Host memory held."""
-        return sum(stream.nbytes for saes in self._kept.values() for stream in saes.values())
-
     def __len__(self) -> int:
         return len(self._kept)
 
 
 def counterparts(unsteered: KeptStream, steered: KeptStream) -> IntArray:
-    """``[n]`` where the steered run's tokens are in the unsteered one's; -1 for those not there."""
+    """``[n]`` index in the unsteered run of each of the steered run's tokens; -1 if it has none."""
     where = np.searchsorted(unsteered.offset, steered.offset)
-    # One past the last is nowhere: the last stands in for it, and is another token.
+    # An index past the last is replaced by the last, whose offset then differs.
     nearest = np.minimum(where, len(unsteered.offset) - 1)
     return np.where(unsteered.offset[nearest] == steered.offset, nearest, -1)

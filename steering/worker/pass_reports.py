@@ -1,10 +1,10 @@
-"""What passes found out, off the device without making it wait, and on to the records.
+"""Takes what passes found off the device, without making it wait, and on to the records.
 
 Kernels and the full path write into persistent buffers, since nothing may be allocated inside a
-CUDA graph. After a pass the rows of requests that asked are copied to pinned memory on the same
-stream. The copies are kept whole, and taken apart by request many passes at a time, or when one is
-fetched: in the order in which they were made, so that what was found later replaces what was found
-before.
+CUDA graph. After a pass the rows of requests that asked for them are copied to pinned memory on the
+same stream. The copies are kept as they are and taken apart by request later: many passes at a
+time, or when a request's results are fetched. This happens in the order in which the copies were
+made, so that what was found later replaces what was found before.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor
 from sae.arrays import IntArray
 from steering.worker.record import RequestRecord
 
-#: Copies are taken apart once there are so many, or so many bytes of them.
+#: Copies are taken apart once there are this many, or this many bytes of them.
 _MOST_COPIES: Final = 32
 _MOST_BYTES: Final = 64 * 2**20
 
-#: So many records are looked for in the same copies one by one; then these are taken apart.
+#: This many records are looked for in the same copies one by one; then the copies are taken apart.
 _MOST_LOOKS: Final = 2
 
-#: Takes positions ``[n]`` and columns ``[n, ...]``: a method of the record's class.
+#: A method of `RequestRecord` that takes positions ``[n]`` and columns ``[n, ...]``.
 Put = Callable[..., None]
 
 
@@ -40,10 +40,10 @@ class _Copy:
     """A copy under way, or done.
 
     Attributes:
-        copied: a ``torch.cuda.Event``; None on a CPU.
-        put: how a record takes its rows.
-        record_np: ``[n]`` the record of each row, by number.
-        columns: in host memory, ``[n, ...]`` each; positions first.
+        copied: a ``torch.cuda.Event`` that follows the copy; None on a CPU.
+        put: the method by which a record takes its rows.
+        record_np: ``[n]`` the number of each row's record.
+        columns: ``[n, ...]`` each, in host memory; positions first.
     """
 
     copied: Any
@@ -53,7 +53,7 @@ class _Copy:
 
     @property
     def kind(self) -> tuple[Put, list[tuple[int, ...]]]:
-        """Copies of one kind can be put together."""
+        """What two copies must have in common to be handed on together."""
         return self.put, [tuple(column.shape[1:]) for column in self.columns]
 
     @property
@@ -68,14 +68,14 @@ class PassReports:
     def __init__(self) -> None:
         self._copies: deque[_Copy] = deque()
         self._bytes = 0
-        self._looks = 0  # at the copies that there are
-        # Where tokens are copied off the device by a thread, it takes apart what comes with them.
+        self._looks = 0  # how many records were looked for in the copies that there are now
+        # The thread that takes sampled tokens off the device, if there is one, takes copies apart.
         self._lock = RLock()
-        # Records that are forgotten meanwhile are not waited for.
+        # Weak, since a record may be forgotten before its copies are taken apart.
         self._records: WeakValueDictionary[int, RequestRecord] = WeakValueDictionary()
 
     def follow(self, record: RequestRecord) -> None:
-        """Its rows go to this record from now on."""
+        """From now on, hand this record the rows that have its number."""
         with self._lock:
             self._records[record.number] = record
 
@@ -83,9 +83,11 @@ class PassReports:
         """Start copying rows to the host.
 
         Args:
-            put: how a record takes them: `RequestRecord.put_edits`, `put_reads` or `put_stream`.
-            record_np: ``[n]`` the record of each row, by number.
-            columns: ``[n, ...]`` on the device, positions first; not written to any more.
+            put: the method by which a record takes them: `RequestRecord.put_edits`, `put_reads` or
+                `put_stream`.
+            record_np: ``[n]`` the number of each row's record.
+            columns: ``[n, ...]`` each, on the device, positions first; nothing may write to them
+                any more.
         """
         copied = None
         if columns[0].is_cuda:
@@ -128,8 +130,8 @@ class PassReports:
     def settle_one(self, record: RequestRecord) -> None:
         """Hand one record its rows of every finished copy, since it is about to be summed up.
 
-        It is not given any others afterwards. A request that is fetched has been sampled from the
-        last pass that counts, and its copy was made before.
+        It is given no others afterwards. If a request's results are fetched, its token has been
+        sampled from the last pass that counts, and that pass was copied before.
         """
         with self._lock:
             if record.number not in self._records:

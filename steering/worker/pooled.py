@@ -15,14 +15,14 @@ from steering.worker.rows_by_position import RowsByPosition
 class Pooled:
     """What a `PlannedPool` asks for.
 
-    A position counts when it is first observed, so that one which is computed again counts once.
+    A position counts when it is first observed, so that one that is computed again counts once.
     Activations that are not finite take no part.
 
     Args:
         planned: what is asked for.
         d_sae: latents of the SAE.
-        device: where activations are.
-        signed: whether they may be negative.
+        device: where the activations are.
+        signed: whether activations may be negative.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Pooled:
         self._pool = planned.pool
         self._total = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self._count = torch.zeros(d_sae, dtype=torch.int32, device=device)
-        # The sum of activations above zero, where it is another one.
-        apart = signed or planned.scaled
-        self._firing = torch.zeros_like(self._total) if apart else None
-        # The largest activation, or that of the last token; not kept for a mean.
+        # The sum of activations above zero; None if the total is the same.
+        differs = signed or planned.scaled
+        self._firing = torch.zeros_like(self._total) if differs else None
+        # The largest activation, or the last token's; unused if the mean is asked for.
         start = -torch.inf if planned.pool == "max" else 0.0
         self._pooled = torch.full((d_sae,), start, dtype=torch.float32, device=device)
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
@@ -49,17 +49,21 @@ class Pooled:
     @property
     def nbytes(self) -> int:
         """Memory held, on the device."""
-        held = (self._total, self._count, self._pooled, self._firing)
-        return sum(one.nbytes for one in held if one is not None)
+        held = [self._total, self._count, self._pooled]
+        if self._firing is not None:
+            held.append(self._firing)
+        for peaks in self._peaks or ():
+            held.extend(peaks)
+        return sum(tensor.nbytes for tensor in held)
 
     def observe(self, position: Tensor, covered: Tensor, f: Tensor, scale: Tensor | None) -> None:
         """Add tokens of a pass.
 
         Args:
             position: ``[n]`` int64.
-            covered: ``[n]`` bool.
+            covered: ``[n]`` bool, whether the token takes part.
             f: ``[n, d_sae]`` float32 activations.
-            scale: ``[n]`` float32, what activations are multiplied by in the sum; None for one.
+            scale: ``[n]`` float32, by which activations are multiplied in the total; None for 1.
         """
         fresh = covered & (position >= self._counted_to)
         counts = fresh[:, None] & f.isfinite()
@@ -76,7 +80,7 @@ class Pooled:
             last = torch.where(fresh, position, -1).argmax()
             self._pooled = torch.where(fresh.any(), f[last], self._pooled)
         if self._peaks is not None:
-            # Positions may be a view of the runner's buffer.
+            # Cloned, since positions may be a view of the runner's buffer.
             self._peaks.append((position.clone(), fresh, f.amax(dim=1)))
         self._num_tokens += fresh.sum()
         self._counted_to = torch.maximum(
@@ -84,24 +88,26 @@ class Pooled:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Of the latents that were ever anything but zero, as bytes; the others are zero.
+        """The sums of the latents that were ever anything but zero, as bytes.
 
         Returns:
-            ``tokens``, how many took part; ``latents`` ``[m]`` int32; ``total`` ``[m]`` float64;
-            ``count`` ``[m]`` int32; ``firing`` ``[m]`` float64, the sum of activations above zero,
-            None if that is ``total``; ``pooled`` ``[m]`` float32, None for a mean; ``peaks``,
-            positions int64 and values float32, None if they were not asked for.
+            ``tokens``, how many took part; ``latents`` ``[m]`` int32; ``total`` ``[m]`` float64,
+            the sum of activations times the scale; ``count`` ``[m]`` int32, on how many tokens the
+            latent fired; ``firing`` ``[m]`` float64, the sum of activations above zero, None if
+            that is ``total``; ``pooled`` ``[m]`` float32, the maximum or the last token's
+            activation, None for a mean; ``peaks``, positions int64 and the largest activation of
+            each float32, None if they were not asked for.
         """
-        touched = ((self._total != 0) | (self._count != 0)).nonzero().squeeze(1)
-        pooled = self._pooled[touched]
-        # Of a latent that is finite nowhere nothing is known.
+        found = ((self._total != 0) | (self._count != 0)).nonzero().squeeze(1)
+        pooled = self._pooled[found]
+        # Nothing is known of a latent that was nowhere finite.
         pooled = torch.where(pooled.isfinite(), pooled, 0.0)
         return {
             "tokens": int(self._num_tokens),
-            "latents": _bytes(touched.int()),
-            "total": _bytes(self._total[touched]),
-            "count": _bytes(self._count[touched]),
-            "firing": None if self._firing is None else _bytes(self._firing[touched]),
+            "latents": _bytes(found.int()),
+            "total": _bytes(self._total[found]),
+            "count": _bytes(self._count[found]),
+            "firing": None if self._firing is None else _bytes(self._firing[found]),
             "pooled": None if self._pool == "mean" else _bytes(pooled),
             "peaks": self._peaks_by_position(),
         }

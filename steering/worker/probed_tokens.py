@@ -1,6 +1,6 @@
-"""The tokens of a pass that a study's probes look at, and what is taken of them.
+"""The tokens of a pass that a study's probes look at, and what the probes take from them.
 
-Indices are named as in `batch_parts`.
+Indices are named as in `batch_work`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class PooledTokens:
     """One request's tokens in a full encode, whose activations are summed up.
 
     Attributes:
-        record: where they are.
-        probe: which of the plan's probes asks for it.
+        record: where they are summed up.
+        probe: index of the plan's probe that asks for it.
+        planned: that probe.
         in_encode: ``[r]`` int64, or a slice.
         in_part: ``[r]`` int64, or a slice.
     """
@@ -46,23 +47,29 @@ class PooledTokens:
     in_part: slice | Tensor
 
     def observe(self, stream: Stream, f_all: Tensor, sae: SAE) -> None:
-        """Sum up what the whole encode ``[m, d_sae]`` of the part's stream says."""
-        here = self.in_part
+        """Add the tokens' activations to the record's sums.
+
+        Args:
+            stream: the stream of the part.
+            f_all: ``[m, d_sae]`` float32, the whole encode.
+            sae: the SAE that was encoded.
+        """
+        in_part = self.in_part
         covered = _covered(
             self.planned.windows,
-            stream.position[here],
-            stream.special[here],
+            stream.position[in_part],
+            stream.special[in_part],
             self.record.plan.prompt_len,
         )
         sink_norm = sae.card.sink_norm
         if sink_norm is not None:
-            covered &= ~(stream.norm[here] > sink_norm)
+            covered &= ~(stream.norm[in_part] > sink_norm)
         scale = None
         if self.planned.scaled and sae.card.normalize_activations != "none":
-            _, scale = sae.normalize(stream.x[here])
+            _, scale = sae.normalize(stream.x[in_part])
         f = f_all[self.in_encode]
         pooled = self.record.pooled(self.probe, sae.card, f.device)
-        pooled.observe(stream.position[here], covered, f, scale)
+        pooled.observe(stream.position[in_part], covered, f, scale)
 
 
 @dataclass
@@ -70,8 +77,8 @@ class Asked:
     """The changes ``f' - f`` that the edits of a part ask for; ``[n, e]`` float32 each.
 
     Attributes:
-        here: of edits that are added here; None if there are none.
-        elsewhere: of edits that are read here and added elsewhere; None if there are none.
+        here: by the edits that are added here; None if there are none.
+        elsewhere: by the edits that are read here and added elsewhere; None if there are none.
     """
 
     here: Tensor | None = None
@@ -83,12 +90,13 @@ class KeptTokens:
     """One request's tokens, whose stream is kept.
 
     Attributes:
-        record: where it goes.
-        probe: which of the plan's probes asks for it.
+        record: where the stream goes.
+        probe: index of the plan's probe that asks for it.
+        planned: that probe.
         in_batch: ``[r]`` int64.
         in_part: ``[r]`` int64, or a slice.
-        columns: ``[k]`` int64, the entries of the part that are edits of the same SAE.
-        elsewhere: whether they are among those that are added elsewhere.
+        columns: ``[k]`` int64, columns of the request's edits of the probe's SAE in `Asked`.
+        elsewhere: whether they are columns of ``Asked.elsewhere``, or else of ``Asked.here``.
     """
 
     record: RequestRecord
@@ -113,8 +121,8 @@ class KeptTokens:
             hidden_states: ``[num_tokens, d_in]`` model dtype.
             residual: the same shape, or None.
             asked: what the part's edits ask for.
-            buffers: of the hook point.
-            reports: where copies go.
+            buffers: the buffers of the hook point.
+            reports: takes the copies.
         """
         stream = batched.gather_stream(hidden_states, residual, self.in_batch, buffers)
         covered = _covered(
@@ -143,7 +151,7 @@ def pooled_tokens(
     in_part: IntArray,
     device: torch.device,
 ) -> PooledTokens:
-    """Lay out one request's tokens: ``[r]`` each."""
+    """Lay out one request's tokens, ``[r]`` indices each; see `PooledTokens`."""
     return PooledTokens(record, probe, planned, _index(in_encode, device), _index(in_part, device))
 
 
@@ -157,10 +165,17 @@ def kept_tokens(
     in_part: IntArray,
     device: torch.device,
 ) -> KeptTokens:
-    """Lay out one request's tokens: ``[r]`` each.
+    """Lay out one request's tokens; see `KeptTokens`.
 
-    Its own edits are by column: ``edits`` that are added here, and those that are added
-    ``elsewhere``.
+    Args:
+        record: where the stream goes.
+        probe: index of the probe in the plan.
+        planned: the probe.
+        edits: ``(index in the request, edit)`` of the request's edits that are added here.
+        elsewhere: the same of its edits that are read here and added at other hook points.
+        in_batch: ``[r]``.
+        in_part: ``[r]``.
+        device: where the stream is.
     """
     here, there = (
         [column for column, (_, edit) in enumerate(of_place) if edit.sae == planned.sae]
@@ -180,18 +195,18 @@ def kept_tokens(
 def _covered(
     windows: Sequence[Window], position: Tensor, special: Tensor, prompt_len: int
 ) -> Tensor:
-    """``[n]`` bool: some window covers the token, sinks apart."""
+    """``[n]`` bool, whether some window covers the token; sinks are not considered."""
     covered = torch.zeros_like(special)
     for coverage, start, end in windows:
         low = start if coverage & COVERS_PROMPT else max(start, prompt_len)
         high = end if coverage & COVERS_GENERATION else min(end, prompt_len)
-        here = (position >= low) & (position < high)
-        covered |= here if coverage & COVERS_SPECIAL else here & ~special
+        inside = (position >= low) & (position < high)
+        covered |= inside if coverage & COVERS_SPECIAL else inside & ~special
     return covered
 
 
 def _index(index: IntArray, device: torch.device) -> slice | Tensor:
-    """A slice where the indices are neighbours, so that nothing is copied."""
+    """The indices ``[r]``, as a slice if they are neighbours, so that nothing is copied."""
     first, last = int(index[0]), int(index[-1])
     if last - first + 1 == len(index):
         return slice(first, last + 1)

@@ -1,8 +1,7 @@
-"""What a pass may observe of an SAE beside the edits: a small class each.
+"""What a pass may observe of an SAE besides the edits, one small class for each kind.
 
-A probe belongs to one request's record. It is given the tokens of a pass that its read covers, and
-says at the end what it saw of the positions that count. Everything is kept by position where a
-position may be computed more than once.
+A probe belongs to one request's record. It is given the tokens of each pass that the request reads,
+and says at the end what it saw at the positions that count.
 """
 
 from __future__ import annotations
@@ -22,20 +21,21 @@ from steering.worker.rows_by_position import RowsByPosition
 def strongest(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest positive activations of each token, best first, ties by lower index.
 
-    On a CPU, where it costs nothing to ask whether there are ties, most tokens have none.
+    On a CPU it costs nothing to ask whether there are ties. Most tokens have none there, and are
+    ranked by `topk` alone.
 
     Args:
         f: ``[n, d_sae]`` float32 activations.
         k: how many.
 
     Returns:
-        latents int32 and values float32, ``[n, min(k, d_sae)]``; if fewer are positive, the rest
-        are zeros.
+        Latents int32 and values float32, ``[n, min(k, d_sae)]`` each; if fewer are positive, the
+        rest of both are zeros.
     """
     if f.device.type != "cpu":
         return strongest_in_one(f, k)
-    values, latents = f.topk(min(k + 1, f.shape[1]), dim=1)  # one more: what the last may tie with
-    is_nan = values[:, 0].isnan()  # the largest of all to `topk`, and no activation
+    values, latents = f.topk(min(k + 1, f.shape[1]), dim=1)  # one more, with which the last may tie
+    is_nan = values[:, 0].isnan()  # `topk` takes NaN for the largest, but it is no activation
     ties = (values[:, 1:] == values[:, :-1]) & (values[:, 1:] > 0)
     values, latents = values[:, :k], torch.where(values > 0, latents, 0)[:, :k].int()
     values = torch.where(values > 0, values, 0.0)
@@ -46,9 +46,9 @@ def strongest(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def strongest_in_one(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`strongest`, of value and index ranked as one number: the device is asked nothing."""
+    """`strongest`, but value and index are ranked as one number: nothing waits for the device."""
     d_sae = f.shape[1]
-    # The bits of floats that are not negative are ordered as they are.
+    # The bits of floats that are not negative are ordered as the floats are.
     bits = torch.where(f > 0, f, 0.0).view(torch.int32).long()
     last = torch.arange(d_sae - 1, -1, -1, device=f.device)
     best = ((bits << 32) | last).topk(min(k, d_sae), dim=1).values
@@ -58,7 +58,12 @@ def strongest_in_one(f: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class TopFeatures:
-    """The strongest features of each token; `strongest` ranks those of all requests at once."""
+    """The strongest features of each token of one request.
+
+    Args:
+        top_k: how many of each token.
+        stream: whether they are handed out as they are read; see `unsent`.
+    """
 
     def __init__(self, top_k: int, *, stream: bool = False) -> None:
         self._top_k = top_k
@@ -79,10 +84,10 @@ class TopFeatures:
 
         Args:
             positions: ``[n]``.
-            covered: ``[n]``; one that is not, where another was before, takes its place: a token
-                that was rejected is not read.
+            covered: ``[n]`` bool, whether the token is read. A token that is not takes back what
+                was read at its position before, from one that was rejected.
             latents: ``[n, >= top_k]`` best first.
-            values: ``[n, >= top_k]``.
+            values: ``[n, >= top_k]`` their activations.
         """
         row = covered, latents[:, : self._top_k], values[:, : self._top_k]
         self._rows.put(positions, *row)
@@ -90,7 +95,11 @@ class TopFeatures:
             self._unsent.append((positions, *row))
 
     def unsent(self) -> tuple[IntArray, BoolArray, IntArray, FloatArray] | None:
-        """What was put since the last call, in that order; None if nothing was."""
+        """What was put since the last call, in that order; None if nothing was.
+
+        Returns:
+            Positions ``[n]``, covered ``[n]``, latents ``[n, top_k]`` and values ``[n, top_k]``.
+        """
         if not self._unsent:
             return None
         parts, self._unsent = self._unsent, []
@@ -100,9 +109,12 @@ class TopFeatures:
         return positions, covered, latents, values
 
     def summary(self, limit: int) -> list[bytes] | None:
-        """Positions below ``limit`` for `features_read`; None if nothing was ever read.
+        """What was read at positions below ``limit``; None if no token was ever put.
 
-        Lists of a million numbers would hold up the worker, and with it everybody's tokens.
+        Returns:
+            Bytes of positions int64, latents int32 and values float32, which `features_read`
+            unpacks: to make lists of a million numbers here would hold up the worker, and with it
+            everybody's tokens.
         """
         positions, columns = self._rows.latest()
         if not len(positions):
@@ -117,15 +129,22 @@ class TopFeatures:
 
 
 class Totals:
-    """Maximum, sum and count of every latent over a text, but for activations that are not finite.
+    """Maximum, sum and count of every latent over a text.
 
-    They stay on the device until they are asked for. A position counts when it is first observed.
+    They stay on the device until they are asked for. A position counts when it is first observed,
+    and an activation that is not finite counts as 0.
+
+    Args:
+        aggregate: ``max``, ``mean`` or ``frequency``: what latents are scored by.
+        top_k: how many latents to tell.
+        d_sae: latents of the SAE.
+        device: where the activations are.
 
     Attributes:
-        maximum: ``[d_sae]`` float32, largest activation.
-        total: ``[d_sae]`` float64, sum of activations.
-        count: ``[d_sae]`` int64, tokens on which the latent was active.
-        num_tokens: ``[]`` int64, tokens seen.
+        maximum: ``[d_sae]`` float32, the largest activation.
+        total: ``[d_sae]`` float64, the sum of activations.
+        count: ``[d_sae]`` int64, on how many tokens the latent was active.
+        num_tokens: ``[]`` int64, how many tokens were observed.
     """
 
     def __init__(self, aggregate: str, top_k: int, d_sae: int, device: torch.device | str) -> None:
@@ -142,9 +161,15 @@ class Totals:
         return self.maximum.nbytes + self.total.nbytes + self.count.nbytes
 
     def observe(self, positions: Tensor, covered: Tensor, f: Tensor) -> None:
-        """Add tokens of a pass: ``[n]``, ``[n]`` bool, ``[n, d_sae]`` activations."""
+        """Add tokens of a pass.
+
+        Args:
+            positions: ``[n]`` int64.
+            covered: ``[n]`` bool, whether the token is read.
+            f: ``[n, d_sae]`` float32 activations.
+        """
         fresh = covered & (positions >= self._counted_to)
-        # JSON has no infinity, and a single one would stay in the sum of the whole text.
+        # JSON has no infinity, and a single one would make the sum of the whole text infinite.
         f = torch.where(fresh[:, None] & f.isfinite(), f, 0.0)
         torch.maximum(self.maximum, f.amax(dim=0), out=self.maximum)
         self.total += f.sum(dim=0, dtype=torch.float64)
@@ -155,10 +180,12 @@ class Totals:
         )
 
     def summary(self, limit: int) -> list[list[float]]:
-        """``[latent, score]`` of the best, best first, ties by lower index.
+        """``[latent, score]`` of the latents with the highest positive scores.
+
+        Best first, ties by lower index.
 
         Args:
-            limit: not looked at: what is aggregated is a prompt, and all of it counts.
+            limit: ignored, since only prompts are aggregated, and all of a prompt counts.
         """
         tokens = max(int(self.num_tokens), 1)
         score = {
@@ -171,7 +198,7 @@ class Totals:
 
 
 class Fit:
-    """How well the SAE reconstructs the tokens: what a self-check measures."""
+    """How well an SAE reconstructs the stream: what a self-check measures."""
 
     def __init__(self) -> None:
         self._observed = Observed()
@@ -188,9 +215,9 @@ class Fit:
 
         Args:
             positions: ``[n]``.
-            covered: ``[n]`` bool.
+            covered: ``[n]`` bool, whether the token is read.
             x: ``[n, d_out]`` the stream where the SAE writes.
-            x_hat: ``[n, d_out]`` its reconstruction.
+            x_hat: ``[n, d_out]`` the SAE's reconstruction of it.
             l0: ``[n]`` how many features fire.
         """
         columns = (column[covered].cpu().numpy() for column in (positions, x, x_hat, l0))

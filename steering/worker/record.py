@@ -1,8 +1,8 @@
 """What a worker remembers of one request that asked for a report or a read, until it is fetched.
 
 Everything is kept by token position, so a position counts once however often it is computed
-(chunked prefill, preemption, rejected speculative tokens), and whatever lies past the last token
-that counts is cut off when the record is fetched.
+(preemption, rejected speculative tokens), and whatever lies past the last token that counts is cut
+off when the record is fetched.
 """
 
 from __future__ import annotations
@@ -31,17 +31,23 @@ _numbers = itertools.count()
 
 
 class RequestRecord:
-    """One request's (or one child's) activations before its edits, by position.
+    """What was found for one request, or for one of its choices if it has several, by position.
+
+    Args:
+        plan: what the request asks for.
+        child: which of the choices of ``n > 1`` this is, else 0.
+        columns: indices of the edits that are made on this worker, ascending.
+        hooks: ``(name, column of the buffer of shares)`` of the hook points where they are made.
 
     Attributes:
-        number: names the record within this process.
-        columns: the request's edits whose activations this worker sees, ascending.
-        hooks: ``(name, column of the shares)`` of the hook points where they are made.
+        number: identifies the record within this process.
+        columns: as given if the request asked for a report, else empty.
+        hooks: as given if the request asked for a report, else empty.
         top: the strongest features of each token; None if they were not asked for.
-        totals: figures over all tokens, made when the first token comes.
-        fit: how well the SAE fits; None but in a self-check.
-        pools: by the index of the plan's probe, made when the first token comes.
-        streams: by the index of the plan's probe.
+        totals: figures over all tokens; None until the first token comes.
+        fit: how well the SAE fits; None except in a self-check.
+        pools: sums by the index of the plan's probe, made when its first token comes.
+        streams: kept streams by the index of the plan's probe.
     """
 
     def __init__(
@@ -89,16 +95,16 @@ class RequestRecord:
 
         Args:
             positions: ``[n]``.
-            f: ``[n, > max(columns)]`` activations before the edit or markers, by the request's
-                edits.
-            share: ``[n, hook points]`` shares or markers, by the worker's hook points.
+            f: ``[n, > max(columns)]`` activations before the edits, or markers, by index of the
+                edit in the request.
+            share: ``[n, hook points]`` shares, or markers, by the worker's hook points.
         """
         self._edits.put(positions, f[:, self.columns], share[:, self._hook_columns])
 
     def put_reads(
         self, positions: IntArray, covered: BoolArray, latents: IntArray, values: FloatArray
     ) -> None:
-        """Add tokens of a pass, as `TopFeatures.put` takes them."""
+        """Add tokens of a pass; arguments as those of `TopFeatures.put`."""
         if self.top is not None:
             self.top.put(positions, covered, latents, values)
 
@@ -110,13 +116,19 @@ class RequestRecord:
         x: FloatArray,
         asked: FloatArray,
     ) -> None:
-        """Add tokens of a pass: ``[n]`` which of the plan's probes, then as `StreamRows.put`."""
+        """Add tokens of a pass.
+
+        Args:
+            positions: ``[n]``.
+            probe: ``[n]`` index of the plan's probe that each row is for.
+            covered: ``[n]``, see `StreamRows.put`; likewise ``x`` and ``asked``.
+        """
         for i in np.unique(probe).tolist():
-            here = probe == i
-            self.streams[i].put(positions[here], covered[here], x[here], asked[here])
+            rows = probe == i
+            self.streams[i].put(positions[rows], covered[rows], x[rows], asked[rows])
 
     def pooled(self, probe: int, card: SAECard, device: torch.device) -> Pooled:
-        """Where a probe's activations are summed up."""
+        """Where the activations of the plan's probe with this index are summed up."""
         if probe not in self.pools:
             planned = self.plan.probes[probe]
             assert isinstance(planned, PlannedPool)
@@ -124,20 +136,27 @@ class RequestRecord:
         return self.pools[probe]
 
     def put_stop(self, position: int, gate: int, activation: float) -> None:
-        """A ``stop_when`` fired at a position; ``gate`` is which of the plan's.
+        """Note that a ``stop_when`` fired at a position.
 
-        With asynchronous scheduling the pass behind the last one may find another.
+        With asynchronous scheduling a further pass, which does not count, may find another.
+
+        Args:
+            position: where it fired.
+            gate: index of the plan's gate.
+            activation: the feature's activation there.
         """
         self._stops[position] = gate, activation
 
     def summary(self, limit: int) -> dict[str, Any]:
-        """What was recorded on positions below ``limit``, in plain types.
+        """What was recorded at positions below ``limit``, in plain types.
 
-        ``edits`` has one entry an edit, None where this worker does not hold its layer; ``edited``
-        one entry for each hook point where a token was edited; ``read`` is for `features_read`;
-        ``stopped`` says what fired at the last of them, if anything did;
-        ``cached`` counts the prompt's tokens that no pass of this request computed, None where none
-        is known.
+        Returns:
+            ``child``; ``cached``, how many tokens of the prompt no pass of this request computed,
+            None if nothing was recorded for the prompt; ``edits``, one entry for each edit, None if
+            another worker holds its layer or no token was recorded; ``edited``, one entry for each
+            hook point where a token was edited; ``stopped``, what fired at the last of the
+            positions, or None; ``read``, which `features_read` unpacks; ``aggregate``, see
+            `Totals.summary`; ``measured``, see `Fit.summary`.
         """
         positions, columns = self._edits.latest()
         counted = positions < limit
@@ -172,7 +191,7 @@ class RequestRecord:
 
 
 def _counts(f: FloatArray) -> list[dict[str, Any]]:
-    """What the report says of each edit, of activations or markers ``[n, e]``."""
+    """What the report says of each edit, from activations or markers ``[n, e]``."""
     skipped, held = f == np.float32(SKIPPED_SINK), f == np.float32(HELD_BACK)
     edited = ~(np.isnan(f) | skipped | held)
     total = np.where(edited, f, 0).sum(axis=0, dtype=np.float64)
@@ -200,7 +219,7 @@ def _counts(f: FloatArray) -> list[dict[str, Any]]:
 
 
 def _shares(hooks: Sequence[str], share: FloatArray) -> list[dict[str, Any]]:
-    """What the report says of each hook point, of shares or markers ``[n, hooks]``."""
+    """What the report says of each hook point, from shares or markers ``[n, hooks]``."""
     found = []
     for hook, column in zip(hooks, share.T, strict=True):
         edited = column[column != NOT_EDITED]
@@ -220,5 +239,5 @@ def _shares(hooks: Sequence[str], share: FloatArray) -> list[dict[str, Any]]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity, which a stream in float16 may reach."""
+    """The value, or None for infinity and NaN: a float16 stream may reach them, JSON cannot."""
     return value if np.isfinite(value) else None

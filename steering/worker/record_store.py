@@ -8,28 +8,28 @@ from typing import Final
 
 from steering.worker.record import RequestRecord
 
-#: Records of ended requests that nobody need fetch are forgotten beyond these bounds.
+#: Beyond these bounds, records of ended requests that nobody must fetch are forgotten.
 MAX_FINISHED_RECORDS: Final = 4096
 MAX_FINISHED_BYTES: Final = 256 * 2**20
 
 
 class RecordStore:
-    """Records of requests that run or are preempted, and of ended ones until they are fetched.
+    """Keeps the records of a worker's requests by request id, and of ended ones by key.
 
-    Those of ended requests that nobody need fetch are forgotten, oldest first, beyond
-    `MAX_FINISHED_RECORDS` or `MAX_FINISHED_BYTES`.
+    Beyond `MAX_FINISHED_RECORDS` or `MAX_FINISHED_BYTES` the records of ended requests that nobody
+    is sure to fetch (``plan.awaited`` is False) are forgotten, oldest first.
     """
 
     def __init__(self) -> None:
         self._running: dict[str, RequestRecord] = {}
         self._paused: dict[str, RequestRecord] = {}
         self._awaited: dict[tuple[str, int], RequestRecord] = {}
-        # With what each held when it came: what a pass under way still adds is not counted.
+        # Each with its size when it came here: what a pass under way still adds is not counted.
         self._finished: OrderedDict[tuple[str, int], tuple[RequestRecord, int]] = OrderedDict()
         self._finished_bytes = 0
 
     def open(self, req_id: str, make: Callable[[], RequestRecord]) -> RequestRecord:
-        """The record of a request that starts, or of one that resumes after preemption."""
+        """The record of a request that enters the batch; its old one if it was preempted."""
         record = self._paused.pop(req_id, None) or make()
         self._running[req_id] = record
         return record
@@ -39,12 +39,12 @@ class RecordStore:
         return self._running.get(req_id)
 
     def pause(self, req_id: str) -> None:
-        """The request was preempted; what was recorded waits for it."""
+        """The request was preempted; its record waits for it."""
         if (record := self._running.pop(req_id, None)) is not None:
             self._paused[req_id] = record
 
     def close(self, req_id: str) -> None:
-        """The request ended; what was recorded waits to be fetched."""
+        """The request ended; its record waits to be fetched."""
         record = self._running.pop(req_id, None) or self._paused.pop(req_id, None)
         if record is None:
             return
@@ -62,7 +62,11 @@ class RecordStore:
             self._pop_finished(next(iter(self._finished)))
 
     def take(self, key: str, child: int) -> RequestRecord | None:
-        """Fetch and forget one record, whether its request has left the batch yet or not."""
+        """Fetch and forget one record, whether or not its request has left the batch.
+
+        Returns:
+            The record; None if there is none under the key, or no longer.
+        """
         for records in (self._running, self._paused):
             for req_id, record in records.items():
                 if (record.plan.key, record.child) == (key, child):
@@ -72,11 +76,11 @@ class RecordStore:
 
     @property
     def clients(self) -> int:
-        """Records that some client may fetch: all but internal ones."""
+        """How many records a client may fetch: all but internal ones."""
         return sum(not record.plan.internal for record in self._all())
 
     def streaming(self) -> dict[str, RequestRecord]:
-        """Those in the batch that hand out what is read as it is read, by request id."""
+        """The records in the batch whose reads are streamed, by request id."""
         return {
             req_id: record
             for req_id, record in self._running.items()

@@ -1,11 +1,12 @@
 """Where the whole weights of SAEs are when a pass reads all of them.
 
-On an accelerator they must be on the device. Those that full passes of every kind need (TopK) are
-put there when the model is loaded, before the engine measures what memory is left for its KV cache;
-the others take turns in one place of the largest one's size, a copy each time that it changes
-hands. All this follows from the configuration and the batches, which the ranks of a tensor-parallel
-group share, and not from how much memory is free: weights that lie elsewhere are multiplied by
-another kernel, whose rounding would make the ranks differ.
+On an accelerator they must be on the device. By default those of TopK SAEs, which every pass with
+an edit of theirs encodes whole, are put there when the model is loaded, before the engine measures
+what memory is left for its KV cache. The others take turns in one place of the largest one's size,
+with a copy whenever another one's turn comes. All this follows from the configuration and the
+batches, which the ranks of a tensor-parallel group share, and not from how much memory is free:
+weights that lie elsewhere are multiplied by another kernel, whose rounding would make the ranks
+differ.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ class Residency:
     """Puts the matrices of SAEs on an accelerator.
 
     Args:
-        saes: index to SAE, those whose layer this worker holds.
+        saes: the SAEs whose layer this worker holds, by index.
         device: where the model runs.
-        choice: one of `config.RESIDENT_CHOICES`; None where weights in the host's memory are as
-            near as they can be.
+        choice: one of `config.RESIDENT_CHOICES`; None if the model runs on a CPU, so that no
+            weights need to be moved.
 
     Attributes:
-        saes: as given; what needs a card or a vector of one need not bring it.
+        saes: as given. For an SAE's card or one of its vectors, use this without `load`.
 
     Raises:
-        SAEError: in one line, if the device has no room for them.
+        SAEError: in one line, if the device has no room for the weights.
     """
 
     def __init__(self, saes: Mapping[int, SAE], device: torch.device, choice: str | None) -> None:
@@ -51,7 +52,7 @@ class Residency:
             self._make_place()
 
     def whole(self, index: int) -> SAE:
-        """An SAE whose matrices are where the whole encode or decode that comes next needs them."""
+        """An SAE, with its matrices where the whole encode or decode that follows needs them."""
         self.load(index)
         return self.saes[index]
 
@@ -60,7 +61,7 @@ class Residency:
         return index not in self._taking_turns or index == self._in_place
 
     def load(self, index: int) -> None:
-        """Have an SAE's matrices on the device for the whole encode or decode that comes next."""
+        """Put an SAE's matrices where the whole encode or decode that follows needs them."""
         if self.is_near(index):
             return
         if self._in_place is not None:

@@ -1,8 +1,9 @@
 """Encoder and decoder rows of the features in use, on the device.
 
-SAE weights stay memory-mapped on the host. A request names its features; their rows are copied
-into a pool of fixed capacity when it is admitted, shared with every other request that names
-them alike, and kept after its end until the room is needed (least recently used out first).
+SAE weights stay memory-mapped on the host. When a request enters the batch, the rows of the
+features that it names are copied into a pool of fixed capacity. Requests that need the same rows
+share them, and rows stay after their last request until the room is needed; the least recently used
+make room first.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ class Rows(Protocol):
     """Rows on the device as a hook point sees them.
 
     Attributes:
-        W_enc: ``[capacity, d]`` float32, encoder rows; their elements are neighbours.
+        W_enc: ``[capacity, d]`` float32, encoder rows, each contiguous.
         W_dec: ``[capacity, d]`` float32, decoder rows, with the same strides.
-        params: ``[capacity, NUM_PARAMS]`` float32, what else an activation needs.
+        params: ``[capacity, NUM_PARAMS]`` float32, what else an activation needs (``P_*`` in
+            `layout`).
     """
 
     @property
@@ -48,7 +50,7 @@ class Rows(Protocol):
 
 
 class RowColumns(NamedTuple):
-    """Some of the pool's columns: those that a hook point's stream has."""
+    """The columns of the pool that a hook point's stream has; see `Rows`."""
 
     W_enc: Tensor
     W_dec: Tensor
@@ -58,10 +60,16 @@ class RowColumns(NamedTuple):
 class RowPool:
     """A fixed number of device rows, reference-counted by the requests that use them.
 
+    Args:
+        saes: every served SAE.
+        capacity: how many rows there are.
+        width: elements of the longest row.
+        device: where the model runs.
+
     Attributes:
-        W_enc: ``[capacity, width]`` float32, encoder rows; zeros behind those that are shorter.
+        W_enc: ``[capacity, width]`` float32, encoder rows, shorter ones padded with zeros.
         W_dec: ``[capacity, width]`` float32, decoder rows, likewise.
-        params: ``[capacity, NUM_PARAMS]`` float32, what else an activation needs.
+        params: ``[capacity, NUM_PARAMS]`` float32, see `Rows`.
     """
 
     def __init__(
@@ -80,15 +88,15 @@ class RowPool:
 
     @property
     def rows_in_use(self) -> int:
-        """Rows that some running request uses."""
+        """How many rows running requests use."""
         return len(self._users)
 
     def columns(self, start: int, stop: int) -> RowColumns:
-        """The rows at a hook point whose stream has these elements."""
+        """Elements ``[start, stop)`` of every row, as views."""
         return RowColumns(self.W_enc[:, start:stop], self.W_dec[:, start:stop], self.params)
 
     def acquire(self, keys: Collection[RowKey]) -> dict[RowKey, int]:
-        """Make rows resident, count one more user of each, and say where they are.
+        """Make rows resident, count one more user of each, and return their places in the pool.
 
         The scheduler admits no request whose rows would not fit, so running out is our bug.
         """
@@ -106,7 +114,7 @@ class RowPool:
         return {key: self._row[key] for key in keys}
 
     def release(self, keys: Iterable[RowKey]) -> None:
-        """Count one user less of each; rows without users stay until the room is needed."""
+        """Count one user less of each row; unused rows stay until the room is needed."""
         for key in keys:
             self._users[key] -= 1
             if not self._users[key]:
@@ -114,7 +122,7 @@ class RowPool:
                 self._idle[key] = None
 
     def _upload(self, keys: Sequence[RowKey]) -> None:
-        """Copy rows to the device: those that are made together at once."""
+        """Copy rows to the device, those that are made together in one copy."""
         together: dict[RowKey, list[RowKey]] = {}
         for key in keys:
             together.setdefault(key._replace(latent=0), []).append(key)
@@ -142,7 +150,10 @@ class RowPool:
                 target.index_copy_(0, where.to(target.device), source.to(target.device))
 
     def _made(self, members: Sequence[RowKey]) -> LatentRows:
-        """Rows of one SAE: its own, or solved for the edits that they are made with."""
+        """Rows of one SAE: its own rows, or rows solved for the edits of a request.
+
+        The members share everything but their latent; see `RowKey`.
+        """
         first = members[0]
         sae = self._saes[first.sae]
         latents = [key.latent for key in members]
@@ -165,7 +176,7 @@ class RowPool:
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:
-    """Zeros behind rows that are shorter: a row may have been a longer one before."""
+    """Pad rows with zeros: their places may have held longer ones before."""
     return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 

@@ -1,6 +1,6 @@
-"""Figures of a study's texts, of the final hidden states that were kept of them.
+"""Figures of a study's texts, from the final hidden states that were kept of them.
 
-A text of which rows are missing has none, and those beside it do.
+A text with missing rows has no figures; that does not touch the texts beside it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from steering.worker.scores import Columns, Scores, SteeredSide
 
 
 class ScoredTexts:
-    """What `Scores` say of texts by the keys under which they were kept, in plain types.
+    """Figures of texts by the keys under which they were kept, in plain types; see `Scores`.
+
+    Both methods are called on all ranks alike. They return None on a rank whose head has no logits,
+    or that does not report.
 
     Args:
-        captures: what is kept.
-        scores: of the model's head. On a rank whose head has no logits, or that does not report,
-            both methods return None; they are called on all ranks alike.
+        captures: the final hidden states that are kept.
+        scores: makes the figures.
     """
 
     def __init__(self, captures: Captures, scores: Scores) -> None:
@@ -39,15 +41,16 @@ class ScoredTexts:
         """Compare steered texts with an unsteered one.
 
         Args:
-            unsteered: key of what was kept of it.
-            steered: keys of the others, and the ids that each watches.
-            targets: the actual tokens of the rows asked for, or none.
-            start: the first of the kept rows that this is about.
+            unsteered: key of the unsteered text.
+            steered: for each steered text its key, and the ids that it watches.
+            targets: ids of the actual tokens of the rows, or an empty list.
+            start: the first of the kept rows to compare.
             stop: one past the last.
 
         Returns:
-            Of each steered text the columns of `Scores.compare` as bytes, float32 or int64 in C
-            order; None of one that is not whole. None also if the unsteered one is not.
+            For each steered text the columns of `Scores.compare` as bytes, float32 or int64 in C
+            order; None for a text with missing rows. None instead of the list if rows of the
+            unsteered text are missing.
         """
         before = self._rows(unsteered, start, stop)
         if before is None:
@@ -70,11 +73,12 @@ class ScoredTexts:
         """Log p of texts' tokens.
 
         Args:
-            texts: the key of what was kept of each, the first of the rows that this is about, and
-                the actual tokens of these rows.
+            texts: for each text its key, the first of its kept rows to use, and ids of the actual
+                tokens of these rows.
 
         Returns:
-            Float32 bytes of each text; None of one that is not whole. None also if none is.
+            For each text float32 as bytes; None for a text with missing rows. None instead of the
+            list if no text has all its rows.
         """
         kept = {
             i: rows

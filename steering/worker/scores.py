@@ -1,8 +1,9 @@
-"""What final hidden states say of a text: the distributions that they predict, and two compared.
+"""What final hidden states say of a text: the distributions that they predict, and how two differ.
 
 All figures are of softmax(logits) over the whole vocabulary as the model defines it, in float32 and
-natural logarithms. NaN counts as 0, and infinity as `LARGEST`, so that an edit too large for the
-stream's dtype gives large figures, and a token that the model itself rules out counts nothing.
+natural logarithms. Among logits NaN counts as 0, and infinity as `LARGEST`: an edit too large for
+the stream's dtype then gives large figures, and a token that the model itself rules out adds
+nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from torch import Tensor
 LARGEST: Final = 1e30
 #: Logits of one call of the head: 64 MiB of float32, of which about six exist at a time.
 MAX_BLOCK: Final = 2**24
-#: Beside a CPU, those of them that are reduced together, within its caches.
+#: On a CPU, how many of them are reduced together, so that they fit its caches.
 MAX_CACHED_BLOCK: Final = 2**19
-#: Texts of this many times fewer rows than a block has go through the head together.
+#: Texts go through the head together if at least this many of them fit into a block.
 MANY: Final = 16
 
-#: ``[n, d]`` final hidden states to ``[n, vocabulary]`` logits; None on a rank that has none.
+#: Takes ``[n, d]`` final hidden states to ``[n, vocabulary]`` logits; None on a rank without
+#: logits.
 Logits = Callable[[Tensor], Tensor | None]
-#: Figures by name, one row a position each: what `compare` and `log_probabilities` say.
+#: Figures by name, with a row for each position; see `Scores.compare`.
 Columns = dict[str, Tensor]
 
 
@@ -34,8 +36,8 @@ class SteeredSide:
     """One text that is compared with an unsteered one.
 
     Attributes:
-        hidden: ``[n, d]`` its final hidden states.
-        watched: ids whose probabilities are told, ``w`` of them.
+        hidden: ``[n, d]`` the text's final hidden states.
+        watched: ``w`` token ids whose probabilities are to be returned.
     """
 
     hidden: Tensor
@@ -43,12 +45,12 @@ class SteeredSide:
 
 
 class Scores:
-    """Figures of texts, by one model's head.
+    """Figures of texts, by one model's output head.
 
     Args:
         logits: the head. It is called equally often on all ranks that hold the same rows.
-        vocab_size: roughly its width, by which rows are parted into blocks.
-        device: of the model.
+        vocab_size: roughly the number of logits of a row, by which rows are cut into blocks.
+        device: where the model runs.
         reports: False on a rank whose figures nobody asks for.
     """
 
@@ -72,16 +74,17 @@ class Scores:
 
         Args:
             unsteered: ``[n, d]`` final hidden states.
-            steered: the others, ``n`` rows each.
-            targets: ``[n]`` the actual tokens, or none.
+            steered: the texts to compare with it, ``n`` rows each.
+            targets: ``[n]`` ids of the actual tokens, or an empty list.
 
         Returns:
-            For each steered text ``kl`` = KL(unsteered || steered), ``reverse_kl``, ``unsteered``
-            and ``steered`` (log p of the targets; nan without any), ``confidence_unsteered`` and
-            ``confidence_steered`` (the largest log p), float32 ``[n]``; ``top_unsteered`` and
-            ``top_steered`` int64 ``[n]``; ``watched_unsteered`` and ``watched_steered`` (log p)
-            float32 and ``ranks_steered`` (how many tokens are strictly likelier) int64 ``[n, w]``.
-            None on a rank that has no logits, or does not report.
+            For each steered text float32 ``[n]``: ``kl`` = KL(unsteered || steered), ``reverse_kl``
+            = KL(steered || unsteered), ``unsteered`` and ``steered`` (log p of the targets; NaN
+            without targets), ``confidence_unsteered`` and ``confidence_steered`` (the largest
+            log p); int64 ``[n]``: ``top_unsteered`` and ``top_steered`` (the likeliest token);
+            float32 ``[n, w]``: ``watched_unsteered`` and ``watched_steered`` (log p); int64
+            ``[n, w]``: ``ranks_steered`` (how many tokens are strictly likelier). None on a rank
+            that has no logits or does not report, and if there are no steered texts or no rows.
         """
         parts: list[list[Columns]] = [[] for _ in steered]
         for start in range(0, len(unsteered), self._block):
@@ -110,10 +113,10 @@ class Scores:
 
         Args:
             hidden: ``[n, d]`` final hidden states.
-            targets: ``[n]`` the actual tokens.
+            targets: ``[n]`` ids of the actual tokens.
 
         Returns:
-            ``[n]`` float32; None on a rank that has no logits, or does not report.
+            ``[n]`` float32; None on a rank that has no logits or does not report.
         """
         found = []
         for start in range(0, len(hidden), self._block):
@@ -128,13 +131,13 @@ class Scores:
         return torch.cat(found).cpu() if found else None
 
     def _head(self, hidden: Sequence[Tensor]) -> Tensor | None:
-        """``[n, vocabulary]`` logits of rows from the host; None where they are not needed."""
-        rows = [one.to(self._device, non_blocking=True) for one in hidden]
+        """``[n, vocabulary]`` logits of rows from the host; None if this rank does not report."""
+        rows = [part.to(self._device, non_blocking=True) for part in hidden]
         logits = self._logits(rows[0] if len(rows) == 1 else torch.cat(rows))
         return logits if self._reports else None
 
     def _targets(self, ids: Sequence[int], n: int) -> Tensor:
-        """``[n]`` on the device; -1 where there is none."""
+        """``[n]`` int64 on the device; -1 for each if there are no targets."""
         return torch.tensor(list(ids) or [-1] * n, dtype=torch.int64, device=self._device)
 
     def _parts(self, n: int) -> Iterator[slice]:
@@ -160,7 +163,8 @@ class Scores:
             log_q = _log_softmax(logits[part])
             q = log_q.exp()
             ratio = log_p - log_q
-            # KL as a Bregman divergence: what rounding left of the two sums' being 1 is taken out.
+            # KL as a Bregman divergence: rounding keeps the two sums of probabilities from being
+            # exactly 1, and their difference is taken out.
             surplus = q.sum(-1) - before.total[part]
             confidence, top = log_q.max(-1)
             after = log_q[:, ids]
@@ -184,7 +188,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Distribution:
-    """Of some rows: ``[n, vocabulary]`` log p and p, and ``[n]`` sum, largest and likeliest."""
+    """The distributions that some rows predict.
+
+    Attributes:
+        log_p: ``[n, vocabulary]`` float32.
+        p: ``[n, vocabulary]`` float32.
+        total: ``[n]`` float32, the sum of ``p``.
+        confidence: ``[n]`` float32, the largest ``log_p``.
+        top: ``[n]`` int64, the likeliest token.
+    """
 
     log_p: Tensor
     p: Tensor
@@ -194,19 +206,19 @@ class _Distribution:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """Of logits that nobody needs any more."""
+    """Log p ``[n, vocabulary]`` float32; the logits may be overwritten."""
     z = torch.nan_to_num_(logits.float(), nan=0.0, posinf=LARGEST, neginf=-LARGEST)
     return torch.log_softmax(z, dim=-1)
 
 
 def _at(log_p: Tensor, ids: Tensor) -> Tensor:
-    """``[n]`` log p of one id a row, nan where that is negative."""
+    """``[n]`` log p of one id for each row; NaN if the id is negative."""
     found = log_p.gather(-1, ids.clamp_min(0)[:, None])[:, 0]
     return found.masked_fill(ids < 0, torch.nan)
 
 
 def _ranks(log_p: Tensor, of: Tensor) -> Tensor:
-    """``[n, w]`` how many tokens are strictly likelier than those of these log p."""
+    """``[n, w]`` int64, how many tokens have a larger log p than each of these ``[n, w]``."""
     ranks = [(log_p > column[:, None]).sum(-1) for column in of.T]
     return torch.stack(ranks, -1) if ranks else torch.zeros_like(of, dtype=torch.int64)
 

@@ -1,4 +1,4 @@
-"""One hook point at run time: what sits there, what every slot does there, and what a pass does."""
+"""One hook point at run time: its SAEs, what each slot does there, and what a pass does there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from sae.sae import SAE
 from steering.request.limits import MAX_TOP_K
 from steering.request.plan import PlannedEdit, PlannedGate, RowKey, SteeringPlan
 from steering.worker import full_path
-from steering.worker.batch_parts import BatchParts, SlotWork
+from steering.worker.batch_parts import BatchParts
+from steering.worker.batch_work import SlotWork
 from steering.worker.ops.buffers import BoundKernel, Buffers, OnStream
 from steering.worker.pass_reports import PassReports
 from steering.worker.probes import strongest
@@ -25,7 +26,7 @@ from steering.worker.residency import Residency
 from steering.worker.step import Step
 from steering.worker.whole_outputs import WholeOutputs
 
-#: Parts of the kernel, in order; None where the pass, or every pass, runs in torch.
+#: Parts of the kernel, in order; None if the pass, or every pass, runs in torch.
 _Launches: TypeAlias = tuple[OnStream, ...] | None
 
 
@@ -35,12 +36,16 @@ class SharedHeads(Protocol):
     @property
     def ranks(self) -> int: ...
 
-    def gathered(self, own: Tensor) -> Tensor:
-        """``[num_tokens, d / ranks]`` of this rank to ``[num_tokens, d]``, in memory of its own."""
+    def gathered(self, part: Tensor) -> Tensor:
+        """The whole stream ``[num_tokens, d]``, in new memory.
+
+        Args:
+            part: ``[num_tokens, d / ranks]``, what this rank holds.
+        """
         ...
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This rank's part of what `gathered` gave."""
+    def part_of(self, whole: Tensor) -> Tensor:
+        """This rank's part ``[num_tokens, d / ranks]`` of what `gathered` returned."""
         ...
 
 
@@ -48,18 +53,22 @@ class SharedHeads(Protocol):
 class Site:
     """State of one hook point.
 
-    SAEs read here, and edits are added here. Of an SAE that does both at one place `steer` is the
-    fusion of the two. One that reads here and writes elsewhere has its edits read by `read_edits`,
-    which leaves in `Buffers.carried` what `steer` adds there.
+    SAEs read here, and edits are added here. If an SAE does both at this place, the kernel's
+    `steer` does both at once. If it reads here and writes elsewhere, `read_edits` reads its edits
+    and leaves in `Buffers.carried` what `steer` adds there.
 
     Attributes:
-        hook: its name.
-        saes: index to SAE, those that read here.
-        written: index to SAE, those whose edits are added here.
+        hook: the name of the hook point.
+        saes: the SAEs that read here, by index.
+        written: the SAEs whose edits are added here, by index.
         buffers: what a pass works on.
-        kernel: for passes in which rows alone are enough; None where no kernel runs.
-        graphs: a CUDA graph holds all of the kernel, so all of it is launched every time.
-        heads: where each tensor-parallel rank holds some of the stream's elements; else None.
+        residency: where the whole weights of ``saes`` are.
+        reports: takes what a full pass finds, on its way to the records.
+        outputs: what SAEs that write elsewhere make of whole tokens.
+        kernel: serves the passes in which rows alone are enough; None if no kernel runs.
+        graphs: whether a CUDA graph holds all of the kernel, so that all of it is launched in every
+            pass.
+        heads: how tensor-parallel ranks share the stream here; None if every rank has all of it.
         work: slot to its work here; slots without any are absent.
     """
 
@@ -83,12 +92,12 @@ class Site:
 
     @cached_property
     def width(self) -> int:
-        """Elements of a token's stream that this worker holds here."""
+        """How many elements of a token's stream this worker holds here."""
         width = self.buffers.rows.W_enc.shape[1]
         return width if self.heads is None else width // self.heads.ranks
 
     def edits_of(self, plan: SteeringPlan) -> list[int]:
-        """The indices of a request's edits that are added here."""
+        """The indices in the request of the edits that are added here."""
         return [i for i, edit in enumerate(plan.edits) if edit.sae in self.written]
 
     def set_slot(
@@ -99,14 +108,14 @@ class Site:
         full: frozenset[int],
         record: RequestRecord | None,
     ) -> None:
-        """Rewrite a slot whole for a request that starts.
+        """Rewrite a slot as a whole for a request that enters the batch.
 
         Args:
             slot: the slot to rewrite.
-            plan: the request.
-            row_of: where its rows are.
+            plan: what the request asks for.
+            row_of: the place of each of its rows in the pool.
             full: the SAEs, here or elsewhere, that must encode its tokens in full.
-            record: what its activations are recorded in, if they are.
+            record: where its activations are recorded; None if they are not.
         """
         self.clear_slot(slot)
         buffers, edit_rows, gate_rows = self.buffers, plan.edit_rows, plan.gate_rows
@@ -135,7 +144,7 @@ class Site:
 
     @cached_property
     def _write_of(self) -> dict[int, int]:
-        """Which of its writes this hook point is, of each SAE that is read elsewhere."""
+        """For each SAE that is read elsewhere, which of the places where it writes this one is."""
         return {
             index: sae.card.writes.index(self.hook)
             for index, sae in self.written.items()
@@ -198,12 +207,12 @@ class Site:
         self._full_slots.discard(slot)
 
     def _forget_passes(self) -> None:
-        """What was worked out for the last pass holds no more."""
+        """Drop what was worked out for the last pass, which no longer holds."""
         self._parts.forget()
         self._chosen = None
 
     def encode_no_more(self, slot: int) -> None:
-        """None of the slot's tokens needs a full encode from here on."""
+        """From now on none of the slot's tokens needs a full encode."""
         if slot in self._full_slots:
             self._forget_passes()
             self._full_slots.discard(slot)
@@ -219,14 +228,14 @@ class Site:
             )
 
     def runs_in_torch(self, slots: Iterable[int]) -> bool:
-        """Whether this pass has a whole encode, so that it must run outside CUDA graphs."""
+        """Whether a pass over these slots runs in torch here, and so outside CUDA graphs."""
         return bool(self._full_slots) and any(int(slot) in self._full_slots for slot in slots)
 
     def apply(self, hidden_states: Tensor, residual: Tensor | None, step: Step) -> None:
         """Read what is read here, and edit the batch in place.
 
-        The kernel, where there is one, serves every pass in which each edit needs its own row only;
-        a pass with a full encode runs in torch, outside CUDA graphs.
+        The kernel, if there is one, serves every pass in which each edit needs only its own row; a
+        pass with a full encode runs in torch, outside CUDA graphs.
 
         Args:
             hidden_states: ``[num_tokens, d_in]`` model dtype; rows of uncovered tokens stay as
@@ -240,7 +249,7 @@ class Site:
                 return  # the same on all ranks
             whole = self.heads.gathered(hidden_states)
             self._apply(whole, None, step)
-            hidden_states.copy_(self.heads.own(whole))
+            hidden_states.copy_(self.heads.part_of(whole))
         else:
             self._apply(hidden_states, residual, step)
 
@@ -262,14 +271,14 @@ class Site:
             launch(hidden_states, residual)
 
     def works(self, step: Step) -> bool:
-        """Whether anything is read or written here in a pass; always where graphs hold the op."""
+        """Whether a pass reads or writes anything here; always True if graphs hold the op."""
         launches = self._launches(step)
         if launches is None:
             return any(int(slot) in self.work for slot in step.slots_np)
         return bool(launches)
 
     def _launches(self, step: Step) -> _Launches:
-        """What of the kernel a pass needs, made once for as long as its batch stays."""
+        """The parts of the kernel that a pass needs, found out once for each batch."""
         if not step.active:
             return self._of_kernel(None)
         if self._chosen is None or self._chosen[0] is not step.slots_np:
@@ -278,9 +287,10 @@ class Site:
         return self._chosen[1]
 
     def _of_kernel(self, slots_np: IntArray | None) -> _Launches:
-        """Its parts that some slot has entries for; all of them in graphs, or for no slots.
+        """The parts of the kernel for which some slot has entries.
 
-        What no SAE that is served could ever ask for is not launched, in graphs either.
+        All of them if graphs hold the op or ``slots_np`` is None, but never those that no served
+        SAE could need.
         """
         if self.kernel is None:
             return None
@@ -301,7 +311,7 @@ class Site:
         """Take the memory that one part of a full pass takes, and give it back; nothing is edited.
 
         Args:
-            sae: one of those here.
+            sae: index of one of the SAEs that read here.
             hidden_states: ``[num_tokens, d_in]`` model dtype, of the largest pass.
         """
         whole = hidden_states if self.heads is None else self.heads.gathered(hidden_states)
@@ -316,11 +326,11 @@ class Site:
         self.outputs.forget()
 
     def compile_kernel(self, hidden_states: Tensor, residual: Tensor | None) -> None:
-        """Run all of the kernel on a stream in which no token has a slot."""
+        """Run every part of the kernel once on a stream in which no token has a slot."""
         for launch in self._of_kernel(None) or ():
             launch(hidden_states, residual)
 
 
 def _decodes_elsewhere(sae: SAE) -> bool:
-    """Whether it writes elsewhere, and all that stands there is known where it reads."""
+    """Whether it writes elsewhere and its reconstruction is known as soon as it has been read."""
     return not sae.card.one_place and sae.card.kind in KINDS_THAT_DECODE

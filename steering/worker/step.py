@@ -1,4 +1,4 @@
-"""One forward pass: which slot each token of the batch belongs to, where it stands, what it is."""
+"""One forward pass: the slot, the position and the id of each token of the batch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ class Step:
         input_ids: ``[max_num_tokens]`` int32, the runner's own buffer.
         active: whether any token of this pass has a slot.
         num_tokens: real tokens of this pass.
-        slots_np: ``[k]`` the distinct slots with tokens in this pass, ascending.
-        first_token_np: ``[k]`` index in the batch of each one's first token.
-        last_token_np: ``[k]`` index in the batch of each one's last token.
+        slots_np: ``[k]`` int32, the distinct slots with tokens in this pass, ascending.
+        first_token_np: ``[k]`` int64, index in the batch of each slot's first token.
+        last_token_np: ``[k]`` int64, index in the batch of each slot's last token.
+        token_slot_np: ``[num_tokens]`` int32, slot of each token, on the host. It stays the same
+            object for as long as the batch stays the same.
     """
 
     def __init__(
@@ -40,20 +42,20 @@ class Step:
         self.first_token_np: IntArray = np.empty(0, dtype=np.int64)
         self.last_token_np: IntArray = np.empty(0, dtype=np.int64)
         self.token_slot_np: IntArray = np.empty(0, dtype=np.int32)
-        # How much of `token_slot` the last pass left written.
+        # How many elements of `token_slot` the last pass left written.
         self._dirty = 0
-        # Slots and offsets that it was written for; None where no slot had tokens.
+        # The slots and offsets that it was written for; None if no slot had tokens.
         self._laid_out: tuple[list[int], bytes] | None = None
 
     def begin(self, slot_of_row: Sequence[int] | IntArray, query_start_loc: IntArray) -> None:
-        """Lay out a batch; where it is the last one again, as mostly in decoding, nothing is made.
+        """Lay out a batch. If it is the last one again, as mostly in decoding, nothing is made.
 
         Args:
             slot_of_row: slot of each request, in the order of the runner's input batch.
             query_start_loc: ``[num_reqs + 1]`` offsets of the requests' tokens in the batch.
         """
-        # Compared without NumPy: between two passes a model's weights went through the caches, and
-        # each function of NumPy's that is fetched again takes 40 to 90 us.
+        # Compared without NumPy: since the last pass the model's weights went through the caches,
+        # and each NumPy function that is fetched again takes 40 to 90 us.
         slots = slot_of_row.tolist() if isinstance(slot_of_row, np.ndarray) else list(slot_of_row)
         self.num_tokens = int(query_start_loc[-1])
         self.active = any(slot != NO_SLOT for slot in slots)
@@ -79,8 +81,8 @@ class Step:
         """The pass is over: nothing may be steered until the next one is laid out.
 
         Args:
-            wipe: also on the device. A captured graph that is replayed for nobody, as data-parallel
-                engines do, reads what the last pass left there.
+            wipe: whether to clear the slots on the device as well. A captured graph that is
+                replayed for nobody, as data-parallel engines do, reads what the last pass left.
         """
         self.active = False
         self.num_tokens = 0

@@ -1,4 +1,4 @@
-"""Slots with conditions in the pass under way, and which requests one of them ends."""
+"""Slots with conditions in the pass under way, and the requests that a ``stop_when`` ends."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from steering.worker.step import Step
 class Stops:
     """What became of ``stop_when`` in one pass, in tensors on the device.
 
-    Judged is each request's last token alone: those before it were when they were the last. Where
-    they are computed again, after a preemption, a difference in rounding must neither take back
-    what was answered since nor hide what the last one fulfils.
+    Only each request's last token is judged: every earlier token was judged when it was the last.
+    If earlier tokens are computed again after a preemption, a difference in rounding must neither
+    take back what was answered since nor hide that the last token fulfils a condition.
 
-    They are the pass's own, not buffers: a copy to the host may be started beside that of the
-    sampled tokens and read when that is.
+    The tensors belong to this pass and are not reused. Their copy to the host may be started beside
+    that of the sampled tokens, and read together with it.
 
     Attributes:
         req_ids: the requests of the pass that have a ``stop_when``, k of them.
-        position: ``[k]`` int64, that of the last token if one fired there; NEVER if none did.
-        gate: ``[k]`` int64, which of the plan's gates; of several the first.
-        activation: ``[k]`` float32, its f there; arbitrary where none fired.
+        position: ``[k]`` int64, position of the last token if a ``stop_when`` fired there, else
+            NEVER.
+        gate: ``[k]`` int64, index of the plan's gate that fired, the first if several did.
+        activation: ``[k]`` float32, the feature's activation there; arbitrary if none fired.
     """
 
     req_ids: list[str]
@@ -47,7 +48,7 @@ class _Batch:
 
     Attributes:
         slots: ``[k]`` int64.
-        token: ``[k]`` int64, index in the batch of one token of each.
+        token: ``[k]`` int64, index in the batch of one token of each slot.
     """
 
     slots: Tensor
@@ -55,10 +56,10 @@ class _Batch:
 
 
 class GatedSlots:
-    """Which slots have conditions, and those of the pass under way.
+    """Which slots have conditions, and which of them are in the pass under way.
 
     Attributes:
-        in_pass: whether any slot of the pass has.
+        in_pass: whether any slot of the pass has conditions.
     """
 
     def __init__(self, num_slots: int, device: torch.device | str) -> None:
@@ -68,12 +69,12 @@ class GatedSlots:
         self._req_id: dict[int, str] = {}
         self.in_pass = False
         self._stopping: tuple[list[str], _Batch, Tensor] | None = None
-        # Slots by token of the last pass, with what was worked out for them.
+        # The slot of each token of the last pass, with what was worked out for them.
         self._laid_out: tuple[IntArray, _Batch, tuple[list[str], _Batch, Tensor] | None] | None
         self._laid_out = None
 
     def write(self, slot: int, req_id: str, gates: Sequence[PlannedGate]) -> None:
-        """Rewrite a slot; no gates empty it."""
+        """Rewrite a slot; an empty list of gates empties it."""
         self._laid_out = None
         if gates:
             self._gated.add(slot)
@@ -85,7 +86,7 @@ class GatedSlots:
         self._req_id[slot] = req_id
 
     def begin(self, step: Step, state: GateState) -> None:
-        """A pass is laid out: have what it finds anew forgotten."""
+        """A pass is laid out: have what it will find again forgotten; see `GateState.begin`."""
         self.in_pass = step.active and bool(self._gated) and bool(self._of(step).any())
         self._stopping = None
         if not self.in_pass:
@@ -110,11 +111,11 @@ class GatedSlots:
         return np.array([int(slot) in self._gated for slot in step.slots_np], dtype=np.bool_)
 
     def stops(self, positions: Tensor, state: GateState, f: Tensor) -> Stops | None:
-        """As `SteeringState.stops`.
+        """See `SteeringState.stops`.
 
         Args:
             positions: ``[max_num_tokens]`` int64.
-            state: of all slots.
+            state: what is known of all slots' conditions.
             f: ``[max_num_tokens, MAX_ENTRIES]`` float32, the pass's activations.
         """
         if self._stopping is None:

@@ -17,11 +17,13 @@ class StreamedRead:
 
     Attributes:
         key: the plan's key.
-        child: of ``n > 1``, else 0.
-        positions: ``[n]``; one may come again, after a rejected speculation or a preemption.
-        covered: ``[n]``; False for a token that is not read: it takes back what stood there before.
+        child: which of the choices of ``n > 1``, else 0.
+        positions: ``[n]``; one may come again after a rejected speculation or a preemption.
+        covered: ``[n]`` bool; False for a token that is not read, which takes back what was read at
+            its position before.
         latents: ``[n, top_k]`` int32, best first.
-        values: ``[n, top_k]`` float32; not above 0 where fewer features fired.
+        values: ``[n, top_k]`` float32; 0 in the last columns of a token on which fewer features
+            fired.
     """
 
     key: str
@@ -57,7 +59,7 @@ class StreamedRead:
         )
 
     def followed_by(self, later: StreamedRead) -> StreamedRead:
-        """These rows, and behind them later ones of the same request."""
+        """These rows, followed by later ones of the same request."""
         return StreamedRead(
             self.key,
             self.child,

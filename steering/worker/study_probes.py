@@ -1,12 +1,12 @@
-"""What a worker finds out for studies: sums over a text, and what became of features between runs.
+"""What a worker finds out for studies: sums over a text, and how features changed between runs.
 
-A run whose streams are to be compared leaves them here when its results are fetched. Which run is
-done first makes no difference; whoever wants them compared asks when both are.
+A run whose streams are to be compared leaves them here when its results are fetched. It makes no
+difference which run is done first; whoever wants them compared asks when both are done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ class StudyProbes:
 
     Args:
         residency: the SAEs that are read on this worker's layers.
-        owned: their indices.
         device: where the model runs.
+
+    Attributes:
+        kept: the streams of runs that are to be compared.
     """
 
-    def __init__(self, residency: Residency, owned: Collection[int], device: torch.device) -> None:
+    def __init__(self, residency: Residency, device: torch.device) -> None:
         self._residency = residency
-        self._owned = owned
         self._device = device
         self.kept = KeptStreams()
 
@@ -37,17 +38,18 @@ class StudyProbes:
         """What came of each of a request's probes, in plain types.
 
         Args:
-            record: the request's, with all that its passes found.
-            limit: as `RequestRecord.summary` takes it; 0 from whoever wants it forgotten.
+            record: the request's record, with all that its passes found.
+            limit: as `RequestRecord.summary` takes it; 0 if the record is only to be forgotten.
 
         Returns:
-            None of one that is forgotten. Of each `Pooled.summary`, or ``kept``, the tokens whose
-            stream is kept; None where another stage holds the layer, or if no token came.
+            For each probe that sums up, `Pooled.summary`; for each that keeps the stream, ``kept``:
+            how many tokens are kept. An entry is None if another pipeline stage holds the layer, or
+            if no token took part. None instead of the list if the limit is 0.
         """
         if not limit:
             return None
         return [
-            self._result(record, i, limit) if probe.sae in self._owned else None
+            self._result(record, i, limit) if probe.sae in self._residency.saes else None
             for i, probe in enumerate(record.plan.probes)
         ]
 
@@ -69,13 +71,13 @@ class StudyProbes:
 
         Args:
             unsteered: key of the run to compare with.
-            steered: key of the other.
+            steered: key of the other run.
             saes: indices of the SAEs.
-            start: the first of the steered run's kept tokens that this is about.
+            start: the first of the steered run's kept tokens to compare.
             stop: one past the last.
 
         Returns:
-            Of each SAE what `changes.compare` says; None where nothing is kept of either run.
+            For each SAE what `changes.compare` returns; None if nothing is kept of one of the runs.
         """
         found: list[dict[str, Any] | None] = []
         for sae in saes:

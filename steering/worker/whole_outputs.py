@@ -1,4 +1,4 @@
-"""What dictionaries that write elsewhere make of whole tokens, on its way to where they write."""
+"""Whole reconstructions by dictionaries that write elsewhere, on their way to where they write."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WholeOutput:
-    """One dictionary's, by token of the batch; of tokens that need none it is whatever was there.
+    """One dictionary's output for each token of the batch; arbitrary for tokens that need none.
 
     Attributes:
         decoded: ``[num_tokens, d_out]`` float32, ``decode(f)`` before any edit, skip included.
-        l0: ``[num_tokens]`` int64, how many features fire.
+        l0: ``[num_tokens]`` int64, how many of its features fire.
         covered: ``[num_tokens]`` bool, whether a read covers the token.
     """
 
@@ -24,7 +24,7 @@ class WholeOutput:
 
 
 class WholeOutputs:
-    """Those of the pass under way, by the dictionary's index; passes without any hold nothing."""
+    """The outputs of the pass under way, by index of the dictionary."""
 
     def __init__(self) -> None:
         self._of_sae: dict[int, WholeOutput] = {}
@@ -34,11 +34,18 @@ class WholeOutputs:
         self._of_sae.clear()
 
     def take(self, sae: int) -> WholeOutput:
-        """What was left where the dictionary reads."""
+        """The output that was left at the place where the dictionary reads."""
         return self._of_sae[sae]
 
     def leave(self, sae: int, num_tokens: int, d_out: int, device: torch.device) -> WholeOutput:
-        """Room for all tokens of the pass, in which parts of it are filled in one by one."""
+        """Make room for all tokens of the pass; each part of the batch fills in its own.
+
+        Args:
+            sae: index of the dictionary.
+            num_tokens: tokens of the pass.
+            d_out: elements of the stream where the dictionary writes.
+            device: where the model runs.
+        """
         if sae not in self._of_sae:
             self._of_sae[sae] = WholeOutput(
                 torch.empty(num_tokens, d_out, dtype=torch.float32, device=device),

@@ -25,6 +25,7 @@ from steering.config import SteeringConfig
 from steering.request.catalog import Catalog
 from steering.vllm.door import complete, plan_of
 from steering.worker.step import Step
+from steering.worker.worker_sites import WorkerSites
 from steering.worker.worker_state import SteeringState
 from tests.bench.cases import SAE_NAME, steering
 from tests.bench.demo_engine import D_MODEL, NUM_LAYERS, SAE, SPECIAL_TOKENS, VOCAB_SIZE
@@ -46,7 +47,7 @@ def clock(function: Callable[[], object]) -> float:
 def worker_state(reference: ResolvedSAE) -> SteeringState:
     """A worker's steering, without a worker."""
     sae = open_sae(reference)
-    return SteeringState(
+    sites = WorkerSites(
         [sae],
         [HookPoint.parse(sae.card.hook)],
         num_slots=SLOTS,
@@ -56,11 +57,11 @@ def worker_state(reference: ResolvedSAE) -> SteeringState:
                   torch.zeros(SLOTS, dtype=torch.int32), "cpu"),
         special_token_ids=range(SPECIAL_TOKENS),
         vocab_size=VOCAB_SIZE,
-        record=True,
         device=torch.device("cpu"),
         kernel=None,
         graphs=False,
     )  # fmt: skip
+    return SteeringState(sites, record=True)
 
 
 def request(i: int, field: dict[str, object]) -> SimpleNamespace:

@@ -37,6 +37,7 @@ from steering.request.plan import (
 )
 from steering.worker.ops import cpu_kernel, registered
 from steering.worker.step import Step
+from steering.worker.worker_sites import WorkerSites
 from steering.worker.worker_state import SteeringState
 from tests.bench.cases import REQUESTS, SHAPES, Shape
 from tests.bench.demo_engine import D_MODEL, MAX_TOKENS, VOCAB_SIZE
@@ -56,7 +57,7 @@ class Worker:
         self._saes = saes
         places = {hook for sae in saes for hook in (sae.card.reads, *sae.card.writes)}
         self.hooks = sorted(places, key=place_in_pass)
-        self.state = SteeringState(
+        sites = WorkerSites(
             saes,
             [HookPoint.parse(hook) for hook in self.hooks],
             num_slots=REQUESTS,
@@ -70,11 +71,11 @@ class Worker:
             ),
             special_token_ids=[],
             vocab_size=VOCAB_SIZE,
-            record=True,
             device=torch.device("cpu"),
             kernel=cpu_kernel,
             graphs=False,
         )
+        self.state = SteeringState(sites, record=True)
         self.state.compile_kernel(torch.float32, [torch.float32])
         self._fresh = torch.randn(MAX_TOKENS, D_MODEL)
         self._hidden, self._residual = torch.empty_like(self._fresh), self._fresh.clone()

@@ -131,7 +131,7 @@ MUTATIONS = {
     ),
     "more rows let in than fit": Mutation(
         "steering/vllm/scheduler.py",
-        "if len(self._row_users) + more > self._max_rows:",
+        "if len(self._row_users) + new_rows > self._max_rows:",
         "if False:",
         TRAPS + "test_requests_whose_rows_do_not_fit_wait_and_all_are_steered",
     ),

@@ -210,7 +210,7 @@ class RMSNorm(layers.PlainNorm):
 def test_what_stands_before_a_norms_gain_is_told_by_the_norm() -> None:
     point = HookPoint.parse("blocks.0.ln2.hook_normalized")
     layer = Plain()
-    with pytest.raises(UnsupportedModelError, match="PlainNorm is no norm that is known"):
+    with pytest.raises(UnsupportedModelError, match="PlainNorm is not a known norm"):
         hook_points.input_norm(Model(layer), point, 1)
     layer.post_attention_layernorm = RMSNorm()
     assert hook_points.input_norm(Model(layer), point, 1) == InputNorm(INPUT_RMS, 1e-5)
@@ -221,7 +221,11 @@ def test_what_stands_before_a_norms_gain_is_told_by_the_norm() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "one way or the other": (layers.Mixed, "hook_resid_post", "now as one tensor, now as the sum"),
+    "one way or the other": (
+        layers.Mixed,
+        "hook_resid_post",
+        "sometimes as one tensor and sometimes as the sum",
+    ),
     "more than a tensor": (layers.Deferred, "hook_resid_post", "may be more than the first"),
     "another method": (layers.Bypassing, "hook_mlp_out", "mlp is not called by its forward"),
     "another method, own": (layers.Bypassing, "mlp.hook_out", "mlp is not called by its forward"),

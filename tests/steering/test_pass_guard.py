@@ -13,6 +13,7 @@ from steering.vllm.pass_guard import PassGuard
 from steering.vllm.unsupported import UnsupportedModelError
 from steering.worker.ops import registered
 from steering.worker.step import Step
+from steering.worker.worker_sites import WorkerSites
 from steering.worker.worker_state import SteeringState
 from tests.steering.layers import WIDTH, Bypassing, Model, Plain
 
@@ -23,7 +24,7 @@ POINTS = (HookPoint(0, "hook_resid_post"), HookPoint(1, "hook_resid_post"))
 def state_of(points: tuple[HookPoint, ...] = POINTS) -> SteeringState:
     """A worker's state without SAEs."""
     buffers = torch.zeros(MAX_TOKENS, dtype=torch.int64), torch.zeros(MAX_TOKENS, dtype=torch.int32)
-    state = SteeringState(
+    sites = WorkerSites(
         [],
         points,
         num_slots=2,
@@ -32,11 +33,11 @@ def state_of(points: tuple[HookPoint, ...] = POINTS) -> SteeringState:
         step=Step(MAX_TOKENS, *buffers, "cpu"),
         special_token_ids=(),
         vocab_size=10,
-        record=True,
         device=torch.device("cpu"),
         kernel=None,
         graphs=False,
     )
+    state = SteeringState(sites, record=True)
     registered.make_current(state)
     return state
 
@@ -100,7 +101,7 @@ def test_an_ordinary_model_passes_and_nothing_is_left_behind() -> None:
     ("make", "words"),
     [
         (Loop, "run 2 times in one pass"),
-        (Channels, "the stream there is of shape"),
+        (Channels, "the stream there has shape"),
         (Shards, "2 tokens in a pass that has 4 elsewhere"),
     ],
 )

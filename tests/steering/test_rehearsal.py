@@ -16,6 +16,7 @@ from sae.source import ResolvedSAE
 from steering.vllm.rehearsal import rehearse_full_passes
 from steering.worker import batch_parts
 from steering.worker.step import Step
+from steering.worker.worker_sites import WorkerSites
 from steering.worker.worker_state import SteeringState
 from tests.models import D_MODEL, make_tiny_sae
 
@@ -35,7 +36,7 @@ def state(tmp_path: Path) -> SteeringState:
     paths = [make_tiny_sae(tmp_path / str(i), **kind) for i, kind in enumerate(kinds)]
     saes = [open_sae(ResolvedSAE(str(i), str(p), path=str(p))) for i, p in enumerate(paths)]
     zeros = torch.zeros(NUM_TOKENS, dtype=torch.int64)
-    return SteeringState(
+    sites = WorkerSites(
         saes,
         [HookPoint(1, "hook_resid_post"), HookPoint(2, "hook_resid_post")],
         num_slots=2,
@@ -44,11 +45,11 @@ def state(tmp_path: Path) -> SteeringState:
         step=Step(NUM_TOKENS, zeros, zeros.int(), HOST),
         special_token_ids=(),
         vocab_size=10,
-        record=True,
         device=HOST,
         kernel=None,
         graphs=False,
     )
+    return SteeringState(sites, record=True)
 
 
 def test_the_profile_run_makes_a_part_of_a_full_pass_with_the_largest_sae_of_each_kind(

@@ -280,11 +280,10 @@ def test_released_streams_are_gone(worker: TinyWorker) -> None:
     for key in ("clean", "steered"):
         run(worker, key, streams(1), in_parts(0, LENGTH), (0, 1))
     assert len(worker.state.probes.kept) == 2
-    assert worker.state.probes.kept.nbytes > 4 * LENGTH * D_MODEL * 4 * 0.9
     worker.state.probes.kept.forget(["clean", "unknown"])
     assert worker.state.probes.compare("clean", "steered", [0], 0, 9) == [None]
     worker.state.probes.kept.forget(["steered"])
-    assert worker.state.probes.kept.nbytes == 0
+    assert len(worker.state.probes.kept) == 0
 
 
 def test_a_request_that_is_forgotten_leaves_nothing(worker: TinyWorker) -> None:

@@ -182,6 +182,17 @@ def test_only_the_tokens_asked_for_take_part(
     np.testing.assert_allclose(peaks, f.amax(dim=1).numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_size_of_a_record_grows_with_the_peaks_that_a_probe_keeps(worker: TinyWorker) -> None:
+    worker.state.add_request("a", plan("ka", pool(0, peaks=True)))
+    record = worker.state.records.running("a")
+    assert record is not None
+    sizes = []
+    for start, stop in in_parts(0, 1, LENGTH):
+        worker.forward([("a", start, stop)], {"a": streams(1)})
+        sizes.append(record.nbytes)
+    assert sizes[1] - sizes[0] >= (LENGTH - 1) * (8 + 4)  # a position and a peak for each token
+
+
 def test_special_tokens_take_part_where_they_are_asked_for(
     worker: TinyWorker, saes: list[Opened]
 ) -> None:

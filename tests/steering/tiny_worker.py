@@ -16,6 +16,7 @@ from sae.source import ResolvedSAE
 from steering.request.hook_order import place_in_pass
 from steering.worker.ops.buffers import Kernel
 from steering.worker.step import Step
+from steering.worker.worker_sites import WorkerSites
 from steering.worker.worker_state import SteeringState
 from tests.models import D_MODEL, make_tiny_sae
 
@@ -61,7 +62,7 @@ class TinyWorker:
         self.input_ids = torch.full((max_tokens,), ORDINARY, dtype=torch.int32, device=device)
         places = {hook for sae in saes for hook in (sae.card.reads, *sae.card.writes)}
         self.hooks = sorted(places, key=place_in_pass)
-        self.state = SteeringState(
+        sites = WorkerSites(
             saes,
             [HookPoint.parse(hook) for hook in self.hooks],
             num_slots=slots,
@@ -70,12 +71,12 @@ class TinyWorker:
             step=Step(max_tokens, self.positions, self.input_ids, device),
             special_token_ids=[SPECIAL],
             vocab_size=100,
-            record=True,
             device=torch.device(device),
             kernel=kernel,
             graphs=False,
             resident=resident,
         )
+        self.state = SteeringState(sites, record=True)
 
     def forward(
         self,

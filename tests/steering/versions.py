@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steering.worker.batch_parts import SlotWork
+from steering.worker.batch_work import SlotWork
 from steering.worker.ops import cpu_kernel, reference
 from steering.worker.ops.buffers import BoundKernel, Buffers
 from steering.worker.pass_reports import PassReports

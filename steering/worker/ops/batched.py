@@ -1,8 +1,8 @@
-"""The conditions and the edit over a whole batch in torch: full encodes, and no kernel.
+"""The conditions and the edit over a whole batch in torch, of which the full path is made.
 
-What of it does not depend on the stream is compiled once for a batch (`compiled`); here are the
-steps of a pass: which entries cover which tokens, what the activations are, which conditions hold,
-what the delta is. The full path shares all of it.
+What does not depend on the stream is compiled once for each batch (`compiled`). Here are the steps
+of a pass: which entries cover which tokens, what the activations are, which conditions hold, and
+what the delta is. An entry is an edit or a condition of a slot.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from steering.worker.rows import Rows
 
 @dataclass(frozen=True)
 class Stream:
-    """The stream of the tokens that something is to happen to.
+    """The stream of some tokens, and what each token is.
 
     Attributes:
         token: index in the batch: a slice, or ``[n]`` int64.
-        x: ``[n, d_in]`` float32, hidden states plus residual, behind the hook point's input norm.
+        x: ``[n, d_in]`` float32, hidden states plus residual, after the hook point's input norm.
         position: ``[n]`` int64.
-        special: ``[n]`` bool, a special token or the sequence's first.
+        special: ``[n]`` bool, whether it is a special token or the sequence's first.
     """
 
     token: slice | Tensor
@@ -73,12 +73,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Read:
-    """Each entry's latent on its token; all ``[n, e]`` float32.
+    """What is read of each entry's latent on each token; all ``[n, e]`` float32.
 
     Attributes:
         p: the pre-activation.
         f: the activation.
-        g: the SAE's output scale; None where it is one for all.
+        g: the SAE's output scale; None if it is 1 for all.
     """
 
     p: Tensor
@@ -91,8 +91,8 @@ class Coverage:
     """Which entries cover which tokens; all ``[n, e]`` bool.
 
     Attributes:
-        covered: the entry applies to the token.
-        skipped: it would but for a sink; None where there is no limit to norms.
+        covered: whether the entry applies to the token.
+        skipped: whether it would apply if the token were no sink; None if nothing can be a sink.
     """
 
     covered: Tensor
@@ -102,7 +102,7 @@ class Coverage:
 def gather_stream(
     hidden_states: Tensor, residual: Tensor | None, token: slice | Tensor, buffers: Buffers
 ) -> Stream:
-    """The float32 stream and the facts of ``token``; shapes as in :class:`Stream`."""
+    """The stream of the tokens with index ``token`` in the batch; see `Stream`."""
     x = hidden_states[token].float()
     if residual is not None:
         x = x + residual[token].float()
@@ -125,9 +125,9 @@ def _normalized(x: Tensor, norm: InputNorm) -> Tensor:
 
 
 def cover(stream: Stream, covers: Covers) -> Coverage:
-    """Match every token of ``stream`` with its entries."""
+    """Find out which entries cover which tokens of the stream."""
     position = stream.position[:, None]
-    # For booleans, a <= b is: b wherever a.
+    # For booleans, a <= b means that a implies b.
     covered = (
         (position >= covers.low)
         & (position < covers.high)
@@ -140,7 +140,7 @@ def cover(stream: Stream, covers: Covers) -> Coverage:
 
 
 def read(stream: Stream, latents: Latents, pool: Rows) -> Read:
-    """Each entry's latent on its token, from its own row alone."""
+    """Read each entry's latent on each token, from its row alone."""
     z = _encoded(stream.x, latents.rows, pool)
     g = None
     if latents.norms is not None:
@@ -159,7 +159,14 @@ def read(stream: Stream, latents: Latents, pool: Rows) -> Read:
 
 
 def note_events(stream: Stream, f: Tensor, gates: CompiledGates, buffers: Buffers) -> None:
-    """`reference.read_gates`, given the activations ``[n, e]``."""
+    """`reference.read_gates`, given the activations.
+
+    Args:
+        stream: the tokens.
+        f: ``[n, e]`` float32, the activation of each condition's latent.
+        gates: the conditions.
+        buffers: the buffers of the hook point.
+    """
     eligible = gates.exists & ~stream.special[:, None]
     if gates.sink_norm is not None:
         eligible &= ~(stream.norm[:, None] > gates.sink_norm)
@@ -178,7 +185,7 @@ def note_events(stream: Stream, f: Tensor, gates: CompiledGates, buffers: Buffer
 
 
 def open_edits(stream: Stream, conditions: Conditions, state: GateState) -> Tensor:
-    """``[n, e]`` bool: the edit's conditions hold at the token."""
+    """``[n, e]`` bool, whether the edit's conditions hold at the token."""
     gate = torch.arange(MAX_GATES, dtype=torch.int32, device=stream.position.device)
     events = state.events[stream.token][:, None]
     kind = state.kind[conditions.slot]  # [n, MAX_GATES]
@@ -193,7 +200,7 @@ def open_edits(stream: Stream, conditions: Conditions, state: GateState) -> Tens
 
 
 def carry(read: Read, coverage: Coverage, reads: CompiledReads, buffers: Buffers) -> None:
-    """`reference.read_edits`, given the activations and what they cover."""
+    """`reference.read_edits`, given what was read and which tokens the edits cover."""
     edits = reads.edits
     if edits.reported is not None:
         source, target = edits.reported.source, edits.reported.target
@@ -214,7 +221,7 @@ def carry(read: Read, coverage: Coverage, reads: CompiledReads, buffers: Buffers
 
 
 def carried_change(edits: CompiledEdits, buffers: Buffers) -> Tensor | None:
-    """``[n, e]`` what was left where the edits were read; None if none was read elsewhere."""
+    """``[n, e]`` what the hook points that read the edits left; None if all are read here."""
     if edits.carried is None or buffers.carried is None:
         return None
     left: Tensor = buffers.carried.view(-1)[edits.carried.index]
@@ -222,14 +229,20 @@ def carried_change(edits: CompiledEdits, buffers: Buffers) -> Tensor | None:
 
 
 def without_sinks_elsewhere(coverage: Coverage, left: Tensor, carried: Carried) -> Coverage:
-    """The coverage, less what was a sink where it was read."""
+    """The coverage without the tokens that were sinks where the edit was read.
+
+    Args:
+        coverage: what `cover` found.
+        left: ``[n, e]`` what `carried_change` returned.
+        carried: the edits that were read elsewhere.
+    """
     sink = coverage.covered & carried.elsewhere & (left == SKIPPED_SINK)
     skipped = sink if coverage.skipped is None else coverage.skipped | sink
     return Coverage(covered=coverage.covered & ~sink, skipped=skipped)
 
 
 def asked(f: Tensor, edits: CompiledEdits) -> Tensor:
-    """``f' - f`` ``[n, e]`` float32 of activations, wherever the edit is active."""
+    """The change ``f' - f`` ``[n, e]`` float32 that each edit asks for, as if it were active."""
     change = edits.change
     d = torch.addcmul(change.offset, change.factor, f)
     if change.least is not None and change.most is not None:
@@ -238,9 +251,14 @@ def asked(f: Tensor, edits: CompiledEdits) -> Tensor:
 
 
 def difference(read: Read, edits: CompiledEdits, active: Tensor) -> Tensor:
-    """The change of each activation ``[n, e]`` float32, zero where the edit is not active.
+    """The change that each edit makes ``[n, e]`` float32, zero where it is not active.
 
-    It is ``f' - f``, or ``p' - p`` where the row is solved for what is read again.
+    It is ``f' - f``, or ``p' - p`` if the row is solved (see `reference.reread`).
+
+    Args:
+        read: what was read of the edits' latents.
+        edits: the edits.
+        active: ``[n, e]`` bool.
     """
     f = read.f
     d = asked(f, edits)
@@ -270,13 +288,13 @@ def decoded(coefficient: Tensor, edits: CompiledEdits, pool: Rows) -> Tensor:
 def report(
     f: Tensor, coverage: Coverage, held: Tensor | None, edits: CompiledEdits, into: Tensor
 ) -> None:
-    """Write the activations ``[n, e]`` of slots that report, or why there are none.
+    """Write the activations of slots that report, or why there are none; see `Buffers.f`.
 
     Args:
-        f: the activations.
-        coverage: as `cover` found.
-        held: ``[n, e]`` bool, covered and kept back by a condition; None without conditions.
-        edits: of the tokens.
+        f: ``[n, e]`` float32, the activations.
+        coverage: what `cover` found.
+        held: ``[n, e]`` bool, covered but held back by a condition; None without conditions.
+        edits: the edits of the tokens.
         into: the buffer of activations.
     """
     if edits.reported is None:
@@ -297,10 +315,10 @@ def report(
 
 
 def bounded(delta: Tensor, hidden_states: Tensor, stream: Stream, limit: float) -> Tensor:
-    """``delta`` ``[n, d_in]``, less where an element would grow past the limit.
+    """``delta`` ``[n, d_in]``, cut where an element would grow past the limit.
 
-    Neither the stream nor the hidden states, to which it is added, get larger than ``limit`` or,
-    if that is more, than they were.
+    No element of the stream, nor of the hidden states to which delta is added, becomes larger in
+    size than ``limit`` or, if that is more, than it was.
     """
     if limit == math.inf:
         return delta
@@ -311,19 +329,19 @@ def bounded(delta: Tensor, hidden_states: Tensor, stream: Stream, limit: float) 
 
 
 def limited(
-    delta: Tensor, stream: Stream, touched: Tensor, edits: CompiledEdits, share_out: Tensor
+    delta: Tensor, stream: Stream, is_edited: Tensor, edits: CompiledEdits, share_out: Tensor
 ) -> Tensor:
-    """Hold ``delta`` ``[n, d_in]`` to the slots' share, and say what share it is.
+    """Limit delta to the slots' ``max_share``, and write what share it is; see `Buffers.share`.
 
     Args:
-        delta: what the edits add.
+        delta: ``[n, d_in]`` float32, what the edits add.
         stream: the tokens.
-        touched: ``[n]`` bool, which of them are edited.
-        edits: of the tokens.
+        is_edited: ``[n]`` bool, which of them are edited.
+        edits: the edits of the tokens.
         share_out: the buffer of shares.
 
     Returns:
-        what may be added.
+        ``[n, d_in]`` float32, what may be added.
     """
     if edits.max_share is None and edits.shares is None:
         return delta
@@ -334,29 +352,30 @@ def limited(
         delta = delta * torch.where(over, edits.max_share / share, 1.0)[:, None]
         share = torch.where(over, -edits.max_share, share)
     if edits.shares is not None:
-        found = torch.where(touched, share, NOT_EDITED)
+        found = torch.where(is_edited, share, NOT_EDITED)
         share_out[edits.shares.target] = found[edits.shares.source]
     return delta
 
 
-def add_delta(hidden_states: Tensor, stream: Stream, delta: Tensor, touched: Tensor) -> None:
-    """Add ``delta`` ``[n, d_in]`` float32 to the stream's tokens, once, with one final cast.
+def add_delta(hidden_states: Tensor, stream: Stream, delta: Tensor, is_edited: Tensor) -> None:
+    """Add delta to the hidden states of the stream's tokens, in float32, with one final cast.
 
     Args:
-        hidden_states: ``[num_tokens, d_in]`` model dtype.
+        hidden_states: ``[num_tokens, d_in]`` model dtype, changed in place.
         stream: the tokens.
-        delta: what to add.
-        touched: ``[n]`` bool, which of them; the others keep their bits.
+        delta: ``[n, d_in]`` float32, what to add.
+        is_edited: ``[n]`` bool, the tokens to which it is added; the others keep every bit.
     """
     before = hidden_states[stream.token]
     after = (before.float() + delta).to(hidden_states.dtype)
-    hidden_states[stream.token] = torch.where(touched[:, None], after, before)
+    hidden_states[stream.token] = torch.where(is_edited[:, None], after, before)
 
 
 def _encoded(x: Tensor, rows: RunRows, pool: Rows) -> Tensor:
     """``W_enc[row[t, i]] @ x[t]``: ``[n, e]`` float32."""
     if rows.W_enc is not None and len(rows.bounds) == len(x):
-        # The rows as the right factor: torch's other order is eight times slower on a CPU.
+        # With the rows as the right factor: on a CPU, torch takes eight times as long the other
+        # way.
         return torch.bmm(x[:, None, :], rows.W_enc.transpose(1, 2)).squeeze(1)
     z = x.new_empty(x.shape[0], rows.row.shape[1])
     for start, stop, w in _runs(rows, rows.W_enc, pool.W_enc):
@@ -365,6 +384,6 @@ def _encoded(x: Tensor, rows: RunRows, pool: Rows) -> Tensor:
 
 
 def _runs(rows: RunRows, gathered: Tensor | None, w: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """``(start, stop, rows [e, d_in])`` of every run."""
+    """``(start, stop, rows [e, d_in])`` of every run of tokens."""
     for i, (start, stop) in enumerate(rows.bounds):
         yield start, stop, w[rows.row[i]] if gathered is None else gathered[i]

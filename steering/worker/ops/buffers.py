@@ -1,4 +1,4 @@
-"""What every version of the edit takes, and what a kernel gives."""
+"""What every version of the edit works on, and what a module with a kernel offers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OnStream: TypeAlias = Callable[[Tensor, Tensor | None], None]
 
 
 class InputNorm(NamedTuple):
-    """What a hook point is behind: the place hooked is what the norm is given.
+    """The norm that a hook point follows. The op stands before that norm, so it applies it itself.
 
     Attributes:
-        kind: INPUT_PLAIN; INPUT_RMS: ``x / sqrt(mean(x^2) + eps)``; INPUT_LAYER: that of
-            ``x - mean(x)``. The norm's gain and bias come later.
-        eps: added below the root.
+        kind: INPUT_PLAIN for no norm; INPUT_RMS for ``x / sqrt(mean(x^2) + eps)``; INPUT_LAYER for
+            the same of ``x - mean(x)``. The norm's gain and bias are not applied.
+        eps: added under the root.
     """
 
     kind: int = INPUT_PLAIN
@@ -31,35 +31,38 @@ class InputNorm(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """What every version of the edit at one hook point works on beside the stream; none moves.
+    """What every version of the edit works on at one hook point, besides the stream.
+
+    None of it moves, since CUDA graphs and bound kernels hold the addresses.
 
     Attributes:
-        token_slot: ``[>= num_tokens]`` int32, slot of each token, NO_SLOT for none.
+        token_slot: ``[>= num_tokens]`` int32, slot of each token, NO_SLOT if it has none.
         positions: ``[>= num_tokens]`` int64, position in the sequence.
         input_ids: ``[>= num_tokens]`` int32, token ids.
-        is_special: ``[vocab_size]`` bool.
+        is_special: ``[vocab_size]`` bool, by token id.
         slots: what holds for a whole request.
         table: every slot's edits that are added here.
         reads: every slot's edits that are read here and added at other hook points.
         gates: every slot's conditions that are read here.
-        gate_state: what all hook points know of all slots' conditions.
-        rows: the features' rows.
-        f: ``[>= num_tokens, MAX_ENTRIES]`` float32. For tokens of slots that report, each edit's
-            column gets its activation before the edit, or NOT_COVERED, SKIPPED_SINK, HELD_BACK;
-            each gate's column its activation, where it could have had its event. Nothing else is
-            written: not the columns of other hook points, nor other tokens.
-        share: ``[>= num_tokens]`` float32, any stride. For tokens of slots that report and have
-            edits here: the norm of the change over that of the stream, negative where `max_share`
-            limited it, NOT_EDITED where there was none.
-        carried: ``[>= num_tokens, MAX_INTERVENTIONS]`` float32, by the request's edits, of those
-            that are read at one hook point and added at another: what is added, in units of their
-            rows of W_dec, or SKIPPED_SINK. Written where an edit covers the token. None where every
-            SAE that is here reads and writes here.
-        input_norm: what the stream goes through before it is read here; nothing is added behind
-            one.
-        counters: ``[2]`` int64; +1 for each token that some edit touched, and +1 for each that
-            some edit would have touched but for a sink.
-        limit: see `layout.FLOAT16_LIMIT`; infinite where the dtype of the stream needs none.
+        gate_state: what is known of all slots' conditions, at all hook points.
+        rows: the rows of the features in use.
+        f: ``[>= num_tokens, MAX_ENTRIES]`` float32. On tokens of slots that report, the column of
+            each edit of this hook point gets the activation before the edit, or NOT_COVERED,
+            SKIPPED_SINK or HELD_BACK. The column of each gate that is read here gets its activation
+            on every token where it could have an event. Nothing else is written.
+        share: ``[>= num_tokens]`` float32, of any stride. On tokens of slots that report and have
+            edits here: the norm of the change over that of the stream, negative if ``max_share``
+            limited it, NOT_EDITED if there was no change.
+        carried: ``[>= num_tokens, MAX_INTERVENTIONS]`` float32, by index of the edit in its
+            request. For edits that are read at one hook point and added at another: what is to be
+            added, as a factor of the edit's row of W_dec, or SKIPPED_SINK. It is written on the
+            tokens that the edit covers. None if every SAE of this hook point both reads and writes
+            here.
+        counters: ``[2]`` int64, added to: the tokens that some edit changed, and the tokens that
+            some edit would have changed if they were not sinks.
+        limit: see `layout.FLOAT16_LIMIT`; infinite if the stream's dtype needs none.
+        input_norm: what the stream goes through before it is read here. No edit is added at a hook
+            point that has one.
     """
 
     token_slot: Tensor
@@ -81,12 +84,12 @@ class Buffers(NamedTuple):
 
 
 class BoundKernel(NamedTuple):
-    """A kernel of one hook point, bound to its buffers.
+    """The three functions of a kernel, bound to the buffers of one hook point.
 
     Attributes:
-        read_gates: `reference.read_gates` of them.
-        read_edits: `reference.read_edits` of them.
-        steer: `reference.steer_tokens` of them.
+        read_gates: as `reference.read_gates`.
+        read_edits: as `reference.read_edits`.
+        steer: as `reference.steer_tokens`.
     """
 
     read_gates: OnStream
@@ -98,5 +101,5 @@ class Kernel(Protocol):
     """A module with a kernel: `triton_kernel` or `cpu_kernel`."""
 
     def bound(self, buffers: Buffers) -> BoundKernel:
-        """All of it for buffers that stay where they are."""
+        """Bind the kernel to buffers that stay where they are."""
         ...

@@ -1,4 +1,4 @@
-"""Lays out a batch's tokens: from the tables of their slots to tensors that fit them."""
+"""Compiles the entries of a batch's tokens: from the tables of their slots to tensors by token."""
 
 from __future__ import annotations
 
@@ -67,12 +67,18 @@ from steering.worker.ops.layout import (
 from steering.worker.rows import Rows
 from steering.worker.slots import EditTable
 
-#: Elements of rows that a batch may keep gathered between passes, for each of the two matrices.
+#: How many elements of rows a batch may keep copied between passes, for each of the two matrices.
 _GATHERED_ELEMENTS = 4 * 2**20
 
 
 class _BySlot:
-    """Tokens by slot: what is worked out for each distinct slot is spread over its tokens."""
+    """Tokens by slot: what is worked out for each distinct slot is spread over its tokens.
+
+    Args:
+        slot_np: ``[n]`` slot of each token.
+        count: ``[num_slots]`` how many entries each slot has.
+        width: the most entries that one of the slots has.
+    """
 
     def __init__(self, slot_np: IntArray, count: Tensor, width: int) -> None:
         device = count.device
@@ -85,7 +91,7 @@ class _BySlot:
         return by_slot[self._of_token]
 
     def unless(self, trivial: Tensor, by_slot: Tensor) -> Tensor | None:
-        """Spread, or None if it is trivial wherever there is an entry."""
+        """``by_slot`` spread over the tokens, or None if ``trivial`` holds for every entry."""
         return None if bool((trivial | ~self.exists).all()) else self.spread(by_slot)
 
 
@@ -96,14 +102,14 @@ def compile_edits(
     buffers: Buffers,
     table: EditTable | None = None,
 ) -> CompiledEdits:
-    """The edits of tokens, for as long as their slots are not rewritten.
+    """Compile the edits of tokens; this holds until one of their slots is rewritten.
 
     Args:
         slot_np: ``[n]`` slot of each token.
-        token_np: ``[n]`` its index in the batch.
+        token_np: ``[n]`` index in the batch of each token.
         width: the most edits that one of the slots has, at least 1.
-        buffers: of the hook point.
-        table: the edits; those that are added here if left out.
+        buffers: the buffers of the hook point.
+        table: where the edits are; if left out, the table of the edits that are added here.
     """
     table, facts = buffers.table if table is None else table, buffers.slots
     by = _BySlot(slot_np, table.count, width)
@@ -114,9 +120,9 @@ def compile_edits(
     prompt_len = facts.prompt_len[by.slots][:, None]
     low, high = window(coverage, ints[..., E_START], ints[..., E_END], prompt_len.long())
     elsewhere = ints[..., E_FLAGS] & CARRIED != 0
-    # Whether a token is a sink is judged where it is read, and the scale is in what was left there.
-    anyway = (coverage & COVERS_SINKS != 0) | elsewhere
-    sink_norm = torch.where(anyway, torch.inf, params[..., P_SINK])
+    # For an edit that was read elsewhere, sinks were judged there, and what was left has the scale.
+    spares_none = (coverage & COVERS_SINKS != 0) | elsewhere
+    sink_norm = torch.where(spares_none, torch.inf, params[..., P_SINK])
     scale = torch.where(elsewhere, 1.0, params[..., P_DECODER_SCALE])
     gates = ints[..., E_GATES]
     columns_np = table.ints_np[slot_np, :width, E_COLUMN]
@@ -162,7 +168,7 @@ def compile_edits(
 def compile_reads(
     slot_np: IntArray, token_np: IntArray, width: int, buffers: Buffers
 ) -> CompiledReads:
-    """The edits of tokens that are read here and added elsewhere, as `compile_edits` those here."""
+    """Compile the edits that are read here and added elsewhere; arguments as `compile_edits`."""
     table = buffers.reads
     assert buffers.carried is not None
     exists_np = np.arange(width) < table.count_np[slot_np][:, None]
@@ -176,7 +182,7 @@ def compile_reads(
 def compile_gates(
     slot_np: IntArray, token_np: IntArray, width: int, buffers: Buffers
 ) -> CompiledGates:
-    """The conditions of tokens that are read here; arguments as those of `compile_edits`."""
+    """Compile the conditions that are read here; arguments as `compile_edits`."""
     table = buffers.gates
     by = _BySlot(slot_np, table.count, width)
     ints = table.ints[by.slots, :width].long()
@@ -203,10 +209,19 @@ def compile_gates(
 def window(
     coverage: Tensor, start: Tensor, end: Tensor, prompt_len: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Positions ``[low, high)`` that an edit or a read covers, special tokens and sinks apart.
+    """Positions ``[low, high)`` that an edit or a read covers, but for special tokens and sinks.
 
-    A token's phase is its position against the prompt's length, so phases and window are one
-    interval.
+    A token's phase is its position against the prompt's length, so phases and window together are
+    one interval.
+
+    Args:
+        coverage: bits ``COVERS_*``, int64.
+        start: the first position of the window, int64.
+        end: one past its last position, int64.
+        prompt_len: length of the prompt; like the others broadcast to one shape.
+
+    Returns:
+        ``low`` and ``high``, int64.
     """
     low = torch.where(coverage & COVERS_PROMPT != 0, start, torch.maximum(start, prompt_len))
     high = torch.where(coverage & COVERS_GENERATION != 0, end, torch.minimum(end, prompt_len))
@@ -282,18 +297,18 @@ def _reported(
 
 
 def _run_rows(row_np: IntArray, pool: Rows, writes: bool) -> RunRows:
-    """Tokens that name the same rows in the same order and are neighbours make one run.
+    """Rows by run: neighbouring tokens that name the same rows in the same order make one run.
 
-    Columns past a slot's entries are row 0 in the table: nothing comes of them, since they do not
-    exist.
+    Columns past a slot's entries name row 0 in the table, which has no effect, since no entry is
+    there.
     """
     starts = np.flatnonzero(np.concatenate([[True], (row_np[1:] != row_np[:-1]).any(axis=1)]))
     stops = np.append(starts[1:], len(row_np))
     row = torch.from_numpy(row_np[starts].astype(np.int64)).to(pool.W_enc.device)
-    held = row.numel() * pool.W_enc.shape[1] <= _GATHERED_ELEMENTS
+    fits = row.numel() * pool.W_enc.shape[1] <= _GATHERED_ELEMENTS
     return RunRows(
         bounds=list(zip(starts.tolist(), stops.tolist(), strict=True)),
         row=row,
-        W_enc=pool.W_enc[row] if held else None,
-        W_dec=pool.W_dec[row] if held and writes else None,
+        W_enc=pool.W_enc[row] if fits else None,
+        W_dec=pool.W_dec[row] if fits and writes else None,
     )

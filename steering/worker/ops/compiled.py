@@ -1,7 +1,8 @@
-"""The entries of a batch's tokens as tensors that fit them, made once for as long as it stays.
+"""The entries of a batch's tokens as tensors, made once for as long as the batch stays the same.
 
 A batch mostly stays the same from pass to pass, so what does not depend on the stream is made when
-it is laid out (`compilation`); `batched` then takes some twenty calls a pass.
+the batch is laid out (`compilation`); `batched` then needs about twenty torch calls a pass. In the
+shapes ``n`` is the number of tokens and ``e`` the number of entries of the token that has most.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Covers:
-    """Which tokens an entry covers; ``[n, e]``, or ``[n, 1]`` of reads.
+    """Which tokens an entry covers; ``[n, e]``, or ``[n, 1]`` for reads.
 
     Attributes:
-        low: int64, first position.
-        high: int64, the one after the last.
-        special: bool, special tokens too.
-        sink_norm: float32, tokens whose norm exceeds it are spared; None if it is infinite for all.
+        low: int64, the first position.
+        high: int64, one past the last position.
+        special: bool, whether special tokens are covered too.
+        sink_norm: float32, a token whose norm exceeds it is a sink; None if it is infinite for all.
     """
 
     low: Tensor
@@ -30,12 +31,12 @@ class Covers:
 
 @dataclass(frozen=True)
 class InputNorms:
-    """What activations need where some entry's SAE normalizes its input; all ``[n, e]``.
+    """What activations need if some entry's SAE normalizes its input; all ``[n, e]``.
 
     Attributes:
-        layer: bool, by layer norm.
-        constant: bool, to a constant norm.
-        enc_sum: float32, sum of the encoder row.
+        layer: bool, whether the input goes through a layer norm.
+        constant: bool, whether it is scaled to a constant norm.
+        enc_sum: float32, the sum of the encoder row.
     """
 
     layer: Tensor
@@ -45,13 +46,14 @@ class InputNorms:
 
 @dataclass(frozen=True)
 class RunRows:
-    """Rows by runs of neighbouring tokens that name the same ones: a product for each run.
+    """Rows by runs of neighbouring tokens that name the same ones: one product for each run.
 
     Attributes:
-        bounds: ``(start, stop)`` of each run; together they are ``[0, n)``.
-        row: ``[runs, e]`` int64, rows in the pool.
-        W_enc: ``[runs, e, d_in]`` float32, gathered; None where that would take too much room.
-        W_dec: the same of the decoder; None of entries that only read.
+        bounds: ``(start, stop)`` of each run; together they make up ``[0, n)``.
+        row: ``[runs, e]`` int64, places of the rows in the pool.
+        W_enc: ``[runs, e, d_in]`` float32, copies of the rows; None if they would take too much
+            room.
+        W_dec: the same for the decoder; None for conditions, which only read.
     """
 
     bounds: list[tuple[int, int]]
@@ -62,13 +64,16 @@ class RunRows:
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents that entries read: ``p = gain * z + bias``, ``f = p`` if that exceeds
-    ``threshold``, else 0; all ``[n, e]`` float32.
+    """The latents that entries read; tensors are ``[n, e]`` float32.
+
+    With ``z = W_enc @ x`` (``x`` normalized if the SAE normalizes its input) the pre-activation is
+    ``p = gain * z + bias``, and the activation is ``f = p`` if ``p > threshold`` and
+    ``z + gate_bias > 0``, else 0.
 
     Attributes:
-        gate_bias: ``z + gate_bias`` must be positive too; None where it always is.
-        zero: ``[]``.
-        norms: None where no SAE normalizes its input.
+        gate_bias: None if it is infinite for all.
+        zero: ``[]``, a zero on the device.
+        norms: None if no SAE normalizes its input.
     """
 
     gain: Tensor
@@ -82,11 +87,11 @@ class Latents:
 
 @dataclass(frozen=True)
 class Change:
-    """``f' - f = factor * f + offset`` kept within bounds; all ``[n, e]`` float32.
+    """``f' - f = factor * f + offset``, kept within ``[least, most]``; all ``[n, e]`` float32.
 
-    Clamp is ``v - f``, add ``v``, scale ``(v - 1) f``; floor is ``v - f`` where that is positive
-    and cap where it is negative. For an edit without bounds they are infinite; both are None where
-    no edit has any.
+    Clamp is ``v - f``, add is ``v``, scale is ``(v - 1) f``; floor is ``v - f`` kept above 0, and
+    cap ``v - f`` kept below 0. An edit without bounds has infinite ones; both are None if no edit
+    has any.
     """
 
     factor: Tensor
@@ -97,10 +102,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Rereads:
-    """Edits whose rows are solved; ``f' = factor * f + offset`` kept within bounds; ``[n, e]``.
+    """Edits whose rows are solved: ``f' = factor * f + offset``, kept within ``[least, most]``.
+
+    All are ``[n, e]``; those of edits whose rows are not solved have no meaning.
 
     Attributes:
-        solved: bool, which they are.
+        solved: bool, which edits have solved rows.
+        factor: float32.
+        offset: float32.
+        least: float32.
+        most: float32.
     """
 
     solved: Tensor
@@ -116,9 +127,9 @@ class Conditions:
 
     Attributes:
         named: ``[n, e]`` int32, bits of the gates.
-        one_is_enough: ``[n, e]`` bool.
-        slot: ``[n]`` int64.
-        prompt_len: ``[n, 1]`` int32.
+        one_is_enough: ``[n, e]`` bool, whether one open gate is enough; else all must be open.
+        slot: ``[n]`` int64, slot of the token.
+        prompt_len: ``[n, 1]`` int32, length of its request's prompt.
     """
 
     named: Tensor
@@ -129,10 +140,10 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Reported:
-    """What is recorded, and where.
+    """Which values are written to a buffer, and where.
 
     Attributes:
-        source: ``[r]`` int64, indices in the flattened ``[n, e]``, or ``[n]`` of shares.
+        source: ``[r]`` int64, indices in the flattened ``[n, e]``, or in ``[n]`` for shares.
         target: ``[r]`` int64, indices in the flattened buffer.
     """
 
@@ -145,8 +156,8 @@ class Carried:
     """Edits that were read at another hook point; ``[n, e]``.
 
     Attributes:
-        elsewhere: bool, which they are.
-        index: int64, in the flattened ``Buffers.carried``; of the others 0.
+        elsewhere: bool, which edits were read at another hook point.
+        index: int64, their places in the flattened `Buffers.carried`; 0 for the other edits.
     """
 
     elsewhere: Tensor
@@ -155,15 +166,19 @@ class Carried:
 
 @dataclass(frozen=True)
 class CompiledEdits:
-    """The edits of ``n`` tokens, ``e`` the most that one of them has; absent ones cover nothing.
+    """The edits of ``n`` tokens. A token with fewer than ``e`` edits has others that cover nothing.
 
     Attributes:
-        carried: None where all were read here.
-        decoder_scale: ``[n, e]`` float32; None where it is one for all.
-        max_share: ``[n]`` float32, infinite for no limit; None where none has one.
-        conditions: None where no edit has any.
-        reported: activations of slots that report; None where none does.
-        shares: tokens of those slots.
+        covers: which tokens they cover.
+        latents: what they read.
+        change: what they ask for.
+        rereads: None if no row is solved.
+        decoder_scale: ``[n, e]`` float32; None if it is 1 for all.
+        max_share: ``[n]`` float32, infinite for no limit; None if no slot has a limit.
+        conditions: None if no edit has any.
+        carried: None if all edits are read here.
+        reported: where the activations of slots that report are written; None if no slot reports.
+        shares: where their shares are written; None if no slot reports.
     """
 
     covers: Covers
@@ -183,8 +198,8 @@ class CompiledReads:
     """The edits of ``n`` tokens that are read here and added at other hook points.
 
     Attributes:
-        edits: of the table of those.
-        into: where in ``Buffers.carried`` they are left.
+        edits: the edits.
+        into: where in `Buffers.carried` their changes are left.
     """
 
     edits: CompiledEdits
@@ -193,18 +208,19 @@ class CompiledReads:
 
 @dataclass(frozen=True)
 class CompiledGates:
-    """The conditions of ``n`` tokens that are read here, ``e`` the most that one of them has.
+    """The conditions of ``n`` tokens that are read here.
 
     Attributes:
-        exists: ``[n, e]`` bool.
-        sink_norm: ``[n, e]`` float32; None where it is infinite for all.
+        latents: what they read.
+        exists: ``[n, e]`` bool, False for what fills up a token with fewer than ``e`` conditions.
+        sink_norm: ``[n, e]`` float32, see `Covers`; None if it is infinite for all.
         threshold: ``[n, e]`` float32.
-        index: ``[n, e]`` int32, which of the request's gates.
-        low: ``[n, e]`` int64, first position at which an event counts.
-        high: ``[n, e]`` int64, the one after the last.
-        state: ``[n, e]`` int64, index in the flattened ``GateState.first_held``.
+        index: ``[n, e]`` int32, the gate's index in its request.
+        low: ``[n, e]`` int64, the first position at which an event counts.
+        high: ``[n, e]`` int64, one past the last of them.
+        state: ``[n, e]`` int64, index in the flattened `GateState.first_held`.
         kept: ``[n, e]`` bool, whether the first event is kept there.
-        f: where activations go.
+        f: where the activations are written.
     """
 
     latents: Latents

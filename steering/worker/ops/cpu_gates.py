@@ -1,4 +1,4 @@
-"""The reading half on a CPU: conditions at one hook point, in one compiled call."""
+"""The conditions that are read at one hook point, on a CPU, in one compiled call."""
 
 from __future__ import annotations
 
@@ -39,14 +39,19 @@ from steering.worker.ops.layout import (
 
 
 def _kernel(load: Any, load_residual: Any) -> Any:
-    """The loop over tokens for one pair of dtypes, which these two know."""
+    """The loop over tokens, `reference.read_gates`, for one pair of dtypes.
+
+    Args:
+        load: reads a row of hidden states, from `LOAD`.
+        load_residual: reads a row of the residual, from `LOAD`.
+    """
 
     read_stream = stream_reader(load, load_residual)
 
     @compiled
     def read(  # type: ignore[no-untyped-def]
         hidden, hidden_stride,  # 1-D storage of [num_tokens, d_in]
-        residual, residual_stride,  # the same; empty: the layer returns the sum
+        residual, residual_stride,  # the same; empty if the stream is the hidden states alone
         num_tokens, d_in, token_slot, positions, input_ids, is_special, prompt_len,
         count, ints, threshold, events, first_held, w_enc, params, f_out, norm_kind, norm_eps,
     ):  # fmt: skip
@@ -107,7 +112,7 @@ _KERNELS: Final[Kernels] = {
 
 
 def bound(buffers: Buffers) -> OnStream:
-    """`reference.read_gates` of buffers that stay where they are, for float32 and bfloat16."""
+    """`reference.read_gates` for buffers that stay where they are; float32 and bfloat16 streams."""
     gates, state, rows = buffers.gates, buffers.gate_state, buffers.rows
     arrays = (
         *token_arrays(buffers),

@@ -1,7 +1,7 @@
-"""The edit on a CPU in one compiled call: no tensor is made, no token of another request touched.
+"""The edit on a CPU in one compiled call, which allocates no tensor and writes only edited tokens.
 
-Compiled by Numba, which comes with vLLM, when the worker starts: no compiler has to be installed.
-A token's sums do not depend on who else is in the batch.
+Numba, which comes with vLLM, compiles it when the worker starts, so no compiler has to be
+installed. A token's sums do not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _SILENT = np.float32(SILENT)
 
 @compiled
 def _reread(p, f, op, value, threshold):  # type: ignore[no-untyped-def]
-    """``p' - p``."""
+    """``p' - p``, as `reference.reread`."""
     new = applied(f, op, value)
     if new == f:
         return ZERO
@@ -87,16 +87,16 @@ def _reread(p, f, op, value, threshold):  # type: ignore[no-untyped-def]
 
 @compiled
 def _open_gates(kind, first_held, events, position, prompt_len):  # type: ignore[no-untyped-def]
-    """Bits of a slot's gates that are open at a token."""
+    """The gates of a slot that are open at a token, as bits."""
     bits = 0
     for i in range(MAX_GATES):
         below, scope = kind[i] & KIND_SENSE == GATE_BELOW, kind[i] // KIND_SCOPE
         if scope == SCOPE_TOKEN:
-            is_it = (events >> (QUIET + i if below else i)) & 1 != 0
+            holds = (events >> (QUIET + i if below else i)) & 1 != 0
         else:
             last = prompt_len - 1 if scope == SCOPE_PROMPT else position
-            is_it = (first_held[i] <= last) != below
-        if is_it:
+            holds = (first_held[i] <= last) != below
+        if holds:
             bits |= 1 << i
     return bits
 
@@ -108,22 +108,28 @@ def _is_open(open_bits, gates):  # type: ignore[no-untyped-def]
 
 
 def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
-    """The loop over tokens for one pair of dtypes, which these three know."""
+    """The loop over tokens, `reference.steer_tokens`, for one pair of dtypes.
+
+    Args:
+        load: reads a row of hidden states, from `LOAD`.
+        store: writes one, from `STORE`.
+        load_residual: reads a row of the residual, from `LOAD`.
+    """
 
     read_stream = stream_reader(load, load_residual)
 
     @compiled
     def steer(  # type: ignore[no-untyped-def]
         hidden, hidden_stride,  # 1-D storage of [num_tokens, d_in], read and written
-        residual, residual_stride,  # the same; empty: the layer returns the sum
+        residual, residual_stride,  # the same; empty if the stream is the hidden states alone
         num_tokens, d_in, token_slot, positions, input_ids, is_special,
         prompt_len, max_share, reports, count, ints, value, kind, first_held, events,
         w_enc, w_dec, params, f_out, share_out, carried, counters,
     ):  # fmt: skip
         x, other = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
         delta = np.empty(d_in, np.float32)
-        active = np.empty(MAX_INTERVENTIONS + BLOCK, np.int64)  # which of the slot's edits
-        held = np.empty(MAX_INTERVENTIONS, np.bool_)  # which of those a condition keeps back
+        active = np.empty(MAX_INTERVENTIONS + BLOCK, np.int64)  # indices of the slot's edits
+        held = np.empty(MAX_INTERVENTIONS, np.bool_)  # whether a condition holds each of them back
         row = np.empty(BLOCK, np.int64)
         z, factor = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
         for token in range(num_tokens):
@@ -137,7 +143,7 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
             if reported:
                 share_out[token] = _NOT_EDITED
             num_covered = num_open = 0
-            open_bits = -1  # not asked for yet
+            open_bits = -1  # not worked out yet
             for i in range(count[slot]):
                 if covers(ints[slot, i], needed, position):
                     is_open = True
@@ -153,7 +159,7 @@ def _kernel(load: Any, store: Any, load_residual: Any) -> Any:
                     num_open += is_open
                 elif reported:
                     f_out[token, ints[slot, i, E_COLUMN]] = _NOT_COVERED
-            # Of a token that a report is due of, it is yet to be said whether it is a sink.
+            # Even if every edit is held back, a report must say whether the token is a sink.
             if num_open == 0 and not (reported and num_covered > 0):
                 continue
 
@@ -250,9 +256,9 @@ def edits(dtype: torch.dtype) -> bool:
 
 
 def bound(buffers: Buffers) -> BoundKernel:
-    """All of it for buffers that stay where they are: taken apart once, not in every pass.
+    """Bind the kernel to buffers that stay where they are, which are taken apart only once.
 
-    Found again from Python in every pass, with cold caches, they cost as much as the edit itself.
+    To take them apart again in every pass, with cold caches, would cost as much as the edit itself.
     """
     return BoundKernel(cpu_gates.bound(buffers), cpu_reads.bound(buffers), _bound_edit(buffers))
 

@@ -1,9 +1,10 @@
-"""A compiled loop over tokens as what takes a stream, at the least cost a call.
+"""Makes of a compiled loop over tokens a function of a stream that costs as little as possible.
 
-Between two hook points a layer's weights go through the caches, so that whatever a call touches
-comes from memory: some twenty arrays, each an object of several cache lines that Numba takes apart
-anew, cost more than eight edits of 32 tokens. So what stays where it is is put down once, in the
-form that compiled code has it in, and a call brings seven integers.
+Between two hook points a layer's weights go through the caches, so that whatever a call looks at
+comes from memory. About twenty arrays, each an object of several cache lines that Numba takes apart
+in every call, cost more than eight edits of 32 tokens. So the arrays, which stay where they are,
+are written down once, in the form in which compiled code has them, and a call brings seven
+integers.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from torch import Tensor
 from steering.worker.ops.buffers import OnStream
 from steering.worker.ops.cpu_parts import compiled
 
-#: By dtype of the hidden states and of the residual; each is compiled when it is first called.
+#: A kernel by dtype of the hidden states and of the residual; each is compiled when first called.
 Kernels: TypeAlias = dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]
 
 #: NumPy has no name for bfloat16, hence its bits.
 _STORED: Final = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 _MOST_DIMENSIONS: Final = 5
-#: Of an array as compiled code has it: five pointers and sizes, and two for each dimension.
+#: The bytes of an array as compiled code has it: five pointers and sizes, two for each dimension.
 _MOST_BYTES: Final = 8 * (5 + 2 * _MOST_DIMENSIONS)
 _ENTRY: Final = types.void(*(types.int64,) * 7)
 
 
 @intrinsic
 def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
-    """An address as a pointer."""
+    """Make a pointer of an address."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -45,7 +46,7 @@ def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _put(typing_context, address, kept):  # type: ignore[no-untyped-def]
-    """Put a tuple down at an address."""
+    """Write a tuple to an address."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         where = builder.inttoptr(args[0], args[1].type.as_pointer())
@@ -56,7 +57,7 @@ def _put(typing_context, address, kept):  # type: ignore[no-untyped-def]
 
 
 def _taker(kept: Any) -> Any:
-    """What takes a tuple of this type from an address; nothing of it is counted as in use."""
+    """A function that reads a tuple of the type ``kept`` from an address, without references."""
 
     @intrinsic
     def take(typing_context, address):  # type: ignore[no-untyped-def]
@@ -68,7 +69,7 @@ def _taker(kept: Any) -> Any:
                     array = context.make_array(member)(
                         context, builder, builder.extract_value(taken, i)
                     )
-                    # Whoever bound the kernel holds the memory.
+                    # The launch holds the memory, so Numba need not count references to it.
                     array.meminfo = cgutils.get_null_value(array.meminfo.type)
                     array.parent = cgutils.get_null_value(array.parent.type)
                     taken = builder.insert_value(taken, array._getvalue(), i)
@@ -85,7 +86,14 @@ def _put_down(address, kept):  # type: ignore[no-untyped-def]
 
 
 def _entry(kernel: Any, kept: Any, hidden_dtype: torch.dtype, residual_dtype: torch.dtype) -> Any:
-    """A kernel as a function of integers."""
+    """A kernel compiled as a function of seven integers.
+
+    Args:
+        kernel: the loop over tokens.
+        kept: the Numba type of what it takes after the stream.
+        hidden_dtype: dtype of the hidden states.
+        residual_dtype: dtype of the residual.
+    """
     stored, residual_stored = _STORED[hidden_dtype], _STORED[residual_dtype]
     take = _taker(kept)
 
@@ -103,16 +111,17 @@ def _entry(kernel: Any, kept: Any, hidden_dtype: torch.dtype, residual_dtype: to
     return enter.get_overload(_ENTRY)
 
 
-#: By kernel and by type of what it takes behind the stream: hook points share them.
+#: What `_entry` made, by kernel and by type of what it takes after the stream: hook points share
+#: them.
 _entries: dict[tuple[Any, Any], Any] = {}
 
 
 def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:
-    """A kernel as what takes a stream.
+    """A kernel as a function of the stream.
 
     Args:
-        kernels: by dtype of the hidden states and of the residual.
-        arrays: what it takes behind the stream; none of it moves.
+        kernels: see `Kernels`.
+        arrays: what the kernel takes after the stream; none of it moves.
     """
     assert all(np.ndim(array) <= _MOST_DIMENSIONS for array in arrays)
     kept = numba.typeof(arrays)
@@ -128,19 +137,19 @@ def launcher(kernels: Kernels, arrays: tuple[Any, ...]) -> OnStream:
         found[hidden_dtype, residual_dtype] = _entries[kernel, kept]
         return _entries[kernel, kept]
 
-    # What the address leads to is held for as long as the launch is.
+    # The default argument holds what the address leads to for as long as the function lives.
     def launch(hidden_states: Tensor, residual: Tensor | None, held: Any = (arrays, room)) -> None:
         num_tokens, d_in = hidden_states.shape
         if not num_tokens:
             return
         dtype = other_dtype = hidden_states.dtype
-        stride, one = hidden_states.stride()
-        assert one == 1 or d_in == 1, hidden_states.stride()
+        stride, step = hidden_states.stride()
+        assert step == 1 or d_in == 1, hidden_states.stride()
         other, other_stride = 0, 0
         if residual is not None:
             other_dtype, other = residual.dtype, residual.data_ptr()
-            other_stride, one = residual.stride()
-            assert one == 1 or d_in == 1, residual.stride()
+            other_stride, step = residual.stride()
+            assert step == 1 or d_in == 1, residual.stride()
         enter = found.get((dtype, other_dtype)) or entry(dtype, other_dtype)
         enter(hidden_states.data_ptr(), stride, other, other_stride, num_tokens, d_in, address)
 

@@ -39,10 +39,11 @@ from steering.worker.ops.layout import (
 
 
 def _answer_no_dunder(library: type) -> None:
-    """Let a handle of a shared library have no attribute such as ``__dict__``.
+    """Make a handle of a shared library raise AttributeError for names such as ``__dict__``.
 
-    llvmlite's takes every name for a function of the library. vLLM, when it starts an engine on a
-    CPU, looks into the ``__dict__`` of all that every module holds, and ends on what it gets there.
+    llvmlite's handle takes every name for a function of the library. When vLLM starts an engine on
+    a CPU, it looks at the ``__dict__`` of everything that a module holds, and fails on what it
+    gets.
     """
     function: Callable[[object, str], Any] = library.__getattr__  # type: ignore[attr-defined]
 
@@ -62,7 +63,7 @@ compiled: Final[Any] = njit(fastmath={"reassoc", "contract", "nsz"}, error_model
 EPS: Final = np.float32(LAYER_NORM_EPS)
 ZERO: Final = np.float32(0)
 ONE: Final = np.float32(1)
-#: Rows that are read together.
+#: How many rows are read together.
 BLOCK: Final = 4
 _HALF, _SIXTEEN = np.uint32(0x7FFF), np.uint32(16)
 _BFLOAT16_NAN = np.uint16(0x7FC0)
@@ -70,7 +71,8 @@ _BFLOAT16_NAN = np.uint16(0x7FC0)
 
 @compiled
 def load_float32(source, start, x):  # type: ignore[no-untyped-def]
-    # An index that may be negative, as `start + i` may to the compiler, keeps a loop from vectors.
+    # A slice, since the compiler does not vectorize a loop whose index may be negative, as it must
+    # assume of `start + i`.
     row = source[start : start + x.shape[0]]
     for i in range(x.shape[0]):
         x[i] = row[i]
@@ -85,7 +87,7 @@ def store_float32(target, start, y):  # type: ignore[no-untyped-def]
 
 @compiled
 def load_bfloat16(source, start, x):  # type: ignore[no-untyped-def]
-    """A bfloat16 is the upper half of a float32."""
+    """Load bfloat16, which is the upper half of a float32."""
     bits, row = x.view(np.uint32), source[start : start + x.shape[0]]
     for i in range(bits.shape[0]):
         bits[i] = np.uint32(row[i]) << _SIXTEEN
@@ -93,7 +95,7 @@ def load_bfloat16(source, start, x):  # type: ignore[no-untyped-def]
 
 @compiled
 def store_bfloat16(target, start, y):  # type: ignore[no-untyped-def]
-    """Round to the nearest, ties to even, as torch does."""
+    """Store as bfloat16, rounded to the nearest, ties to even, as torch does."""
     bits, row = y.view(np.uint32), target[start : start + y.shape[0]]
     for i in range(bits.shape[0]):
         rounded = bits[i] + _HALF + ((bits[i] >> _SIXTEEN) & np.uint32(1))
@@ -151,7 +153,7 @@ def moments(x, centred):  # type: ignore[no-untyped-def]
 
 @compiled
 def input_normed(x, kind, eps):  # type: ignore[no-untyped-def]
-    """``x`` behind a hook point's input norm, in place."""
+    """Apply a hook point's input norm to ``x``, in place."""
     if kind == INPUT_PLAIN:
         return
     if kind == INPUT_LAYER:
@@ -230,7 +232,12 @@ STORE: Final = {torch.float32: store_float32, torch.bfloat16: store_bfloat16}
 
 
 def stream_reader(load: Any, load_residual: Any) -> Any:
-    """What puts a token's stream into ``x``, for one pair of dtypes, which these two know."""
+    """A function that puts a token's stream into ``x``, for one pair of dtypes.
+
+    Args:
+        load: reads a row of hidden states, from `LOAD`.
+        load_residual: reads a row of the residual, from `LOAD`.
+    """
 
     @compiled
     def read_stream(hidden, start, residual, residual_start, x, other):  # type: ignore[no-untyped-def]
@@ -243,9 +250,9 @@ def stream_reader(load: Any, load_residual: Any) -> Any:
 
 
 def rows_array(matrix: Tensor) -> Any:
-    """``[capacity, width]`` rows of the pool, of which ``matrix`` has the first columns.
+    """All columns ``[capacity, width]`` of the pool's rows, of which ``matrix`` has the first.
 
-    Whole, since a contiguous array is read faster; what uses it stops at the stream's width.
+    A contiguous array is read faster; the kernels stop at the stream's width.
     """
     assert matrix.storage_offset() == 0 and matrix.stride(1) == 1, matrix.stride()
     capacity, width = matrix.shape[0], matrix.stride(0)
@@ -253,14 +260,14 @@ def rows_array(matrix: Tensor) -> Any:
 
 
 def carried_array(buffers: Buffers) -> Any:
-    """``Buffers.carried``; a row that nobody reads where there is none."""
+    """`Buffers.carried`, or a single row that nobody reads if it is None."""
     if buffers.carried is None:
         return np.zeros((1, MAX_INTERVENTIONS), dtype=np.float32)
     return buffers.carried.numpy()
 
 
 def token_arrays(buffers: Buffers) -> tuple[Any, ...]:
-    """What every kernel takes behind the stream: what each token is, and the prompts' lengths."""
+    """What every kernel takes right after the stream: what each token is, and prompt lengths."""
     return (
         buffers.token_slot.numpy(),
         buffers.positions.numpy(),

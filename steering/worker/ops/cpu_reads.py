@@ -1,4 +1,4 @@
-"""Edits that are read here and added at other hook points, on a CPU, in one compiled call."""
+"""The edits that are read here and added at other hook points, on a CPU, in one compiled call."""
 
 from __future__ import annotations
 
@@ -47,19 +47,24 @@ _SKIPPED_SINK = np.float32(SKIPPED_SINK)
 
 
 def _kernel(load: Any, load_residual: Any) -> Any:
-    """The loop over tokens for one pair of dtypes, which these two know."""
+    """The loop over tokens, `reference.read_edits`, for one pair of dtypes.
+
+    Args:
+        load: reads a row of hidden states, from `LOAD`.
+        load_residual: reads a row of the residual, from `LOAD`.
+    """
 
     read_stream = stream_reader(load, load_residual)
 
     @compiled
     def read(  # type: ignore[no-untyped-def]
         hidden, hidden_stride,  # 1-D storage of [num_tokens, d_in]
-        residual, residual_stride,  # the same; empty: the layer returns the sum
+        residual, residual_stride,  # the same; empty if the stream is the hidden states alone
         num_tokens, d_in, token_slot, positions, input_ids, is_special, prompt_len, reports,
         count, ints, value, w_enc, params, f_out, carried, norm_kind, norm_eps,
     ):  # fmt: skip
         x, other = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
-        active = np.empty(MAX_INTERVENTIONS + BLOCK, np.int64)  # which of the slot's edits
+        active = np.empty(MAX_INTERVENTIONS + BLOCK, np.int64)  # indices of the slot's edits
         row, z = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32)
         for token in range(num_tokens):
             slot = token_slot[token]
@@ -131,7 +136,7 @@ _KERNELS: Final[Kernels] = {
 
 
 def bound(buffers: Buffers) -> OnStream:
-    """`reference.read_edits` of buffers that stay where they are, for float32 and bfloat16."""
+    """`reference.read_edits` for buffers that stay where they are; float32 and bfloat16 streams."""
     slots, table, rows = buffers.slots, buffers.reads, buffers.rows
     arrays = (
         *token_arrays(buffers),

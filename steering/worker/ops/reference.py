@@ -1,4 +1,4 @@
-"""Conditions and edits of one token, spelled out: what every other version must agree with."""
+"""Conditions and edits spelled out, token by token: what every other version must agree with."""
 
 from __future__ import annotations
 
@@ -69,15 +69,16 @@ _PLAIN: Final = InputNorm()
 def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Read every token's conditions at one hook point, before the edits there.
 
-    A special token, the sequence's first and a sink have no event and are not quiet either. Else
-    gate i has its event where ``f_i > threshold_i``, and is quiet where ``f_i <= threshold_i``;
-    with SCOPE_PROMPT only in the prompt, with SCOPE_STOP only behind it. Written are the bits of
-    ``gate_state.events`` (added to those of other hook points), ``gate_state.first_held``, and f.
+    At a special token, the sequence's first token and a sink, gate i neither has an event nor is
+    quiet. Elsewhere it has an event if ``f_i > threshold_i`` (with SCOPE_PROMPT only in the prompt,
+    with SCOPE_STOP only after it), and it is quiet if ``f_i <= threshold_i``. This writes the bits
+    of ``gate_state.events`` beside those of other hook points, ``gate_state.first_held``, and
+    ``f``.
 
     Args:
         hidden_states: ``[num_tokens, d_in]`` model dtype; only read.
-        residual: the same shape, or None where the layer returns the sum; only read.
-        buffers: of this hook point.
+        residual: the same shape, or None if the stream is ``hidden_states`` alone; only read.
+        buffers: the buffers of this hook point.
     """
     table, state = buffers.gates, buffers.gate_state
     for t in range(hidden_states.shape[0]):
@@ -109,16 +110,17 @@ def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
 
 
 def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
-    """Read the edits that are added at other hook points, and leave there what they add.
+    """Read the edits that are added at other hook points, and leave to these what to add.
 
-    For each edit that covers a token, ``carried`` becomes ``change_i * s_i * g_i`` as in
-    `steer_tokens`, of what stands here, or SKIPPED_SINK where that is a sink; and f its activation,
-    if the slot reports. Conditions are looked at where the edit is added.
+    For each edit i that covers a token, ``carried`` becomes ``change_i * s_i * g_i`` as in
+    `steer_tokens`, with ``x`` the stream here, or SKIPPED_SINK if the token is a sink here; and
+    ``f`` becomes the activation if the slot reports. Conditions are looked at where the edit is
+    added.
 
     Args:
         hidden_states: ``[num_tokens, d_in]`` model dtype; only read.
-        residual: the same shape, or None where the layer returns the sum; only read.
-        buffers: of this hook point.
+        residual: the same shape, or None if the stream is ``hidden_states`` alone; only read.
+        buffers: the buffers of this hook point.
     """
     table, rows, carried = buffers.reads, buffers.rows, buffers.carried
     assert carried is not None
@@ -144,7 +146,7 @@ def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers)
 
 
 def covers(buffers: Buffers, t: int, slot: int, ints: Tensor) -> bool:
-    """Whether an edit of a slot applies to its token t, sinks and conditions apart."""
+    """Whether an edit of a slot covers its token t, before sinks and conditions are considered."""
     position = int(buffers.positions[t])
     special = position == 0 or bool(buffers.is_special[int(buffers.input_ids[t])])
     in_prompt = position < int(buffers.slots.prompt_len[slot])
@@ -159,22 +161,25 @@ def covers(buffers: Buffers, t: int, slot: int, ints: Tensor) -> bool:
 def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
     """Add each steered token's delta to ``hidden_states``, in place.
 
-    For a token with stream ``x = hidden_states + residual`` and the edits i that cover it and whose
-    conditions hold: ``hidden_states += m * sum_i change_i * s_i * g_i * W_dec[i]``. ``change_i`` is
-    ``f'_i - f_i`` with ``f_i`` read from ``x``, or, where the row is solved for what is read again,
-    ``p'_i - p_i`` (see `reread`); ``s_i`` is the decoder scale, ``g_i`` the SAE's output scale
-    where its input is normalized, and m at most 1, such that the whole is no more than
-    ``max_share`` of the norm of ``x``. Before that an element of the sum is cut such that the one
-    of ``x`` becomes no larger than ``limit``, if it was not larger; nor does that of
-    ``hidden_states``. Of an edit that was read elsewhere the product of the three is what
-    `read_edits` left; its activation is in f already, and whether the token is a sink is what was
-    found there.
+    A token has the stream ``x = hidden_states + residual``. With i over the edits that cover it,
+    whose conditions hold and to which it is no sink::
+
+        delta          = sum_i change_i * s_i * g_i * W_dec[i]
+        delta          = bounded(delta)
+        hidden_states += min(1, max_share * |x| / |delta|) * delta
+
+    ``change_i`` is ``f'_i - f_i``, with ``f_i`` read from ``x``, or ``p'_i - p_i`` if the row is
+    solved (see `reread`). ``s_i`` is the decoder scale; ``g_i`` is the SAE's output scale if its
+    input is normalized, else 1. ``bounded`` cuts the elements of delta so that none of ``x`` and
+    none of ``hidden_states`` becomes larger in size than ``limit``, unless it was so before. For an
+    edit that was read at another hook point, ``change_i * s_i * g_i`` and whether the token is a
+    sink are what `read_edits` left, and the activation is in ``f`` already.
 
     Args:
-        hidden_states: ``[num_tokens, d_in]`` model dtype; rows that no edit touches stay as they
-            are, bit for bit.
-        residual: the same shape, or None where the layer returns the sum; only read.
-        buffers: of this hook point.
+        hidden_states: ``[num_tokens, d_in]`` model dtype; rows of tokens that no edit changes stay
+            as they are, bit for bit.
+        residual: the same shape, or None if the stream is ``hidden_states`` alone; only read.
+        buffers: the buffers of this hook point.
     """
     table, rows = buffers.table, buffers.rows
     for t in range(hidden_states.shape[0]):
@@ -187,7 +192,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
         reports = bool(buffers.slots.reports[slot])
         open_bits = open_gates(buffers, t, slot, position, prompt_len)
         delta = torch.zeros_like(x)
-        touched = skipped = False
+        changed = skipped = False
         for i in range(int(table.count[slot])):
             ints = table.ints[slot, i]
             covered = covers(buffers, t, slot, ints)
@@ -209,7 +214,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
                 buffers.f[t, column] = float(read.f)
             skipped |= covered and not held and sink
             if covered and not held and not sink:
-                touched = True
+                changed = True
                 if carried is None:
                     assert read is not None
                     op, value = int(ints[E_OP]), table.value[slot, i]
@@ -221,7 +226,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
                     carried = change * params[P_DECODER_SCALE] * read.g
                 delta += carried * rows.W_dec[row, : len(x)]
         share, limited = torch.tensor(NOT_EDITED), False
-        if touched:
+        if changed:
             for before in (x, hidden_states[t].float()):
                 delta = _bounded(delta, before, buffers.limit)
             share = delta.norm() / x.norm() if bool(x.norm() > 0) else torch.tensor(0.0)
@@ -233,11 +238,11 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
             hidden_states[t] = (hidden_states[t].float() + delta).to(hidden_states.dtype)
         if reports:
             buffers.share[t] = -share if limited else share
-        buffers.counters.add_(torch.tensor([touched, skipped], device=buffers.counters.device))
+        buffers.counters.add_(torch.tensor([changed, skipped], device=buffers.counters.device))
 
 
 def _carried(buffers: Buffers, t: int, ints: Tensor) -> Tensor | None:
-    """What was left where an edit of token t was read; None of one that is read here."""
+    """What the hook point that read an edit left for token t; None if it is read here."""
     if not int(ints[E_FLAGS]) & CARRIED:
         return None
     assert buffers.carried is not None
@@ -245,29 +250,34 @@ def _carried(buffers: Buffers, t: int, ints: Tensor) -> Tensor | None:
 
 
 def open_gates(buffers: Buffers, t: int, slot: int, position: int, prompt_len: int) -> int:
-    """Bits of the slot's gates that are open at a token."""
+    """The gates of a slot that are open at its token t, as bits."""
     state = buffers.gate_state
     events, open_bits = int(state.events[t]), 0
     for i in range(MAX_GATES):
         kind = int(state.kind[slot, i])
         below, scope = kind & KIND_SENSE == GATE_BELOW, kind // KIND_SCOPE
         if scope == SCOPE_TOKEN:
-            is_it = bool(events >> (QUIET + i if below else i) & 1)
+            holds = bool(events >> (QUIET + i if below else i) & 1)
         else:
             last = prompt_len - 1 if scope == SCOPE_PROMPT else position
-            is_it = (int(state.first_held[slot, i]) <= last) != below
-        open_bits |= is_it << i
+            holds = (int(state.first_held[slot, i]) <= last) != below
+        open_bits |= holds << i
     return open_bits
 
 
 def is_open(open_bits: int, gates: int) -> bool:
-    """Whether an edit's conditions hold: any of its gates, or all, be they none."""
+    """Whether an edit's conditions hold: one of its gates or all, of which there may be none.
+
+    Args:
+        open_bits: the open gates, as `open_gates` returns them.
+        gates: the edit's column GATES.
+    """
     named = gates & GATE_BITS
     return bool(open_bits & named) if gates & ANY_GATE else open_bits & named == named
 
 
 class Read(NamedTuple):
-    """One latent on one token: pre-activation, activation, and the SAE's output scale."""
+    """One latent read on one token: pre-activation, activation, and the SAE's output scale."""
 
     p: Tensor
     f: Tensor
@@ -275,7 +285,13 @@ class Read(NamedTuple):
 
 
 def activation(x: Tensor, w_enc: Tensor, params: Tensor) -> Read:
-    """Read one latent from ``x`` ``[d_in]``."""
+    """Read one latent.
+
+    Args:
+        x: ``[d_in]`` float32, the stream.
+        w_enc: ``[d_in]`` float32, the latent's encoder row.
+        params: ``[NUM_PARAMS]`` float32, see `layout`.
+    """
     z = w_enc @ x
     g = x.new_ones(())
     if int(params[P_NORM]) == NORM_LAYER:
@@ -311,8 +327,8 @@ def applied(f: Tensor, op: int, value: Tensor) -> Tensor:
 def reread(read: Read, op: int, value: Tensor, threshold: Tensor) -> Tensor:
     """``p' - p``: the pre-activation that is wanted, less the one that is there.
 
-    p' is p where the operation changes nothing; f' where that exceeds the threshold; else silent:
-    at most 0.9 of the threshold.
+    p' is p if the operation changes nothing, else f' if that exceeds the threshold, else
+    ``min(p, SILENT * threshold)``, so that the feature is silent.
     """
     new = applied(read.f, op, value)
     if bool(new == read.f):
@@ -323,7 +339,7 @@ def reread(read: Read, op: int, value: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _bounded(delta: Tensor, before: Tensor, limit: float) -> Tensor:
-    """``delta``, less where an element would become larger than ``limit`` and than it was."""
+    """``delta``, cut so that no element grows beyond ``limit``, nor a larger one beyond itself."""
     after, bound = before + delta, before.abs().clamp(min=limit)
     return torch.where(after.abs() > bound, after.clamp(-bound, bound) - before, delta)
 

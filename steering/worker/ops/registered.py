@@ -14,7 +14,7 @@ NAMESPACE: Final = "vllm_sae"
 
 
 class Applier(Protocol):
-    """Whoever does the edit at a hook point."""
+    """What carries out the edits at hook points: a worker's steering."""
 
     def apply_at(self, hook: str, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Edit ``hidden_states`` in place."""
@@ -25,7 +25,7 @@ _current: list[Applier] = []
 
 
 def make_current(applier: Applier) -> None:
-    """Name the engine whose forward pass comes next; a process may hold several engines."""
+    """Say whose forward pass comes next: a process may hold several engines."""
     _current[:] = [applier]
 
 
@@ -47,18 +47,22 @@ steer = torch.ops.vllm_sae.steer
 
 
 def steer_wide(hidden_states: Tensor, residual: Tensor | None, hook: str) -> Tensor:
-    """`steer` where a norm or a sum makes ``hidden_states``; returns what goes on.
+    """`steer` for a place where a norm makes ``hidden_states``.
 
     A compiled graph keeps such an output in float32 until it is stored, and the addition that
-    follows takes it from the registers. The op has it stored; stored in the model's dtype the
-    addition would read it rounded, and requests that nobody steers would differ from those of a
-    graph without the op. So it is stored in float32: the compiler leaves out conversions to the
-    model's dtype and back.
+    follows takes it from the registers. The op makes the graph store it. If it were stored in the
+    model's dtype, the addition would read it rounded, and unsteered requests would differ from
+    those of a graph without the op. So it is stored in float32: the compiler leaves out the
+    conversion to the model's dtype and back.
 
     Args:
         hidden_states: ``[num_tokens, d_in]`` model dtype; outside of torch.compile edited in place.
         residual: the same shape, or None; only read.
         hook: the hook point.
+
+    Returns:
+        The edited hidden states, ``[num_tokens, d_in]`` model dtype, which take the place of
+        ``hidden_states``.
     """
     if hidden_states.dtype == torch.float32 or not torch.compiler.is_compiling():
         steer(hidden_states, residual, hook)

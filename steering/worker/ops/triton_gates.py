@@ -1,4 +1,4 @@
-"""The reading half in one Triton launch: conditions at one hook point, before its edits."""
+"""The conditions that are read at one hook point, before its edits, in one Triton launch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STOP = tl.constexpr(layout.SCOPE_STOP)
 
 
 def read_gates(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
-    """Same as :func:`steering.worker.ops.reference.read_gates`, as one kernel launch."""
+    """`reference.read_gates` as one kernel launch."""
     gates, state, rows = buffers.gates, buffers.gate_state, buffers.rows
     launch(
         gate_kernel,
@@ -84,12 +84,12 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program a token t that is not special, nor the first, nor a sink to gate i::
+    """One program for each token t that is neither special, nor the first, nor a sink to gate i::
 
     f_i               as in `steer_kernel`
-    event_i           = f_i > threshold_i, in the prompt or behind it if the scope says so
+    event_i           = f_i > threshold_i, and t in the prompt, or after it, if the scope says so
     events[t]        |= event_i << i | (f_i <= threshold_i) << (i + QUIET)
-    first_held[s, i]  = min(first_held[s, i], position[t])  if event_i and it is kept
+    first_held[s, i]  = min(first_held[s, i], position[t])  if event_i and the scope is not token
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slot_ptr + token)
@@ -103,7 +103,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
         return
     if tl.load(is_special_ptr + tl.load(input_ids_ptr + token)) != 0:
         return
-    behind = position >= tl.load(prompt_len_ptr + slot)
+    generated = position >= tl.load(prompt_len_ptr + slot)
 
     d = tl.arange(0, BLOCK_D)
     inside = d < D_IN
@@ -121,7 +121,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     bits = 0
     for first in range(0, count, BLOCK_E):
         bits |= _block_bits(
-            x, norm, mean, std, rms, first + tl.arange(0, BLOCK_E), count, position, behind,
+            x, norm, mean, std, rms, first + tl.arange(0, BLOCK_E), count, position, generated,
             ints, threshold_ptr + slot * MAX_GATES, first_held_ptr + slot * MAX_GATES,
             w_enc_ptr, params_ptr, f_ptr + token * MAX_ENTRIES, d, inside, ROW_STRIDE,
         )  # fmt: skip
@@ -130,7 +130,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _block_bits(  # type: ignore[no-untyped-def]
-    x, norm, mean, std, rms, e, count, position, behind,
+    x, norm, mean, std, rms, e, count, position, generated,
     ints_ptr, threshold_ptr, first_held_ptr, w_enc_ptr, params_ptr, f_at, d, inside,
     ROW_STRIDE: tl.constexpr,
 ):  # fmt: skip
@@ -147,10 +147,10 @@ def _block_bits(  # type: ignore[no-untyped-def]
     w_enc = tl.load(w_enc_ptr + tile, mask=eligible[:, None] & inside[None, :], other=0.0)
     _, f, _, _ = read_latents(tl.sum(w_enc * x[None, :], axis=1), params, mean, std, rms)
     tl.store(f_at + FIRST_GATE_COLUMN + index, f, mask=eligible)
-    elsewhere = ((scope == _STOP) & ~behind) | ((scope == _PROMPT) & behind)
+    elsewhere = ((scope == _STOP) & ~generated) | ((scope == _PROMPT) & generated)
     event = eligible & (f > threshold) & ~elsewhere
     quiet = eligible & (f <= threshold)
-    # Triton's interpreter takes nothing but the outcome of a comparison for an atomic's mask.
+    # Triton's interpreter accepts only the result of a comparison as an atomic's mask.
     kept = tl.where(event & (scope != _TOKEN), 1, 0) != 0
     tl.atomic_min(first_held_ptr + index, position.to(tl.int32), mask=kept, sem="relaxed")
     return tl.sum((event.to(tl.int32) << index) | (quiet.to(tl.int32) << (index + _QUIET)))

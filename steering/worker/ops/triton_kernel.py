@@ -52,10 +52,10 @@ _UNLIMITED = tl.constexpr(float("inf"))
 
 
 def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
-    """Same as :func:`steering.worker.ops.reference.steer_tokens`, as one kernel launch.
+    """`reference.steer_tokens` as one kernel launch.
 
-    Every address it reads is fixed but those of ``hidden_states`` and ``residual``, so a captured
-    launch follows whatever the next step writes into ``token_slot`` and the tables.
+    All addresses that it reads are fixed except those of ``hidden_states`` and ``residual``, so a
+    captured launch follows whatever the next step writes into ``token_slot`` and the tables.
     """
     assert buffers.f.is_contiguous()
     slots, table, state, rows = buffers.slots, buffers.table, buffers.gate_state, buffers.rows
@@ -88,7 +88,7 @@ def steer_tokens(hidden_states: Tensor, residual: Tensor | None, buffers: Buffer
 
 
 def bound(buffers: Buffers) -> BoundKernel:
-    """All of it for buffers that stay where they are."""
+    """Bind the kernels to buffers that stay where they are."""
     return BoundKernel(
         partial(read_gates, buffers=buffers),
         partial(read_edits, buffers=buffers),
@@ -118,7 +118,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     params_ptr,  # [capacity, NUM_PARAMS] float32
     f_ptr,  # [num_tokens, MAX_ENTRIES] float32, written
     share_ptr,  # [num_tokens] float32, written
-    carried_ptr,  # [num_tokens, MAX_EDITS] float32; None where all edits are read here
+    carried_ptr,  # [num_tokens, MAX_EDITS] float32; None if all edits are read here
     counters_ptr,  # [2] int64, added to
     hidden_stride,
     residual_stride,
@@ -129,8 +129,8 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     BLOCK_E: tl.constexpr,
     LIMIT: tl.constexpr,  # None: the stream's dtype needs none
 ):
-    """One program a token t; E = the edits of its slot that cover it, meet no sink and whose
-    conditions hold::
+    """One program for each token t, with E the edits of its slot that cover t, whose conditions
+    hold and to which t is no sink::
 
         x         = float32(hidden[t]) + float32(residual[t])
         z_i       = W_enc[i] @ x
@@ -138,15 +138,16 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         f_i       = p_i if p_i > threshold_i and z_i + gate_bias_i > 0 else 0
         change_i  = op_i(f_i) - f_i, or p'_i - p_i of a solved row
         delta     = sum_{i in E} change_i * s_i * g_i * W_dec[i]
-        delta     = bounded(delta), with a LIMIT
+        delta     = bounded(delta), if there is a LIMIT
         delta    *= min(1, max_share * |x| / |delta|)
         hidden[t] = dtype(float32(hidden[t]) + delta)
 
-    Of an edit that was read elsewhere, ``change_i * s_i * g_i`` and whether t is a sink are what
-    was left there.
+    For an edit that was read at another hook point, ``change_i * s_i * g_i`` and whether t is a
+    sink are what that hook point left.
 
-    ``g = 1``, but layer norm: ``z_i = (W_enc[i] @ x - mean(x) * sum(W_enc[i])) / (std(x) + eps)``,
-    ``g = std(x)``; constant norm: ``z_i = W_enc[i] @ x / g``, ``g = |x| / sqrt(D_IN)``.
+    Without a norm, ``g = 1``. With layer norm: ``z_i = (W_enc[i] @ x - mean(x) * sum(W_enc[i])) /
+    (std(x) + eps)``, ``g = std(x)``. With a constant norm: ``z_i = W_enc[i] @ x / g``, ``g = |x| /
+    sqrt(D_IN)``.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(token_slot_ptr + token)
@@ -160,12 +161,12 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     special = (tl.load(is_special_ptr + tl.load(input_ids_ptr + token)) != 0) | (position == 0)
     prompt_len = tl.load(prompt_len_ptr + slot)
     reports = tl.load(reports_ptr + slot) != 0
-    reported = tl.where(reports, count, 0)  # edits whose activations are recorded
+    reported = tl.where(reports, count, 0)  # how many edits are recorded: all or none
     share_at = share_ptr + token * share_stride
     if reports:
         tl.store(share_at, _NOT_EDITED)
 
-    # All of the slot's edits at once: a token that none covers costs no stream.
+    # All of the slot's edits are matched at once: if none covers the token, no stream is read.
     every = tl.arange(0, MAX_EDITS)
     exists = every < count
     ints = ints_ptr + (slot * MAX_EDITS + every) * EDIT_INTS
@@ -185,7 +186,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
         named = bits & gates & _GATE_BITS
         any_is_enough = gates & _ANY_GATE != 0
         is_open &= tl.where(any_is_enough, named != 0, named == (gates & _GATE_BITS))
-        # Of a token that a report is due of, it is yet to be said whether it is a sink.
+        # Even if every edit is held back, a report must say whether the token is a sink.
         if (tl.max(is_open.to(tl.int32)) == 0) & (reported == 0):
             return
 
@@ -211,7 +212,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     tl.store(report_at, why, mask=covered & ~active & (every < reported))
     skipped = tl.max((is_open & sink).to(tl.int32)) != 0
     tl.atomic_add(counters_ptr + 1, 1, mask=skipped, sem="relaxed")
-    # One bit an edit: the loop below takes its few from here instead of matching again.
+    # One bit for each edit, from which the loop below takes its few instead of matching again.
     active_bits = tl.sum(tl.where(active, tl.full([MAX_EDITS], 1, tl.int64) << every, 0))
     if active_bits == 0:
         return
@@ -230,7 +231,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
     before = x if residual_ptr is None else hidden.to(tl.float32)
     if LIMIT is not None:
         if residual_ptr is not None:
-            # Asked for again, and not held all the while.
+            # Loaded again, since to hold it all the while would take registers.
             again = with_residual(hidden, residual_ptr, residual_at, inside)
             delta = _bounded(delta, again, LIMIT)
         delta = _bounded(delta, before, LIMIT)
@@ -246,7 +247,7 @@ def steer_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _bounded(delta, before, limit):  # type: ignore[no-untyped-def]
-    """``delta``, less where it would make an element larger than ``limit`` and than it was."""
+    """``delta``, cut so that no element grows beyond ``limit``, nor a larger one beyond itself."""
     after, bound = before + delta, tl.maximum(tl.abs(before), limit)
     bounded = tl.minimum(tl.maximum(after, -bound), bound) - before
     return tl.where(tl.abs(after) > bound, bounded, delta)
@@ -254,7 +255,7 @@ def _bounded(delta, before, limit):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _open_gates(kind_ptr, first_held_ptr, events, position, prompt_len):  # type: ignore[no-untyped-def]
-    """Bits of a slot's gates that are open at a token."""
+    """The gates of a slot that are open at a token, as bits."""
     gate = tl.arange(0, MAX_GATES)
     kind = tl.load(kind_ptr + gate)
     below = kind & _KIND_SENSE == _BELOW
@@ -304,5 +305,6 @@ def _block_delta(  # type: ignore[no-untyped-def]
         elsewhere = active & (flags & _CARRIED != 0)
         left_at = carried_at + tl.load(entry + _COLUMN, mask=elsewhere, other=0)
         change = tl.where(elsewhere, tl.load(left_at, mask=elsewhere, other=0.0), change)
-    # Of an edit that is not active this may be anything, and the zeros of its row do not undo inf.
+    # For an edit that is not active the change may be anything, and inf times the zeros of its row
+    # would be NaN.
     return tl.sum(tl.where(active, change, 0.0)[:, None] * w_dec, axis=0)

@@ -38,8 +38,8 @@ class Launch(NamedTuple):
     """How one program is laid out.
 
     Attributes:
-        block_d: lanes over ``d_in``, the next power of two.
-        block_e: entries whose rows are in flight together.
+        block_d: lanes over ``d_in``: the next power of two, at least 1024.
+        block_e: how many entries have their rows in flight together.
         num_warps: warps of the program.
     """
 
@@ -48,15 +48,15 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-# Lanes over d_in -> (block_e, num_warps) for 16-bit streams.
+# (block_e, num_warps) for 16-bit streams, by lanes over d_in.
 _LAUNCHES: Final = {1024: (4, 4), 2048: (2, 8), 4096: (4, 16), 8192: (2, 16)}
 
 
 def layout_for(d_in: int, itemsize: int) -> Launch:
-    """The layout for a width and a size of the stream's elements in bytes.
+    """The layout for a stream of this width and this size of its elements in bytes.
 
-    As many rows in flight as the registers hold without spilling, as ``tests/bench/aot.py`` and
-    ``tests/steering/test_triton_aot.py`` find with ptxas. Past 8192 some do spill.
+    It has as many rows in flight as the registers hold without spilling, as ``tests/bench/aot.py``
+    and ``tests/steering/test_triton_aot.py`` find with ptxas. Past a width of 8192 some do spill.
     """
     block_d = max(1024, triton.next_power_of_2(d_in))
     block_e, num_warps = _LAUNCHES.get(block_d, (1, 32))
@@ -75,18 +75,17 @@ def launch(
     shape: Launch,
     **constants: Any,
 ) -> None:
-    """Run one program a token.
+    """Run one program for each token.
 
     Args:
-        kernel: whose first arguments are the stream and what each token is, as all kernels have
-            them.
-        hidden_states: ``[num_tokens, d_in]``.
+        kernel: the kernel. Its first arguments are the stream and what each token is.
+        hidden_states: ``[num_tokens, d_in]``, rows contiguous.
         residual: the same shape, or None.
-        buffers: of the hook point.
-        pointers: what it takes behind ``prompt_len``.
-        numbers: what it takes behind the two strides of the stream.
-        shape: of a program.
-        constants: its own, beside those of ``shape``.
+        buffers: the buffers of the hook point.
+        pointers: what the kernel takes after ``prompt_len``.
+        numbers: what it takes after the two strides of the stream.
+        shape: the layout of a program.
+        constants: the kernel's further compile-time constants.
     """
     num_tokens, d_in = hidden_states.shape
     assert hidden_states.stride(1) == 1, hidden_states.stride()
@@ -110,14 +109,14 @@ def launch(
         BLOCK_D=shape.block_d,
         BLOCK_E=shape.block_e,
         num_warps=shape.num_warps,
-        enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
+        enable_fp_fusion=True,  # explicit, since Triton 3.10 changes the default
         **constants,
     )
 
 
 @triton.jit
 def coverage_at(ints, exists, position, special, prompt_len):  # type: ignore[no-untyped-def]
-    """Coverage of a slot's edits, and which of them cover a token, sinks apart."""
+    """Coverage of a slot's edits, and which of them cover a token if it is no sink."""
     phase = tl.where(position < prompt_len, PROMPT, GENERATION)
     # Bits that an edit's coverage must have on this token.
     needed = phase | tl.where(special, SPECIAL, 0)
@@ -130,7 +129,7 @@ def coverage_at(ints, exists, position, special, prompt_len):  # type: ignore[no
 
 @triton.jit
 def with_residual(hidden, residual_ptr, at, inside):  # type: ignore[no-untyped-def]
-    """A token's stream in float32; the residual at ``at`` is part of it, if there is one."""
+    """A token's stream in float32: hidden states, plus the residual at ``at`` if there is one."""
     x = hidden.to(tl.float32)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -146,7 +145,7 @@ def norms(x, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def moments_if_asked(x, inside, params, wanted, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`moments`, if one of the wanted latents has a layer norm before it; else zeros."""
+    """`moments` if the SAE of a wanted latent has a layer norm, else zeros."""
     mean = 0.0
     std = 0.0
     layer = tl.load(params + NORM, mask=wanted, other=0.0) == LAYER
@@ -157,7 +156,7 @@ def moments_if_asked(x, inside, params, wanted, D_IN: tl.constexpr):  # type: ig
 
 @triton.jit
 def input_normed(x, inside, eps, KIND: tl.constexpr, D_IN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A token's stream behind the hook point's input norm."""
+    """A token's stream after the hook point's input norm."""
     if KIND == PLAIN:
         return x
     if KIND == CENTRED:

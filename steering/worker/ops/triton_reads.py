@@ -1,4 +1,4 @@
-"""Edits that are read here and added at other hook points, in one Triton launch."""
+"""The edits that are read here and added at other hook points, in one Triton launch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SKIPPED_SINK = tl.constexpr(layout.SKIPPED_SINK)
 
 
 def reads_layout_for(d_in: int, itemsize: int) -> Launch:
-    """`layout_for`, but for where ptxas would spill to fit two programs on a multiprocessor."""
+    """`layout_for`, except where ptxas would spill to fit two programs on a multiprocessor."""
     shape = layout_for(d_in, itemsize)
     if shape.block_d == 8192 and itemsize == 2:
         return Launch(shape.block_d, block_e=4, num_warps=32)
@@ -43,7 +43,7 @@ def reads_layout_for(d_in: int, itemsize: int) -> Launch:
 
 
 def read_edits(hidden_states: Tensor, residual: Tensor | None, buffers: Buffers) -> None:
-    """Same as :func:`steering.worker.ops.reference.read_edits`, as one kernel launch."""
+    """`reference.read_edits` as one kernel launch."""
     assert buffers.carried is not None
     assert buffers.f.is_contiguous() and buffers.carried.is_contiguous()
     table, rows = buffers.reads, buffers.rows
@@ -94,9 +94,9 @@ def read_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program a token t; for the edits i of its slot that cover it::
+    """One program for each token t; for the edits i of its slot that cover t::
 
-    f_i            as in `steer_kernel`, of what stands here
+    f_i            as in `steer_kernel`, read from the stream here
     carried[t, i]  = (op_i(f_i) - f_i) * s_i * g_i, or SKIPPED_SINK
     """
     token = tl.program_id(0).to(tl.int64)
@@ -108,7 +108,7 @@ def read_kernel(  # type: ignore[no-untyped-def]
         return
     position = tl.load(positions_ptr + token)
     special = (tl.load(is_special_ptr + tl.load(input_ids_ptr + token)) != 0) | (position == 0)
-    # Edits whose activations are recorded: all or none.
+    # How many edits are recorded: all or none.
     reported = tl.where(tl.load(reports_ptr + slot) != 0, count, 0)
 
     every = tl.arange(0, MAX_EDITS)
