@@ -9,6 +9,7 @@ from sae.card import KIND_SAE, KIND_TRANSCODER, READ_ONLY_KINDS, HookPoint
 from sae.errors import SAEError
 from sae.formats.layout import PUBLISHED_FOLDERS, Config, SAEFiles
 from sae.hook_names import UnknownHookError, parse_hook
+from sae.pass_order import place_in_pass
 from sae.source import ResolvedSAE
 from sae.unserved import refuse_by_name, refuse_word_of_another_kind
 
@@ -120,9 +121,10 @@ def choose_places(
             f"{ref.source},{example}"
         )
     _refuse_read_only(path, write_point)
-    if write_point.layer < read_point.layer:
+    if place_in_pass(str(write_point)) < place_in_pass(str(read_point)):
+        earlier = "layer" if write_point.layer < read_point.layer else "place of that layer"
         raise SAEError(
-            f"{path}: it reads at {read_point} and writes at {write_point}, an earlier layer"
+            f"{path}: it reads at {read_point} and writes at {write_point}, an earlier {earlier}"
         )
     return read_point, write_point
 
