@@ -99,9 +99,9 @@ class FeatureDetail(Feature):
     promoted: list[ScoredToken] = Field(description="Tokens whose logits it raises most.")
     suppressed: list[ScoredToken]
     examples: list[Example]
-    self_gain: float = Field(
+    self_gain: float | None = Field(
         description="W_enc . W_dec: how far the feature's own pre-activation moves if one unit is "
-        "added to it."
+        "added to it; null if the SAE reads another width than it writes."
     )
     interferers: list[ScoredFeature] = Field(
         description="The features whose pre-activations one unit of this one moves most, by size."

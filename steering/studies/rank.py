@@ -188,7 +188,8 @@ async def _promoted(
     if required:
         raise SteeringError(
             "unsupported_combination",
-            "the checkpoint does not show the model's output head, which output_score needs",
+            "output_score needs the model's output head, and of an SAE of attention's heads their "
+            "projection, and the checkpoint does not show them",
             "by",
         )
     return [[] for _ in features]
@@ -198,16 +199,20 @@ def promoted_tokens(context: Context, sae: str, features: Sequence[int]) -> list
     """Ids of the `NUM_PROMOTED` tokens that each feature's decoder row promotes most, best first.
 
     None of a row that is zero. None at all where the checkpoint does not show the model's final
-    norm and output head.
+    norm and output head, or what attention's heads write into the stream, of an SAE of theirs.
     """
     unembedding = context.unembedding()
     if unembedding is None:
         return None
+    opened = context.catalog.sae(sae)
     found: list[list[int]] = []
     for start in range(0, len(features), _ROWS_AT_A_TIME):
-        W_dec = context.catalog.sae(sae).rows(features[start : start + _ROWS_AT_A_TIME]).W_dec
-        norms = W_dec.norm(dim=1).tolist()
-        ids = unembedding.promoted(W_dec, NUM_PROMOTED).tolist()
+        written = opened.written_by(features[start : start + _ROWS_AT_A_TIME])
+        rows = unembedding.in_stream(written, opened.card.hook)
+        if rows is None:
+            return None
+        norms = rows.norm(dim=1).tolist()
+        ids = unembedding.promoted(rows, NUM_PROMOTED).tolist()
         found += [of_one if norm > 0 else [] for of_one, norm in zip(ids, norms, strict=True)]
     return found
 
