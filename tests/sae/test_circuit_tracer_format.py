@@ -116,6 +116,19 @@ def test_circuit_tracer_s_clt_reads_the_stream_and_writes_at_later_layers(
             torch.testing.assert_close(sae.rows([7, 2], place).W_dec, stored[[7, 2], place])
     with pytest.raises(SAEError, match="is the decoder of a cross-layer transcoder"):
         load(folder / "W_dec_4.safetensors")
+    for said, what in (
+        ({"activation": "topk", "k": 3}, "chooses its top k"),
+        ({"activation": "gelu"}, None if threshold else "unknown activation 'gelu'"),
+        ({"activation": "jumprelu"}, None if threshold else "with threshold_4 in W_enc_4"),
+        ({"activation": "relu"}, None),
+    ):
+        places = {"feature_input_hook": "hook_resid_mid"}
+        write_set_config(folder, "cross_layer_transcoder", places | said)
+        if what is None or (threshold and "k" in said):
+            assert load(folder, layer="4").card.architecture == card.architecture
+        else:
+            with pytest.raises(SAEError, match=what):
+                load(folder, layer="4")
     before = load(folder, layer="4").sha256()
     decoder = load_file(folder / "W_dec_4.safetensors")
     decoder["W_dec_4"][3, 1, 2] = torch.inf
