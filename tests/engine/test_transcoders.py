@@ -197,9 +197,13 @@ def test_heads_of_another_width_are_told_when_the_model_is_loaded(served: Served
     width = hook_points.width_of_heads(model, point, NUM_LAYERS, 1)
     sae = worker.steering.hooks[str(point)].saes
     assert {one.card.d_in for one in sae.values()} == {width}
-    with pytest.raises(SAEError, match=f"but the heads at {point} have {width} elements"):
-        worker._refuse_other_heads(
-            [SimpleNamespace(card=replace(one.card, d_in=width + 32)) for one in sae.values()],
-            [point],
-            NUM_LAYERS,
-        )
+    (card,) = (one.card for one in sae.values())
+    writes = replace(card, reads="blocks.2.hook_resid_pre", d_in=D_MODEL)
+    worker._refuse_other_heads([SimpleNamespace(card=writes)], [point], NUM_LAYERS)
+    for name, other in (
+        ("d_in", replace(card, d_in=width + 32)),
+        ("d_out", replace(writes, d_out=width + 32)),
+    ):
+        refusal = f"{name} is {width + 32}, but the heads at {point} have {width} elements"
+        with pytest.raises(SAEError, match=refusal):
+            worker._refuse_other_heads([SimpleNamespace(card=other)], [point], NUM_LAYERS)
