@@ -21,7 +21,7 @@ from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
 from steering.vllm.engine_arguments import engine_arguments
 from tests.engine.dictionaries import EditedPass, made, write
 from tests.engine.kinds import NAMES, Kinds, edits, every_kind, prompt
-from tests.models import D_MODEL, NUM_LAYERS
+from tests.models import D_MODEL, NUM_LAYERS, VOCAB_SIZE
 
 ARGUMENTS: Final[dict[str, Any]] = {
     "dtype": "float32",
@@ -162,6 +162,66 @@ def test_a_cross_layer_transcoder_has_no_reconstruction(served: Served) -> None:
             {"prompt_token_ids": prompt(1)},
             steering={"interventions": edits("clt", 3)[:1], "error_term": False},
         )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_studies_say_of_every_kind_is_what_transformers_does(
+    served: Served, name: str
+) -> None:
+    ids, one, llm = prompt(12), served.kinds.dictionaries[name], served.llm
+    feature = served.kinds.firing(name, ids)
+    edit = {"sae": name, "feature": feature, "op": "add", "value": 3.0}
+    start, entered = 6, ids[:-1]  # a completion's last token is scored, and never enters
+    text = {"prompt": ids[:start], "completion": ids[start:]}
+    seen, plain = served.kinds.run({"interventions": []}, entered)
+    _, added = served.kinds.run({"interventions": [edit]}, entered)
+    f = seen.f[name][1:, feature]
+
+    evaluated = llm.evaluate(
+        {
+            "texts": [text],
+            "configurations": [{"name": "x", "steering": {"interventions": [edit]}}],
+            "features": [{"sae": name}],
+        }
+    )["configurations"][0]
+    kl = (plain.exp() * (plain - added)).sum(dim=-1)[start - 1 :]
+    assert evaluated["kl"]["mean"] == pytest.approx(float(kl.mean()), abs=TOLERANCE)
+    (figures,) = evaluated["features"]
+    (moved,) = figures["edited"]
+    assert moved["before"] == pytest.approx(float(f.mean()), abs=1e-3)
+    # What is written elsewhere is not read again; of heads it is.
+    assert (figures["explained"] is None) == (name != "z")
+    assert (abs(moved["after"] - moved["before"]) < 1e-4) == (name != "z")
+
+    clamped = {"interventions": [{**edit, "op": "clamp", "value": 0.0}]}
+    _, without = served.kinds.run(clamped, entered)
+    at = range(start - 1, len(entered)), ids[start:]
+    (lost,) = llm.attribute(name, {**text, "candidates": [feature]})["features"]
+    assert lost["effect"] == pytest.approx(
+        float((plain - without)[at].sum()), abs=NUM_NEW * TOLERANCE
+    )
+    assert lost["activation"] == pytest.approx(float(f.max()), abs=1e-3)
+
+    how = {"op": "add", "value": 3.0, "unit": "raw"}
+    body = {"prompt": entered, "features": [feature], "edit": how}
+    (ranked,) = llm.rank(name, body)["features"]
+    promoted = served.kinds.promoted(one, feature, 20)
+    strictly = (added[-1] > added[-1][promoted][:, None]).sum(dim=-1)
+    score = (1 - int(strictly.min()) / VOCAB_SIZE) * float(added[-1][promoted].max().exp())
+    assert ranked["kl"] == pytest.approx(float(kl[-1]), abs=TOLERANCE)
+    assert ranked["output_score"] == pytest.approx(score, abs=TOLERANCE)
+
+    (told,) = llm.forecast({"steering": {"interventions": [edit]}})["edits"]
+    assert told["norm"] == pytest.approx(3.0 * float(one.W_dec[:, feature].sum(dim=0).norm()))
+    gain = float(one.W_enc[feature] @ one.W_dec[0, feature])
+    assert told["self_gain"] == pytest.approx(gain, abs=1e-5)
+
+    sides = {"positive": [{"prompt": entered}], "negative": [{"prompt": prompt(13)}]}
+    found = llm.contrast(name, {**sides, "top_k": 200})
+    contrasted = [one for side in found.values() for one in side if one["feature"] == feature]
+    assert [one["mean_positive"] for one in contrasted] == [
+        pytest.approx(float(f.mean()), abs=1e-3)
+    ]
 
 
 def test_a_request_of_edits_at_every_place_always_fits(tmp_path: Path) -> None:
