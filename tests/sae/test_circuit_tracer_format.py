@@ -83,6 +83,15 @@ def test_circuit_tracer_s_file_without_its_configuration_needs_its_places(
     assert_transcoder(load(qwen, layer="3"), relu, seed=3)
 
 
+def test_circuit_tracer_s_set_of_files_elsewhere_says_to_name_them(
+    tmp_path: Path, load: Load
+) -> None:
+    listed = {"transcoders": ["hf://google/gemma-scope-2-270m-pt/transcoder_all/layer_0"]}
+    write_set_config(tmp_path, "transcoder_set", listed)
+    with pytest.raises(SAEError, match=r"config\.yaml describes a set whose weights lie elsewhere"):
+        load(tmp_path, layer="0")
+
+
 def test_circuit_tracer_s_configuration_that_is_none_is_refused(tmp_path: Path, load: Load) -> None:
     folder = write_circuit_tracer(tmp_path / "set", layers=4)
     for text, what in (
