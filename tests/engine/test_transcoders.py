@@ -19,7 +19,7 @@ from sae.source import SAEReference, resolve
 from steering.config import SteeringConfig
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
 from steering.vllm.engine_arguments import engine_arguments
-from tests.engine.dictionaries import EditedPass, made, write
+from tests.engine.dictionaries import D_SAE, EditedPass, made, write
 from tests.engine.kinds import NAMES, Kinds, edits, every_kind, prompt
 from tests.models import D_MODEL, NUM_LAYERS, VOCAB_SIZE
 
@@ -28,6 +28,7 @@ ARGUMENTS: Final[dict[str, Any]] = {
     "enforce_eager": True,
     "max_model_len": 128,
     "max_num_seqs": 8,
+    "block_size": 32,
     "kv_cache_memory_bytes": 64 * 2**20,
     "distributed_executor_backend": "uni",
 }
@@ -110,6 +111,18 @@ def test_all_kinds_at_once_and_within_a_share_of_what_stands_there(served: Serve
     items = [item for name in NAMES for item in edits(name, served.kinds.firing(name, ids))[:2]]
     report, _ = served.check({"interventions": items, "max_share": 0.4}, ids)
     assert any(entry["tokens_limited"] for entry in report["edited"])
+
+
+@pytest.mark.parametrize("name", ["topk", "clt", "z"])
+def test_prefix_blocks_are_shared_by_equal_edits_only(served: Served, name: str) -> None:
+    ids = prompt(20, length=70)
+    feature = served.kinds.firing(name, ids)
+    cached = []
+    for first in (feature, feature, feature + 1):
+        field = {"interventions": edits(name, first % D_SAE)[:2]}
+        report, _ = served.check(field, ids)
+        cached.append(report["tokens_cached"])
+    assert cached == [0, 64, 0]
 
 
 def test_a_transcoders_feature_is_a_condition_of_later_edits(served: Served) -> None:
