@@ -120,6 +120,11 @@ def choose_weights(
         return CHECKPOINT
     if not weights:
         _refuse_shards(source, names)
+        if SET_CONFIG in names:
+            raise SAEError(
+                f"{source}: no weight file in it; {SET_CONFIG} describes a set whose weights lie "
+                "elsewhere: name one of those that it lists"
+            )
         some = ", ".join(names[:4]) or "nothing"
         raise SAEError(
             f"{source}: no weight file in it ({', '.join(WEIGHT_SUFFIXES)}); it holds {some}"

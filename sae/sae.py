@@ -66,6 +66,8 @@ class SAE:
         self.weight_bytes = tensors.nbytes
         # What the files leave open and how it was taken, a line each.
         self.remarks = layout.remarks
+        # What is made of the weights beside what the card says: configurations state some of it.
+        self.arithmetic = layout.arithmetic
 
     @property
     def card(self) -> SAECard:
@@ -101,8 +103,9 @@ class SAE:
         """Those of the latents that have a weight or a bias that is NaN or infinite."""
         index = self._weights.index(latents)
         rows = self.rows(latents)
-        finite = rows.W_enc.isfinite().all(dim=1) & rows.W_dec.isfinite().all(dim=1)
-        finite &= rows.gain.isfinite()
+        finite = rows.W_enc.isfinite().all(dim=1) & rows.gain.isfinite()
+        for write in range(len(self._card.writes)):
+            finite &= self._weights.rows("W_dec", index, write).isfinite().all(dim=1)
         for name in VECTORS[self._card.architecture]:
             finite &= self._weights.vector(name, index).float().isfinite()
         return [latent for latent, good in zip(latents, finite.tolist(), strict=True) if not good]
@@ -114,6 +117,19 @@ class SAE:
         to the stream in all.
         """
         return self._weights.matrix("W_dec", start, stop, _indexed(device))
+
+    def written_by(self, latents: Sequence[int]) -> Tensor:
+        """What one unit of each latent writes: [n, d_out] float32, the decoder's scale folded in.
+
+        Of a dictionary that writes at several places it is the sum, as in `decoder_rows`. Not times
+        g, the scale of an input that is normalized.
+        """
+        rows = self.rows(latents)
+        W_dec = rows.W_dec
+        index = self._weights.index(latents)
+        for write in range(1, len(self._card.writes)):
+            W_dec = W_dec + self._weights.rows("W_dec", index, write)
+        return W_dec * rows.decoder_scale[:, None]
 
     def decoder_row_norms(self) -> Tensor:
         """|W_dec_i| of all latents: [d_sae] float32, CPU."""

@@ -41,8 +41,9 @@ class FeatureDetails:
 
         `nearest` is [[feature, cosine]], `self_gain` a number, `interferers` [[feature, change]],
         `promoted` and `suppressed` [[token, score]]. The latter two are empty if the model's
-        checkpoint does not show its unembedding. If the SAE reads another width than it writes,
-        `self_gain` is None and `interferers` empty.
+        checkpoint does not show its unembedding or, for an SAE of attention's heads, what the
+        heads write into the stream. If the SAE reads another width than it writes, `self_gain` is
+        None and `interferers` empty.
 
         Raises:
             IndexError: if the feature is not in [0, d_sae).
@@ -68,11 +69,12 @@ class FeatureDetails:
 
     def _compute(self, sae: SAE, feature: int) -> Details:
         unembedding = self.unembedding()
-        direction = sae.decoder_rows(feature, feature + 1)[0]
         promoted: list[list[Any]] = []
         suppressed: list[list[Any]] = []
         if unembedding is not None:
-            promoted, suppressed = unembedding.strongest(direction, NUM_SHOWN)
+            rows = unembedding.in_stream(sae.written_by([feature]), sae.card.hook)
+            if rows is not None:
+                promoted, suppressed = unembedding.strongest(rows[0], NUM_SHOWN)
         self_gain, interferers = interference(sae, feature, NUM_SHOWN)
         return {
             "self_gain": self_gain,

@@ -19,6 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sae.card import HookPoint
+from steering.branch_outputs import FLOATS, BranchOutputs
+
 logger = logging.getLogger("vllm.sae.steering")
 
 #: Rows of the unembedding upcast at a time: [ROWS_AT_A_TIME, d_model] float32.
@@ -49,7 +52,6 @@ _NORM_WEIGHT_PLUS_ONE: Final = frozenset(
 #: Types of models whose final norm is a layer norm without a bias: no tensor tells it from an RMS
 #: norm.
 _LAYER_NORM_WITHOUT_BIAS: Final = frozenset({"cohere", "cohere2"})
-_FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class Unembedding:
@@ -80,6 +82,7 @@ class Unembedding:
         token_text: Callable[[int], str],
         num_tokens: int,
         vocab_size: int,
+        branches: BranchOutputs,
     ) -> None:
         #: How many logits the model has: usually a few more than the tokenizer has tokens.
         self.vocab_size = vocab_size
@@ -88,8 +91,16 @@ class Unembedding:
         self._centred = centred
         self._token_text = token_text
         self._num_tokens = num_tokens
+        self._branches = branches
         with safe_open(files[norm], framework="pt") as file:
             self._gamma = file.get_tensor(norm).float() + float(plus_one)  # [d_model]
+
+    def in_stream(self, rows: Tensor, hook: str) -> Tensor | None:
+        """What the stream gains where decoder rows [n, d] are added at a hook point: [n, d_model].
+
+        None where that is attention's heads, and the checkpoint does not show their projection.
+        """
+        return self._branches.in_stream(rows, HookPoint.parse(hook))
 
     def strongest(self, direction: Tensor, count: int) -> tuple[list[list[Any]], list[list[Any]]]:
         """The tokens that a direction promotes and suppresses most.
@@ -191,15 +202,17 @@ def _find(files: dict[str, Path], config: Any, tokenizer: Any) -> Unembedding | 
     if not (_is_float(files, head, [d_model]) and _is_float(files, norm, [])):
         return None
     biased = norm.removesuffix("weight") + "bias" in files
+    plus_one = config.model_type in _NORM_WEIGHT_PLUS_ONE
     return Unembedding(
         files,
         head,
         norm,
-        plus_one=config.model_type in _NORM_WEIGHT_PLUS_ONE,
+        plus_one=plus_one,
         centred=biased or config.model_type in _LAYER_NORM_WITHOUT_BIAS,
         token_text=lambda token: str(tokenizer.decode([token])),
         num_tokens=len(tokenizer),
         vocab_size=config.vocab_size,
+        branches=BranchOutputs(files, config.model_type, plus_one=plus_one),
     )
 
 
@@ -211,7 +224,7 @@ def _only(names: Iterable[str], pattern: re.Pattern[str]) -> str | None:
 def _is_float(files: dict[str, Path], name: str, row: list[int]) -> bool:
     with safe_open(files[name], framework="pt") as file:
         stored = file.get_slice(name)
-        return stored.get_dtype() in _FLOATS and stored.get_shape()[1:] == row
+        return stored.get_dtype() in FLOATS and stored.get_shape()[1:] == row
 
 
 def _folder(model: str, revision: str | None) -> Path | None:

@@ -83,10 +83,16 @@ def _cross_layer(files: SAEFiles, ref: ResolvedSAE, layer: int) -> SAELayout:
             f"{files.path}: it belongs to layer {layer}, but reads= and writes= are {reads} and "
             f"{hook}"
         )
-    optional = [name for name in ("threshold",) if f"{name}_{layer}" in files.names]
+    architecture, k = _activation(files, f"threshold_{layer}")
+    if k is not None:
+        raise SAEError(
+            f"{files.path}: this is a cross-layer transcoder that chooses its top k, and nothing "
+            "says whether of each layer or of all together; it cannot be served"
+        )
+    optional = ["threshold"] if architecture == "jumprelu" else []
     return SAELayout(
         format=NAME,
-        architecture="jumprelu" if optional else "standard",
+        architecture=architecture,
         kind=KIND_CLT,
         hook=hook,
         reads=reads,
@@ -114,18 +120,18 @@ def _places(files: SAEFiles, ref: ResolvedSAE, layer: int | None) -> tuple[HookP
     return choose_places(files.path, ref, *guessed, guessed=True)
 
 
-def _activation(files: SAEFiles) -> tuple[str, int | None]:
-    """The architecture, and k of a TopK."""
+def _activation(files: SAEFiles, threshold: str = _THRESHOLD) -> tuple[str, int | None]:
+    """The architecture, and k of a TopK; `threshold` is the tensor of a JumpReLU."""
     config = files.configs.get(SET_CONFIG, Config(files.path, {}))
     stated = next((config.text(key).lower() for key in _ACTIVATION_KEYS if key in config), None)
-    if _THRESHOLD in files.names:
+    if threshold in files.names:
         return "jumprelu", None
     if stated in ("topk", "top_k") or "k" in files.names or "k" in config:
         return "topk", _k(files, config)
     if stated not in (None, "relu"):
         raise SAEError(
             f"{config.path}: unknown activation {stated!r:.60}, expected relu, topk or jumprelu "
-            f"with {_THRESHOLD} in {files.path.name}"
+            f"with {threshold} in {files.path.name}"
         )
     return "standard", None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,19 @@ class SAELayout:
     def width_out(self) -> int:
         """d_out, which is d_in if it is left out."""
         return self.d_in if self.d_out is None else self.d_out
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What is made of the tensors, as far as no card says it, in plain types.
+
+        Two dictionaries of equal weights, cards and arithmetic compute the same.
+        """
+        names = (
+            *("constants", "scale", "scale_out", "stored_places", "first_place", "log_threshold"),
+            *("centered", "threshold_over_decoder_norm", "unit_rows"),
+        )
+        stored = {name: astuple(stored) for name, stored in sorted(self.tensors.items())}
+        return {"tensors": stored, **{name: getattr(self, name) for name in names}}
 
     def check(self, tensors: TensorFile) -> None:
         """Check every tensor by its header.

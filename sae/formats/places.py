@@ -9,8 +9,12 @@ from sae.card import KIND_SAE, KIND_TRANSCODER, READ_ONLY_KINDS, HookPoint
 from sae.errors import SAEError
 from sae.formats.layout import PUBLISHED_FOLDERS, Config, SAEFiles
 from sae.hook_names import UnknownHookError, parse_hook
+from sae.pass_order import place_in_pass
 from sae.source import ResolvedSAE
 from sae.unserved import refuse_by_name, refuse_word_of_another_kind
+
+#: TransformerLens' copy of the stream between attention and MLP, which the MLP alone is given.
+_COPY_FOR_THE_MLP = ".hook_mlp_in"
 
 
 def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str | None) -> HookPoint:
@@ -41,6 +45,7 @@ def choose_hook(path: Path, ref: ResolvedSAE, stated: str | None, guessed: str |
         hook = _asked(ref.hook) or guess
     else:
         hook = _agreed(path, ref, "hook", stated, example)
+        _refuse_copy(path, ref, stated, hook)
     if hook is None:
         raise SAEError(
             f"{path}: its hook point is stated nowhere; state it as {ref.source},{example}"
@@ -120,9 +125,10 @@ def choose_places(
             f"{ref.source},{example}"
         )
     _refuse_read_only(path, write_point)
-    if write_point.layer < read_point.layer:
+    if place_in_pass(str(write_point)) < place_in_pass(str(read_point)):
+        earlier = "layer" if write_point.layer < read_point.layer else "place of that layer"
         raise SAEError(
-            f"{path}: it reads at {read_point} and writes at {write_point}, an earlier layer"
+            f"{path}: it reads at {read_point} and writes at {write_point}, an earlier {earlier}"
         )
     return read_point, write_point
 
@@ -156,6 +162,15 @@ def _named(path: Path, ref: ResolvedSAE, name: str | None, example: str) -> Hook
         ) from error
     except SAEError as error:
         raise SAEError(f"{path}: {error}") from error
+
+
+def _refuse_copy(path: Path, ref: ResolvedSAE, stated: str, hook: HookPoint | None) -> None:
+    """What reads there reads the stream, and what is added there is no part of it."""
+    if stated.strip().endswith(_COPY_FOR_THE_MLP) and ref.hook is None:
+        raise SAEError(
+            f"{path}: {stated} is a copy of the stream that the MLP alone is given, and edits here "
+            f"are added to the stream itself; if that will do, state it as {ref.source},hook={hook}"
+        )
 
 
 def _refuse_read_only(path: Path, hook: HookPoint) -> None:

@@ -4,7 +4,8 @@ whose own output is read.
 
 A transcoder (`transcode`) reads what the module is given and writes its output; with
 `skip_connection` it adds W_skip x. Before February 2025 only the run's `config.json`, one folder
-up, said whether a dictionary is one, and b_dec was subtracted from its input as from an SAE's.
+up, said whether a dictionary is one, or its skip connection does, and b_dec was subtracted from its
+input as from an SAE's: the library still does so where `transcode` is not set.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ def read(files: SAEFiles, ref: ResolvedSAE) -> SAELayout:
             f"{str(signed).lower()}), expected the top-k of relu (topk, not signed)"
         )
     has_skip = config.flag("skip_connection", False) or _SKIP in files.names
-    transcodes = config.flag("transcode", False) or has_skip
+    transcodes = config.flag("transcode", False)
     run_transcodes = "transcode" not in config and _run_transcodes(files)
     asked = ref.reads is not None or ref.writes is not None
-    is_transcoder = transcodes or run_transcodes or asked
+    is_transcoder = transcodes or has_skip or run_transcodes or asked
     output = _guess_hook(files)
     if is_transcoder:
         reads, hook = choose_places(files.path, ref, *_ends(output), guessed=True)

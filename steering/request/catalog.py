@@ -102,14 +102,7 @@ class Catalog:
         loaded = {}
         for ref in config.saes:
             sae = open_sae(ref)
-            features = sae.open_features()
-            facts = ref.facts
-            stated = (
-                facts.norm_scaling_factor,
-                facts.normalize_activations,
-                facts.center_writing_weights,
-            )
-            loaded[ref.name] = LoadedSAE(sae, features, stated)
+            loaded[ref.name] = LoadedSAE(sae, sae.open_features())
         limit = config.read_limit(max_model_len)
         return cls(loaded, limit, config.special_token_ids, limits)
 

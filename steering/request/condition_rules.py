@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from sae.pass_order import place_in_pass
 from steering.errors import SteeringError
 from steering.request.conditions import ABOVE, BELOW, PROMPT, STOP, TOKEN, Condition, When
 from steering.request.facts import SAEs, named_feature, named_sae, raw_value
 from steering.request.float32 import float32
-from steering.request.hook_order import place_in_pass
 from steering.request.limits import MAX_GATES
 from steering.request.shape import AnyShape, ConditionShape, StopShape
 

@@ -25,13 +25,10 @@ class LoadedSAE:
     Attributes:
         sae: the opened SAE.
         features: labels and statistics.
-        stated: what the arithmetic depends on that the SAE's reference states and its card does
-            not.
     """
 
     sae: SAE
     features: FeatureTable
-    stated: tuple[float | str | None, ...] = ()
 
     @property
     def hook(self) -> str:
@@ -60,7 +57,10 @@ class LoadedSAE:
         return is_affine(card) and card.one_place
 
     def fingerprint(self, special_token_ids: Sequence[int] | None) -> str:
-        """SHA-256 of all that this SAE's part in an edit depends on: weights, place, sinks, flags.
+        """SHA-256 of all that this SAE's part in an edit depends on.
+
+        That is weights, places, sinks, flags, and what its configuration and SAELens' registry say
+        of scales and thresholds.
 
         Args:
             special_token_ids: the tokens that edits leave alone; None for the tokenizer's.
@@ -70,7 +70,7 @@ class LoadedSAE:
         """
         sha256 = self.sae.sha256()
         card = {k: v for k, v in asdict(self.sae.card).items() if k not in _NO_ARITHMETIC}
-        facts = [sha256, sorted(card.items()), self.stated, special_token_ids]
+        facts = [sha256, sorted(card.items()), self.sae.arithmetic, special_token_ids]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def max_activation(self, feature: int) -> float | None:

@@ -264,8 +264,8 @@ def _written(context: Context, sae: str, read: Pooled) -> dict[int, float]:
     features = read.features.tolist()
     if not features:
         return {}
-    rows = context.catalog.sae(sae).rows(features)
-    norms = (rows.W_dec.norm(dim=1) * rows.decoder_scale).numpy().astype(np.float64)
+    written_by = context.catalog.sae(sae).written_by(features)
+    norms = written_by.norm(dim=1).numpy().astype(np.float64)
     written = np.abs(read.total) * norms
     return dict(zip(features, written.tolist(), strict=True))
 

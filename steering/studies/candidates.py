@@ -144,6 +144,5 @@ def _norms(context: Context, sae: str) -> DoubleArray:
     opened = context.catalog.sae(sae)
     norms = np.empty(opened.card.d_sae, dtype=np.float64)
     for start, stop in opened.chunks(16 * opened.card.d_in):
-        rows = opened.rows(range(start, stop))
-        norms[start:stop] = (rows.W_dec.norm(dim=1) * rows.decoder_scale).numpy()
+        norms[start:stop] = opened.written_by(range(start, stop)).norm(dim=1).numpy()
     return norms

@@ -6,12 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from sae.neighbours import most_moved
-from sae.sae import SAE
 from sae.solve import gain_matrix, written_rows
 from steering.request.catalog import Catalog
 from steering.request.edits import Edit
@@ -110,7 +108,7 @@ def _of_sae(
     written = written_rows(sae, features, protected)
     norms = written.norm(dim=1)
     if len(sae.card.writes) > 1:
-        norms = torch.stack([_norm_in_all(sae, feature) for feature in features])
+        norms = sae.written_by(features).norm(dim=1)
     moved = [_moved(catalog, name, row, features) if G is not None else [] for row in written]
     found = {}
     for i, edit in enumerate(spec.edits):
@@ -128,13 +126,6 @@ def _of_sae(
         }
     matrix = None if G is None else G.tolist()
     return found, {"sae": name, "features": features, "G": matrix}
-
-
-def _norm_in_all(sae: SAE, feature: int) -> Tensor:
-    """``[]`` float64: the norm of what one unit adds at all places of writing together."""
-    scale = sae.rows([feature]).decoder_scale[0]
-    norm: Tensor = (sae.decoder_rows(feature, feature + 1)[0] * scale).double().norm()
-    return norm
 
 
 def _moved(catalog: Catalog, name: str, written: Tensor, edited: Sequence[int]) -> list[list[Any]]:

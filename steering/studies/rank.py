@@ -196,7 +196,8 @@ async def _promoted(
     if required:
         raise SteeringError(
             "unsupported_combination",
-            "the checkpoint does not show the model's output head, which output_score needs",
+            "output_score needs the model's output head, and of an SAE of attention's heads their "
+            "projection, and the checkpoint does not show them",
             "by",
         )
     return [[] for _ in features]
@@ -214,17 +215,21 @@ def promoted_tokens(context: Context, sae: str, features: Sequence[int]) -> list
 
     Returns:
         A list for each feature; None if the checkpoint does not show the model's final norm and
-        output head.
+        output head or, for an SAE of attention's heads, what the heads write into the stream.
     """
     unembedding = context.unembedding()
     if unembedding is None:
         return None
+    opened = context.catalog.sae(sae)
     found: list[list[int]] = []
     for start in range(0, len(features), _ROWS_AT_A_TIME):
-        W_dec = context.catalog.sae(sae).rows(features[start : start + _ROWS_AT_A_TIME]).W_dec
-        norms = W_dec.norm(dim=1).tolist()
-        ids = unembedding.promoted(W_dec, NUM_PROMOTED).tolist()
-        found += [of_row if norm > 0 else [] for of_row, norm in zip(ids, norms, strict=True)]
+        written = opened.written_by(features[start : start + _ROWS_AT_A_TIME])
+        rows = unembedding.in_stream(written, opened.card.hook)
+        if rows is None:
+            return None
+        norms = rows.norm(dim=1).tolist()
+        ids = unembedding.promoted(rows, NUM_PROMOTED).tolist()
+        found += [of_one if norm > 0 else [] for of_one, norm in zip(ids, norms, strict=True)]
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sae.card import HEADS, HookPoint
-from steering.request.hook_order import place_in_pass
+from sae.pass_order import place_in_pass
 from steering.vllm import installation
 from steering.vllm.decoder_layers import decoder_layers, is_placeholder
 from steering.vllm.forward_trace import NotUnderstood

@@ -20,9 +20,9 @@ from vllm.triton_utils import HAS_TRITON
 
 from sae.card import HEADS, HookPoint
 from sae.errors import SAEError
+from sae.pass_order import place_in_pass
 from sae.sae import SAE, open_sae
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
-from steering.request.hook_order import place_in_pass
 from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
 from steering.vllm.finite_logits import keep_logits_finite
@@ -217,11 +217,14 @@ class SteeringWorker(PlatformWorker):
             width = hook_points.width_of_heads(model, point, num_layers, ranks)
             for sae in saes:
                 card = sae.card
-                if str(point) in (card.reads, *card.writes) and card.d_in != width:
-                    raise SAEError(
-                        f"SAE {card.id!r}: d_in is {card.d_in}, but the heads at {point} have "
-                        f"{width} elements together"
-                    )
+                sides = [("d_in", card.d_in)] if card.reads == str(point) else []
+                sides += [("d_out", card.d_out)] if str(point) in card.writes else []
+                for name, found in sides:
+                    if found != width:
+                        raise SAEError(
+                            f"SAE {card.id!r}: {name} is {found}, but the heads at {point} have "
+                            f"{width} elements together"
+                        )
 
     def _install(self, config: SteeringConfig) -> SteeringState:
         runner = self.model_runner

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from sae.card import HookPoint
+from sae.pass_order import place_in_pass
 from sae.sae import SAE, open_sae
 from sae.source import SAEReference, resolve
-from steering.request.hook_order import place_in_pass
 from steering.request.limits import POSITION_LIMIT
 from steering.request.plan import (
     COVERS_GENERATION,

@@ -37,6 +37,23 @@ class Kinds:
         edited = EditedPass(self.dictionaries, field, ids)
         return edited, edited.logprobs(self.model)
 
+    @torch.inference_mode()
+    def promoted(self, one: Dictionary, feature: int, count: int) -> list[int]:
+        """The tokens that a decoder row promotes most, best first, by way of its branch's end."""
+        layer = self.model.base_model.layers[one.layer]
+        row = one.W_dec[:, feature].sum(dim=0)
+        if one.writes == "attn.hook_z":
+            row = layer.self_attn.o_proj(row)
+        if hasattr(layer, "post_feedforward_layernorm"):  # Gemma's, with gains of 1 + weight
+            behind = {
+                "attn.hook_z": layer.post_attention_layernorm,
+                "mlp.hook_out": layer.post_feedforward_layernorm,
+            }.get(one.writes)
+            row = row if behind is None else row * (1 + behind.weight)
+        logits = self.model.get_output_embeddings()(self.model.base_model.norm(row))
+        best: list[int] = logits.topk(count).indices.tolist()
+        return best
+
     def firing(self, name: str, prompt: list[int]) -> int:
         """A feature that fires on some tokens of the prompt and not on all."""
         seen, _ = self.run({"interventions": []}, prompt)

@@ -26,6 +26,16 @@ from steering.vllm.reader import OfflineReader, Text
 
 #: Of the tiny Llama: four of 32.
 WIDTH_OF_HEADS: Final = 128
+#: What makes a tiny SAE's files those of a transcoder, as SAELens has them.
+TRANSCODER: Final = {
+    "architecture": "jumprelu_transcoder",
+    "d_out": 64,
+    "apply_b_dec_to_input": False,
+}
+PLACES: Final = {
+    "hook_name": "blocks.1.ln2.hook_normalized",
+    "hook_name_out": "blocks.1.hook_mlp_out",
+}
 
 
 def main() -> None:
@@ -45,6 +55,7 @@ def run(model: Path, folder: Path, arguments: Mapping[str, Any]) -> list[dict[st
         {"layer": 3, "architecture": "standard", "seed": 1},
         {**heads, "threshold": 0.1},
         {**heads, "architecture": "topk", "layer": 2, "k": 8},
+        {"seed": 4, "config": TRANSCODER, "metadata": PLACES},
     )
     engine = tiny_engine(model, folder, saes, **arguments)
     both: dict[str, Any] = {
@@ -75,7 +86,18 @@ def run(model: Path, folder: Path, arguments: Mapping[str, Any]) -> list[dict[st
         "error_term": False,
         "report": True,
     }
-    fields = [None, both, *map(reporting, named), of_heads, reconstructed]
+    elsewhere: dict[str, Any] = {
+        "interventions": [
+            {"sae": "e", "feature": 3, "op": "clamp", "value": 6},
+            {"sae": "e", "feature": 7, "op": "add", "value": 3,
+             "when": {"sae": "e", "feature": 2, "below": 0.0}},
+        ],
+        "max_share": 2.0,
+        "report": True,
+        "read": {"sae": "e", "top_k": 2},
+    }  # fmt: skip
+    decoded = {"interventions": elsewhere["interventions"][:1], "error_term": False, "report": True}
+    fields = [None, both, *map(reporting, named), of_heads, reconstructed, elsewhere, decoded]
     made = engine.generate([tokens(700 + i, 12 + 9 * i) for i in range(len(fields))], fields)
     result: list[dict[str, Any]] = [
         {

@@ -19,15 +19,16 @@ from sae.source import SAEReference, resolve
 from steering.config import SteeringConfig
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
 from steering.vllm.engine_arguments import engine_arguments
-from tests.engine.dictionaries import EditedPass, made, write
+from tests.engine.dictionaries import D_SAE, EditedPass, made, write
 from tests.engine.kinds import NAMES, Kinds, edits, every_kind, prompt
-from tests.models import D_MODEL, NUM_LAYERS
+from tests.models import D_MODEL, NUM_LAYERS, VOCAB_SIZE
 
 ARGUMENTS: Final[dict[str, Any]] = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 128,
     "max_num_seqs": 8,
+    "block_size": 32,
     "kv_cache_memory_bytes": 64 * 2**20,
     "distributed_executor_backend": "uni",
 }
@@ -112,6 +113,18 @@ def test_all_kinds_at_once_and_within_a_share_of_what_stands_there(served: Serve
     assert any(entry["tokens_limited"] for entry in report["edited"])
 
 
+@pytest.mark.parametrize("name", ["topk", "clt", "z"])
+def test_prefix_blocks_are_shared_by_equal_edits_only(served: Served, name: str) -> None:
+    ids = prompt(20, length=70)
+    feature = served.kinds.firing(name, ids)
+    cached = []
+    for first in (feature, feature, feature + 1):
+        field = {"interventions": edits(name, first % D_SAE)[:2]}
+        report, _ = served.check(field, ids)
+        cached.append(report["tokens_cached"])
+    assert cached == [0, 64, 0]
+
+
 def test_a_transcoders_feature_is_a_condition_of_later_edits(served: Served) -> None:
     ids = prompt(10)
     when = {"sae": "relu_skip", "feature": served.kinds.firing("relu_skip", ids), "above": 0.0}
@@ -164,6 +177,66 @@ def test_a_cross_layer_transcoder_has_no_reconstruction(served: Served) -> None:
         )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_studies_say_of_every_kind_is_what_transformers_does(
+    served: Served, name: str
+) -> None:
+    ids, one, llm = prompt(12), served.kinds.dictionaries[name], served.llm
+    feature = served.kinds.firing(name, ids)
+    edit = {"sae": name, "feature": feature, "op": "add", "value": 3.0}
+    start, entered = 6, ids[:-1]  # a completion's last token is scored, and never enters
+    text = {"prompt": ids[:start], "completion": ids[start:]}
+    seen, plain = served.kinds.run({"interventions": []}, entered)
+    _, added = served.kinds.run({"interventions": [edit]}, entered)
+    f = seen.f[name][1:, feature]
+
+    evaluated = llm.evaluate(
+        {
+            "texts": [text],
+            "configurations": [{"name": "x", "steering": {"interventions": [edit]}}],
+            "features": [{"sae": name}],
+        }
+    )["configurations"][0]
+    kl = (plain.exp() * (plain - added)).sum(dim=-1)[start - 1 :]
+    assert evaluated["kl"]["mean"] == pytest.approx(float(kl.mean()), abs=TOLERANCE)
+    (figures,) = evaluated["features"]
+    (moved,) = figures["edited"]
+    assert moved["before"] == pytest.approx(float(f.mean()), abs=1e-3)
+    # What is written elsewhere is not read again; of heads it is.
+    assert (figures["explained"] is None) == (name != "z")
+    assert (abs(moved["after"] - moved["before"]) < 1e-4) == (name != "z")
+
+    clamped = {"interventions": [{**edit, "op": "clamp", "value": 0.0}]}
+    _, without = served.kinds.run(clamped, entered)
+    at = range(start - 1, len(entered)), ids[start:]
+    (lost,) = llm.attribute(name, {**text, "candidates": [feature]})["features"]
+    assert lost["effect"] == pytest.approx(
+        float((plain - without)[at].sum()), abs=NUM_NEW * TOLERANCE
+    )
+    assert lost["activation"] == pytest.approx(float(f.max()), abs=1e-3)
+
+    how = {"op": "add", "value": 3.0, "unit": "raw"}
+    body = {"prompt": entered, "features": [feature], "edit": how}
+    (ranked,) = llm.rank(name, body)["features"]
+    promoted = served.kinds.promoted(one, feature, 20)
+    strictly = (added[-1] > added[-1][promoted][:, None]).sum(dim=-1)
+    score = (1 - int(strictly.min()) / VOCAB_SIZE) * float(added[-1][promoted].max().exp())
+    assert ranked["kl"] == pytest.approx(float(kl[-1]), abs=TOLERANCE)
+    assert ranked["output_score"] == pytest.approx(score, abs=TOLERANCE)
+
+    (told,) = llm.forecast({"steering": {"interventions": [edit]}})["edits"]
+    assert told["norm"] == pytest.approx(3.0 * float(one.W_dec[:, feature].sum(dim=0).norm()))
+    gain = float(one.W_enc[feature] @ one.W_dec[0, feature])
+    assert told["self_gain"] == pytest.approx(gain, abs=1e-5)
+
+    sides = {"positive": [{"prompt": entered}], "negative": [{"prompt": prompt(13)}]}
+    found = llm.contrast(name, {**sides, "top_k": 200})
+    contrasted = [one for side in found.values() for one in side if one["feature"] == feature]
+    assert [one["mean_positive"] for one in contrasted] == [
+        pytest.approx(float(f.mean()), abs=1e-3)
+    ]
+
+
 def test_a_request_of_edits_at_every_place_always_fits(tmp_path: Path) -> None:
     source = write(tmp_path / "clt", made(1, "hook_resid_mid", D_MODEL, places=3))
     reference = resolve(SAEReference.parse(f"clt={source}"))
@@ -197,9 +270,13 @@ def test_heads_of_another_width_are_told_when_the_model_is_loaded(served: Served
     width = hook_points.width_of_heads(model, point, NUM_LAYERS, 1)
     sae = worker.steering.hooks[str(point)].saes
     assert {one.card.d_in for one in sae.values()} == {width}
-    with pytest.raises(SAEError, match=f"but the heads at {point} have {width} elements"):
-        worker._refuse_other_heads(
-            [SimpleNamespace(card=replace(one.card, d_in=width + 32)) for one in sae.values()],
-            [point],
-            NUM_LAYERS,
-        )
+    (card,) = (one.card for one in sae.values())
+    writes = replace(card, reads="blocks.2.hook_resid_pre", d_in=D_MODEL)
+    worker._refuse_other_heads([SimpleNamespace(card=writes)], [point], NUM_LAYERS)
+    for name, other in (
+        ("d_in", replace(card, d_in=width + 32)),
+        ("d_out", replace(writes, d_out=width + 32)),
+    ):
+        refusal = f"{name} is {width + 32}, but the heads at {point} have {width} elements"
+        with pytest.raises(SAEError, match=refusal):
+            worker._refuse_other_heads([SimpleNamespace(card=other)], [point], NUM_LAYERS)

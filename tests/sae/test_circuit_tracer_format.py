@@ -83,6 +83,15 @@ def test_circuit_tracer_s_file_without_its_configuration_needs_its_places(
     assert_transcoder(load(qwen, layer="3"), relu, seed=3)
 
 
+def test_circuit_tracer_s_set_of_files_elsewhere_says_to_name_them(
+    tmp_path: Path, load: Load
+) -> None:
+    listed = {"transcoders": ["hf://google/gemma-scope-2-270m-pt/transcoder_all/layer_0"]}
+    write_set_config(tmp_path, "transcoder_set", listed)
+    with pytest.raises(SAEError, match=r"config\.yaml describes a set whose weights lie elsewhere"):
+        load(tmp_path, layer="0")
+
+
 def test_circuit_tracer_s_configuration_that_is_none_is_refused(tmp_path: Path, load: Load) -> None:
     folder = write_circuit_tracer(tmp_path / "set", layers=4)
     for text, what in (
@@ -116,6 +125,19 @@ def test_circuit_tracer_s_clt_reads_the_stream_and_writes_at_later_layers(
             torch.testing.assert_close(sae.rows([7, 2], place).W_dec, stored[[7, 2], place])
     with pytest.raises(SAEError, match="is the decoder of a cross-layer transcoder"):
         load(folder / "W_dec_4.safetensors")
+    for said, what in (
+        ({"activation": "topk", "k": 3}, "chooses its top k"),
+        ({"activation": "gelu"}, None if threshold else "unknown activation 'gelu'"),
+        ({"activation": "jumprelu"}, None if threshold else "with threshold_4 in W_enc_4"),
+        ({"activation": "relu"}, None),
+    ):
+        places = {"feature_input_hook": "hook_resid_mid"}
+        write_set_config(folder, "cross_layer_transcoder", places | said)
+        if what is None or (threshold and "k" in said):
+            assert load(folder, layer="4").card.architecture == card.architecture
+        else:
+            with pytest.raises(SAEError, match=what):
+                load(folder, layer="4")
     before = load(folder, layer="4").sha256()
     decoder = load_file(folder / "W_dec_4.safetensors")
     decoder["W_dec_4"][3, 1, 2] = torch.inf

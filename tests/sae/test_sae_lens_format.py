@@ -164,6 +164,17 @@ def test_every_vocabulary_names_the_same_places(
     assert load(write_sae_lens(tmp_path, config=config)).card.hook == hook
 
 
+def test_sae_of_the_copy_that_the_mlp_is_given_asks_whether_the_stream_will_do(
+    tmp_path: Path, load: Callable[..., SAE]
+) -> None:
+    metadata = {"sae_lens_version": "6.54.0", "hook_name": "blocks.3.hook_mlp_in"}
+    folder = write_sae_lens(tmp_path, config=sae_lens_config(metadata=metadata))
+    with pytest.raises(ValueError, match=r"if that will do, .*,hook=blocks\.3\.hook_resid_mid$"):
+        load(folder)
+    stated = load(folder, hook="blocks.3.hook_resid_mid")
+    assert stated.card.hook == "blocks.3.hook_resid_mid"
+
+
 def test_trivial_finetuning_factor_is_accepted(tmp_path: Path, load: Callable[..., SAE]) -> None:
     tensors = sae_lens_tensors("standard") | {"scaling_factor": torch.ones(D_SAE)}
     folder = write_sae_lens(tmp_path, config=OLD_CONFIG, tensors=tensors)

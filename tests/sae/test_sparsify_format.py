@@ -85,13 +85,17 @@ def test_sparsify_that_misses_a_tensor_is_still_sparsify(tmp_path: Path, load: L
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("with_skip", [False, True])
+@pytest.mark.parametrize(("with_skip", "old"), [(False, False), (True, False), (True, True)])
 def test_sparsify_transcoder_agrees_with_its_library(
-    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch, with_skip: bool
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch, with_skip: bool, old: bool
 ) -> None:
     folder = write_sparsify(
         tmp_path, module="layers.3.mlp", transcode=True, skip_connection=with_skip
     )
+    if old:  # of before February 2025, when b_dec was subtracted
+        config = json.loads((folder / "cfg.json").read_text())
+        del config["transcode"]
+        (folder / "cfg.json").write_text(json.dumps(config))
     if with_skip:
         path = folder / "sae.safetensors"
         save_file(load_file(path) | {"W_skip": skip()}, path)

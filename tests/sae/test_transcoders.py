@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sae.errors import SAEError
 from sae.layers import resolve_all
@@ -127,6 +128,39 @@ def test_neighbours_in_a_clt_are_by_what_is_written_in_all(tmp_path: Path, load:
     found = nearest(sae, 7, 3)
     assert [latent for latent, _ in found] == best.indices.tolist()
     assert [cosine for _, cosine in found] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_what_a_clt_writes_is_the_sum_over_its_places(tmp_path: Path, load: Load) -> None:
+    sae = load(write_circuit_tracer_clt(tmp_path), layer="4")
+    torch.testing.assert_close(sae.written_by([7, 2]), decoders(2, seed=4)[[7, 2]].sum(dim=1))
+    torch.testing.assert_close(sae.written_by(range(3)), sae.decoder_rows(0, 3))
+
+
+def test_bad_weight_at_any_place_of_writing_is_found_by_its_row(tmp_path: Path, load: Load) -> None:
+    folder = write_circuit_tracer_clt(tmp_path)
+    path = folder / "W_dec_4.safetensors"
+    decoder = load_file(path)
+    decoder["W_dec_4"][3, 1, 2], decoder["W_dec_4"][5, 0, 0] = torch.inf, torch.nan
+    save_file(decoder, path)
+    assert load(folder, layer="4").nonfinite_latents(range(8)) == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "what"),
+    [
+        ("blocks.3.hook_resid_mid", "blocks.2.hook_mlp_out", "an earlier layer"),
+        ("blocks.3.hook_mlp_out", "blocks.3.hook_resid_mid", "an earlier place of that layer"),
+        ("blocks.3.mlp.hook_in", "blocks.3.hook_attn_out", "an earlier place of that layer"),
+        ("blocks.3.hook_mlp_out", "blocks.3.mlp.hook_out", "an earlier place of that layer"),
+    ],
+)
+def test_what_writes_before_it_reads_is_refused(
+    tmp_path: Path, load: Load, reads: str, writes: str, what: str
+) -> None:
+    metadata = {"hook_name": reads, "hook_name_out": writes}
+    folder = write_sae_lens_transcoder(tmp_path / "t", "transcoder", metadata)
+    with pytest.raises(SAEError, match=f"reads at {reads} and writes at {writes}, {what}$"):
+        load(folder)
 
 
 def test_stated_places_must_be_those_of_the_files(tmp_path: Path, load: Load) -> None:

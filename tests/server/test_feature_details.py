@@ -193,3 +193,70 @@ def test_folder_without_weights_promotes_nothing(tmp_path: Path) -> None:
             model=model, revision=None, hf_text_config=SimpleNamespace(hidden_size=64)
         )
         assert open_unembedding(config, tokenizer=object()) is None
+
+
+# What is written before the end of a branch
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "glm4", "olmo2"])
+@pytest.mark.parametrize("kind", ["attn.hook_z", "attn.hook_out", "mlp.hook_out", "hook_mlp_out"])
+def test_what_is_written_in_a_branch_enters_the_stream_as_the_model_makes_it(
+    checkpoint: Callable[..., tuple[Path, Any, Any]], family: str, kind: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, config, tokenizer = checkpoint(family)
+    unembedding = open_unembedding(config, tokenizer)
+    assert unembedding is not None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    layer = (model.transformer.h if family == "gpt2" else model.model.layers)[2]
+    projection = layer.attn.c_proj if family == "gpt2" else layer.self_attn.o_proj
+    names = {
+        "attn.hook_z": {"gemma3": "post_attention_layernorm", "glm4": "post_self_attn_layernorm"},
+        "mlp.hook_out": {"gemma3": "post_feedforward_layernorm", "glm4": "post_mlp_layernorm"},
+    }
+    names["attn.hook_z"]["olmo2"] = "post_attention_layernorm"
+    names["mlp.hook_out"]["olmo2"] = "post_feedforward_layernorm"
+    names["attn.hook_out"] = names["attn.hook_z"]
+    norm = getattr(layer, names.get(kind, {}).get(family, ""), None)
+    rng = torch.Generator().manual_seed(3)
+    heads = projection.weight.numel() // D_MODEL
+    row = torch.randn(1, heads if kind == "attn.hook_z" else D_MODEL, generator=rng)
+    with torch.inference_mode():
+        change = row.double()
+        if kind == "attn.hook_z":
+            change = projection(change) - projection(torch.zeros_like(change))
+        if norm is not None:
+            # A branch at right angles to the change, of which the norm takes nothing away.
+            y = torch.randn(1, D_MODEL, generator=rng).double()
+            y -= (y @ change.T) / (change @ change.T) * change
+            change = norm(y + 1e-3 * change) - norm(y)
+    found = unembedding.in_stream(row, f"blocks.2.{kind}")
+    assert found is not None
+    cosine = torch.nn.functional.cosine_similarity(found.double(), change, dim=1)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-5)
+
+
+async def test_feature_of_heads_promotes_what_their_projection_makes_of_it(
+    checkpoint: Callable[..., tuple[Path, Any, Any]], tmp_path: Path
+) -> None:
+    folder, config, tokenizer = checkpoint("llama")
+    path = make_tiny_sae(tmp_path / "z", layer=2, hook_kind="attn.hook_z", d_in=128)
+    sae = open_sae(SAEReference(name="z", source=str(path)))
+    found = await FeatureDetails(lambda: open_unembedding(config, tokenizer)).get(sae, 5)
+    unembedding = open_unembedding(config, tokenizer)
+    assert unembedding is not None
+    tensors = load_file(folder / "model.safetensors")
+    W_O = tensors["model.layers.2.self_attn.o_proj.weight"]
+    written = W_O @ load_file(path / "sae_weights.safetensors")["W_dec"][5]
+    for (token, score), wanted in zip(
+        found["promoted"], unembedding.strongest(written, 10)[0], strict=True
+    ):
+        assert [token, score] == [wanted[0], pytest.approx(wanted[1], abs=1e-5)]
+    save_file(
+        {**tensors, "model.layers.2.self_attn.o_proj.weight": W_O.to(torch.int8)},
+        folder / "model.safetensors",
+    )
+    hidden = await FeatureDetails(lambda: open_unembedding(config, tokenizer)).get(sae, 5)
+    assert hidden["promoted"] == hidden["suppressed"] == []
+    assert hidden["nearest"] == found["nearest"]

@@ -15,6 +15,7 @@ class Facts:
     error_term: bool = True
     affine: bool = True
     read_at: str | None = None
+    also_at: tuple[str, ...] = ()
 
     @property
     def reads(self) -> str:
@@ -22,7 +23,7 @@ class Facts:
 
     @property
     def writes(self) -> tuple[str, ...]:
-        return (self.hook,)
+        return (self.hook, *self.also_at)
 
     def max_activation(self, feature: int) -> float | None:
         return {5: 0.0}.get(feature, 2.5) if feature < 6 else None

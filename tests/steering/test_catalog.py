@@ -16,6 +16,7 @@ from steering.errors import SteeringError
 from steering.request import catalog as catalog_module
 from steering.request.catalog import Catalog
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
+from tests.sae.suites import write_llama_scope
 
 EDIT = {"interventions": [{"sae": "a", "feature": 3, "op": "ablate"}]}
 READ = {"read": {"sae": "a"}}
@@ -231,5 +232,28 @@ def test_what_a_restart_changes_of_an_sae_parts_requests(tmp_path: Path) -> None
         fingerprint(tmp_path, seed=1),
     }
     assert len(found) == 9
+
+
+def test_what_only_a_configuration_says_of_an_sae_parts_requests(tmp_path: Path) -> None:
+    def of_llama_scope(folder: str, **changes: Any) -> str:
+        path = write_llama_scope(tmp_path / folder, **changes)
+        saes = (ResolvedSAE("a", str(path), path=str(path)),)
+        catalog = Catalog.from_config(SteeringConfig(saes, D_MODEL, NUM_LAYERS))
+        return catalog.prepare_now(catalog.parse(EDIT)).fingerprints["a"]
+
+    centered = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    found = {
+        fingerprint(tmp_path),
+        fingerprint(tmp_path, config=centered),
+        of_llama_scope("plain"),
+        of_llama_scope("threshold", jump_relu_threshold=0.8),
+        of_llama_scope("norm", sparsity_include_decoder_norm=True),
+        of_llama_scope("scale", dataset_average_activation_norm={"in": 8.0, "out": 8.0}),
+    }
+    assert len(found) == 6
+    assert of_llama_scope("plain again") in found
+
+
+def test_labels_part_no_requests(tmp_path: Path) -> None:
     labels = [{"index": 1, "label": "rain", "max_activation": 2.0}]
     assert fingerprint(tmp_path) == fingerprint(tmp_path, "two", features=labels)

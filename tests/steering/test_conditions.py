@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from sae.card import HookPoint
+from sae.pass_order import place_in_pass
 from steering.errors import SteeringError
 from steering.request.cache_salt import cache_salt
 from steering.request.condition_rules import refuse_across_stages
 from steering.request.conditions import Condition, When
-from steering.request.hook_order import place_in_pass
 from steering.request.parse import parse_spec
 from tests.steering.specs import EDIT, HERE, ONE, Facts, edit
 
@@ -164,6 +164,23 @@ def test_transcoders_condition_is_read_where_it_reads_and_its_edit_made_where_it
         parse_spec(raw(edited, read), saes)
     assert refused(raw("mid", "t"), saes)[0] == "condition_too_late"
     assert refused(raw("t", "post"), saes)[0] == "condition_too_late"
+
+
+def test_condition_must_be_known_at_the_first_of_several_places_where_an_edit_is_added() -> None:
+    clt = Facts(
+        "blocks.1.hook_mlp_out",
+        affine=False,
+        read_at="blocks.1.hook_resid_mid",
+        also_at=("blocks.2.hook_mlp_out",),
+    )
+    saes = {"clt": clt, "mid": SAES["s3"], "between": SAES["s6"]}
+
+    def raw(edited: str, read: str) -> dict[str, Any]:
+        return {"interventions": [{**EDIT, "sae": edited}], "when": {**FIRES, "sae": read}}
+
+    for edited, read in [("clt", "clt"), ("clt", "mid"), ("between", "clt")]:
+        parse_spec(raw(edited, read), saes)
+    assert refused(raw("clt", "between"), saes) == ("condition_too_late", "steering.when")
 
 
 def test_conditions_on_another_pipeline_stage_are_refused() -> None:

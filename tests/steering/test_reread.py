@@ -19,6 +19,13 @@ SAES = {
     "later": Facts("blocks.2.hook_resid_post"),
     "topk": Facts("blocks.3.hook_resid_post", affine=False),
     "direction": Facts("blocks.4.hook_resid_post", error_term=False),
+    "clt": Facts(
+        "blocks.0.hook_mlp_out",
+        error_term=False,
+        affine=False,
+        read_at="blocks.0.hook_resid_mid",
+        also_at=("blocks.1.hook_resid_post",),
+    ),
 }
 MATCH = "steering.match"
 
@@ -44,6 +51,8 @@ FREE = {"sae": "a", "feature": 9}
     [
         (reread({"sae": "topk"}), "unsupported_op", MATCH),
         (reread({}, {"sae": "topk"}), "unsupported_op", MATCH),
+        (reread({"sae": "clt"}), "unsupported_op", MATCH),
+        (reread({}, {"sae": "clt"}), "unsupported_combination", MATCH),
         (reread({}, error_term=False), "unsupported_op", MATCH),
         (reread({}, {"sae": "b"}), "unsupported_combination", MATCH),
         (reread({}, {"positions": {"prompt": False}}), "unsupported_combination", MATCH),
@@ -66,12 +75,18 @@ FREE = {"sae": "a", "feature": 9}
         (protect(FREE, error_term=False), "unsupported_op", "steering.protect[0]"),
         (protect(FREE, edits=({}, {"sae": "b"})), "unsupported_combination",
          "steering.protect[0]"),
+        (protect(FREE, edits=({}, {"sae": "clt"})), "unsupported_combination",
+         "steering.protect[0]"),
+        (protect({**FREE, "sae": "clt"}, edits=({"sae": "clt"},)), "unsupported_op",
+         "steering.protect[0]"),
         ({"read": {"sae": "a"}, "protect": [FREE]}, "invalid_value", "steering.protect[0]"),
         (request({}, max_share=0), "invalid_value", "steering.max_share"),
         (request({}, max_share=10.5), "invalid_value", "steering.max_share"),
         (request({}, max_share=float("nan")), "invalid_value", "steering.max_share"),
         (request({}, max_share="1"), "invalid_type", "steering.max_share"),
         (request({"sae": "direction"}, error_term=False), "unsupported_op",
+         "steering.error_term"),
+        (request({}, {"sae": "clt"}, error_term=False), "unsupported_op",
          "steering.error_term"),
     ],
 )  # fmt: skip

@@ -166,6 +166,35 @@ def test_without_the_error_term_the_output_becomes_the_decoded_one(
     assert torch.equal(made[:3], y[:3])
 
 
+@pytest.mark.parametrize("error_term", [True, False])
+def test_what_is_computed_again_or_comes_from_the_cache_is_edited_alike_and_counted_once(
+    tmp_path: Path, kernel: ModuleType | None, error_term: bool
+) -> None:
+    sae = Transcoder(tmp_path, WRITES[:1], architecture="topk", k=8)
+    worker, cached = TinyWorker([sae], kernel), 4
+    x, y = streams(0, 2)
+    given = {"a": [x, y], "c": [x, y], "b": streams(5, 2)}
+    f = sae.encode(x)
+    change = (5.0 - f[:, 3])[:, None] * sae.weights["W_dec"][3]
+    expected = y + change if error_term else sae.decode(f, x) + change
+    expected[0] = y[0]
+    worker.state.add_request("a", plan("a", error_term=error_term))
+    worker.forward([("a", 0, 4)], given)
+    worker.forward([("a", 4, 8)], given)
+    worker.state.pause_request("a")
+    worker.state.add_request("b", plan("b"))  # takes its slot
+    worker.state.add_request("a", plan("a", error_term=error_term))
+    worker.state.add_request("c", plan("c", error_term=error_term))
+    parts = [("b", 0, 6), ("a", 0, LENGTH), ("c", cached, LENGTH)]
+    _, (_, again), (_, rest) = worker.forward(parts, given)
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rest, expected[cached:], rtol=1e-4, atol=1e-4)
+    for key, edited, skipped in (("a", LENGTH - 1, 0), ("c", LENGTH - cached, cached)):
+        [summary] = worker.state.take_results(key, {0: LENGTH})
+        assert summary["edits"][0]["tokens_edited"] == edited
+        assert summary["cached"] == skipped
+
+
 def test_top_k_is_taken_where_it_is_read(tmp_path: Path, kernel: ModuleType | None) -> None:
     sae = Transcoder(tmp_path, WRITES[:1], architecture="topk", k=8)
     worker = TinyWorker([sae], kernel)

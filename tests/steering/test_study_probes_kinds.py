@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,19 @@ from torch import Tensor
 
 from sae.sae import open_sae
 from sae.source import ResolvedSAE
+from steering.config import SteeringConfig
+from steering.request.catalog import Catalog
 from steering.request.plan import OP_ADD, PlannedEdit, SteeringPlan
 from steering.request.probe import Pool
 from steering.request.probe_plan import PlannedPool, PlannedStream, Window
+from steering.studies.attribute import _written
+from steering.studies.candidates import _norms
 from steering.studies.changes import Changes
 from steering.studies.reading import Pooled
 from steering.worker.ops import cpu_kernel
 from tests.models import D_MODEL
+from tests.sae.other_suites import LAYERS, decoders, write_circuit_tracer_clt
+from tests.sae.suites import D_IN, D_SAE
 from tests.steering.split import CLAMP, EVERYWHERE, LENGTH, WRITES, Transcoder, streams
 from tests.steering.tiny_worker import TinyWorker
 
@@ -94,3 +102,17 @@ def test_what_a_transcoders_edits_ask_for_is_of_what_it_reads(tmp_path: Path) ->
     np.testing.assert_allclose(changed.before, f.sum(dim=0).numpy(), 1e-5)
     entry = changed.to_json(4, str)
     assert (entry["leak"], entry["explained"], entry["moved"]) == (0.0, None, [])
+
+
+def test_features_of_a_clt_are_weighed_by_what_they_write_at_all_places(tmp_path: Path) -> None:
+    path = write_circuit_tracer_clt(tmp_path)
+    reference = ResolvedSAE("t", str(path), path=str(path), layer=4)
+    catalog = Catalog.from_config(SteeringConfig((reference,), D_IN, LAYERS))
+    context: Any = SimpleNamespace(catalog=catalog)
+    norms = decoders(2, seed=4).double().sum(dim=1).norm(dim=1).numpy()
+    np.testing.assert_allclose(_norms(context, "t"), norms, 1e-5)
+    features, total = np.array([2, 9], np.int32), np.array([3.0, -0.5])
+    none = np.empty(2)
+    read = Pooled(D_SAE, 4, features, total, np.array([2, 1], np.int32), none, none)
+    found = _written(context, "t", read)
+    assert found == pytest.approx({2: 3.0 * norms[2], 9: 0.5 * norms[9]}, rel=1e-5)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sae.card import HookPoint
+from sae.pass_order import place_in_pass
 from sae.sae import SAE, open_sae
 from sae.source import ResolvedSAE
-from steering.request.hook_order import place_in_pass
 from steering.worker.ops.buffers import Kernel
 from steering.worker.step import Step
 from steering.worker.worker_sites import WorkerSites

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
-_HOOK_POINT: Final = re.compile(r"blocks\.(\d+)\.([\w.]+)", re.ASCII)
+from sae.card import HOOK_KINDS, HookPoint
 
 #: The order within one layer. A module's own output stands before what a later norm makes of it.
 _WITHIN_LAYER: Final = (
@@ -20,10 +19,10 @@ _WITHIN_LAYER: Final = (
     "hook_mlp_out",
     "hook_resid_post",
 )
+assert {*_WITHIN_LAYER} == {*HOOK_KINDS}
 
 
 def place_in_pass(hook: str) -> tuple[int, int]:
     """The key by which hook points sort in a pass's order: layer, then place in the layer."""
-    match = _HOOK_POINT.fullmatch(hook)
-    assert match is not None, hook
-    return int(match[1]), _WITHIN_LAYER.index(match[2])
+    point = HookPoint.parse(hook)
+    return point.layer, _WITHIN_LAYER.index(point.kind)
