@@ -15,7 +15,7 @@ DEFAULT_MAX_ROWS: Final = 4096
 #: At least as many features as this may be read by one request; and `MAX_TOP_K` over one context.
 LEAST_MAX_READ_VALUES: Final = 2**22
 #: Which SAEs' whole weights are on an accelerator: TopK ones always and one of the others at a
-#: time; all; or none, and every full pass copies them from the host's memory in chunks.
+#: time; all; or none, and requests that need all of one are refused.
 RESIDENT_TURNS: Final = "turns"
 RESIDENT_ALL: Final = "all"
 RESIDENT_NONE: Final = "none"

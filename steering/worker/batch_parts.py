@@ -33,7 +33,9 @@ from steering.worker.probed_tokens import (
     pooled_tokens,
 )
 from steering.worker.record import RequestRecord
+from steering.worker.residency import Residency
 from steering.worker.step import Step
+from steering.worker.turns import by_turns
 
 #: Elements that the float32 streams, or the full encodes, of one part of a batch may take.
 _WORKSPACE_ELEMENTS = 16 * 2**20
@@ -185,45 +187,55 @@ class BatchPart:
 class BatchParts:
     """Parts of a batch whose intermediates fit the workspace.
 
-    A batch of one part is laid out once, for as long as it and its slots stay the same.
+    Tokens that SAEs encode which take turns on the device are apart by these, so that each is
+    brought there once a pass; but for a request that needs two of them itself. What fits the
+    workspace at once is laid out once, for as long as the batch and its slots stay the same.
 
     Attributes:
         saes: index to SAE, those at this hook point.
         buffers: of this hook point.
         work: slot to its work here.
+        residency: which SAEs take turns.
     """
 
     saes: Mapping[int, SAE]
     buffers: Buffers
     work: Mapping[int, SlotWork]
-    # Slots by token, and the only part of that batch, None if it has no work.
-    _laid_out: tuple[IntArray, BatchPart | None] | None = None
+    residency: Residency
+    # Slots by token, and the parts of that batch.
+    _laid_out: tuple[IntArray, list[BatchPart]] | None = None
 
     def forget(self) -> None:
         """A slot is rewritten: what was laid out may be wrong."""
         self._laid_out = None
 
     def of(self, step: Step) -> Iterable[BatchPart]:
-        """The pass's tokens that have work here; nothing is laid out again without need."""
+        """The pass's tokens that have work here; nothing is laid out again without need.
+
+        Of SAEs that take turns, the one that is there comes first.
+        """
         if self._laid_out is not None:
-            of, part = self._laid_out
+            of, parts = self._laid_out
             if of is step.token_slot_np or np.array_equal(of, step.token_slot_np):
-                return () if part is None else (part,)
+                near = self.residency.are_near
+                return sorted(parts, key=lambda part: not near(full.sae for full in part.full))
         buffers = self.buffers
         present = [int(s) for s in step.slots_np if int(s) in self.work]
         has_work = np.zeros(buffers.table.count_np.shape[0], dtype=np.bool_)
         has_work[present] = True
         token_np = np.flatnonzero(has_work[step.token_slot_np] & (step.token_slot_np >= 0))
-        full = {sae for s in present for sae in self.work[s].full}
-        chunk = self.tokens_in_part(full)
+        full = {slot: self.work[slot].full for slot in present}
+        chunk = self.tokens_in_part(set[int]().union(*full.values()))
+        groups = by_turns(token_np, step.token_slot_np[token_np], full, self.residency)
         if len(token_np) > chunk:
             return (
-                self._part(step, token_np[start : start + chunk])
-                for start in range(0, len(token_np), chunk)
+                self._part(step, group_np[start : start + chunk])
+                for group_np in groups
+                for start in range(0, len(group_np), chunk)
             )
-        part = self._part(step, token_np) if len(token_np) else None
-        self._laid_out = (step.token_slot_np, part)
-        return () if part is None else (part,)
+        parts = [self._part(step, group_np) for group_np in groups]
+        self._laid_out = (step.token_slot_np, parts)
+        return parts
 
     def tokens_in_part(self, full: Iterable[int]) -> int:
         """Most tokens of a part in which these SAEs are encoded in full."""

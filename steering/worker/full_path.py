@@ -31,8 +31,9 @@ def apply(
 ) -> None:
     """Read conditions and edits, edit, and read features on the tokens of one part.
 
-    All of it is of the stream as it came, but for what is kept of it behind the edits. Parts follow
-    each other in the order of their tokens, so that a condition on earlier tokens knows them.
+    All of it is of the stream as it came, but for what is kept of it behind the edits. A slot's
+    parts follow each other in the order of its tokens, so that a condition on earlier ones knows
+    them.
     """
     stream = batched.gather_stream(hidden_states, residual, part.token, buffers)
     for fit in part.fits:
