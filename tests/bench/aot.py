@@ -1,8 +1,8 @@
 """Compile the Triton kernel without a GPU and read what ptxas made of it.
 
-``python -m tests.bench.aot [out.json]`` prints a table for sm_80, sm_90 and sm_100 over widths and
-dtypes: registers, spills, shared memory, occupancy, and bytes in flight. Needs only the Triton
-package, which brings ptxas and cuobjdump along.
+``python -m tests.bench.aot [out.json]`` prints a table for sm_80, sm_90 and sm_100 over widths,
+dtypes and forms of the stream: registers, spills, shared memory, occupancy, and bytes in flight.
+Needs only the Triton package, which brings ptxas and cuobjdump along.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steering.worker.ops.layout import FLOAT16_LIMIT, INPUT_PLAIN
+from steering.worker.ops.layout import FLOAT16_LIMIT, INPUT_LAYER, INPUT_PLAIN, INPUT_RMS
 from steering.worker.ops.triton_gates import gate_kernel
 from steering.worker.ops.triton_kernel import steer_kernel
 from steering.worker.ops.triton_parts import layout_for
@@ -41,6 +41,52 @@ KERNELS: Final = {
     "reads": read_kernel,
     "writes": steer_kernel,
 }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a kernel.
+
+    Attributes:
+        name: of `KERNELS`.
+        dtype: of the stream.
+        residual: whether the layer hands the residual over apart.
+        residual_dtype: if it is another one: that of the model, where a compiled graph hands
+            float32 hidden states over (`registered.steer_wide`).
+        norm: what the place that is read is behind.
+    """
+
+    name: str = "edit"
+    dtype: str = "bf16"
+    residual: bool = True
+    residual_dtype: str = ""
+    norm: int = INPUT_PLAIN
+
+    @property
+    def stream(self) -> str:
+        """In words."""
+        residual = f"{self.residual_dtype} residual" if self.residual_dtype else ""
+        parts = (self.dtype, residual if self.residual else "no residual", _NORMS[self.norm])
+        return ", ".join(part for part in parts if part)
+
+
+_NORMS: Final = {INPUT_PLAIN: "", INPUT_RMS: "RMS norm", INPUT_LAYER: "layer norm"}
+_FUSED: Final = (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True))
+
+#: Every dtype with a residual, and bfloat16 without, too; of the two halves bfloat16 alone.
+VARIANTS: Final = (
+    *(Variant(name, *form) for name in ("edit", "gates") for form in _FUSED),
+    *(Variant(name, residual=False) for name in ("reads", "writes")),
+)
+#: What else a served model may ask for.
+OTHERS: Final = (
+    Variant("edit", "fp32", residual_dtype="bf16"),
+    *(Variant("gates", norm=norm) for norm in (INPUT_RMS, INPUT_LAYER)),
+    *(Variant("reads", norm=norm) for norm in (INPUT_PLAIN, INPUT_RMS, INPUT_LAYER)),
+    Variant("writes"),
+    *(Variant(name, dtype, False) for name in ("reads", "writes") for dtype in ("fp16", "fp32")),
+)
+WIDTHS_OF_OTHERS: Final = (4096, 8192)
 
 _POINTERS: Final = {
     "token_slot_ptr": "*i32",
@@ -83,7 +129,7 @@ class Kernel:
         name: of `KERNELS`.
         arch: compute capability times ten.
         dtype: of the stream.
-        residual: whether the layer hands the residual over apart.
+        stream: how it comes, in words.
         registers: a thread's.
         spill_bytes: a thread's stack and local memory: where spilled registers go.
         shared_bytes: a program's.
@@ -96,7 +142,7 @@ class Kernel:
     arch: int
     d_in: int
     dtype: str
-    residual: bool
+    stream: str
     block_d: int
     block_e: int
     num_warps: int
@@ -108,10 +154,9 @@ class Kernel:
     in_flight_bytes: int
 
 
-def compile_kernel(
-    arch: int, d_in: int, dtype: str, *, residual: bool = True, name: str = "edit"
-) -> Kernel:
+def compile_kernel(arch: int, d_in: int, variant: Variant) -> Kernel:
     """Compile one variant and read its resources."""
+    name, dtype = variant.name, variant.dtype
     kernel = KERNELS[name]
     layout = (reads_layout_for if name == "reads" else layout_for)(d_in, ITEMSIZE[dtype])
     constants: dict[str, Any] = {
@@ -125,15 +170,15 @@ def compile_kernel(
     if name == "edit":
         constants["carried_ptr"] = None
     if name in ("gates", "reads"):
-        constants["INPUT_NORM"] = INPUT_PLAIN
+        constants["INPUT_NORM"] = variant.norm
     types = _POINTERS | {
         "hidden_ptr": f"*{dtype}",
         "hidden_stride": "i32",
         "residual_stride": "i32",
         "share_stride": "i32",
     }
-    if residual:
-        types["residual_ptr"] = f"*{dtype}"
+    if variant.residual:
+        types["residual_ptr"] = f"*{variant.residual_dtype or dtype}"
     else:
         constants["residual_ptr"] = None
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
@@ -158,7 +203,7 @@ def compile_kernel(
         arch=arch,
         d_in=d_in,
         dtype=dtype,
-        residual=residual,
+        stream=variant.stream,
         block_d=layout.block_d,
         block_e=layout.block_e,
         num_warps=layout.num_warps,
@@ -197,16 +242,16 @@ def _programs_per_sm(arch: int, num_warps: int, registers: int, shared: int) -> 
     )
 
 
-def compile_all(archs: Iterable[int], widths: Iterable[int]) -> list[Kernel]:
-    """Every dtype with a residual, and bfloat16 without, too; of the two halves bfloat16 alone."""
-    fused = (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True))
-    halves = (("bf16", False),)
+def compile_all() -> list[Kernel]:
+    """`VARIANTS` at all widths, and `OTHERS` at some, for every architecture."""
     return [
-        compile_kernel(arch, d_in, dtype, residual=residual, name=name)
+        compile_kernel(arch, d_in, variant)
+        for variants, widths in ((VARIANTS, WIDTHS), (OTHERS, WIDTHS_OF_OTHERS))
         for name in KERNELS
-        for arch in archs
+        for arch in ARCHS
         for d_in in widths
-        for dtype, residual in (halves if name in ("reads", "writes") else fused)
+        for variant in variants
+        if variant.name == name
     ]
 
 
@@ -228,9 +273,8 @@ def table(kernels: Iterable[Kernel]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for k in kernels:
-        stream = k.dtype if k.residual else f"{k.dtype}, no residual"
         lines.append(
-            f"| {k.name} | {k.arch} | {k.d_in} | {stream} | {k.block_e} | {k.num_warps} "
+            f"| {k.name} | {k.arch} | {k.d_in} | {k.stream} | {k.block_e} | {k.num_warps} "
             f"| {k.registers} | {k.spill_bytes} | {k.shared_bytes} | {k.programs_per_sm} "
             f"| {k.occupancy:.0%} | {k.in_flight_bytes / 1024:.0f} |"
         )
@@ -242,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the Triton kernel without a GPU")
     parser.add_argument("out", nargs="?", type=Path, help="JSON file to write")
     out = parser.parse_args().out
-    kernels = compile_all(ARCHS, WIDTHS)
+    kernels = compile_all()
     print("\n".join(f"{name} {version}" for name, version in versions().items()))
     print("\n".join(table(kernels)))
     if out is not None:

@@ -46,6 +46,7 @@ class Device:
         flops: dense bfloat16 operations a second.
         flops32: float32 operations a second, without TF32.
         sms: multiprocessors.
+        cuda_name: what CUDA calls it. Others of a like name have memory of another rate.
     """
 
     name: str
@@ -55,13 +56,21 @@ class Device:
     flops: float
     flops32: float
     sms: int
+    cuda_name: str
 
 
-A100: Final = Device("A100 SXM 80 GB", 2.04e12, 4.0e12, 40e6, 312e12, 19.5e12, 108)
-H100: Final = Device("H100 SXM", 3.35e12, 5.5e12, 50e6, 990e12, 67e12, 132)
-H200: Final = Device("H200", 4.8e12, 5.5e12, 50e6, 990e12, 67e12, 132)
-B200: Final = Device("B200", 8.0e12, 10e12, 126e6, 2250e12, 75e12, 148)
+A100: Final = Device(
+    "A100 SXM 80 GB", 2.04e12, 4.0e12, 40e6, 312e12, 19.5e12, 108, "NVIDIA A100-SXM4-80GB"
+)
+H100: Final = Device("H100 SXM", 3.35e12, 5.5e12, 50e6, 990e12, 67e12, 132, "NVIDIA H100 80GB HBM3")
+H200: Final = Device("H200", 4.8e12, 5.5e12, 50e6, 990e12, 67e12, 132, "NVIDIA H200")
+B200: Final = Device("B200", 8.0e12, 10e12, 126e6, 2250e12, 75e12, 148, "NVIDIA B200")
 DEVICES: Final = (A100, H100, H200, B200)
+
+
+def device_named(name: str) -> Device | None:
+    """The device that CUDA calls so; None if its rates are not known."""
+    return next((device for device in DEVICES if device.cuda_name == name), None)
 
 
 @dataclass(frozen=True)
