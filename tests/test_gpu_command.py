@@ -87,11 +87,14 @@ def test_a_rehearsal_leaves_one_json_one_page_and_clear_last_lines(tmp_path: Pat
 def test_what_becomes_of_a_part_is_told_with_the_end_of_its_log(
     tmp_path: Path, part: Part, status: str
 ) -> None:
+    stale = tmp_path / f"{part.name}{part.suffix}"
+    stale.write_text('{"results": []}')
     found = run(part, tmp_path, rehearsal=True)
     assert found["status"] == status
     assert ("log_end" in found) == (status != PASSED)
     if part.name == "lacks":
         assert "No module named tests.bench.of_no_name" in found["log_end"]
+        assert "result" not in found and not stale.exists()
     if part.name == "good":
         assert found["result"]["passed"] == found["result"]["tests"] > 0
 

@@ -10,7 +10,7 @@ from sae.errors import SAEError
 from sae.layers import resolve_all
 from sae.sae import check_fits, open_sae
 from sae.source import ResolvedSAE, SAEReference
-from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, SteeringConfig
+from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, RESIDENT_TURNS, SteeringConfig
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
 from steering.vllm.seams import refuse_missing_seams
@@ -47,6 +47,7 @@ def offline_config(
     *,
     max_rows: int = DEFAULT_MAX_ROWS,
     max_read_values: int | None = None,
+    resident: str = RESIDENT_TURNS,
 ) -> SteeringConfig:
     """The configuration of an engine that steers a model through SAEs, checked against it.
 
@@ -55,6 +56,7 @@ def offline_config(
         model_config: vLLM's, which says what size the model has.
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: see `SteeringConfig`.
+        resident: see `SteeringConfig`.
 
     Raises:
         SAEError: if an SAE cannot be used, or not with this model.
@@ -76,4 +78,5 @@ def offline_config(
         num_layers,
         max_rows=max_rows,
         max_read_values=max_read_values,
+        resident=resident,
     )

@@ -85,7 +85,7 @@ TINY: Final = Size(
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "intermediate_size": 128,
-        "vocab_size": 320,
+        "vocab_size": 640,  # more than the tokenizer knows, as the large one's is
     },
     layer=1,
     d_sae=256,

@@ -29,6 +29,7 @@ def run(part: Part, folder: Path, rehearsal: bool) -> dict[str, Any]:
     """Run a part in a session of its own; whatever happens in it is in what is returned."""
     result, log = folder / f"{part.name}{part.suffix}", folder / f"{part.name}.log"
     command = part.command(str(result), rehearsal)
+    result.unlink(missing_ok=True)  # of another run, which this one must not be taken for
     started = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -190,15 +190,16 @@ def test_a_pass_of_rows_never_waits_for_the_device(saes: list[SAE]) -> None:
     hidden = torch.randn(len(ROWS), D_MODEL, device=DEVICE)
     worker.positions[: len(ROWS)] = PROMPT
 
-    def one_pass() -> None:
-        worker.state.begin_step([*ROWS], np.arange(len(ROWS) + 1))
+    def one_pass(names: Sequence[str]) -> None:
+        worker.state.begin_step(names, np.arange(len(names) + 1))
         for hook in worker.hooks:
             worker.state.apply_at(hook, hidden, None)
         worker.state.end_step()
 
-    one_pass()  # compiles
+    one_pass([*ROWS])  # compiles
     with nothing_may_wait():
-        one_pass()
+        one_pass([*ROWS])
+        one_pass([*reversed(ROWS)])  # a batch that has to be laid out
     assert worker.state.token_counts()[0] > 0
 
 
