@@ -103,15 +103,15 @@ OF_KINDS: Final = (
 )
 EVERY: Final = (*ROWS, *WHOLE, STOP, *OF_KINDS)
 
-#: Sent at once: everything, in a batch that is never full; then batches of some sizes.
+#: Sent at once: batches of some sizes, then everything. What might break an engine comes last.
 WAVES: Final[dict[str, tuple[str, ...]]] = {
-    "everything": EVERY,
+    "nobody": ("unsteered",),
     "one": ("clamp",),
     "three": ("unsteered", "many", "condition"),
     "seven": ("unsteered", "clamp", "window", "generation", "reread", "limit", "crosscoder"),
     "one whole": ("exact",),
     "three whole": ("read", "unsteered", "clamp"),
-    "nobody": ("unsteered",),
+    "everything": EVERY,
 }
 
 

@@ -64,7 +64,10 @@ CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {
 
 @dataclass
 class Outcome:
-    """What one engine answered, and one of vLLM alone with the same arguments."""
+    """What one engine answered, and one of vLLM alone with the same arguments.
+
+    An engine that broke has answered some waves and says ``why`` not the others.
+    """
 
     name: str
     steered: dict[str, Any]
@@ -78,14 +81,20 @@ class Outcome:
 
     def answer(self, name: str, wave: str = "everything") -> dict[str, Any]:
         """Of one request in one wave."""
-        found: dict[str, Any] = self.steered["waves"][wave][name]
+        found: dict[str, Any] = _known(self.steered, "waves", wave)[name]
+        return found
+
+    @property
+    def scored(self) -> dict[str, list[float]]:
+        """The text's KL by position."""
+        found: dict[str, list[float]] = _known(self.steered, "scored")
         return found
 
     def graphs(self, wave: str, need: str) -> set[str]:
         """Kinds of graph that those passes of a wave took that needed this."""
         if not self.engine["runner"].startswith("vllm.v1.worker.gpu.model_runner"):
             pytest.skip("runner V1 has no dispatch to watch")
-        return set(self.steered["graphs"][wave][need])
+        return set(_known(self.steered, "graphs", wave)[need])
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +122,7 @@ def outcome(
 
 
 def answered(task: str, path: Path, ranks: int) -> dict[str, Any]:
-    """Run an engine; its log's end is the failure where it fails."""
+    """Run an engine; its log's end is the failure where it fails, of what it did not come to."""
     task_file, out = path.with_suffix(".task.json"), path.with_suffix(".json")
     task_file.write_text(task)
     in_one_process = REHEARSAL and ranks == 1
@@ -123,19 +132,35 @@ def answered(task: str, path: Path, ranks: int) -> dict[str, Any]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.engine_run", task_file, out],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    if finished.returncode:
-        pytest.fail(f"the engine ended with {finished.returncode}:\n{finished.stderr[-6000:]}")
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    log = path.with_suffix(".log")
+    with log.open("wb") as file:
+        try:
+            finished = subprocess.run(
+                [sys.executable, "-m", "tests.gpu.engine_run", task_file, out],
+                env=environment,
+                cwd=Path(__file__).parents[2],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                timeout=SECONDS,
+            )
+            ended = f"with {finished.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"not within {SECONDS} s"
+    why = f"the engine ended {ended}:\n{log.read_text(errors='replace')[-6000:]}"
+    if not out.exists():
+        pytest.fail(why)
+    return {**json.loads(out.read_text()), "why": why}
+
+
+def _known(found: dict[str, Any], *names: str) -> Any:
+    """What an engine wrote under these names."""
+    inner: Any = found
+    for name in names:
+        if name not in inner:
+            pytest.fail(f"not known, since {found['why']}")
+        inner = inner[name]
+    return inner
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != STOP])
@@ -209,12 +234,13 @@ def test_answers_are_the_same_however_many_run_at_once(
 def test_a_request_that_nobody_steers_is_that_of_vllm_alone(
     outcome: Outcome, record_property: Callable[[str, object], None]
 ) -> None:
-    ours, theirs = outcome.answer("unsteered", "nobody"), outcome.plain["waves"]["alone"]
-    difference = _largest(ours["logprobs"], theirs["unsteered"]["logprobs"])
+    ours = outcome.answer("unsteered", "nobody")
+    theirs = _known(outcome.plain, "waves", "alone")["unsteered"]
+    difference = _largest(ours["logprobs"], theirs["logprobs"])
     record_property("nats from vLLM alone", difference)
-    assert ours["tokens"] == theirs["unsteered"]["tokens"]
+    assert ours["tokens"] == theirs["tokens"]
     if outcome.name == "eager" or REHEARSAL:
-        assert ours["logprobs"] == theirs["unsteered"]["logprobs"]
+        assert ours["logprobs"] == theirs["logprobs"]
     else:  # the compiler may fuse other things where the op stands between them
         assert difference < TOLERANCE
 
@@ -222,12 +248,23 @@ def test_a_request_that_nobody_steers_is_that_of_vllm_alone(
 def test_divergence_of_a_scored_text_is_that_of_transformers(
     outcome: Outcome, asked: Battery, record_property: Callable[[str, object], None]
 ) -> None:
-    kl, itself = outcome.steered["scored"]["steered"], outcome.steered["scored"]["itself"]
+    kl, itself = outcome.scored["steered"], outcome.scored["itself"]
     expected = asked.kl().tolist()
     record_property("nats from the reference's KL", _largest(kl, expected))
     assert max(expected) > EFFECT * TOLERANCE
     assert kl == pytest.approx(expected, rel=0.05, abs=TOLERANCE)
     assert all(0 <= value < 1e-9 for value in itself)
+
+
+def test_top_k_saes_are_on_the_device_from_the_start(outcome: Outcome) -> None:
+    exact_from_row, held = outcome.engine["exact_from_row"], set(outcome.engine["held"])
+    top_k = {name for name, exact in exact_from_row.items() if not exact}
+    assert "gate" in top_k
+    if REHEARSAL:  # where the host's memory is the device's
+        assert not held
+        return
+    assert top_k <= held
+    assert len(held - top_k) <= 1  # whose turn it was when memory was measured
 
 
 def test_scheduling_is_asynchronous_unless_it_is_switched_off(outcome: Outcome) -> None:

@@ -24,9 +24,14 @@ class GraphWatch:
         compilation = self.vllm_config.compilation_config
         if self.use_v2_model_runner:
             _count_dispatches()
+        device = self.model_runner.device
+        steering = getattr(self, "steering", None)
+        saes = [] if steering is None else [*steering.probes._residency.saes.values()]
         return {
+            "held": [sae.card.id for sae in saes if sae._weights._resident],
+            "exact_from_row": {sae.card.id: sae.card.exact_from_row for sae in saes},
             "runner": f"{type(self.model_runner).__module__}.{type(self.model_runner).__name__}",
-            "device": str(self.model_runner.device),
+            "device": str(device),
             "cudagraph_mode": compilation.cudagraph_mode.name,
             "splitting_ops": list(compilation.splitting_ops or ()),
         }
