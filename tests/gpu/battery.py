@@ -105,12 +105,12 @@ EVERY: Final = (*ROWS, *WHOLE, STOP, *OF_KINDS)
 
 #: Sent at once: batches of some sizes, then everything. What might break an engine comes last.
 WAVES: Final[dict[str, tuple[str, ...]]] = {
-    "nobody": ("unsteered",),
     "one": ("clamp",),
     "three": ("unsteered", "many", "condition"),
     "seven": ("unsteered", "clamp", "window", "generation", "reread", "limit", "crosscoder"),
     "one whole": ("exact",),
     "three whole": ("read", "unsteered", "clamp"),
+    "nobody": ("unsteered",),
     "everything": EVERY,
 }
 

@@ -256,6 +256,11 @@ def test_divergence_of_a_scored_text_is_that_of_transformers(
     assert all(0 <= value < 1e-9 for value in itself)
 
 
+def test_the_engine_came_to_its_end(outcome: Outcome) -> None:
+    for found in (outcome.steered, outcome.plain):
+        assert found["why"].startswith("the engine ended with 0:"), found["why"]
+
+
 def test_top_k_saes_are_on_the_device_from_the_start(outcome: Outcome) -> None:
     exact_from_row, held = outcome.engine["exact_from_row"], set(outcome.engine["held"])
     top_k = {name for name, exact in exact_from_row.items() if not exact}
