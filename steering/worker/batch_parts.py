@@ -240,8 +240,10 @@ class BatchParts:
     def tokens_in_part(self, full: Iterable[int]) -> int:
         """Most tokens of a part in which these SAEs are encoded in full."""
         d_in = self.buffers.rows.W_enc.shape[1]
-        per_token = max([d_in, *(_ENCODES_AT_ONCE * self.saes[s].card.d_sae for s in full)])
-        return max(1, _WORKSPACE_ELEMENTS // per_token)
+        sizes = [self.saes[s].card.d_sae for s in full]
+        # All are encoded before one of them is gone on with.
+        encodes = sum(sizes) + (_ENCODES_AT_ONCE - 1) * max(sizes, default=0)
+        return max(1, _WORKSPACE_ELEMENTS // max(d_in, encodes))
 
     def _part(self, step: Step, token_np: IntArray) -> BatchPart:
         buffers = self.buffers
