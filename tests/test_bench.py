@@ -216,11 +216,12 @@ def test_french_is_told_from_english_and_spanish() -> None:
         roofline.decode_table(roofline.H100, 0),
         roofline.gates_table(roofline.H100, 1024),
         roofline.halves_table(roofline.H100, 1024),
+        roofline.heads_table(1024),
         roofline.whole_table(roofline.H100, 1024),
         roofline.prefill_table(roofline.H100, 2048),
         roofline.split_table(roofline.H100),
     ],
-    ids=["bytes", "decode", "empty cache", "gates", "halves", "whole", "prefill", "split"],
+    ids=["bytes", "decode", "empty cache", "gates", "halves", "heads", "whole", "prefill", "split"],
 )
 def test_the_page_of_the_kernels_has_the_rooflines_tables(rows: list[str]) -> None:
     page = Path(steering.__file__).parent / "worker" / "ops" / "README.md"
