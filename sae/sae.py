@@ -63,6 +63,7 @@ class SAE:
         self._tensors = tensors
         self._lock = threading.Lock()
         self._all_vectors: dict[torch.device, LatentVectors] = {}
+        self._biases: dict[torch.device, Tensor] = {}
         self.weight_bytes = tensors.nbytes
         # What the files leave open and how it was taken, a line each.
         self.remarks = layout.remarks
@@ -173,10 +174,10 @@ class SAE:
         SAE that reads x without its mean says nothing of the mean: x_hat has that of x.
         """
         assert self._card.kind in KINDS_THAT_DECODE, self._card.kind
-        out = self._add_written(self.b_dec.to(f.device).repeat(f.shape[0], 1), f)
-        W_skip = self._weights.W_skip
+        out = self._add_written(self._bias(f.device).repeat(f.shape[0], 1), f)
+        W_skip = self._weights.W_skip(x.device)
         if W_skip is not None:
-            out += product(x, W_skip.to(x.device))
+            out += product(x, W_skip)
         if self._card.kind == KIND_TRANSCODER:
             return out
         _, g = self.normalize(x)
@@ -215,7 +216,7 @@ class SAE:
 
     @property
     def matrix_bytes(self) -> int:
-        """Bytes of what full passes read, as it is stored: W_enc, and W_dec if it decodes."""
+        """Size of what full passes read, as it is stored: W_enc; W_dec, W_skip if it decodes."""
         return self._weights.matrix_bytes
 
     @property
@@ -240,6 +241,7 @@ class SAE:
     def prepare(self, device: torch.device | str) -> None:
         """Work out on a device what else a full pass needs, which reads every weight once."""
         self._vectors_of_all(_indexed(device))
+        self._bias(_indexed(device))
 
     # Checks
 
@@ -279,6 +281,13 @@ class SAE:
                     self._all_vectors[cpu] = self._weights.vectors_of_all()
                 self._all_vectors[device] = self._all_vectors[cpu].to(device)
             return self._all_vectors[device]
+
+    def _bias(self, device: torch.device) -> Tensor:
+        """`b_dec` on a device, brought there once: each copy waits for what the device does."""
+        with self._lock:
+            if device not in self._biases:
+                self._biases[device] = self.b_dec.to(device)
+            return self._biases[device]
 
     def _activate(self, z: Tensor, vectors: LatentVectors) -> Tensor:
         if self._card.exact_from_row:

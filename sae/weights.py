@@ -41,12 +41,12 @@ class Weights:
         """[d_out] float32, in the scale of the SAE's output."""
         return self._b_dec().float()
 
-    @property
-    def W_skip(self) -> Tensor | None:
-        """[d_out, d_in] float32 as it is computed with; None if there is no skip connection."""
+    def W_skip(self, device: torch.device) -> Tensor | None:
+        """[d_out, d_in] float32 as it is computed with; None where there is no skip connection."""
         if "W_skip" not in self._layout.tensors:
             return None
-        return self._stored("W_skip").float() * (self._layout.scale / self._scale_out)
+        whole = self._on(device, "W_skip")
+        return whole.float() * (self._layout.scale / self._scale_out)
 
     @property
     def matrix_bytes(self) -> int:
@@ -56,7 +56,10 @@ class Weights:
     @property
     def _matrices(self) -> tuple[str, ...]:
         """What full passes read: a dictionary that does not decode is only encoded with."""
-        return ("W_enc", "W_dec") if self._card.kind in KINDS_THAT_DECODE else ("W_enc",)
+        if self._card.kind not in KINDS_THAT_DECODE:
+            return ("W_enc",)
+        skip = ("W_skip",) if "W_skip" in self._layout.tensors else ()
+        return ("W_enc", "W_dec", *skip)
 
     @property
     def _scale_out(self) -> float:
@@ -91,16 +94,10 @@ class Weights:
         return self._in_use(canonical, stored.index_select(0, index))
 
     def matrix(self, canonical: str, start: int, stop: int, device: torch.device) -> Tensor:
-        """The rows of a range of latents, on a device; those of several places are summed."""
-        whole = self._resident.get(device, {}).get(canonical)
-        if whole is None:
-            whole = self._stored(canonical)
-        part = whole[start:stop].to(device)
+        """The same for a range of latents, on a device; of several places their sum."""
+        part = self._on(device, canonical, slice(start, stop))
         if part.dim() == 3:
             part = part.sum(dim=1, dtype=torch.float32)
-        if device.type != "cpu":
-            # Contiguous wherever they come from, so that one kernel multiplies and rounds alike.
-            part = part.contiguous()
         return self._in_use(canonical, part)
 
     @property
@@ -217,6 +214,15 @@ class Weights:
                 tensor = tensor[:, first] if count == 1 else tensor[:, places]
             view = self._mapped[canonical] = tensor.T if stored.transposed else tensor
         return view
+
+    def _on(self, device: torch.device, canonical: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of a matrix as it is stored, on a device: those that `make_resident` put there."""
+        whole = self._resident.get(device, {}).get(canonical)
+        if whole is None:
+            whole = self._stored(canonical)
+        part = whole[rows].to(device)
+        # Contiguous wherever they come from, so that one kernel multiplies and rounds alike.
+        return part if device.type == "cpu" else part.contiguous()
 
     def _b_dec(self) -> Tensor:
         """[d_out] float64, in the scale of the SAE's output."""

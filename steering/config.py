@@ -14,7 +14,8 @@ CONFIG_KEY: Final = "steering"
 DEFAULT_MAX_ROWS: Final = 4096
 #: By default one request may have at least so many features read; see `SteeringConfig.read_limit`.
 LEAST_MAX_READ_VALUES: Final = 2**22
-#: An accelerator holds the whole weights of every TopK SAE, and of one of the others at a time.
+#: Which SAEs' whole weights are on an accelerator: TopK ones always and one of the others at a
+#: time; all; or none, and requests that need all of one are refused.
 RESIDENT_TURNS: Final = "turns"
 #: An accelerator holds the whole weights of every SAE.
 RESIDENT_ALL: Final = "all"

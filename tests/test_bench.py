@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import steering
-from tests.bench import roofline, table
+from tests.bench import roofline, step_gpu, table
 from tests.bench.alternate import Compared, Run, alternate, paired, ratios
 from tests.bench.cases import CONTROL, FULL, REQUESTS, TOPK, Case
 from tests.bench.cases import steering as configurations_of
@@ -161,6 +161,39 @@ def test_the_page_in_the_repository_is_that_of_the_results_beside_it(folder: Pat
     assert page.read_text() == made
 
 
+def test_what_was_measured_before_a_benchmark_failed_is_saved(tmp_path: Path) -> None:
+    record = Record("broken", "A benchmark that fails.", {})
+    with pytest.raises(RuntimeError, match="in the middle"), record.saved(tmp_path / "out.json"):
+        record.add(case="first", seconds=1.0)
+        raise RuntimeError("in the middle")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["results"] == [{"case": "first", "seconds": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("NVIDIA H100 80GB HBM3", roofline.H100),
+        ("NVIDIA H200", roofline.H200),
+        ("NVIDIA A100-SXM4-80GB", roofline.A100),
+        ("NVIDIA B200", roofline.B200),
+        # Of other memory: 2.0, 4.0 and 1.6 TB/s.
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+    ],
+)
+def test_a_gpu_is_held_against_its_own_rates_or_none(
+    name: str, device: roofline.Device | None
+) -> None:
+    assert roofline.device_named(name) is device
+
+
+def test_a_decode_step_is_timed_once_no_prompt_is_left() -> None:
+    # While the second prompt is computed, the first request waits 3 s between two tokens.
+    assert step_gpu.decode_step([(0.0, 8.0), (5.0, 10.0)], tokens=6) == 1.0
+
+
 def test_french_is_told_from_english_and_spanish() -> None:
     here = RESULTS.parent
     french, english = (
@@ -183,11 +216,12 @@ def test_french_is_told_from_english_and_spanish() -> None:
         roofline.decode_table(roofline.H100, 0),
         roofline.gates_table(roofline.H100, 1024),
         roofline.halves_table(roofline.H100, 1024),
+        roofline.heads_table(1024),
         roofline.whole_table(roofline.H100, 1024),
         roofline.prefill_table(roofline.H100, 2048),
         roofline.split_table(roofline.H100),
     ],
-    ids=["bytes", "decode", "empty cache", "gates", "halves", "whole", "prefill", "split"],
+    ids=["bytes", "decode", "empty cache", "gates", "halves", "heads", "whole", "prefill", "split"],
 )
 def test_the_page_of_the_kernels_has_the_rooflines_tables(rows: list[str]) -> None:
     page = Path(steering.__file__).parent / "worker" / "ops" / "README.md"

@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 import torch
 
-from tests.gpu import page
+from steering.vllm import runner_v2
+from tests.gpu import battery, page, watch
 from tests.gpu.parts import PARTS, Part, chosen
-from tests.gpu.running import ENDED, FAILED, LEFT_OUT, PASSED, left_out, run
+from tests.gpu.running import ENDED, FAILED, LEFT_OUT, PASSED, end, left_out, run, tests_of
 
 ROOT: Final = Path(__file__).parents[1]
 QUICK: Final = "tests/test_imports.py"
@@ -84,13 +87,69 @@ def test_a_rehearsal_leaves_one_json_one_page_and_clear_last_lines(tmp_path: Pat
 def test_what_becomes_of_a_part_is_told_with_the_end_of_its_log(
     tmp_path: Path, part: Part, status: str
 ) -> None:
+    stale = tmp_path / f"{part.name}{part.suffix}"
+    stale.write_text('{"results": []}')
     found = run(part, tmp_path, rehearsal=True)
     assert found["status"] == status
     assert ("log_end" in found) == (status != PASSED)
     if part.name == "lacks":
         assert "No module named tests.bench.of_no_name" in found["log_end"]
+        assert "result" not in found and not stale.exists()
     if part.name == "good":
         assert found["result"]["passed"] == found["result"]["tests"] > 0
+
+
+def test_a_part_that_is_ended_leaves_the_results_of_what_it_finished(tmp_path: Path) -> None:
+    tests, reached = tmp_path / "test_two.py", tmp_path / "reached"
+    tests.write_text(
+        "import pathlib, time\n"
+        "def test_done(): pass\n"
+        f"def test_hangs(): pathlib.Path({str(reached)!r}).touch(); time.sleep(600)\n"
+    )
+    result = tmp_path / "two.xml"
+    part = Part("two", "", tests=(str(tests), "--rootdir", str(tmp_path), "-c", os.devnull))
+    with (tmp_path / "two.log").open("wb") as log:
+        process = subprocess.Popen(
+            part.command(str(result), rehearsal=True),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not reached.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert reached.exists(), (tmp_path / "two.log").read_text()
+    finally:
+        end(process)
+    found = tests_of(result.read_text())
+    assert found["passed"] >= 1 and process.poll() is not None
+
+
+def test_passes_are_counted_by_what_they_need_and_the_graph_they_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def dispatch(mode: str) -> Any:
+        return SimpleNamespace(cg_mode=SimpleNamespace(name=mode)), None
+
+    counted = watch.counting(dispatch)
+    for mode, whole in (("FULL", False), ("PIECEWISE", True), ("FULL", False)):
+        monkeypatch.setattr(runner_v2._full_pass, "needed", lambda whole=whole: whole)
+        assert counted(mode) == dispatch(mode)
+    taken = watch.GraphWatch().graphs_taken()
+    assert taken == {watch.ROWS: {"FULL": 2}, watch.WHOLE: {"PIECEWISE": 1}}
+    assert watch.GraphWatch().graphs_taken() == {watch.ROWS: {}, watch.WHOLE: {}}
+
+
+def test_every_request_of_the_battery_is_in_a_wave_and_known() -> None:
+    assert {*battery.ROWS, *battery.WHOLE} <= set(battery.WAVES["everything"])
+    assert all(name in battery.EVERY for names in battery.WAVES.values() for name in names)
+
+
+def test_graphs_are_captured_for_any_batch_of_the_batterys_prompts_and_decodes() -> None:
+    assert battery.AT_ONCE * max(battery.LENGTHS) <= max(battery.CAPTURED)
+    assert battery.AT_ONCE in battery.CAPTURED
 
 
 def test_every_part_names_something_that_exists() -> None:

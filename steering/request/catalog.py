@@ -65,7 +65,7 @@ class Catalog:
         limits: EngineLimits = NO_LIMITS,
     ) -> None:
         self.max_read_values = max_read_values
-        self._limits = limits
+        self.limits = limits
         self.special_token_ids = special_token_ids
         self._fingerprints: dict[str, str] = {}
         self._loaded = dict(loaded)
@@ -154,8 +154,8 @@ class Catalog:
         """
         spec = parse_spec(raw, self._loaded, empty_allowed=empty_allowed)
         edits = ((edit.sae, edit.when) for edit in spec.edits)
-        refuse_across_stages(edits, self._loaded, self._limits.stage_of)
-        self._limits.refuse(spec, lambda name: self._loaded[name].reads)
+        refuse_across_stages(edits, self._loaded, self.limits.stage_of)
+        self.limits.refuse(spec, self.card)
         return spec
 
     async def prepare(self, spec: SteeringSpec) -> Prepared:
@@ -207,8 +207,9 @@ class Catalog:
             param: the path that a refusal names.
 
         Raises:
-            SteeringError: ``unknown_sae`` if it is not loaded; ``invalid_weights`` as in `prepare`.
+            SteeringError: ``invalid_weights`` as in `prepare`; see `EngineLimits.refuse_whole`.
         """
+        self.limits.refuse_whole(name, param)
         self.refuse_changed(name, param)
         if name in self._checked and name not in self._scanned:
             await asyncio.to_thread(self._check_all, name, param)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sae.card import HookPoint
+from sae.card import HookPoint, SAECard
 from steering.errors import SteeringError
 from steering.request.spec import SteeringSpec
 
@@ -17,11 +17,14 @@ class EngineLimits:
 
     Attributes:
         first_layers: the first decoder layer of each pipeline stage, ascending.
-        speculates: whether the engine decodes speculatively.
+        speculates: whether it decodes speculatively.
+        holds_none: whether it runs on an accelerator that holds no SAE whole, so that each pass
+            that needs all of one would copy it there many times, and everybody would wait.
     """
 
     first_layers: tuple[int, ...] = (0,)
     speculates: bool = False
+    holds_none: bool = False
 
     @property
     def last_stage(self) -> int:
@@ -32,20 +35,45 @@ class EngineLimits:
         """The pipeline stage that holds a hook point."""
         return bisect_right(self.first_layers, HookPoint.parse(hook).layer) - 1
 
-    def refuse(self, spec: SteeringSpec, reads: Callable[[str], str]) -> None:
-        """Refuse a request that this engine cannot serve.
+    def refuse(self, spec: SteeringSpec, card: Callable[[str], SAECard]) -> None:
+        """Refuse what this engine cannot keep of a request.
 
         Args:
             spec: the validated field.
-            reads: tells the hook point at which the SAE of a name is read.
+            card: of the SAE of this name.
 
         Raises:
             SteeringError: ``unsupported_combination`` if ``stop_when`` or a streamed read needs
                 what this engine cannot do.
         """
+
+        def reads(name: str) -> str:
+            return card(name).reads
+
+        if self.holds_none:
+            for name, param in _whole(spec, lambda name: card(name).exact_from_row):
+                self.refuse_whole(name, param)
         self._refuse_stop_when(spec, reads)
         if spec.read is not None and spec.read.stream:
             self._refuse_earlier_stage("read.stream", reads(spec.read.sae))
+
+    def refuse_whole(self, name: str, param: str | None) -> None:
+        """Refuse what needs all of an SAE, if this engine keeps it away from the accelerator.
+
+        Args:
+            name: of the SAE.
+            param: what to name in the refusal.
+
+        Raises:
+            SteeringError: ``unsupported_combination``.
+        """
+        if self.holds_none:
+            raise SteeringError(
+                "unsupported_combination",
+                f"this needs all of SAE {name!r}, and this server holds no SAE on the GPU; serve "
+                "with --steering-resident turns or all",
+                param,
+            )
 
     def _refuse_stop_when(self, spec: SteeringSpec, reads: Callable[[str], str]) -> None:
         if not spec.stop_when:
@@ -70,3 +98,24 @@ class EngineLimits:
                 "at a later layer",
                 f"steering.{field}",
             )
+
+
+def _whole(spec: SteeringSpec, exact_from_row: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """The SAEs that must encode tokens of this request in full, and where it says so.
+
+    As `SteeringPlan.encoded`.
+    """
+    if spec.read is not None:
+        yield spec.read.sae, "steering.read"
+    for i, edit in enumerate(spec.edits):
+        if not spec.error_term:
+            yield edit.sae, "steering.error_term"
+        elif not exact_from_row(edit.sae) and (edit.op != "add" or spec.report):
+            yield edit.sae, f"steering.interventions[{i}].sae"
+        if edit.when is not None:
+            for condition in edit.when.conditions:
+                if not exact_from_row(condition.sae):
+                    yield condition.sae, edit.when.path
+    for condition in spec.stop_when:
+        if not exact_from_row(condition.sae):
+            yield condition.sae, "steering.stop_when"

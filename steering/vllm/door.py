@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any, Final
 
-from steering.config import SteeringConfig
+from steering.config import RESIDENT_NONE, SteeringConfig
 from steering.errors import SteeringError
 from steering.report import STOP_REASON
 from steering.request.accepted import Accepted, accept
@@ -59,11 +59,20 @@ def limits_of(vllm_config: Any) -> EngineLimits:
 
     stages = vllm_config.parallel_config.pipeline_parallel_size
     speculates = vllm_config.speculative_config is not None
+    holds_none = _holds_none(vllm_config)
     if stages == 1:
-        return EngineLimits(speculates=speculates)
+        return EngineLimits(speculates=speculates, holds_none=holds_none)
     layers = vllm_config.model_config.get_total_num_hidden_layers()
     first_layers = (get_pp_indices(layers, stage, stages)[0] for stage in range(stages))
-    return EngineLimits(tuple(first_layers), speculates)
+    return EngineLimits(tuple(first_layers), speculates, holds_none)
+
+
+def _holds_none(vllm_config: Any) -> bool:
+    """Whether SAEs stay in the host's memory beside a model that does not run there."""
+    from vllm.platforms import current_platform
+
+    config = SteeringConfig.from_additional_config(vllm_config.additional_config)
+    return config is not None and config.resident == RESIDENT_NONE and current_platform.is_cuda()
 
 
 def catalog_for(vllm_config: Any) -> Catalog:

@@ -10,7 +10,7 @@ from sae.errors import SAEError
 from sae.layers import resolve_all
 from sae.sae import check_fits, open_sae
 from sae.source import ResolvedSAE, SAEReference
-from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, SteeringConfig
+from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, RESIDENT_TURNS, SteeringConfig
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.limits import MAX_GATES, MAX_INTERVENTIONS
 from steering.vllm.seams import refuse_missing_seams
@@ -48,6 +48,7 @@ def offline_config(
     *,
     max_rows: int = DEFAULT_MAX_ROWS,
     max_read_values: int | None = None,
+    resident: str = RESIDENT_TURNS,
 ) -> SteeringConfig:
     """The configuration of an engine that steers a model through SAEs, checked against it.
 
@@ -56,6 +57,7 @@ def offline_config(
         model_config: vLLM's ``ModelConfig``, which tells the model's hidden size and layers.
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: see `SteeringConfig`.
+        resident: see `SteeringConfig`.
 
     Raises:
         SAEError: if an SAE cannot be used, or cannot be used with this model.
@@ -77,4 +79,5 @@ def offline_config(
         num_layers,
         max_rows=max_rows,
         max_read_values=max_read_values,
+        resident=resident,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm import LLM, EngineArgs, SamplingParams
 
-from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS
+from steering.config import CONFIG_KEY, DEFAULT_MAX_ROWS, RESIDENT_TURNS
 from steering.report import response_object, wants_report
 from steering.request.accepted import Accepted, accept
 from steering.request.catalog import Catalog
@@ -38,7 +38,8 @@ class SteeringLLM(LLM):
         max_rows: how many features may be in use at once over all running requests.
         max_read_values: how many features one request may have read, over all its tokens.
         max_study_tokens: how many tokens one study may send through the model.
-        engine_args: all other arguments of ``LLM``.
+        resident: which SAEs a GPU holds whole, as ``--steering-resident``.
+        engine_args: whatever else ``LLM`` takes.
 
     Raises:
         SAEError: if an SAE cannot be used, or cannot be used with this model.
@@ -54,6 +55,7 @@ class SteeringLLM(LLM):
         max_rows: int = DEFAULT_MAX_ROWS,
         max_read_values: int | None = None,
         max_study_tokens: int = MAX_STUDY_TOKENS,
+        resident: str = RESIDENT_TURNS,
         **engine_args: Any,
     ) -> None:
         register()  # vLLM goes on without a plugin that failed to load
@@ -62,6 +64,7 @@ class SteeringLLM(LLM):
             _model_config(model, engine_args),
             max_rows=max_rows,
             max_read_values=max_read_values,
+            resident=resident,
         )
         steered = engine_arguments(config)
         given = engine_args.pop("additional_config", None) or {}

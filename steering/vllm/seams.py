@@ -59,6 +59,8 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             "get_pp_indices",
             first=("num_hidden_layers", "pp_rank", "pp_size"),
         ),
+        Seam("platforms", "current_platform"),
+        Seam("platforms.interface", "Platform", fields=("is_cuda",)),
         Seam(
             "v1.engine",
             "EngineCoreRequest",

@@ -22,7 +22,7 @@ from sae.card import HEADS, HookPoint
 from sae.errors import SAEError
 from sae.pass_order import place_in_pass
 from sae.sae import SAE, open_sae
-from steering.config import REFUSAL_VARIABLE, SteeringConfig
+from steering.config import REFUSAL_VARIABLE, RESIDENT_NONE, SteeringConfig
 from steering.request.special_tokens import special_token_ids
 from steering.vllm import hook_points, runner_v1, runner_v2
 from steering.vllm.finite_logits import keep_logits_finite
@@ -276,7 +276,7 @@ class SteeringWorker(PlatformWorker):
         adapter.attach(runner, state)
         keep_logits_finite(model, state)
         self._scored = ScoredTexts(state.captures, self._scores(model, runner.device))
-        if runner.device.type == "cuda":
+        if runner.device.type == "cuda" and config.resident != RESIDENT_NONE:
             rehearse_full_passes(runner, state)
         self._guard = PassGuard(state, model, replayed=state.graphs)
         return state

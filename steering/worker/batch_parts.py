@@ -27,8 +27,13 @@ from steering.worker.batch_work import (
 from steering.worker.ops import compilation
 from steering.worker.ops.buffers import Buffers
 from steering.worker.ops.compiled import Covers
-from steering.worker.probed_tokens import kept_tokens, pooled_tokens
+from steering.worker.probed_tokens import (
+    kept_tokens,
+    pooled_tokens,
+)
+from steering.worker.residency import Residency
 from steering.worker.step import Step
+from steering.worker.turns import by_turns
 
 #: How many elements the float32 streams, or the full encodes, of one part of a batch may have.
 _WORKSPACE_ELEMENTS = 16 * 2**20
@@ -40,53 +45,63 @@ _ENCODES_AT_ONCE = 3
 class BatchParts:
     """The parts of a batch, each small enough for its intermediates to fit the workspace.
 
-    A batch of a single part is laid out once, for as long as it and its slots stay the same.
+    Tokens that SAEs encode which take turns on the device are apart by these, so that each is
+    brought there once a pass; but for a request that needs two of them itself. What fits the
+    workspace at once is laid out once, for as long as the batch and its slots stay the same.
 
     Attributes:
         saes: the SAEs that are read at this hook point, by index.
         buffers: the buffers of this hook point.
         work: slot to its work here.
+        residency: which SAEs take turns.
     """
 
     saes: Mapping[int, SAE]
     buffers: Buffers
     work: Mapping[int, SlotWork]
-    # The slot of each token of the batch, and its only part; None if it has no work.
-    _laid_out: tuple[IntArray, BatchPart | None] | None = None
+    residency: Residency
+    # Slots by token, and the parts of that batch.
+    _laid_out: tuple[IntArray, list[BatchPart]] | None = None
 
     def forget(self) -> None:
         """A slot was rewritten, so what was laid out may be wrong."""
         self._laid_out = None
 
     def of(self, step: Step) -> Iterable[BatchPart]:
-        """The pass's tokens that have work here; nothing is laid out again without need."""
+        """The pass's tokens that have work here; nothing is laid out again without need.
+
+        Of SAEs that take turns, the one that is there comes first.
+        """
         if self._laid_out is not None:
-            token_slot_np, part = self._laid_out
-            if token_slot_np is step.token_slot_np or np.array_equal(
-                token_slot_np, step.token_slot_np
-            ):
-                return () if part is None else (part,)
+            of, parts = self._laid_out
+            if of is step.token_slot_np or np.array_equal(of, step.token_slot_np):
+                near = self.residency.are_near
+                return sorted(parts, key=lambda part: not near(full.sae for full in part.full))
         buffers = self.buffers
         present = [int(s) for s in step.slots_np if int(s) in self.work]
         has_work = np.zeros(buffers.table.count_np.shape[0], dtype=np.bool_)
         has_work[present] = True
         token_np = np.flatnonzero(has_work[step.token_slot_np] & (step.token_slot_np >= 0))
-        full = {sae for s in present for sae in self.work[s].full}
-        chunk = self.tokens_in_part(full)
+        full = {slot: self.work[slot].full for slot in present}
+        chunk = self.tokens_in_part(set[int]().union(*full.values()))
+        groups = by_turns(token_np, step.token_slot_np[token_np], full, self.residency)
         if len(token_np) > chunk:
             return (
-                self._part(step, token_np[start : start + chunk])
-                for start in range(0, len(token_np), chunk)
+                self._part(step, group_np[start : start + chunk])
+                for group_np in groups
+                for start in range(0, len(group_np), chunk)
             )
-        part = self._part(step, token_np) if len(token_np) else None
-        self._laid_out = (step.token_slot_np, part)
-        return () if part is None else (part,)
+        parts = [self._part(step, group_np) for group_np in groups]
+        self._laid_out = (step.token_slot_np, parts)
+        return parts
 
     def tokens_in_part(self, full: Iterable[int]) -> int:
         """How many tokens a part may have if these SAEs are encoded in full for it."""
         d_in = self.buffers.rows.W_enc.shape[1]
-        per_token = max([d_in, *(_ENCODES_AT_ONCE * self.saes[s].card.d_sae for s in full)])
-        return max(1, _WORKSPACE_ELEMENTS // per_token)
+        sizes = [self.saes[s].card.d_sae for s in full]
+        # All are encoded before one of them is gone on with.
+        encodes = sum(sizes) + (_ENCODES_AT_ONCE - 1) * max(sizes, default=0)
+        return max(1, _WORKSPACE_ELEMENTS // max(d_in, encodes))
 
     def _part(self, step: Step, token_np: IntArray) -> BatchPart:
         buffers = self.buffers

@@ -1,17 +1,17 @@
 """Where the whole weights of SAEs are when a pass reads all of them.
 
-On an accelerator they must be on the device. By default those of TopK SAEs, which every pass with
-an edit of theirs encodes whole, are put there when the model is loaded, before the engine measures
-what memory is left for its KV cache. The others take turns in one place of the largest one's size,
-with a copy whenever another one's turn comes. All this follows from the configuration and the
-batches, which the ranks of a tensor-parallel group share, and not from how much memory is free:
-weights that lie elsewhere are multiplied by another kernel, whose rounding would make the ranks
-differ.
+On an accelerator they must be on the device. Those that full passes of every kind need (TopK) are
+put there when the model is loaded, before the engine measures what memory is left for its KV cache;
+the others take turns in one place of the largest one's size, a copy each time that it changes
+hands. Of an engine that keeps none there, no request needs all of one (`engine_limits.py`). All
+this follows from the configuration and the batches, which the ranks of a tensor-parallel
+group share, and not from how much memory is free: weights that lie elsewhere are multiplied by
+another kernel, whose rounding would make the ranks differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Residency:
             weights need to be moved.
 
     Attributes:
-        saes: as given. For an SAE's card or one of its vectors, use this without `load`.
+        saes: as given; what needs a card or a vector of one need not bring it.
+        taking_turns: those of which one at a time is on the device.
 
     Raises:
         SAEError: in one line, if the device has no room for the weights.
@@ -43,12 +44,10 @@ class Residency:
         self._place: Tensor | None = None
         self._in_place: int | None = None
         kept = set() if choice is None else {i for i in saes if self._is_kept(i, choice)}
-        self._taking_turns = (
-            frozenset(saes) - kept if choice == RESIDENT_TURNS else frozenset[int]()
-        )
+        self.taking_turns = frozenset(saes) - kept if choice == RESIDENT_TURNS else frozenset[int]()
         for index in sorted(kept):
             self._keep(index)
-        if self._taking_turns:
+        if self.taking_turns:
             self._make_place()
 
     def whole(self, index: int) -> SAE:
@@ -58,7 +57,11 @@ class Residency:
 
     def is_near(self, index: int) -> bool:
         """Whether `load` would copy nothing."""
-        return index not in self._taking_turns or index == self._in_place
+        return index not in self.taking_turns or index == self._in_place
+
+    def are_near(self, indices: Iterable[int]) -> bool:
+        """Whether `load` would copy nothing for any of these."""
+        return all(self.is_near(index) for index in indices)
 
     def load(self, index: int) -> None:
         """Put an SAE's matrices where the whole encode or decode that follows needs them."""
@@ -83,7 +86,7 @@ class Residency:
             raise self._no_room(f"SAE {sae.card.id!r}", sae.matrix_bytes) from error
 
     def _make_place(self) -> None:
-        size = max(self.saes[index].place_bytes for index in self._taking_turns)
+        size = max(self.saes[index].place_bytes for index in self.taking_turns)
         try:
             self._place = torch.empty(size, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as error:
@@ -93,5 +96,5 @@ class Residency:
         return SAEError(
             f"{self._device}: no room for the {size / 2**30:.2f} GiB of {what} beside the model; "
             f"with --steering-resident {RESIDENT_NONE} weights stay on the host, and requests with "
-            "read, error_term false or edits of a TopK SAE become slow"
+            "read, error_term false or edits of a TopK SAE are refused"
         )

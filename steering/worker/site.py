@@ -88,7 +88,7 @@ class Site:
     _chosen: tuple[IntArray, _Launches] | None = None
 
     def __post_init__(self) -> None:
-        self._parts = BatchParts(self.saes, self.buffers, self.work)
+        self._parts = BatchParts(self.saes, self.buffers, self.work, self.residency)
 
     @cached_property
     def width(self) -> int:

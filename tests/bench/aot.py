@@ -1,9 +1,9 @@
 """Compile the Triton kernel without a GPU and read what ptxas made of it.
 
 ``python -m tests.bench.aot [out.json]`` prints a table over architectures (``--archs``, all of
-sm_80, sm_90 and sm_100 unless told), widths (``--widths``) and dtypes: registers, spills, shared
-memory, occupancy, and bytes in flight. Needs only the Triton package, which brings ptxas and
-cuobjdump along.
+sm_80, sm_90 and sm_100 unless told), widths (``--widths``), dtypes and forms of the stream:
+registers, spills, shared memory, occupancy, and bytes in flight. Needs only the Triton package,
+which brings ptxas and cuobjdump along.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steering.worker.ops.layout import FLOAT16_LIMIT, INPUT_PLAIN
+from steering.worker.ops.layout import FLOAT16_LIMIT, INPUT_LAYER, INPUT_PLAIN, INPUT_RMS
 from steering.worker.ops.triton_gates import gate_kernel
 from steering.worker.ops.triton_kernel import steer_kernel
 from steering.worker.ops.triton_parts import layout_for
@@ -42,6 +42,52 @@ KERNELS: Final = {
     "reads": read_kernel,
     "writes": steer_kernel,
 }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a kernel.
+
+    Attributes:
+        name: of `KERNELS`.
+        dtype: of the stream.
+        residual: whether the layer hands the residual over apart.
+        residual_dtype: if it is another one: that of the model, where a compiled graph hands
+            float32 hidden states over (`registered.steer_wide`).
+        norm: what the place that is read is behind.
+    """
+
+    name: str = "edit"
+    dtype: str = "bf16"
+    residual: bool = True
+    residual_dtype: str = ""
+    norm: int = INPUT_PLAIN
+
+    @property
+    def stream(self) -> str:
+        """In words."""
+        residual = f"{self.residual_dtype} residual" if self.residual_dtype else ""
+        parts = (self.dtype, residual if self.residual else "no residual", _NORMS[self.norm])
+        return ", ".join(part for part in parts if part)
+
+
+_NORMS: Final = {INPUT_PLAIN: "", INPUT_RMS: "RMS norm", INPUT_LAYER: "layer norm"}
+_FUSED: Final = (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True))
+
+#: Every dtype with a residual, and bfloat16 without, too; of the two halves bfloat16 alone.
+VARIANTS: Final = (
+    *(Variant(name, *form) for name in ("edit", "gates") for form in _FUSED),
+    *(Variant(name, residual=False) for name in ("reads", "writes")),
+)
+#: What else a served model may ask for.
+OTHERS: Final = (
+    Variant("edit", "fp32", residual_dtype="bf16"),
+    *(Variant("gates", norm=norm) for norm in (INPUT_RMS, INPUT_LAYER)),
+    *(Variant("reads", norm=norm) for norm in (INPUT_PLAIN, INPUT_RMS, INPUT_LAYER)),
+    Variant("writes"),
+    *(Variant(name, dtype, False) for name in ("reads", "writes") for dtype in ("fp16", "fp32")),
+)
+WIDTHS_OF_OTHERS: Final = (4096, 8192)
 
 _POINTERS: Final = {
     "token_slot_ptr": "*i32",
@@ -84,7 +130,7 @@ class Kernel:
         name: of `KERNELS`.
         arch: compute capability times ten.
         dtype: of the stream.
-        residual: whether the layer hands the residual over apart.
+        stream: how it comes, in words.
         registers: a thread's.
         spill_bytes: a thread's stack and local memory: where spilled registers go.
         shared_bytes: a program's.
@@ -97,7 +143,7 @@ class Kernel:
     arch: int
     d_in: int
     dtype: str
-    residual: bool
+    stream: str
     block_d: int
     block_e: int
     num_warps: int
@@ -109,10 +155,9 @@ class Kernel:
     in_flight_bytes: int
 
 
-def compile_kernel(
-    arch: int, d_in: int, dtype: str, *, residual: bool = True, name: str = "edit"
-) -> Kernel:
+def compile_kernel(arch: int, d_in: int, variant: Variant) -> Kernel:
     """Compile one variant and read its resources."""
+    name, dtype = variant.name, variant.dtype
     kernel = KERNELS[name]
     layout = (reads_layout_for if name == "reads" else layout_for)(d_in, ITEMSIZE[dtype])
     constants: dict[str, Any] = {
@@ -126,15 +171,15 @@ def compile_kernel(
     if name == "edit":
         constants["carried_ptr"] = None
     if name in ("gates", "reads"):
-        constants["INPUT_NORM"] = INPUT_PLAIN
+        constants["INPUT_NORM"] = variant.norm
     types = _POINTERS | {
         "hidden_ptr": f"*{dtype}",
         "hidden_stride": "i32",
         "residual_stride": "i32",
         "share_stride": "i32",
     }
-    if residual:
-        types["residual_ptr"] = f"*{dtype}"
+    if variant.residual:
+        types["residual_ptr"] = f"*{variant.residual_dtype or dtype}"
     else:
         constants["residual_ptr"] = None
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names}
@@ -159,7 +204,7 @@ def compile_kernel(
         arch=arch,
         d_in=d_in,
         dtype=dtype,
-        residual=residual,
+        stream=variant.stream,
         block_d=layout.block_d,
         block_e=layout.block_e,
         num_warps=layout.num_warps,
@@ -198,16 +243,17 @@ def _programs_per_sm(arch: int, num_warps: int, registers: int, shared: int) -> 
     )
 
 
-def compile_all(archs: Iterable[int], widths: Iterable[int]) -> list[Kernel]:
-    """Every dtype with a residual, and bfloat16 without, too; of the two halves bfloat16 alone."""
-    fused = (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True))
-    halves = (("bf16", False),)
+def compile_all(archs: Sequence[int] = ARCHS, widths: Sequence[int] = WIDTHS) -> list[Kernel]:
+    """`VARIANTS` at all of these widths, and `OTHERS` at some, for every architecture."""
+    others = [d_in for d_in in widths if d_in in WIDTHS_OF_OTHERS]
     return [
-        compile_kernel(arch, d_in, dtype, residual=residual, name=name)
+        compile_kernel(arch, d_in, variant)
+        for variants, compiled in ((VARIANTS, widths), (OTHERS, others))
         for name in KERNELS
         for arch in archs
-        for d_in in widths
-        for dtype, residual in (halves if name in ("reads", "writes") else fused)
+        for d_in in compiled
+        for variant in variants
+        if variant.name == name
     ]
 
 
@@ -229,9 +275,8 @@ def table(kernels: Iterable[Kernel]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for k in kernels:
-        stream = k.dtype if k.residual else f"{k.dtype}, no residual"
         lines.append(
-            f"| {k.name} | {k.arch} | {k.d_in} | {stream} | {k.block_e} | {k.num_warps} "
+            f"| {k.name} | {k.arch} | {k.d_in} | {k.stream} | {k.block_e} | {k.num_warps} "
             f"| {k.registers} | {k.spill_bytes} | {k.shared_bytes} | {k.programs_per_sm} "
             f"| {k.occupancy:.0%} | {k.in_flight_bytes / 1024:.0f} |"
         )

@@ -41,13 +41,13 @@ from steering.worker.rows import RowPool
 from steering.worker.slots import EditTable, SlotFacts
 from tests.bench.record import Record, arguments
 from tests.bench.roofline import (
-    DEVICES,
     H100,
     LLAMA_8B,
     LLAMA_70B,
     Device,
     Moved,
     decode_seconds,
+    device_named,
     gate_seconds,
     idle_seconds,
     moved,
@@ -142,7 +142,7 @@ def measure(device: Device, case: Case, clock: Callable[..., float]) -> dict[str
         "predicted_us": 1e6 * predicted,
         "ratio": measured / predicted,
         "percent_of_step": 100 * measured / step,
-        "gigabytes_a_second": traffic / measured / 1e9,
+        "gigabytes_a_second": traffic / max(measured, 1e-9) / 1e9,
     }
 
 
@@ -227,8 +227,7 @@ def _event() -> torch.cuda.Event:
 
 def this_device() -> Device | None:
     """The roofline's entry for the GPU at hand, if it has one."""
-    name = torch.cuda.get_device_name()
-    return next((device for device in DEVICES if device.name.split()[0] in name), None)
+    return device_named(torch.cuda.get_device_name())
 
 
 def _seconds_on_cpu(launch: Callable[[], None], _: Device) -> float:
@@ -253,11 +252,11 @@ def main() -> None:
         {"allowed": ALLOWED, "triton": triton.__version__, "rehearsal": args.rehearse},
     )
     clock = _seconds_on_cpu if args.rehearse else _seconds
-    for case in rehearsed() if args.rehearse else cases():
-        record.add(**measure(device, case, clock))
-        if not args.rehearse:
-            torch.cuda.empty_cache()
-    record.save(args.json)
+    with record.saved(args.json):
+        for case in rehearsed() if args.rehearse else cases():
+            record.add(**measure(device, case, clock))
+            if not args.rehearse:
+                torch.cuda.empty_cache()
     over = [one for one in record.results if one["ratio"] > ALLOWED]
     if known is None:
         print(f"no rates of {name} are known: nothing is confirmed or refuted")

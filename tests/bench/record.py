@@ -10,7 +10,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -106,6 +107,14 @@ class Record:
         self.targets.append(target)
         sign, verdict = "<=" if at_most else ">=", "met" if target.met else "MISSED"
         print(f"{self.name}: {what} {shown_value(value)}, target {sign} {bound}: {verdict}")
+
+    @contextmanager
+    def saved(self, path: Path | None) -> Iterator[None]:
+        """Save what there is when the block ends, however it ends; arguments as of `save`."""
+        try:
+            yield
+        finally:
+            self.save(path)
 
     def save(self, path: Path | None) -> None:
         """Write the file: ``tests/bench/results/NAME.json`` unless told otherwise."""

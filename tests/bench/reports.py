@@ -19,7 +19,7 @@ from tests.bench.cases import SAE_NAME, Field, Shape
 from tests.bench.demo_engine import SAE
 from tests.bench.over_http import ask, serve
 from tests.bench.record import Record, Rounds, arguments
-from tests.engine.server import wait_until_ready
+from tests.engine.server import LiveServer, wait_until_ready
 
 REQUESTS: Final = 256
 SHAPES: Final = (Shape("short answers", 16, 4), Shape("longer answers", 16, 24))
@@ -57,17 +57,25 @@ def main() -> None:
         )
         try:
             wait_until_ready(server)
-            for shape in SHAPES:
-                plain = partial(ask, server, shape, fields(report=False))
-                reporting = partial(ask, server, shape, fields(report=True))
-                found = alternate(plain, {WITHOUT: plain, WITH: reporting}, rounds)
-                for case, compared in found.items():
-                    record.add(shape=shape.name, case=case, **ratios(compared))
-                ratio = ratios(found[WITH])["throughput_ratio"]
-                record.target(f"reports, {shape.name}: with / without", ratio, 0.98)
+            with record.saved(args.json):
+                measure(record, server, rounds)
+        except Exception:
+            print(server.last_log_lines(), flush=True)
+            raise
         finally:
             server.stop()
-    record.save(args.json)
+
+
+def measure(record: Record, server: LiveServer, rounds: int) -> None:
+    """Every shape with reports and without."""
+    for shape in SHAPES:
+        plain = partial(ask, server, shape, fields(report=False))
+        reporting = partial(ask, server, shape, fields(report=True))
+        found = alternate(plain, {WITHOUT: plain, WITH: reporting}, rounds)
+        for case, compared in found.items():
+            record.add(shape=shape.name, case=case, **ratios(compared))
+        ratio = ratios(found[WITH])["throughput_ratio"]
+        record.target(f"reports, {shape.name}: with / without", ratio, 0.98)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ BLOCK_SECONDS: Final = 1.5e-6
 #: A program without a slot, from its start to its successor's.
 EXIT_SECONDS: Final = 1.0e-6
 ROW_ITEMSIZE: Final = 4
+#: An H100's NVLink, bytes a second in one direction, and what a small all-gather takes in any case.
+NVLINK: Final = 450e9
+GATHER_SECONDS: Final = 10e-6
 #: Launches of a whole encode and what is done with it, as torch makes them outside of a graph, and
 #: the processor's seconds for each.
 WHOLE_LAUNCHES: Final = 60
@@ -46,6 +49,7 @@ class Device:
         flops: dense bfloat16 operations a second.
         flops32: float32 operations a second, without TF32.
         sms: multiprocessors.
+        cuda_name: what CUDA calls it. Others of a like name have memory of another rate.
     """
 
     name: str
@@ -55,13 +59,21 @@ class Device:
     flops: float
     flops32: float
     sms: int
+    cuda_name: str
 
 
-A100: Final = Device("A100 SXM 80 GB", 2.04e12, 4.0e12, 40e6, 312e12, 19.5e12, 108)
-H100: Final = Device("H100 SXM", 3.35e12, 5.5e12, 50e6, 990e12, 67e12, 132)
-H200: Final = Device("H200", 4.8e12, 5.5e12, 50e6, 990e12, 67e12, 132)
-B200: Final = Device("B200", 8.0e12, 10e12, 126e6, 2250e12, 75e12, 148)
+A100: Final = Device(
+    "A100 SXM 80 GB", 2.04e12, 4.0e12, 40e6, 312e12, 19.5e12, 108, "NVIDIA A100-SXM4-80GB"
+)
+H100: Final = Device("H100 SXM", 3.35e12, 5.5e12, 50e6, 990e12, 67e12, 132, "NVIDIA H100 80GB HBM3")
+H200: Final = Device("H200", 4.8e12, 5.5e12, 50e6, 990e12, 67e12, 132, "NVIDIA H200")
+B200: Final = Device("B200", 8.0e12, 10e12, 126e6, 2250e12, 75e12, 148, "NVIDIA B200")
 DEVICES: Final = (A100, H100, H200, B200)
+
+
+def device_named(name: str) -> Device | None:
+    """The device that CUDA calls so; None if its rates are not known."""
+    return next((device for device in DEVICES if device.cuda_name == name), None)
 
 
 @dataclass(frozen=True)
@@ -352,6 +364,33 @@ def halves_table(device: Device, context: int) -> list[str]:
     return lines
 
 
+def gather_seconds(d: int, itemsize: int, tokens: int, ranks: int) -> float:
+    """Time in which each rank gets the others' heads: ``[tokens, d]`` in all, on H100s."""
+    received = tokens * d * itemsize * (ranks - 1) / ranks
+    return GATHER_SECONDS + received / (ACHIEVED * NVLINK)
+
+
+def heads_table(context: int) -> list[str]:
+    """Eight edits at ``attn.hook_z`` in a decode step of ranks that share the heads, as Markdown.
+
+    On H100s; one rank alone pays for the edit only.
+    """
+    lines = [
+        "| model | batch | edits, us | all-gather, us | share of the step, both |",
+        "|---|---|---|---|---|",
+    ]
+    model = LLAMA_70B
+    for batch in (1, 32, 256):
+        step = decode_seconds(H100, model, batch, context)
+        edits = op_seconds(H100, model.d_in, 2, batch, 8, batch)
+        gather = gather_seconds(model.d_in, 2, batch, model.ranks)
+        lines.append(
+            f"| {model.name} | {batch} | {1e6 * edits:.1f} | {1e6 * gather:.1f} "
+            f"| {100 * (edits + gather) / step:.2f}% |"
+        )
+    return lines
+
+
 def whole_table(device: Device, context: int) -> list[str]:
     """A decode step in which the whole batch is encoded in full once, as Markdown."""
     lines = [
@@ -430,6 +469,9 @@ def main() -> None:
         print("\n".join(gates_table(device, 1024)))
         print(f"\n{device.name}, decode, context 1024, eight edits of a transcoder, all distinct\n")
         print("\n".join(halves_table(device, 1024)))
+        if device is H100:
+            print(f"\n{device.name}, decode, context 1024, eight edits of the heads\n")
+            print("\n".join(heads_table(1024)))
         print(f"\n{device.name}, decode, context 1024, every token encoded in full\n")
         print("\n".join(whole_table(device, 1024)))
         print(f"\n{device.name}, 64 edits, one list\n")

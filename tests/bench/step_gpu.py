@@ -3,8 +3,9 @@
 ``python -m tests.bench.step_gpu [out.json] [--rounds N] [--rehearse]``
 
 The model has Llama-3.1-8B's shape and no trained weight (``load_format="dummy"``), so nothing is
-fetched; its SAEs have 32,768 latents. The time of a decode step is that between tokens, for batches
-at a context of about a thousand tokens, in alternation with the same batch unsteered. CUDA graphs,
+fetched; its SAEs have 32,768 latents. The time of a decode step is that between tokens once every
+prompt of the batch is computed, at a context of about a thousand tokens, in alternation with the
+same batch unsteered. CUDA graphs,
 sampling and the scheduler are in it, and in neither prediction: the step measured is longer than
 the one predicted, and what steering adds is the difference that counts. ``--rehearse`` does it with
 a tiny model on whatever vLLM runs on; its times mean nothing.
@@ -19,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any, Final
 
@@ -85,7 +85,7 @@ TINY: Final = Size(
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "intermediate_size": 128,
-        "vocab_size": 320,
+        "vocab_size": 640,  # more than the tokenizer knows, as the large one's is
     },
     layer=1,
     d_sae=256,
@@ -179,9 +179,22 @@ def step(llm: Any, prompts: Sequence[Any], steering: list[Any], tokens: int) -> 
     started = perf_counter()
     outputs = llm.generate(list(prompts), params, steering=steering, use_tqdm=False)
     seconds = perf_counter() - started
-    stats = [output.metrics for output in outputs]
-    between = median((one.last_token_ts - one.first_token_ts) / (tokens - 1) for one in stats)
-    return Run(seconds, itl=between)
+    times = [(out.metrics.first_token_ts, out.metrics.last_token_ts) for out in outputs]
+    return Run(seconds, itl=decode_step(times, tokens))
+
+
+def decode_step(times: Sequence[tuple[float, float]], tokens: int) -> float:
+    """Seconds of a step in which nothing but decoding is done.
+
+    Those between the tokens of the request whose prompt was computed last: others' tokens wait for
+    prompts, of which a large batch has seconds.
+
+    Args:
+        times: of each request its first token and its last.
+        tokens: of each.
+    """
+    first, last = max(times)
+    return (last - first) / (tokens - 1)
 
 
 def main() -> None:
@@ -218,10 +231,10 @@ def main() -> None:
             enforce_eager=args.rehearse,
             **({"kv_cache_memory_bytes": 64 * 2**20} if args.rehearse else {}),
         )
-        for batch in size.batches:
-            measure(record, llm, device, size, batch, rounds)
+        with record.saved(args.json):
+            for batch in size.batches:
+                measure(record, llm, device, size, batch, rounds)
         llm.llm_engine.engine_core.shutdown()
-    record.save(args.json)
 
 
 def measure(record: Record, llm: Any, device: Device, size: Size, batch: int, rounds: int) -> None:

@@ -44,9 +44,9 @@ def main() -> None:
             return run(engine, prompts(REQUESTS, shape.prompt), fields, shape.generated)
 
         cases = FULL if args.full else SHORT
-        compare(record, cases, rounds, run_shape, lambda: edited_tokens(engine))
+        with record.saved(args.json):
+            compare(record, cases, rounds, run_shape, lambda: edited_tokens(engine))
         engine.shut_down()
-    record.save(args.json)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def llm(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
     sae = make_tiny_sae(tmp_path_factory.mktemp("saes") / "a")
-    made = steering.SteeringLLM(str(tiny_model("llama")), saes=[f"a={sae}"], **ARGUMENTS)
+    arguments: dict[str, Any] = {"saes": [f"a={sae}"], "resident": "all", **ARGUMENTS}
+    made = steering.SteeringLLM(str(tiny_model("llama")), **arguments)
     yield made
     made.llm_engine.engine_core.shutdown()
 
@@ -44,6 +45,10 @@ def test_output_says_what_steering_did(llm: Any) -> None:
     assert (entry["sae"], entry["tokens_edited"]) == ("a", 12 - 1 + 3)
     (clean,) = llm.generate(prompt(1), params(), use_tqdm=False)
     assert clean.steering is None
+
+
+def test_what_a_gpu_is_to_hold_is_the_workers_to_know(llm: Any) -> None:
+    assert llm.llm_engine.vllm_config.additional_config["steering"]["resident"] == "all"
 
 
 def test_each_prompt_may_have_a_field_of_its_own(llm: Any) -> None:

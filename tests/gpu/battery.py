@@ -25,6 +25,13 @@ from tests.models import make_tiny_model, make_tiny_sae, resemble
 NUM_NEW: Final = 6
 #: Decoded behind the prompt where a feature ends the answer.
 MOST_NEW: Final = 12
+#: Tokens of prompts, in turn.
+LENGTHS: Final = (6, 11, 16, 21, 26)
+#: Requests that an engine runs at once.
+AT_ONCE: Final = 8
+#: Tokens of a pass that graphs are captured for. By themselves they would end at twice `AT_ONCE`,
+#: and most prompts would run eagerly.
+CAPTURED: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: Prompts that are tried for one whose tokens all come no nearer than this to a jump.
 TRIED: Final = 12
 FAR_ENOUGH: Final = 2e-2
@@ -96,15 +103,15 @@ OF_KINDS: Final = (
 )
 EVERY: Final = (*ROWS, *WHOLE, STOP, *OF_KINDS)
 
-#: Sent at once: everything, in a batch that is never full; then batches of some sizes.
+#: Sent at once: batches of some sizes, then everything. What might break an engine comes last.
 WAVES: Final[dict[str, tuple[str, ...]]] = {
-    "everything": EVERY,
     "one": ("clamp",),
     "three": ("unsteered", "many", "condition"),
     "seven": ("unsteered", "clamp", "window", "generation", "reread", "limit", "crosscoder"),
     "one whole": ("exact",),
     "three whole": ("read", "unsteered", "clamp"),
     "nobody": ("unsteered",),
+    "everything": EVERY,
 }
 
 
@@ -152,6 +159,13 @@ class Battery:
         ids, field = [*answer["tokens"], 0], request["steering"]
         _, trace = reference.model.trace(request["prompt"], ids, reference.saes, field)
         return reference.saes[sae].encode(trace.seen[sae])
+
+    def nearest(self, name: str, answer: Mapping[str, Any], sae: str, feature: int) -> float:
+        """How near a feature came to its jump on any token that entered."""
+        request, reference = self.requests[name], self.reference
+        ids, field = [*answer["tokens"], 0], request["steering"]
+        _, trace = reference.model.trace(request["prompt"], ids, reference.saes, field)
+        return float(reference.saes[sae].distance_to_jump(trace.seen[sae], [feature]).min())
 
     def kl(self) -> Tensor:
         """``[n]`` of the text that is scored."""
@@ -220,7 +234,7 @@ def battery(root: Path) -> Battery:
     reference = Reference(kinds, saes, ReferenceModel(kinds.checkpoint, SPECIAL_TOKEN_IDS))
     fields = {**ROWS, **WHOLE, **_of_kinds(kinds), STOP: {}}
     prompts = {
-        name: reference.prompt(40 + i, 6 + 5 * (i % 5), fields[name], name in OF_KINDS)
+        name: reference.prompt(40 + i, LENGTHS[i % len(LENGTHS)], fields[name], name in OF_KINDS)
         for i, name in enumerate(EVERY)
     }
     _, trace = reference.model.trace(prompts[STOP], [0], saes, None)

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Start the engine, run every wave, and write the file."""
+    """Start the engine, run every wave, and write the file: what came until something broke."""
     from vllm import LLM
 
     from steering import SteeringLLM
@@ -36,14 +36,16 @@ def main() -> None:
         "waves": {},
         "graphs": {},
     }
-    for wave, names in task["waves"].items():
-        llm.collective_rpc("graphs_taken")
-        found["waves"][wave] = answers(llm, {name: task["requests"][name] for name in names})
-        found["graphs"][wave] = llm.collective_rpc("graphs_taken")[0]
-    if saes:
-        found["scored"] = scored(llm, task["scored"])
-    Path(sys.argv[2]).write_text(json.dumps(found))
-    llm.llm_engine.engine_core.shutdown()
+    try:
+        for wave, names in task["waves"].items():
+            llm.collective_rpc("graphs_taken")
+            found["waves"][wave] = answers(llm, {name: task["requests"][name] for name in names})
+            found["graphs"][wave] = llm.collective_rpc("graphs_taken")[0]
+        if saes:
+            found["scored"] = scored(llm, task["scored"])
+    finally:
+        Path(sys.argv[2]).write_text(json.dumps(found))
+        llm.llm_engine.engine_core.shutdown()
 
 
 def answers(llm: Any, requests: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Part:
         more = list((self.rehearsal if rehearsal else self.arguments) or ())
         if self.module is not None:
             return [sys.executable, "-m", self.module, result, *more]
-        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={result}"]
+        options = ["-v", "-p", "no:cacheprovider", f"--junitxml={result}"]
         return [sys.executable, "-m", "pytest", *options, *self.tests, *more]
 
     @property
@@ -66,6 +66,7 @@ PARTS: Final = (
         "kernels",
         "The Triton kernels against the reference, and replayed in a CUDA graph.",
         tests=("tests/gpu/test_kernel_on_gpu.py",),
+        seconds=2700,
         interpreted=True,
     ),
     Part(
@@ -83,7 +84,7 @@ PARTS: Final = (
     _engine("two-ranks", "Two tensor-parallel ranks.", gpus=2),
     Part(
         "traps",
-        "The traps of tests/engine on this engine, with the tolerances of a CPU.",
+        "The traps of tests/engine on this engine, in eager mode.",
         tests=("tests/engine/test_traps.py",),
         seconds=2700,
         rehearsal=("-k", "reused_slot"),
@@ -92,6 +93,7 @@ PARTS: Final = (
         "kernel-times",
         "Each kernel beside what the roofline predicts, with a cold L2.",
         module="tests.bench.kernel_gpu",
+        seconds=1800,
         rehearsal=("--rehearse",),
         interpreted=True,
     ),
@@ -99,7 +101,7 @@ PARTS: Final = (
         "steps",
         "Steps of an 8B model with random weights, steered and not, beside the roofline's.",
         module="tests.bench.step_gpu",
-        seconds=1800,
+        seconds=3600,
         rehearsal=("--rehearse",),
     ),
     Part(

@@ -20,6 +20,7 @@ ROOT: Final = Path(__file__).parents[2]
 PASSED, FAILED, ENDED, LEFT_OUT = "passed", "failed", "ended for time", "left out"
 #: Lines of its log that a part which fails leaves in the result.
 LOG_LINES: Final = 60
+ALL_LOG_LINES: Final = 400
 #: Seconds between a polite end and a hard one.
 PATIENCE: Final = 20
 
@@ -28,6 +29,7 @@ def run(part: Part, folder: Path, rehearsal: bool) -> dict[str, Any]:
     """Run a part in a session of its own; whatever happens in it is in what is returned."""
     result, log = folder / f"{part.name}{part.suffix}", folder / f"{part.name}.log"
     command = part.command(str(result), rehearsal)
+    result.unlink(missing_ok=True)  # of another run, which this one must not be taken for
     started = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -44,7 +46,7 @@ def run(part: Part, folder: Path, rehearsal: bool) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end(process)
+            end(process)
     status = ENDED if code is None else FAILED if code else PASSED
     found: dict[str, Any] = {
         "name": part.name,
@@ -61,7 +63,8 @@ def run(part: Part, folder: Path, rehearsal: bool) -> dict[str, Any]:
     if part.module is None and status == PASSED and not _ran(found):
         found["status"] = FAILED  # a selection that selects nothing shows nothing
     if found["status"] != PASSED:
-        found["log_end"] = last_lines(log)
+        # Without a result the log is all that says how far it came.
+        found["log_end"] = last_lines(log, LOG_LINES if "result" in found else ALL_LOG_LINES)
     return found
 
 
@@ -113,8 +116,16 @@ def _ran(found: Mapping[str, Any]) -> bool:
     return bool(found.get("result", {}).get("passed"))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the session, engines of a part that was ended included."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of the session, engines of a part that was ended included.
+
+    The part itself is interrupted first, as by a person: pytest and the benchmarks then write down
+    what they know.
+    """
+    with suppress(subprocess.TimeoutExpired):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)
     for signum in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signum)

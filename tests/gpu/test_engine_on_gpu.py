@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,23 +19,26 @@ import pytest
 import torch
 
 from steering.vllm.piecewise import STEER
-from tests.gpu.battery import EVERY, ROWS, STOP, WAVES, WHOLE, Battery, battery
+from tests.gpu.battery import AT_ONCE, CAPTURED, EVERY, STOP, WAVES, Battery, battery
+from tests.gpu.battery import WHOLE as FIELDS_OF_WHOLE
 from tests.gpu.device import REHEARSAL
+from tests.gpu.watch import ROWS, WHOLE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 #: Nats. On CUDA vLLM's attention multiplies float32 in TF32, which rounds to 11 bits.
 TOLERANCE: Final = 1e-3 if REHEARSAL else 2e-2
 #: Of an activation: requests whose reference comes nearer than this to a jump are left out.
-MARGIN: Final = 2e-4 if REHEARSAL else 1e-3
+MARGIN: Final = 2e-4 if REHEARSAL else 5e-3
 #: What edits must change at least, in tolerances.
 EFFECT: Final = 5
-SECONDS: Final = 1200
+#: Of each of two engines.
+SECONDS: Final = 700
 
 ARGUMENTS: Final[dict[str, Any]] = {
     "dtype": "float32",
     "max_model_len": 256,
-    "max_num_seqs": 8,
+    "max_num_seqs": AT_ONCE,
     "kv_cache_memory_bytes": 64 * 2**20,
     "enable_prefix_caching": False,
 }
@@ -44,23 +47,27 @@ ON_CUDA: Final[dict[str, Any]] = {"gpu_memory_utilization": 0.4}
 ON_CPU: Final[dict[str, Any]] = {"enforce_eager": True}
 
 
-def _graphs(mode: str) -> dict[str, Any]:
-    return {"compilation_config": {"cudagraph_mode": mode}}
+def _graphs(mode: str | None = None, **more: Any) -> dict[str, Any]:
+    mode_of = {} if mode is None else {"cudagraph_mode": mode}
+    return {"compilation_config": {"cudagraph_capture_sizes": [*CAPTURED], **mode_of}, **more}
 
 
 CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {
-    "default": {},
+    "default": _graphs(),
     "piecewise": _graphs("PIECEWISE"),
     "full": _graphs("FULL"),
     "eager": {"enforce_eager": True},
-    "synchronous": {"async_scheduling": False},
-    "two-ranks": {"tensor_parallel_size": 2},
+    "synchronous": _graphs(async_scheduling=False),
+    "two-ranks": _graphs(tensor_parallel_size=2),
 }
 
 
 @dataclass
 class Outcome:
-    """What one engine answered, and one of vLLM alone with the same arguments."""
+    """What one engine answered, and one of vLLM alone with the same arguments.
+
+    An engine that broke has answered some waves and says ``why`` not the others.
+    """
 
     name: str
     steered: dict[str, Any]
@@ -74,14 +81,20 @@ class Outcome:
 
     def answer(self, name: str, wave: str = "everything") -> dict[str, Any]:
         """Of one request in one wave."""
-        found: dict[str, Any] = self.steered["waves"][wave][name]
+        found: dict[str, Any] = _known(self.steered, "waves", wave)[name]
         return found
 
-    def graphs(self, wave: str) -> set[str]:
-        """Kinds of graph that the passes of a wave took."""
+    @property
+    def scored(self) -> dict[str, list[float]]:
+        """The text's KL by position."""
+        found: dict[str, list[float]] = _known(self.steered, "scored")
+        return found
+
+    def graphs(self, wave: str, need: str) -> set[str]:
+        """Kinds of graph that those passes of a wave took that needed this."""
         if not self.engine["runner"].startswith("vllm.v1.worker.gpu.model_runner"):
             pytest.skip("runner V1 has no dispatch to watch")
-        return set(self.steered["graphs"][wave])
+        return set(_known(self.steered, "graphs", wave)[need])
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +122,7 @@ def outcome(
 
 
 def answered(task: str, path: Path, ranks: int) -> dict[str, Any]:
-    """Run an engine; its log's end is the failure where it fails."""
+    """Run an engine; its log's end is the failure where it fails, of what it did not come to."""
     task_file, out = path.with_suffix(".task.json"), path.with_suffix(".json")
     task_file.write_text(task)
     in_one_process = REHEARSAL and ranks == 1
@@ -119,19 +132,35 @@ def answered(task: str, path: Path, ranks: int) -> dict[str, Any]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.engine_run", task_file, out],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    if finished.returncode:
-        pytest.fail(f"the engine ended with {finished.returncode}:\n{finished.stderr[-6000:]}")
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    log = path.with_suffix(".log")
+    with log.open("wb") as file:
+        try:
+            finished = subprocess.run(
+                [sys.executable, "-m", "tests.gpu.engine_run", task_file, out],
+                env=environment,
+                cwd=Path(__file__).parents[2],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                timeout=SECONDS,
+            )
+            ended = f"with {finished.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"not within {SECONDS} s"
+    why = f"the engine ended {ended}:\n{log.read_text(errors='replace')[-6000:]}"
+    if not out.exists():
+        pytest.fail(why)
+    return {**json.loads(out.read_text()), "why": why}
+
+
+def _known(found: dict[str, Any], *names: str) -> Any:
+    """What an engine wrote under these names."""
+    inner: Any = found
+    for name in names:
+        if name not in inner:
+            pytest.fail(f"not known, since {found['why']}")
+        inner = inner[name]
+    return inner
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != STOP])
@@ -144,8 +173,7 @@ def test_log_probabilities_and_report_are_those_of_transformers_with_hooks(
     effect = _largest(expected, clean)
     record_property("nats from the reference", difference)
     record_property("nats from unsteered", effect)
-    if nearest < MARGIN:
-        pytest.skip(f"rounding decides: {nearest:.1e} from a jump")
+    _skip_if_near(nearest)
     assert difference < TOLERANCE
     steering = asked.requests[name]["steering"]
     if steering is None or "interventions" not in steering:
@@ -160,7 +188,7 @@ def test_log_probabilities_and_report_are_those_of_transformers_with_hooks(
 def test_features_that_are_read_are_the_strongest_of_the_reference(
     outcome: Outcome, asked: Battery, name: str
 ) -> None:
-    answer, read = outcome.answer(name), WHOLE[name]["read"]
+    answer, read = outcome.answer(name), FIELDS_OF_WHOLE[name]["read"]
     seen = asked.seen(name, {**answer, "tokens": answer["tokens"][:-1]}, read["sae"])
     tokens = answer["steering"]["read"]["tokens"]
     assert [token["position"] for token in tokens] == list(range(1, len(seen)))
@@ -175,6 +203,7 @@ def test_an_answer_ends_with_the_first_token_on_which_its_feature_fires(
 ) -> None:
     answer = outcome.answer(STOP)
     feature = asked.requests[STOP]["steering"]["stop_when"]["feature"]
+    _skip_if_near(asked.nearest(STOP, answer, "a", feature))
     f = asked.seen(STOP, answer, "a")[len(asked.requests[STOP]["prompt"]) :, feature]
     fires = (f > 0).tolist()
     if answer["stop_reason"] == "steering":
@@ -186,9 +215,13 @@ def test_an_answer_ends_with_the_first_token_on_which_its_feature_fires(
 
 
 @pytest.mark.parametrize("wave", [wave for wave in WAVES if wave != "everything"])
-def test_answers_are_the_same_however_many_run_at_once(outcome: Outcome, wave: str) -> None:
+def test_answers_are_the_same_however_many_run_at_once(
+    outcome: Outcome, asked: Battery, wave: str
+) -> None:
     for name in WAVES[wave]:
         crowded, here = outcome.answer(name), outcome.answer(name, wave)
+        if asked.expected(name, crowded)[2] < MARGIN:
+            continue  # a batch of another shape may round to the other side of a jump
         same = [a == b for a, b in zip(crowded["tokens"], here["tokens"], strict=True)]
         until = same.index(False) if False in same else len(same)
         assert until > 0
@@ -201,12 +234,13 @@ def test_answers_are_the_same_however_many_run_at_once(outcome: Outcome, wave: s
 def test_a_request_that_nobody_steers_is_that_of_vllm_alone(
     outcome: Outcome, record_property: Callable[[str, object], None]
 ) -> None:
-    ours, theirs = outcome.answer("unsteered", "nobody"), outcome.plain["waves"]["alone"]
-    difference = _largest(ours["logprobs"], theirs["unsteered"]["logprobs"])
+    ours = outcome.answer("unsteered", "nobody")
+    theirs = _known(outcome.plain, "waves", "alone")["unsteered"]
+    difference = _largest(ours["logprobs"], theirs["logprobs"])
     record_property("nats from vLLM alone", difference)
-    assert ours["tokens"] == theirs["unsteered"]["tokens"]
+    assert ours["tokens"] == theirs["tokens"]
     if outcome.name == "eager" or REHEARSAL:
-        assert ours["logprobs"] == theirs["unsteered"]["logprobs"]
+        assert ours["logprobs"] == theirs["logprobs"]
     else:  # the compiler may fuse other things where the op stands between them
         assert difference < TOLERANCE
 
@@ -214,12 +248,28 @@ def test_a_request_that_nobody_steers_is_that_of_vllm_alone(
 def test_divergence_of_a_scored_text_is_that_of_transformers(
     outcome: Outcome, asked: Battery, record_property: Callable[[str, object], None]
 ) -> None:
-    kl, itself = outcome.steered["scored"]["steered"], outcome.steered["scored"]["itself"]
+    kl, itself = outcome.scored["steered"], outcome.scored["itself"]
     expected = asked.kl().tolist()
     record_property("nats from the reference's KL", _largest(kl, expected))
     assert max(expected) > EFFECT * TOLERANCE
     assert kl == pytest.approx(expected, rel=0.05, abs=TOLERANCE)
     assert all(0 <= value < 1e-9 for value in itself)
+
+
+def test_the_engine_came_to_its_end(outcome: Outcome) -> None:
+    for found in (outcome.steered, outcome.plain):
+        assert found["why"].startswith("the engine ended with 0:"), found["why"]
+
+
+def test_top_k_saes_are_on_the_device_from_the_start(outcome: Outcome) -> None:
+    exact_from_row, held = outcome.engine["exact_from_row"], set(outcome.engine["held"])
+    top_k = {name for name, exact in exact_from_row.items() if not exact}
+    assert "gate" in top_k
+    if REHEARSAL:  # where the host's memory is the device's
+        assert not held
+        return
+    assert top_k <= held
+    assert len(held - top_k) <= 1  # whose turn it was when memory was measured
 
 
 def test_scheduling_is_asynchronous_unless_it_is_switched_off(outcome: Outcome) -> None:
@@ -229,26 +279,23 @@ def test_scheduling_is_asynchronous_unless_it_is_switched_off(outcome: Outcome) 
 
 
 def test_passes_of_rows_are_replayed_and_full_ones_run_in_pieces(outcome: Outcome) -> None:
-    if REHEARSAL and outcome.engine["cudagraph_mode"] == "NONE":
-        assert {*outcome.graphs("seven"), *outcome.graphs("three whole")} <= {"NONE"}
-        return
-    rows, whole = outcome.graphs("seven"), outcome.graphs("three whole")
+    rows, whole = outcome.graphs("seven", ROWS), outcome.graphs("three whole", WHOLE)
     mode = outcome.engine["cudagraph_mode"]
     if mode == "NONE":
-        assert rows | whole == {"NONE"}
+        assert rows == whole == {"NONE"}
     elif "PIECEWISE" in mode:
         assert STEER in outcome.engine["splitting_ops"]
-        assert rows == {"PIECEWISE", "FULL"} if "FULL" in mode else {"PIECEWISE"}
+        assert rows == ({"PIECEWISE", "FULL"} if "FULL" in mode else {"PIECEWISE"})
         assert whole == {"PIECEWISE"}
     else:
-        assert "FULL" in rows and "NONE" in whole
+        assert "FULL" in rows and whole == {"NONE"}
+    assert not outcome.graphs("seven", WHOLE)
+
+
+def _skip_if_near(nearest: float) -> None:
+    if nearest < MARGIN:
+        pytest.skip(f"rounding decides: {nearest:.1e} from a jump")
 
 
 def _largest(left: Any, right: Any) -> float:
     return max((abs(a - b) for a, b in zip(left, right, strict=True)), default=0.0)
-
-
-def test_every_request_of_the_battery_is_in_a_wave_and_known() -> None:
-    asked_for: Mapping[str, Any] = {**ROWS, **WHOLE}
-    assert set(asked_for) <= set(WAVES["everything"])
-    assert all(name in EVERY for names in WAVES.values() for name in names)

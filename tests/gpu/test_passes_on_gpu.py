@@ -190,36 +190,41 @@ def test_a_pass_of_rows_never_waits_for_the_device(saes: list[SAE]) -> None:
     hidden = torch.randn(len(ROWS), D_MODEL, device=DEVICE)
     worker.positions[: len(ROWS)] = PROMPT
 
-    def one_pass() -> None:
-        worker.state.begin_step([*ROWS], np.arange(len(ROWS) + 1))
+    def one_pass(names: Sequence[str]) -> None:
+        worker.state.begin_step(names, np.arange(len(names) + 1))
         for hook in worker.hooks:
             worker.state.apply_at(hook, hidden, None)
         worker.state.end_step()
 
-    one_pass()  # compiles
+    one_pass([*ROWS])  # compiles
     with nothing_may_wait():
-        one_pass()
+        one_pass([*ROWS])
+        one_pass([*reversed(ROWS)])  # a batch that has to be laid out
     assert worker.state.token_counts()[0] > 0
 
 
-def test_what_is_read_is_copied_without_waiting_for_the_device(
-    saes: list[SAE], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", WHOLE)
+def test_a_pass_with_a_whole_encode_waits_once_for_as_long_as_its_batch_stays(
+    saes: list[SAE], monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     if REHEARSAL:  # a CPU has a ranking of its own, which looks at values
         monkeypatch.setattr("steering.worker.full_path.strongest", strongest_in_one)
-    worker = TinyWorker(saes, triton_kernel, device=DEVICE)
-    worker.state.add_request("a", plan("a", edits=(), read=READ))
+    worker = TinyWorker(saes, triton_kernel, device=DEVICE, resident=RESIDENT_TURNS)
+    worker.state.add_request("a", plan("a", **WHOLE[asked]))
     hidden = torch.randn(4, D_MODEL, device=DEVICE)
     worker.positions[:4] = torch.arange(4, device=DEVICE)
-    for waits in (True, False):
+
+    def one_pass() -> None:
         worker.state.begin_step(["a"], np.array([0, 4]))
-        if waits:  # lays the batch out, which stays as it is
-            worker.state.apply_at(worker.hooks[1], hidden, None)
-        else:
-            with nothing_may_wait():
-                worker.state.apply_at(worker.hooks[1], hidden, None)
+        for hook in worker.hooks:
+            worker.state.apply_at(hook, hidden, None)
         worker.state.end_step()
+
+    one_pass()  # lays the batch out, which stays as it is, and brings the weights
+    with nothing_may_wait():
+        one_pass()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     [summary] = worker.state.take_results("a", {0: 4})
-    assert [position for position, _ in features_read(summary["read"])] == [1, 2, 3]
+    if asked == "features":
+        assert [position for position, _ in features_read(summary["read"])] == [1, 2, 3]

@@ -16,6 +16,7 @@ from sae.layers import resolve_all
 from sae.neighbours import nearest
 from sae.sae import SAE, check_fits, open_sae
 from sae.source import SAEReference
+from sae.weights import Weights
 from tests.sae.formulas import READS, WRITES, assert_transcoder, jumprelu, relu
 from tests.sae.oracles import oracle
 from tests.sae.other_suites import (
@@ -177,3 +178,20 @@ def test_width_and_depth_of_every_place_must_be_the_model_s(tmp_path: Path, load
     check_fits(card, d_model=D_IN, num_layers=LAYERS)
     with pytest.raises(SAEError, match="layer 5 does not exist, the model has layers 0 to 4"):
         check_fits(card, d_model=D_IN, num_layers=5)
+
+
+def test_a_pass_brings_nothing_of_what_is_on_the_device(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcoder = load(write_sae_lens_transcoder(tmp_path / "t", "skip_transcoder"))
+    x = inputs()
+    f = transcoder.encode(x)
+    expected = transcoder.decode(f, x)
+    stored = transcoder.matrix_bytes
+    assert stored == 4 * (2 * D_IN * transcoder.card.d_sae + D_IN * D_IN)
+    place = torch.empty(transcoder.place_bytes, dtype=torch.uint8)
+    transcoder.resident("cpu", place)
+    transcoder.prepare("cpu")
+    # Whatever else is read comes from the file, which an accelerator waits for.
+    monkeypatch.setattr(Weights, "_stored", lambda self, name: pytest.fail(f"read {name}"))
+    torch.testing.assert_close(transcoder.decode(transcoder.encode(x), x), expected)

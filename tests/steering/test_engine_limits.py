@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.platforms import current_platform
 
 from sae.source import ResolvedSAE
-from steering.config import SteeringConfig
+from steering.config import RESIDENT_CHOICES, RESIDENT_NONE, SteeringConfig
 from steering.errors import SteeringError
 from steering.request.catalog import Catalog
 from steering.request.engine_limits import EngineLimits
+from steering.vllm.door import limits_of
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
 STOP = {"stop_when": {"sae": "late", "feature": 3, "above": 1}}
@@ -20,11 +23,15 @@ STREAMED = {"read": {"sae": "late", "stream": True}}
 @pytest.fixture
 def catalog_of(tmp_path: Any) -> Any:
     """A catalog of SAEs at the first and the last layer, of an engine with these limits."""
-    layers = {"early": 0, "late": NUM_LAYERS - 1}
+    kinds: dict[str, dict[str, Any]] = {
+        "early": {"layer": 0},
+        "late": {"layer": NUM_LAYERS - 1},
+        "topk": {"layer": 0, "architecture": "topk"},
+    }
     saes = tuple(
         ResolvedSAE(name, str(path), path=str(path))
-        for name, layer in layers.items()
-        for path in (make_tiny_sae(tmp_path / name, layer=layer),)
+        for name, kind in kinds.items()
+        for path in (make_tiny_sae(tmp_path / name, **kind),)
     )
     return lambda limits: Catalog.from_config(
         SteeringConfig(saes, D_MODEL, NUM_LAYERS), limits=limits
@@ -52,3 +59,59 @@ def test_only_the_last_pipeline_stage_may_stop_or_stream(catalog_of: Any, field:
         catalog.parse({field: {**whole[field], "sae": "early"}})
     assert refused.value.code == "unsupported_combination"
     assert refused.value.param in ("steering.stop_when", "steering.read.stream")
+
+
+ROW = {"sae": "late", "feature": 3, "op": "clamp", "value": 1}
+EXACT = {"sae": "topk", "feature": 3, "op": "clamp", "value": 1}
+IF_EXACT = {"sae": "topk", "feature": 3, "above": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ({"read": {"sae": "late"}}, "steering.read"),
+        ({"interventions": [ROW], "error_term": False}, "steering.error_term"),
+        ({"interventions": [ROW, EXACT]}, "steering.interventions[1].sae"),
+        ({"interventions": [{**EXACT, "op": "add"}], "report": True},
+         "steering.interventions[0].sae"),
+        ({"interventions": [{**ROW, "when": IF_EXACT}]}, "steering.interventions[0].when"),
+        ({"stop_when": IF_EXACT}, "steering.stop_when"),
+    ],
+)  # fmt: skip
+def test_what_needs_all_of_an_sae_is_refused_where_the_gpu_holds_none(
+    catalog_of: Any, field: dict[str, Any], param: str
+) -> None:
+    catalog_of(EngineLimits()).parse(field)
+    with pytest.raises(SteeringError, match=r"needs all of SAE .* --steering-resident") as refused:
+        catalog_of(EngineLimits(holds_none=True)).parse(field)
+    assert (refused.value.code, refused.value.param) == ("unsupported_combination", param)
+
+
+def test_what_needs_rows_alone_is_served_where_the_gpu_holds_none(catalog_of: Any) -> None:
+    catalog = catalog_of(EngineLimits(holds_none=True))
+    added = {**EXACT, "op": "add"}
+    when = {"sae": "early", "feature": 1, "above": 0}
+    catalog.parse({"interventions": [{**ROW, "when": when}, added], "stop_when": when})
+
+
+async def test_a_study_that_encodes_an_sae_is_refused_where_the_gpu_holds_none(
+    catalog_of: Any,
+) -> None:
+    await catalog_of(EngineLimits()).prepare_whole("late")
+    with pytest.raises(SteeringError, match="needs all of SAE 'late'"):
+        await catalog_of(EngineLimits(holds_none=True)).prepare_whole("late")
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("resident", RESIDENT_CHOICES)
+def test_only_a_gpu_that_is_told_so_holds_none(
+    monkeypatch: pytest.MonkeyPatch, resident: str, on_gpu: bool
+) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: on_gpu)
+    config = SteeringConfig((), D_MODEL, NUM_LAYERS, resident=resident)
+    engine = SimpleNamespace(
+        additional_config={"steering": config.to_dict()},
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        speculative_config=None,
+    )
+    assert limits_of(engine).holds_none == (on_gpu and resident == RESIDENT_NONE)

@@ -19,7 +19,14 @@ from sae.sae import SAE, open_sae
 from sae.source import ResolvedSAE
 from steering.config import RESIDENT_ALL, RESIDENT_CHOICES, RESIDENT_NONE, RESIDENT_TURNS
 from steering.report import features_read
-from steering.request.plan import COVERS_GENERATION, COVERS_PROMPT, PlannedRead, SteeringPlan
+from steering.request.plan import (
+    COVERS_GENERATION,
+    COVERS_PROMPT,
+    OP_CLAMP,
+    PlannedEdit,
+    PlannedRead,
+    SteeringPlan,
+)
 from steering.worker import batch_parts, residency
 from steering.worker.ops import cpu_kernel
 from steering.worker.residency import Residency
@@ -27,6 +34,7 @@ from tests.models import D_MODEL, make_tiny_sae
 from tests.steering.tiny_worker import TinyWorker, tied_sae
 
 HOST = torch.device("cpu")
+LENGTH = 6
 RELU, TOPK, SMALL = 0, 1, 2
 
 
@@ -160,18 +168,52 @@ def test_choices_are_distinct() -> None:
     assert len(set(RESIDENT_CHOICES)) == 3
 
 
-def test_two_saes_of_one_hook_point_change_places_once_a_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_part", [4, 100])
+def test_saes_of_one_hook_point_change_places_once_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_part: int
 ) -> None:
-    tokens, in_part = 12, 4
+    names = "abcdef"
     two = [tied_sae(tmp_path / str(seed), seed=seed) for seed in range(2)]
     elements = batch_parts._ENCODES_AT_ONCE * two[0].card.d_sae * in_part
     monkeypatch.setattr(batch_parts, "_WORKSPACE_ELEMENTS", elements)
-    worker = TinyWorker(two, cpu_kernel, resident=RESIDENT_TURNS)
+    copies = counted_copies(monkeypatch)
+    worker = TinyWorker(two, cpu_kernel, resident=RESIDENT_TURNS, slots=len(names))
+    for i, name in enumerate(names):  # neighbours read at different SAEs, and each decodes
+        worker.state.add_request(name, reads_and_decodes(name, i % 2))
+    rng = torch.Generator().manual_seed(0)
+    given = {name: [torch.randn(LENGTH, D_MODEL, generator=rng)] for name in names}
+    # The batch of the second pass stays that of the third.
+    ways = [range(4), range(4, 5), range(5, 6)]
+    made: dict[str, list[Tensor]] = {name: [] for name in names}
+    for way in ways:
+        parts = worker.forward([(name, way.start, way.stop) for name in names], given)
+        for name, (stream,) in zip(names, parts, strict=True):
+            made[name].append(stream)
+    assert len(copies) <= len(ways) + 1
+    for i, name in enumerate(names):
+        alone = TinyWorker(two, None)
+        alone.state.add_request(name, reads_and_decodes(name, i % 2))
+        expected = [alone.forward([(name, way.start, way.stop)], given)[0][0] for way in ways]
+        for stream, right in zip(made[name], expected, strict=True):
+            torch.testing.assert_close(stream, right, rtol=1e-4, atol=1e-4)
+        [summary] = worker.state.take_results(name, {0: LENGTH})
+        [wanted] = alone.state.take_results(name, {0: LENGTH})
+        assert strongest(summary) == strongest(wanted)
+
+
+def reads_and_decodes(name: str, sae: int) -> SteeringPlan:
     everywhere = COVERS_PROMPT | COVERS_GENERATION
-    for i, name in enumerate("ab"):
-        read = PlannedRead(i, 3, everywhere, 0, 99, None)
-        worker.state.add_request(name, SteeringPlan(name, 1, tokens, (), False, True, read))
+    read = PlannedRead(sae, 3, everywhere, 0, 99, None)
+    edit = PlannedEdit(sae, 5, OP_CLAMP, 4.0, everywhere, 0, 99)
+    return SteeringPlan(name, 1, 4, (edit,), False, True, read)
+
+
+def strongest(summary: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    return [(at, [latent for latent, _ in found]) for at, found in features_read(summary["read"])]
+
+
+def counted_copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of SAEs as they are put on a device."""
     copies: list[str] = []
     resident = SAE.resident
 
@@ -180,16 +222,4 @@ def test_two_saes_of_one_hook_point_change_places_once_a_part(
         resident(self, *args)
 
     monkeypatch.setattr(SAE, "resident", counting)
-    rng = torch.Generator().manual_seed(0)
-    given = {name: [torch.randn(tokens, D_MODEL, generator=rng)] for name in "ab"}
-    # Each part has tokens of one request or of both.
-    ways = [("a", 0, 2), ("b", 0, 2)], [("a", 2, 4), ("b", 2, 4)], [("a", 4, 6), ("b", 4, 6)]
-    for parts in ways:
-        worker.forward(parts, given)
-    assert len(copies) <= len(ways) + 1
-    for i, name in enumerate("ab"):
-        [summary] = worker.state.take_results(name, {0: 6})
-        f = two[i].encode(given[name][0])
-        for position, features in features_read(summary["read"]):
-            best = f[position].topk(3).values
-            assert [value for _, value in features] == pytest.approx(best[best > 0].tolist())
+    return copies

@@ -69,8 +69,28 @@ def test_kernel_compiles_for_every_architecture_width_and_dtype(compiled: Compil
         for name in ("edit", "gates", "reads", "writes")
         for arch in compiled.archs
         for d_in in compiled.widths
-        for dtype in (("bf16", "fp16", "fp32") if name in ("edit", "gates") else ("bf16",))
+        for dtype in ("bf16", "fp16", "fp32")
+        if name in ("edit", "gates") or dtype == "bf16" or d_in in (4096, 8192)
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [
+        ("edit", "bf16, no residual"),  # what a module returns, and the heads' outputs
+        ("edit", "fp32, bf16 residual"),  # of a graph that keeps a norm's output wide
+        ("gates", "bf16, RMS norm"),  # a transcoder's feature as a condition
+        ("gates", "bf16, layer norm"),
+        ("reads", "bf16"),
+        ("reads", "bf16, RMS norm"),
+        ("reads", "bf16, layer norm"),
+        ("writes", "bf16"),
+        ("writes", "fp16, no residual"),  # with the limit of float16
+    ],
+)
+def test_every_form_of_a_stream_is_compiled(compiled: Compiled, name: str, stream: str) -> None:
+    of_form = [k for k in compiled.kernels if (k["name"], k["stream"]) == (name, stream)]
+    assert {k["arch"] for k in of_form} == set(compiled.archs)
 
 
 def test_no_variant_spills(compiled: Compiled) -> None:
