@@ -21,7 +21,10 @@ _linear: Final[Any] = (
 
 def product(x: Tensor, rows: Tensor) -> Tensor:
     """``x @ rows.T``: x [n, k] and rows [m, k], float32 on one device -> [n, m]. No gradient."""
-    if _linear is None or x.device.type != "cpu" or not x.numel() or not rows.numel():
+    # A part of a matrix that is stored by columns oneDNN multiplies by its reference code, hundreds
+    # of times as slow as any other way.
+    dense = rows.is_contiguous() or rows.T.is_contiguous()
+    if _linear is None or x.device.type != "cpu" or not dense or not x.numel() or not rows.numel():
         return x @ rows.T
     found: Tensor = _linear(x, rows, None, "none", [], "")
     return found

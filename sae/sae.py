@@ -159,7 +159,7 @@ class SAE:
         x_in, _ = self.normalize(x)
         vectors = self._vectors_of_all(x.device)
         f = x.new_empty(x.shape[0], self._card.d_sae)
-        for start, stop in self.chunks():
+        for start, stop in self._weights.encoder_chunks(x.device):
             rows = self._weights.matrix("W_enc", start, stop, x.device)
             f[:, start:stop] = self._activate(product(x_in, rows), vectors.part(start, stop))
         if not self._card.exact_from_row:

@@ -30,6 +30,16 @@ def test_product_takes_part_of_a_matrix_and_strided_tokens() -> None:
     torch.testing.assert_close(product(x, rows).double(), exact, rtol=1e-5, atol=1e-4)
 
 
+def test_part_of_a_matrix_stored_by_columns_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # oneDNN would take hundreds of times as long.
+    def unwanted(*_: object) -> None:
+        raise AssertionError("went through oneDNN")
+
+    monkeypatch.setattr(products, "_linear", unwanted)
+    x, rows = torch.randn(5, 64), torch.randn(64, 200).T[50:130]
+    assert torch.equal(product(x, rows), x @ rows.T)
+
+
 def test_product_keeps_what_is_not_finite() -> None:
     x, rows = torch.ones(2, 16), torch.ones(3, 16)
     x[0, 3], rows[1, 5] = torch.inf, torch.nan

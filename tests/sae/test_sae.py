@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import sae.sae as sae_module
 import sae.weights as weights_module
 from sae.errors import SAEError
 from sae.sae import SAE, open_sae
@@ -92,6 +93,29 @@ def test_chunked_passes_equal_whole_ones(any_sae: SAE, monkeypatch: pytest.Monke
     torch.testing.assert_close(any_sae.decode(f, x), x_hat, atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(any_sae.activations(x, [3, 39]), some)
     any_sae.scan_nonfinite()
+
+
+@pytest.mark.parametrize(("dtype", "products"), [(torch.float32, 1), (torch.bfloat16, 6)])
+def test_encoder_is_multiplied_whole_if_nothing_is_copied(
+    tmp_path: Path,
+    load: Callable[..., SAE],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    products: int,
+) -> None:
+    tensors = {name: part.to(dtype) for name, part in sae_lens_tensors("topk").items()}
+    sae = load(write_sae_lens(tmp_path / "sae", "topk", tensors=tensors))
+    whole = sae.encode(inputs())
+    widths: list[int] = []
+
+    def counted(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        widths.append(len(rows))
+        return x @ rows.T
+
+    monkeypatch.setattr(weights_module, "WORKSPACE_BYTES", 4 * D_IN * 7)
+    monkeypatch.setattr(sae_module, "product", counted)
+    torch.testing.assert_close(sae.encode(inputs()), whole)
+    assert len(widths) == products and sum(widths) == D_SAE
 
 
 def test_activations_equal_the_columns_of_encode(any_sae: SAE) -> None:
