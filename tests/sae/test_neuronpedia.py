@@ -234,7 +234,7 @@ def test_complete_export_of_a_smaller_sae_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "features", "batch-0.jsonl.gz", *rows)
     card, out = replace(CARD, d_sae=2 * BATCH), tmp_path / "features.jsonl"
     norms = [1.0] * card.d_sae
-    with pytest.raises(SAEError, match="features 0 to 1023, and the SAE has 2048") as caught:
+    with pytest.raises(SAEError, match="features 0 to 1023, but the SAE has 2048") as caught:
         import_neuronpedia(tmp_path, out, card, norms)
     assert str(caught.value).endswith(ON)
     assert import_neuronpedia(tmp_path, out, card, norms, force=True).features == BATCH
