@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from steering.vllm import runner_v2
-from tests.gpu import battery, page, watch
+from tests.gpu import battery, page, running, watch
 from tests.gpu.parts import PARTS, Part, chosen
-from tests.gpu.running import ENDED, FAILED, LEFT_OUT, PASSED, end, left_out, run, tests_of
+from tests.gpu.running import ENDED, FAILED, LEFT_OUT, PASSED, end, left_out, run
 
 ROOT: Final = Path(__file__).parents[1]
 QUICK: Final = "tests/test_imports.py"
@@ -123,7 +123,7 @@ def test_a_part_that_is_ended_leaves_the_results_of_what_it_finished(tmp_path: P
         assert reached.exists(), (tmp_path / "two.log").read_text()
     finally:
         end(process)
-    found = tests_of(result.read_text())
+    found = running.tests_of(result.read_text())
     assert found["passed"] >= 1 and process.poll() is not None
 
 

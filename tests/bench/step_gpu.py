@@ -214,6 +214,7 @@ def main() -> None:
         f"A decode step and what steering adds to it, beside what is predicted of {device.name}.",
         {"rounds": rounds, "edits": EDITS, "context": size.context, "d_sae": size.d_sae},
     )
+    more: dict[str, Any] = {"kv_cache_memory_bytes": 64 * 2**20} if args.rehearse else {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         llm = SteeringLLM(
@@ -229,7 +230,7 @@ def main() -> None:
             enable_prefix_caching=False,
             disable_log_stats=False,
             enforce_eager=args.rehearse,
-            **({"kv_cache_memory_bytes": 64 * 2**20} if args.rehearse else {}),
+            **more,
         )
         with record.saved(args.json):
             for batch in size.batches:

@@ -209,7 +209,8 @@ def reads_and_decodes(name: str, sae: int) -> SteeringPlan:
 
 
 def strongest(summary: dict[str, Any]) -> list[tuple[int, list[int]]]:
-    return [(at, [latent for latent, _ in found]) for at, found in features_read(summary["read"])]
+    read = features_read(summary["read"])
+    return [(at, [int(latent) for latent, _ in found]) for at, found in read]
 
 
 def counted_copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
