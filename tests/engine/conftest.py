@@ -16,7 +16,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-from tests.engine.engine import Engine, settle, tiny_engine
+from tests.engine.engine import Engine, end, settle, tiny_engine
 from tests.models import make_tiny_model
 
 MakeEngine = Callable[..., Engine]
@@ -55,13 +55,15 @@ def shared_engine(
         key = repr((family, saes, sorted(arguments.items())))
         if key not in engines:
             folder = tmp_path_factory.mktemp("saes")
-            engines[key] = tiny_engine(tiny_model(family), folder, saes, **arguments)
+            with pytest.MonkeyPatch.context() as patch:
+                # Whole GiB, over what the engine itself is told: too much for so many of them.
+                patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+                engines[key] = tiny_engine(tiny_model(family), folder, saes, **arguments)
         assert engines[key].llm.reset_prefix_cache(), "an earlier test left requests"
         return engines[key]
 
     yield get
-    for engine in engines.values():
-        engine.shut_down()
+    end(engines.values())
 
 
 @pytest.fixture
@@ -75,5 +77,4 @@ def make_engine(tiny_model: Callable[[str], Path], tmp_path: Path) -> Iterator[M
         return made
 
     yield make
-    for engine in engines:
-        engine.shut_down()
+    end(engines)

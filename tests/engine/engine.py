@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,16 @@ class Engine:
 
     def shut_down(self) -> None:
         """End the engine; once is enough."""
-        if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
-            self.llm = None
-            settle()
+        end([self])
+
+
+def end(engines: Iterable[Engine]) -> None:
+    """End engines; once is enough."""
+    for engine in engines:
+        if engine.llm is not None:
+            engine.llm.llm_engine.engine_core.shutdown()
+            engine.llm = None
+    settle()
 
 
 def settle() -> None:
