@@ -147,5 +147,7 @@ def test_circuit_tracer_s_clt_reads_the_stream_and_writes_at_later_layers(
     with pytest.raises(SAEError, match="W_dec_4 of feature 3 has a value that is not finite"):
         changed.scan_nonfinite()
     (folder / "W_dec_4.safetensors").unlink()
-    with pytest.raises(SAEError, match=r"W_dec_4\.safetensors, which holds the decoder, is not beside it"):
+    with pytest.raises(
+        SAEError, match=r"W_dec_4\.safetensors, which holds the decoder, is not beside it"
+    ):
         load(folder, layer="4")
