@@ -84,7 +84,7 @@ class Weights:
         """
         if device.type == "cpu":
             row = self.matrix("W_enc", 0, 1, device)
-            if _storage(row) == _storage(self._stored("W_enc")):
+            if _storage(row) == _storage(self._on(device, "W_enc", slice(0, 1))):
                 return iter([(0, self._card.d_sae)])
         return self.chunks()
 

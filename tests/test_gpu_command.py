@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -99,7 +100,10 @@ def test_what_becomes_of_a_part_is_told_with_the_end_of_its_log(
         assert found["result"]["passed"] == found["result"]["tests"] > 0
 
 
-def test_a_part_that_is_ended_leaves_the_results_of_what_it_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "in the background of a shell"])
+def test_a_part_that_is_ended_leaves_the_results_of_what_it_finished(
+    tmp_path: Path, ignored: bool
+) -> None:
     tests, reached = tmp_path / "test_two.py", tmp_path / "reached"
     tests.write_text(
         "import pathlib, time\n"
@@ -108,14 +112,14 @@ def test_a_part_that_is_ended_leaves_the_results_of_what_it_finished(tmp_path: P
     )
     result = tmp_path / "two.xml"
     part = Part("two", "", tests=(str(tests), "--rootdir", str(tmp_path), "-c", os.devnull))
+    before = signal.getsignal(signal.SIGINT)
     with (tmp_path / "two.log").open("wb") as log:
-        process = subprocess.Popen(
-            part.command(str(result), rehearsal=True),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        try:
+            if ignored:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            process = running.begin(part.command(str(result), rehearsal=True), log, os.environ)
+        finally:
+            signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 120
         while not reached.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 from xml.etree import ElementTree
 
 from tests.gpu.device import REHEARSAL_VARIABLE
@@ -32,15 +32,7 @@ def run(part: Part, folder: Path, rehearsal: bool) -> dict[str, Any]:
     result.unlink(missing_ok=True)  # of another run, which this one must not be taken for
     started = time.monotonic()
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(part, os.environ, rehearsal),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = begin(command, file, environment(part, os.environ, rehearsal))
         try:
             code: int | None = process.wait(part.seconds)
         except subprocess.TimeoutExpired:
@@ -114,6 +106,28 @@ def last_lines(log: Path, count: int = LOG_LINES) -> str:
 
 def _ran(found: Mapping[str, Any]) -> bool:
     return bool(found.get("result", {}).get("passed"))
+
+
+def begin(
+    command: Sequence[str], log: BinaryIO, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Begin a command in a session of its own, from the main thread, so that `end` can end it.
+
+    A shell has what it runs in the background ignore SIGINT, and processes inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

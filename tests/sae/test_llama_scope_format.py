@@ -46,6 +46,7 @@ def test_llama_scope_folds_its_scale_into_weights_and_threshold(tmp_path: Path, 
     [
         (
             {
+                "hook_point_in": "blocks.3.hook_resid_mid",
                 "hook_point_out": "blocks.3.hook_mlp_out",
                 "dataset_average_activation_norm": {"in": 1.0},
             },
