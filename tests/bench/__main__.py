@@ -32,6 +32,7 @@ SCRIPTS: Final = (
     "reports",
     "reacting",
     "dictionaries",
+    "full_passes",
     "streamed_reads",
     "studies",
     "contrast",
