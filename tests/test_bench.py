@@ -161,6 +161,16 @@ def test_the_page_in_the_repository_is_that_of_the_results_beside_it(folder: Pat
     assert page.read_text() == made
 
 
+def test_rows_of_an_experiment_are_in_its_file_each_time_it_is_saved(tmp_path: Path) -> None:
+    record = Record("experiment", "Answers.", {})
+    rows = record.kept.setdefault("rows", [])
+    for i in range(2):
+        rows.append({"answers": [f"answer {i}"]})
+        record.add(case=i)
+        record.save(tmp_path / "out.json")
+        assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+
+
 def test_what_was_measured_before_a_benchmark_failed_is_saved(tmp_path: Path) -> None:
     record = Record("broken", "A benchmark that fails.", {})
     with pytest.raises(RuntimeError, match="in the middle"), record.saved(tmp_path / "out.json"):

@@ -29,7 +29,7 @@ from tests.bench.conditional_prompts import TOPICS
 from tests.bench.demo_engine import SAE
 from tests.bench.doses import kls
 from tests.bench.kept_rows import KeptRows
-from tests.bench.record import RESULTS, Record, arguments
+from tests.bench.record import Record, arguments
 from tests.bench.steering_answers import DTYPE, SAE_NAME, Bench
 from tests.bench.steering_effect import AMPLIFIED_TOKENS, on_topic
 from tests.bench.suppression import texts
@@ -171,9 +171,8 @@ def main() -> None:
                 figures = {figure: row[figure] for figure in ("shown", "kl", "changed")}
                 record.add(topic=topic, prompts=where, style=name, **figures)
     bench.engine.shut_down()
-    path = args.json or RESULTS / "conditional.json"
-    record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
+    record.kept["rows"] = rows
+    record.save(args.json)
 
 
 if __name__ == "__main__":

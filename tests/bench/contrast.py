@@ -66,10 +66,8 @@ def prefilled_and_encoded(engine: Engine, texts: Sequence[Sequence[int]], clock:
 def main() -> None:
     """Start the engine, compare and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
     add_clock(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "contrast",
         f"A contrast of 2 x {TEXTS} texts of {TOKENS} tokens, beside plain prefills of them and "

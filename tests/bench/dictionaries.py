@@ -77,10 +77,8 @@ def main() -> None:
     """Run every case of both shapes and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    ROUNDS.add_to(parser)
     add_clock(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "dictionaries",
         "Each kind of dictionary, steered against unsteered, 32 requests: medians (quartiles).",

@@ -149,14 +149,13 @@ def main() -> None:
     kept = json.loads(path.read_text()) if path.exists() else {"results": [], "rows": []}
     record.results += [r for r in kept["results"] if r["dictionary"] not in args.dictionaries]
     rows = [r for r in kept["rows"] if r["dictionary"] not in [None, *args.dictionaries]]
+    record.kept["rows"] = rows
     with served(*(f"{name}={SMALL_DICTIONARIES[name]}" for name in args.dictionaries)) as server:
         plain = answers(server, [*SELECTION, *REPORT], None, MAX_TOKENS)
         rows.append({"dictionary": None, "answers": plain})
         for name in args.dictionaries:
             rows += report(server, name, record, plain)
             record.save(path)
-            written = json.loads(path.read_text()) | {"rows": rows}
-            path.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ they are: `calibrate` says what dose costs 0.1 and 0.5 there.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from tests.bench.chat_answers import (
     served,
     study,
 )
-from tests.bench.record import RESULTS, Record, arguments
+from tests.bench.record import Record, arguments
 from tests.bench.steering_prompts import REPORT
 from tests.engine.server import LiveServer
 
@@ -139,7 +138,7 @@ def main() -> None:
             "french_share": FRENCH_SHARE,
         },
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = record.kept.setdefault("rows", [])
     with (
         tempfile.TemporaryDirectory() as folder,
         served(f"french={control_vector(Path(folder))},layer=all") as server,
@@ -150,13 +149,7 @@ def main() -> None:
         for layer in LAYERS:
             rows += doses(server, layer, record)
             calibrated(server, layer, record)
-            save(record, rows, args.json or RESULTS / f"{record.name}.json")
-
-
-def save(record: Record, rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the JSON, with all answers."""
-    record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
+            record.save(args.json)
 
 
 if __name__ == "__main__":

@@ -213,10 +213,8 @@ def main() -> None:
     }
     for what, group in groups.items():
         record.add(what=what, **figures_of(group, rows, reported, at_maximum))
+    record.kept |= {"rows": rows, "reported": reported, "working": experiment.costs}
     record.save(args.json)
-    path = args.json or RESULTS / "equal_kl.json"
-    found = {"rows": rows, "reported": reported, "working": experiment.costs}
-    path.write_text(json.dumps(json.loads(path.read_text()) | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

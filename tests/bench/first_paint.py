@@ -78,9 +78,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         raise SystemExit("no Chromium: apt-get install chromium")

@@ -96,9 +96,7 @@ def added(compared: list[Compared]) -> list[float]:
 def main() -> None:
     """Run every case of both shapes and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "full_passes",
         "Passes that encode their tokens in full, 32 requests of one kind: medians (quartiles).",

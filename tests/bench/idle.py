@@ -25,9 +25,7 @@ def main() -> None:
     """Run both and write the JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     memory = {"kv_cache_memory_bytes": 2**29}
     plain = demo_engine({}, eager=args.eager, **memory)
     loaded = demo_engine({SAE_NAME: SAE}, eager=args.eager, **memory)

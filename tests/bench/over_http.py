@@ -128,9 +128,7 @@ def edited_tokens(server: LiveServer) -> float:
 def main() -> None:
     """Start the server, run every case and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "over_http",
         "Steered against unsteered over HTTP, 32 requests at once: medians (quartiles).",

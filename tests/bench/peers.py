@@ -114,9 +114,7 @@ def saelens_python() -> str:
 def main() -> None:
     """Run every peer in turn with ours and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "peers",
         "Others' time for the same 32 requests, as a multiple of ours: medians (quartiles).",

@@ -70,9 +70,7 @@ def fields(case: str, of_features: list[int]) -> list[Field]:
 def main() -> None:
     """Run every case of both shapes and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "reacting",
         "Conditions, reread and max_share in one engine, 32 requests at once: medians (quartiles).",

@@ -85,6 +85,7 @@ class Record:
         settings: what the figures depend on.
         results: rows of the table; a value is a number, a text or a `spread`.
         targets: what some of the figures should be.
+        kept: what else the file keeps, by name: the rows of an experiment with all its answers.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Record:
     plot: Plot | None = None
     results: list[dict[str, Any]] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
     _load_before: tuple[float, ...] = field(default_factory=os.getloadavg)
 
     def add(self, **row: Any) -> None:
@@ -130,6 +132,7 @@ class Record:
             "plot": None if self.plot is None else vars(self.plot),
             "results": self.results,
             "targets": [vars(target) for target in self.targets],
+            **self.kept,
         }
         path.write_text(json.dumps(written, indent=1) + "\n")
         print(f"{self.name}: written to {path}", flush=True)
@@ -166,15 +169,12 @@ class Rounds:
     short: int
     full: int
 
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flag."""
+    def parse(self, parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, int]:
+        """Parse the command line, the flag included, and say how many rounds it asks for."""
         said = f"default: {self.short}, with --full {self.full}"
         parser.add_argument("--rounds", type=int, help=said)
-
-    def of(self, args: argparse.Namespace) -> int:
-        """What the command line says."""
-        rounds: int = args.rounds or (self.full if args.full else self.short)
-        return rounds
+        args = parser.parse_args()
+        return args, args.rounds or (self.full if args.full else self.short)
 
 
 def shown_value(value: Any) -> str:

@@ -43,9 +43,7 @@ def fields(report: bool) -> list[Field]:
 def main() -> None:
     """Start the server, run every shape with and without and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "reports",
         "Reports against none over HTTP, 256 steered requests at once: medians (quartiles).",

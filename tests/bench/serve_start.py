@@ -62,9 +62,7 @@ def start(log: Path, command: Sequence[str], environment: dict[str, str]) -> Run
 def main() -> None:
     """Start them in turn, and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     # Set for engines in this process where `demo_engine` was imported.
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
         os.environ.pop(name, None)

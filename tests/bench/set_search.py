@@ -99,8 +99,7 @@ def main() -> None:
         "Features switched off together against a behaviour, the set grown by trying.",
         {"dtype": DTYPE, "repetition_penalty": REPETITION_PENALTY, "size": SIZE},
     )
-    path = args.json or RESULTS / "set_search.json"
-    all_rows: list[dict[str, Any]] = []
+    all_rows: list[dict[str, Any]] = record.kept.setdefault("rows", [])
     for behaviour in BEHAVIOURS:
         if behaviour.name not in args.behaviours:
             continue
@@ -121,9 +120,7 @@ def main() -> None:
                 **figures,
             )
             all_rows.append({"behaviour": behaviour.name, **row})
-        record.save(path)
-        written = json.loads(path.read_text()) | {"rows": all_rows}
-        path.write_text(json.dumps(written, indent=1) + "\n")
+        record.save(args.json)
     bench.engine.shut_down()
 
 

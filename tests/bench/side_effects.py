@@ -153,9 +153,8 @@ def main() -> None:
                 random=median(b for _, b in pairs),
                 features_with_more=sum(a > b for a, b in pairs),
             )  # fmt: skip
+    record.kept["rows"] = rows
     record.save(args.json)
-    path = args.json or RESULTS / "side_effects.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -321,8 +321,8 @@ def main() -> None:
     if "suppress" in args.parts:
         rows += suppress(bench, FeatureTable.open(args.sae, bench.sae.card.d_sae), record)
     bench.engine.shut_down()
+    record.kept["rows"] = rows
     record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -202,11 +202,9 @@ def main() -> None:
     from steering import SteeringLLM
 
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
     parser.add_argument("--rehearse", action="store_true", help="a tiny model, for its times' sake")
-    args = parser.parse_args()
-    size = TINY if args.rehearse else LLAMA
-    rounds = 1 if args.rehearse else ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
+    size, rounds = (TINY, 1) if args.rehearse else (LLAMA, rounds)
     known = None if args.rehearse else this_device()
     device = known or H100
     record = Record(

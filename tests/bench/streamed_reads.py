@@ -41,9 +41,7 @@ def fields(case: str) -> list[Field]:
 def main() -> None:
     """Start the server, run every case and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "streamed_reads",
         "Streamed reads against reads at the end over HTTP, 32 requests: medians (quartiles).",

@@ -101,11 +101,9 @@ def prefilled(engine: Engine, texts: Sequence[Mapping[str, list[int]]], clock: C
 def main() -> None:
     """Start the engine, run every shape and write the JSON."""
     parser = arguments(__doc__)
-    ROUNDS.add_to(parser)
     add_clock(parser)
     parser.add_argument("--only", help="the shape of this name alone")
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "studies",
         f"An evaluation of {CONFIGURATIONS} configurations on {TEXTS} texts of 192 tokens, beside "

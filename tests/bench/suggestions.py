@@ -151,14 +151,12 @@ def main() -> None:
     path = args.json or RESULTS / "suggestions.json"
     before = json.loads(path.read_text()) if path.exists() else {"results": [], "rows": {}}
     record.results += [row for row in before["results"] if row["part"] not in args.parts]
-    rows: dict[str, Any] = before["rows"]
+    rows: dict[str, Any] = record.kept.setdefault("rows", before["rows"])
 
     def put(key: str, row: dict[str, Any], **told: Any) -> None:
         rows[key] = row
         record.add(**told)
         record.save(path)
-        written = json.loads(path.read_text()) | {"rows": rows}
-        path.write_text(json.dumps(written, indent=1) + "\n")
 
     if "dosed" in args.parts:
         for name, row in kept.of("dosed", dosed, bench).items():

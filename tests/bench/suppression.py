@@ -176,9 +176,8 @@ def main() -> None:
             )
         rows += of_behaviour
     bench.engine.shut_down()
-    path = args.json or RESULTS / "suppression.json"
-    record.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows}, indent=1) + "\n")
+    record.kept["rows"] = rows
+    record.save(args.json)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--dtype", default="float32", help="of the model; default: float32")
-    ROUNDS.add_to(parser)
-    args = parser.parse_args()
-    rounds = ROUNDS.of(args)
+    args, rounds = ROUNDS.parse(parser)
     record = Record(
         "throughput",
         "Steered against unsteered in one engine, 32 requests at once: medians (quartiles).",
