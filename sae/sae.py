@@ -216,7 +216,7 @@ class SAE:
 
     @property
     def matrix_bytes(self) -> int:
-        """Size of what full passes read, as it is stored: W_enc; W_dec, W_skip if it decodes."""
+        """Bytes of what full passes read as it is stored: W_enc; W_dec and W_skip if it decodes."""
         return self._weights.matrix_bytes
 
     @property

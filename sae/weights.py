@@ -42,7 +42,7 @@ class Weights:
         return self._b_dec().float()
 
     def W_skip(self, device: torch.device) -> Tensor | None:
-        """[d_out, d_in] float32 as it is computed with; None where there is no skip connection."""
+        """[d_out, d_in] float32 as it is computed with; None if there is no skip connection."""
         if "W_skip" not in self._layout.tensors:
             return None
         whole = self._on(device, "W_skip")
@@ -77,10 +77,11 @@ class Weights:
             yield start, min(start + size, self._card.d_sae)
 
     def encoder_chunks(self, device: torch.device) -> Iterator[tuple[int, int]]:
-        """Ranges [start, stop) of latents for `matrix` of W_enc: as `chunks`.
+        """Ranges [start, stop) of latents for which `matrix` gives W_enc, in order.
 
-        It is a single range if nothing is copied on a CPU: parts of a matrix that is stored by
-        columns are multiplied half as fast as all of it.
+        They are those of `chunks`, which bound what is copied. On a CPU that computes with W_enc as
+        it is stored nothing is copied, and it is a single range: parts of a matrix that is stored
+        by columns are multiplied half as fast as all of it.
         """
         if device.type == "cpu":
             row = self.matrix("W_enc", 0, 1, device)
@@ -106,7 +107,7 @@ class Weights:
         return self._in_use(canonical, stored.index_select(0, index))
 
     def matrix(self, canonical: str, start: int, stop: int, device: torch.device) -> Tensor:
-        """The same for a range of latents, on a device; of several places their sum."""
+        """The rows of a range of latents, on a device; those of several places are summed."""
         part = self._on(device, canonical, slice(start, stop))
         if part.dim() == 3:
             part = part.sum(dim=1, dtype=torch.float32)

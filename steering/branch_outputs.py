@@ -1,13 +1,13 @@
-"""What is written before the end of a branch, as the stream gets it: by a checkpoint's weights.
+"""What rows that are added within a branch make of the stream, by a checkpoint's weights.
 
-Behind attention's heads stands the output projection, and in some models a norm behind a branch.
-A decoder row that is added before them enters the stream as::
+Attention's heads are followed by the output projection, and in some models a branch ends with a
+norm. A decoder row that is added before them enters the stream as::
 
     attn.hook_z                  gain * (W_O row)
     attn.hook_out, mlp.hook_out  gain * row
 
-up to the norm's factor, which all elements have in common, and what it takes away along the
-branch's own direction, which is another one on each token. Without such a norm gain is 1.
+up to the norm's factor, which all elements have in common, and up to what the norm takes away along
+the branch's own direction, which differs from token to token. Without such a norm gain is 1.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ _PROJECTION: Final = (
     r"(?:self_attn|attn|attention|self_attention)\.(?:o_proj|c_proj|out_proj|dense)"
 )
 _NOT_THE_DECODER: Final = re.compile(r"(?:^|\.)(?:vision|visual|audio|encoder|mtp)[^.]*\.", re.I)
-#: Whose projections are stored as [heads, d_model].
+#: Model types whose projections are stored as [heads, d_model].
 _TRANSPOSED: Final = frozenset({"gpt2"})
-#: The norm behind a branch. What Llama calls post_attention_layernorm stands before the MLP, unless
+#: The norms that end a branch. What Llama calls post_attention_layernorm is before the MLP, unless
 #: the MLP has norms of its own.
-_BEHIND_ATTENTION: Final = "post_attention_layernorm"
+_AFTER_ATTENTION: Final = "post_attention_layernorm"
 _OF_THE_MLP: Final = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _NORMS: Final[Mapping[str, tuple[str, ...]]] = {
-    HEADS: ("post_self_attn_layernorm", _BEHIND_ATTENTION),
-    "attn.hook_out": ("post_self_attn_layernorm", _BEHIND_ATTENTION),
+    HEADS: ("post_self_attn_layernorm", _AFTER_ATTENTION),
+    "attn.hook_out": ("post_self_attn_layernorm", _AFTER_ATTENTION),
     "mlp.hook_out": ("post_mlp_layernorm", "post_feedforward_layernorm"),
 }
 
 
 class BranchOutputs:
-    """The output projections of attention and the norms behind branches, of one checkpoint.
+    """The output projections of attention and the norms that end branches, of one checkpoint.
 
     Args:
-        files: every tensor's name and the file that it is in.
-        model_type: of the checkpoint's configuration.
+        files: the name of every tensor, and the file that it is in.
+        model_type: that of the checkpoint's configuration.
         plus_one: whether its norms multiply by 1 + weight.
     """
 
@@ -58,14 +58,14 @@ class BranchOutputs:
         self._plus_one = plus_one
 
     def in_stream(self, rows: Tensor, hook: HookPoint) -> Tensor | None:
-        """What the stream gains where rows are added at a hook point.
+        """What the stream gains if rows are added at a hook point.
 
         Args:
-            rows: ``[n, d]`` float32, as wide as what stands there.
+            rows: ``[n, d]`` float32, d being the width at that hook point.
             hook: the hook point.
 
         Returns:
-            ``[n, d_model]`` float32; None where the checkpoint does not show the projection.
+            ``[n, d_model]`` float32; None if the checkpoint does not show the projection.
         """
         names = _NORMS.get(hook.kind)
         if names is None:
@@ -77,7 +77,7 @@ class BranchOutputs:
                 return None
             rows = rows @ W_O.T
         for name in names:
-            if name == _BEHIND_ATTENTION and not self._has_any(hook.layer, _OF_THE_MLP):
+            if name == _AFTER_ATTENTION and not self._has_any(hook.layer, _OF_THE_MLP):
                 continue
             gain = self._tensor(hook.layer, name)
             if gain is not None:
@@ -93,7 +93,7 @@ class BranchOutputs:
         return found[0] if len(found) == 1 else None
 
     def _tensor(self, layer: int, name: str) -> Tensor | None:
-        """In float32; None if it is not there once, or is quantized."""
+        """A tensor in float32; None if it is not there exactly once, or is quantized."""
         stored = self._name(layer, name)
         if stored is None:
             return None

@@ -14,12 +14,11 @@ CONFIG_KEY: Final = "steering"
 DEFAULT_MAX_ROWS: Final = 4096
 #: By default one request may have at least so many features read; see `SteeringConfig.read_limit`.
 LEAST_MAX_READ_VALUES: Final = 2**22
-#: Which SAEs' whole weights are on an accelerator: TopK ones always and one of the others at a
-#: time; all; or none, and requests that need all of one are refused.
+#: An accelerator holds the whole weights of every TopK SAE, and of one of the others at a time.
 RESIDENT_TURNS: Final = "turns"
 #: An accelerator holds the whole weights of every SAE.
 RESIDENT_ALL: Final = "all"
-#: An accelerator holds none: every full pass copies the weights from the host's memory in chunks.
+#: An accelerator holds no SAE's whole weights, and requests that need all of one are refused.
 RESIDENT_NONE: Final = "none"
 RESIDENT_CHOICES: Final = (RESIDENT_TURNS, RESIDENT_ALL, RESIDENT_NONE)
 #: Environment variable that names a file: a worker that cannot install steering writes why there.

@@ -96,9 +96,9 @@ class Unembedding:
             self._gamma = file.get_tensor(norm).float() + float(plus_one)  # [d_model]
 
     def in_stream(self, rows: Tensor, hook: str) -> Tensor | None:
-        """What the stream gains where decoder rows [n, d] are added at a hook point: [n, d_model].
+        """What the stream gains if decoder rows [n, d] are added at a hook point: [n, d_model].
 
-        None where that is attention's heads, and the checkpoint does not show their projection.
+        None if it is that of attention's heads and the checkpoint does not show their projection.
         """
         return self._branches.in_stream(rows, HookPoint.parse(hook))
 

@@ -114,7 +114,7 @@ class ServerOptions:
         choices=RESIDENT_CHOICES,
         help="Which SAEs a GPU holds whole beside the model. turns: top-k ones, and one place in "
         "which the others take turns if a `read` or `error_term: false` needs all of one; all: "
-        "every SAE; none: no SAE, and what needs all of one is refused. Says nothing on a CPU.",
+        "every SAE; none: no SAE, and what needs all of one is refused. Has no effect on a CPU.",
     )
     self_check: bool | None = _flag(
         "--steering-self-check",

@@ -207,7 +207,8 @@ class Catalog:
             param: the path that a refusal names.
 
         Raises:
-            SteeringError: ``invalid_weights`` as in `prepare`; see `EngineLimits.refuse_whole`.
+            SteeringError: ``unknown_sae`` if it is not loaded; ``invalid_weights`` as in `prepare`;
+                ``unsupported_combination`` as in `EngineLimits.refuse_whole`.
         """
         self.limits.refuse_whole(name, param)
         self.refuse_changed(name, param)
@@ -324,7 +325,7 @@ class Catalog:
 
 @contextmanager
 def _unchanged(name: str, param: str | None) -> Iterator[None]:
-    """Refuse with ``invalid_weights`` where the SAE's file turns out to have changed."""
+    """Refuse with ``invalid_weights`` if the SAE's file turns out to have changed."""
     try:
         yield
     except SAEError:

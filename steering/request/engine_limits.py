@@ -17,7 +17,7 @@ class EngineLimits:
 
     Attributes:
         first_layers: the first decoder layer of each pipeline stage, ascending.
-        speculates: whether it decodes speculatively.
+        speculates: whether the engine decodes speculatively.
         holds_none: whether it runs on an accelerator that holds no SAE whole, so that each pass
             that needs all of one would copy it there many times, and everybody would wait.
     """
@@ -36,15 +36,15 @@ class EngineLimits:
         return bisect_right(self.first_layers, HookPoint.parse(hook).layer) - 1
 
     def refuse(self, spec: SteeringSpec, card: Callable[[str], SAECard]) -> None:
-        """Refuse what this engine cannot keep of a request.
+        """Refuse a request that this engine cannot serve.
 
         Args:
             spec: the validated field.
-            card: of the SAE of this name.
+            card: gives the card of the SAE of a name.
 
         Raises:
             SteeringError: ``unsupported_combination`` if ``stop_when`` or a streamed read needs
-                what this engine cannot do.
+                what this engine cannot do, or as in `refuse_whole`.
         """
 
         def reads(name: str) -> str:
@@ -61,11 +61,11 @@ class EngineLimits:
         """Refuse what needs all of an SAE, if this engine keeps it away from the accelerator.
 
         Args:
-            name: of the SAE.
-            param: what to name in the refusal.
+            name: name of the SAE.
+            param: the path that a refusal names.
 
         Raises:
-            SteeringError: ``unsupported_combination``.
+            SteeringError: ``unsupported_combination`` if `holds_none`.
         """
         if self.holds_none:
             raise SteeringError(
@@ -103,7 +103,7 @@ class EngineLimits:
 def _whole(spec: SteeringSpec, exact_from_row: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
     """The SAEs that must encode tokens of this request in full, and where it says so.
 
-    As `SteeringPlan.encoded`.
+    These are the SAEs of `SteeringPlan.encoded`, each with the path that a refusal names.
     """
     if spec.read is not None:
         yield spec.read.sae, "steering.read"

@@ -39,7 +39,7 @@ class SteeringLLM(LLM):
         max_read_values: how many features one request may have read, over all its tokens.
         max_study_tokens: how many tokens one study may send through the model.
         resident: which SAEs a GPU holds whole, as ``--steering-resident``.
-        engine_args: whatever else ``LLM`` takes.
+        engine_args: all other arguments of ``LLM``.
 
     Raises:
         SAEError: if an SAE cannot be used, or cannot be used with this model.

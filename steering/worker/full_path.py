@@ -31,9 +31,18 @@ def apply(
 ) -> None:
     """Read conditions and edits, edit, and read features on the tokens of one part.
 
-    All of it is of the stream as it came, but for what is kept of it behind the edits. A slot's
-    parts follow each other in the order of its tokens, so that a condition on earlier ones knows
-    them.
+    Everything is read from the stream as it came in; only what is kept of the stream is read after
+    the edits. The parts of one slot are handled in the order of its tokens, so that a condition
+    that looks at earlier tokens knows them.
+
+    Args:
+        hidden_states: ``[num_tokens, d_in]`` model dtype, edited in place.
+        residual: the same shape, or None; only read.
+        part: the tokens, and what is to be done with them.
+        residency: the SAEs that are read here, and where their weights are.
+        buffers: the buffers of this hook point.
+        reports: takes what was found, on its way to the records.
+        outputs: what SAEs that write elsewhere make of whole tokens.
     """
     stream = batched.gather_stream(hidden_states, residual, part.token, buffers)
     for fit in part.fits:

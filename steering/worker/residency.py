@@ -1,12 +1,13 @@
 """Where the whole weights of SAEs are when a pass reads all of them.
 
-On an accelerator they must be on the device. Those that full passes of every kind need (TopK) are
-put there when the model is loaded, before the engine measures what memory is left for its KV cache;
-the others take turns in one place of the largest one's size, a copy each time that it changes
-hands. Of an engine that keeps none there, no request needs all of one (`engine_limits.py`). All
-this follows from the configuration and the batches, which the ranks of a tensor-parallel
-group share, and not from how much memory is free: weights that lie elsewhere are multiplied by
-another kernel, whose rounding would make the ranks differ.
+On an accelerator they must be on the device. By default those of TopK SAEs, which every pass with
+an edit of theirs encodes whole, are put there when the model is loaded, before the engine measures
+what memory is left for its KV cache. The others take turns in one place of the largest one's size,
+with a copy whenever another one's turn comes. If the device is to hold none, requests that need all
+of one are refused before they come here (`engine_limits.py`). All this follows from the
+configuration and the batches, which the ranks of a tensor-parallel group share, and not from how
+much memory is free: weights that lie elsewhere are multiplied by another kernel, whose rounding
+would make the ranks differ.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Residency:
             weights need to be moved.
 
     Attributes:
-        saes: as given; what needs a card or a vector of one need not bring it.
-        taking_turns: those of which one at a time is on the device.
+        saes: as given. For an SAE's card or one of its vectors, use this without `load`.
+        taking_turns: the indices of those SAEs of which one at a time is on the device.
 
     Raises:
         SAEError: in one line, if the device has no room for the weights.

@@ -1,4 +1,4 @@
-"""A pass's tokens, apart by SAEs that take turns on the device: each is copied once a pass."""
+"""Groups a pass's tokens by the SAEs that take turns on the device, so that each is copied once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def by_turns(
     full: Mapping[int, frozenset[int]],
     residency: Residency,
 ) -> list[IntArray]:
-    """The tokens, apart by which of the SAEs that take turns encode them.
+    """The tokens in groups, by which of the SAEs that take turns encode them.
 
-    What is on the device already comes first. A slot's tokens stay together and in their order, for
-    conditions on earlier ones.
+    The group of what is on the device already comes first. A slot's tokens stay together and in
+    their order, since a condition may look at earlier ones.
 
     Args:
         token_np: ``[n]`` indices in the batch, ascending.
@@ -32,7 +32,7 @@ def by_turns(
     if len(groups) < 2:
         return [token_np] if len(token_np) else []
     groups.sort(key=lambda saes: not residency.are_near(saes))
-    # Those that none of them encodes go with the first.
+    # Tokens that none of these SAEs encodes go with the first group.
     rank_of_slot = {slot: groups.index(saes) if saes else 0 for slot, saes in turns.items()}
     rank_of_token = np.array([rank_of_slot[slot] for slot in slot_of_token.tolist()])
     return [token_np[rank_of_token == rank] for rank in range(len(groups))]

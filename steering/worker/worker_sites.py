@@ -54,6 +54,9 @@ class WorkerSites:
             every rank has all heads.
 
     Attributes:
+        saes, num_slots, step, device, graphs: as given.
+        always_launch: whether the op is launched in passes that no request needs it for.
+        max_num_tokens: tokens of the largest pass.
         by_hook: a hook point's name to its site, in the order of ``owned``.
         rows: the rows of the features in use.
         residency: where whole weights are; it holds the SAEs that are read at ``owned``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from steering.config import RESIDENT_CHOICES, RESIDENT_NONE, SteeringConfig
 from steering.errors import SteeringError
 from steering.request.catalog import Catalog
 from steering.request.engine_limits import EngineLimits
+from steering.request.planning import make_plan
 from steering.vllm.door import limits_of
 from tests.models import D_MODEL, NUM_LAYERS, make_tiny_sae
 
@@ -92,6 +94,37 @@ def test_what_needs_rows_alone_is_served_where_the_gpu_holds_none(catalog_of: An
     added = {**EXACT, "op": "add"}
     when = {"sae": "early", "feature": 1, "above": 0}
     catalog.parse({"interventions": [{**ROW, "when": when}, added], "stop_when": when})
+
+
+def test_a_field_is_refused_there_if_its_plan_encodes_an_sae(catalog_of: Any) -> None:
+    # What is refused is told from the field, before there is a plan; what is done, from the plan.
+    anywhere, there = catalog_of(EngineLimits()), catalog_of(EngineLimits(holds_none=True))
+    index = {"early": 0, "late": 1, "topk": 2}
+    edits = (ROW, {**EXACT, "op": "add"}, {**EXACT, "feature": 4}, {**ROW, "when": IF_EXACT})
+    several = [*(list(some) for n in (1, 2) for some in combinations(edits, n))]
+    refusals = []
+    for interventions, error_term, report, more in product(
+        several,
+        (True, False),
+        (True, False),
+        ({}, {"read": {"sae": "late"}}, {"stop_when": IF_EXACT}),
+    ):
+        field = {"interventions": interventions, "error_term": error_term, "report": report, **more}
+        try:
+            spec = anywhere.parse(field)
+        except SteeringError:
+            continue  # one feature twice, or a condition that is not read before its edit
+        plan = make_plan(spec, index, "key", 1, 3)
+        encodes = plan.encoded(lambda sae: sae != index["topk"])
+        try:
+            there.parse(field)
+            refused = False
+        except SteeringError as error:
+            refused = True
+            assert any(f"SAE {name!r}" in str(error) for name in index if index[name] in encodes)
+        assert refused == bool(encodes), field
+        refusals.append(refused)
+    assert {*refusals} == {True, False} and len(refusals) > 50
 
 
 async def test_a_study_that_encodes_an_sae_is_refused_where_the_gpu_holds_none(
