@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import pytest
 import torch
 
 from steering.worker.ops import triton_kernel
 from steering.worker.ops.buffers import Buffers, InputNorm
-from steering.worker.ops.layout import INPUT_RMS, NO_SLOT
+from steering.worker.ops.layout import INPUT_RMS, NO_SLOT, P_BIAS
 from tests.gpu.device import DEVICE, captured, sizes
-from tests.steering.batches import Batch, full_batch, random_batch, split_batch
-from tests.steering.versions import Edited, assert_agrees, run
+from tests.steering.batches import Batch, full_batch, pool, random_batch, split_batch
+from tests.steering.versions import Edited, assert_agrees, by_reference, run
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +24,9 @@ CROWDED: Final[dict[str, Any]] = {
     **{"tokens": RAGGED, "steered": 0.8, "padding": 3},
     **{"max_edits": 16, "max_gates": 8},
 }
-Agree: TypeAlias = Callable[[Callable[[int], Batch]], None]
+#: On a pre-activation, more than rounding of a float32 sum can be: streams here have norms of up to
+#: 20 * (2 * 8192)^0.5, and rows of about 1.
+NEAR: Final = 5e-4
 
 
 def on_device(batch: Batch) -> Edited:
@@ -45,36 +47,33 @@ def back(buffers: Buffers) -> Buffers:
     )
 
 
-@pytest.fixture
-def assert_agree(
-    record_property: Callable[[str, object], None],
-) -> Callable[[Callable[[int], Batch]], None]:
-    """Batches by seed on the device against the reference.
+def assert_agree(batch: Callable[[int], Batch]) -> None:
+    """Hold batches on the device against the reference, by seeds whose batches are clear."""
+    for seed in sizes(0, 1, 2):
+        made = next(made for made in map(batch, range(seed, 1000, 100)) if is_clear(made))
+        assert_agrees(on_device, made)
 
-    Of numbers that lie on a threshold the order of sums decides, and one batch in thousands has
-    such. So another is tried where one differs, and how many did is noted.
+
+def is_clear(batch: Batch) -> bool:
+    """Whether no pre-activation is so near to a threshold that the order of a sum decides.
+
+    It is if `NEAR` more or less on each of them decides nothing otherwise.
     """
-
-    def agree(batch: Callable[[int], Batch]) -> None:
-        differing = 0
-        for seed in sizes(0, 1, 2):
-            try:
-                assert_agrees(on_device, batch(seed))
-            except AssertionError:
-                differing += 1
-                assert_agrees(on_device, batch(seed + 100))
-        if differing:
-            record_property("batches that differed from the reference", differing)
-
-    return agree
+    decided = []
+    for change in (-NEAR, NEAR):
+        params = batch.rows.params.clone()
+        params[:, P_BIAS] += change
+        changed = replace(batch, rows=pool(batch.rows.W_enc, batch.rows.W_dec, params))
+        buffers = by_reference(changed).buffers
+        state = buffers.gate_state
+        decided.append((buffers.counters, state.events, state.first_held, buffers.f == 0))
+    return all(map(torch.equal, *decided))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d_in", sizes(24, 576, 1000, 2048, 2304, 4096, 5120, 8192))
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "sum"])
-def test_device_agrees_with_the_reference(
-    assert_agree: Agree, d_in: int, dtype: torch.dtype, residual: bool
-) -> None:
+def test_device_agrees_with_the_reference(d_in: int, dtype: torch.dtype, residual: bool) -> None:
     options: dict[str, Any] = {"d_in": d_in, "dtype": dtype, "residual": residual}
     assert_agree(lambda seed: random_batch(seed, **options, **CROWDED))
 
@@ -82,21 +81,19 @@ def test_device_agrees_with_the_reference(
 @pytest.mark.parametrize("norm", [None, InputNorm(INPUT_RMS, 1e-5)], ids=["plain", "rms"])
 @pytest.mark.parametrize("d_in", sizes(24, 576, 2304, 4096, 8192))
 def test_both_halves_agree_with_the_reference_on_the_device(
-    assert_agree: Agree, d_in: int, norm: InputNorm | None
+    d_in: int, norm: InputNorm | None
 ) -> None:
     options: dict[str, Any] = {"norm": norm, "d_in": d_in, "dtype": torch.bfloat16}
     assert_agree(lambda seed: split_batch(seed, **options, **CROWDED))
 
 
 @pytest.mark.parametrize("d_in", sizes(24, 576, 4096, 8192))
-def test_sixty_four_edits_agree_on_the_device(assert_agree: Agree, d_in: int) -> None:
+def test_sixty_four_edits_agree_on_the_device(d_in: int) -> None:
     assert_agree(lambda seed: full_batch(seed, d_in, torch.bfloat16, tokens=9))
 
 
 @pytest.mark.parametrize("d_in", sizes(24, 1152, 2304, 8192))
-def test_wide_streams_of_compiled_graphs_agree_on_the_device(
-    assert_agree: Agree, d_in: int
-) -> None:
+def test_wide_streams_of_compiled_graphs_agree_on_the_device(d_in: int) -> None:
     # Hidden states in float32 beside a residual in the model's dtype: `registered.steer_wide`.
     def batch(seed: int) -> Batch:
         made = random_batch(seed, d_in=d_in, **CROWDED)

@@ -103,11 +103,9 @@ def test_a_field_is_refused_there_if_its_plan_encodes_an_sae(catalog_of: Any) ->
     edits = (ROW, {**EXACT, "op": "add"}, {**EXACT, "feature": 4}, {**ROW, "when": IF_EXACT})
     several = [*(list(some) for n in (1, 2) for some in combinations(edits, n))]
     refusals = []
+    others: list[dict[str, Any]] = [{}, {"read": {"sae": "late"}}, {"stop_when": IF_EXACT}]
     for interventions, error_term, report, more in product(
-        several,
-        (True, False),
-        (True, False),
-        ({}, {"read": {"sae": "late"}}, {"stop_when": IF_EXACT}),
+        several, (True, False), (True, False), others
     ):
         field = {"interventions": interventions, "error_term": error_term, "report": report, **more}
         try:
