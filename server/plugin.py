@@ -25,6 +25,7 @@ from server.state import SteeringState
 from steering.request.catalog import SCAN_LIMIT_BYTES, Catalog
 from steering.unembedding import open_unembedding
 from steering.vllm.door import catalog_for
+from steering.vllm.giving_way import giving_way
 from steering.vllm.plugin import register
 from steering.vllm.reader import Reader
 from steering.vllm.results import worker_stats
@@ -89,7 +90,7 @@ class SteeringEndpointPlugin:
         models = PresetModels(served, store)
         if store.in_use:
             models.install()
-        reader = Reader(engine_client)
+        reader = Reader(engine_client, way=giving_way(engine_client, options.study_share))
         vocabulary = ServedVocabulary(
             engine_client.renderer, getattr(state, "openai_serving_chat", None)
         )

@@ -21,6 +21,7 @@ from steering.config import (
 from steering.request.catalog import SCAN_LIMIT_BYTES
 from steering.request.limits import MAX_INTERVENTIONS, MAX_TOP_K
 from steering.studies.study import MAX_STUDY_TOKENS
+from steering.vllm.giving_way import DEFAULT_SHARE
 
 SAE_FLAG: Final = "--sae"
 PRESET_FLAG: Final = "--steering-preset"
@@ -32,7 +33,8 @@ def _flag(
     name: str,
     default: Any,
     *,
-    least: int | None = None,
+    least: float | None = None,
+    most: float | None = None,
     why: str = "",
     routes_only: bool = False,
     **argument: Any,
@@ -42,13 +44,15 @@ def _flag(
     Args:
         name: as on the command line.
         default: of the field and the flag.
-        least: what an integer must not be below, unless it is left out.
-        why: the reason for that limit.
+        least: what a number must not be below, unless it is left out.
+        most: what it must not be above.
+        why: the reason for the lower limit.
         routes_only: whether only commands that open a port have it.
         argument: the rest of `add_argument`'s.
     """
-    metadata = {"name": name, "least": least, "why": why, "routes_only": routes_only}
-    return field(default=default, metadata={**metadata, "argument": argument})
+    metadata = {"name": name, "least": least, "most": most, "why": why}
+    metadata |= {"routes_only": routes_only, "argument": argument}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,18 @@ class ServerOptions:
         type=int,
         metavar="N",
         help="How many tokens one study may send through the model, in all of its runs.",
+    )
+    study_share: float = _flag(
+        "--steering-study-share",
+        DEFAULT_SHARE,
+        least=0.01,
+        most=1,
+        why="or a study beside traffic would not end",
+        routes_only=True,
+        type=float,
+        metavar="SHARE",
+        help="Which share of the time studies may have while requests are served; 1: as much as "
+        "one run of a text at a time takes. Without other requests they have all of it.",
     )
     max_body_bytes: int = _flag(
         "--steering-max-body-bytes",
@@ -179,12 +195,18 @@ class ServerOptions:
         return next((name for name, value in zip(names, given, strict=True) if value), None)
 
     def check(self) -> None:
-        """Raises RefusedStartError if a value is below its limit."""
+        """Raises RefusedStartError if a value is beyond its limits."""
         for each in fields(self):
-            value, least = getattr(self, each.name), each.metadata["least"]
-            if least is not None and value is not None and value < least:
-                name, why = each.metadata["name"], each.metadata["why"]
+            value, name = getattr(self, each.name), each.metadata["name"]
+            least, most = each.metadata["least"], each.metadata["most"]
+            if value is None:
+                continue
+            # Not the other way round: NaN is within no limits.
+            if least is not None and not value >= least:
+                why = each.metadata["why"]
                 raise RefusedStartError(f"{name} {value}: must be at least {least}, {why}")
+            if most is not None and not value <= most:
+                raise RefusedStartError(f"{name} {value}: must be at most {most}")
 
 
 def add_flags(parser: Any, *, routes: bool) -> None:

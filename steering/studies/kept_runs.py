@@ -184,4 +184,4 @@ _forgetting: set[asyncio.Future[None]] = set()
 
 async def _forget(reader: Reader, engine: int, keys: list[str]) -> None:
     with suppress(Exception):  # an engine that has ended has forgotten everything
-        await reader.ask(engine, "steering_forget", keys)
+        await reader.ask(engine, "steering_forget", keys, computes=False)

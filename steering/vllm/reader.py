@@ -2,9 +2,10 @@
 
 A text is teacher-forced: all of it is the prompt of one engine request that generates a single
 token, but its completion counts as generation for edits, conditions and salt. Served traffic goes
-first: few runs of a study are in flight at a time, and if the scheduler knows priorities, runs have
-the last one. A run is salted like any other request, so it shares blocks only with equal requests.
-It takes none from the cache, so that everything is computed and counted.
+first: few runs of a study are in flight at a time, they give way to it (`giving_way`), and if the
+scheduler knows priorities, they have the last one. A run is salted like any other request, so it
+shares blocks only with equal requests. It takes none from the cache, so that everything is computed
+and counted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
@@ -20,6 +21,7 @@ from typing import Any, Final
 from steering.report import Report, Ticket
 from steering.request.accepted import Accepted
 from steering.vllm.door import carrying, refusal_in
+from steering.vllm.giving_way import GivingWay
 from steering.vllm.results import ask_workers, results_of
 
 #: How many engine requests of one study are in flight at a time.
@@ -53,7 +55,7 @@ class Run:
         sampling: sampling parameters of vLLM that differ from those of one greedy token, such as
             `prompt_logprobs`.
         lora_request: vLLM's ``LoRARequest``; None for the model itself.
-        priority: vLLM's priority; served requests have 0.
+        priority: vLLM's priority; served requests have 0, and runs with `LAST` give way to them.
         engine: which of the reader's engines runs it; None for any.
     """
 
@@ -151,15 +153,19 @@ class Reader:
     Args:
         engine: the `AsyncLLM`.
         in_flight: how many runs of one call are in the engine at a time at most.
+        way: how runs and calls give way to served requests; None if they need not.
 
     Attributes:
         keeping: a context that a study enters for as long as the workers keep something for it.
             Only `MAX_KEEPING` may be in it; others wait.
     """
 
-    def __init__(self, engine: Any, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(
+        self, engine: Any, in_flight: int = IN_FLIGHT, way: GivingWay | None = None
+    ) -> None:
         self._engine = engine
         self._in_flight = in_flight
+        self._way = way
         self.keeping = asyncio.Semaphore(MAX_KEEPING)
 
     @property
@@ -172,18 +178,21 @@ class Reader:
         """Whether a KV connector may bring a text's blocks, though none comes from the cache."""
         return self._engine.vllm_config.kv_transfer_config is not None
 
-    async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
+    async def ask(self, engine: int, method: str, *args: Any, computes: bool = True) -> list[Any]:
         """Call a method of every worker of one engine; returns what each worker answers.
 
         Args:
             engine: which of the engines, in ``[0, engines)``.
             method: name of a method of `SteeringWorker`.
             args: its arguments, in plain types.
+            computes: whether it may take as long as a step, which waits for it; then it gives way.
 
         Raises:
             vllm.v1.engine.exceptions.EngineDeadError: if an engine has died.
         """
-        return await ask_workers(self._engine, engine, method, args)
+        way = nullcontext() if self._way is None or not computes else self._way.call()
+        async with way:
+            return await ask_workers(self._engine, engine, method, args)
 
     async def run(self, run: Run) -> Finished:
         """Run one text. If this is cancelled, the text's request leaves the engine.
@@ -191,6 +200,15 @@ class Reader:
         Raises:
             SteeringError: if the engine's door refuses it.
         """
+        async with self._turn_of(run):
+            return await self._run(run)
+
+    def _turn_of(self, run: Run) -> AbstractAsyncContextManager[None]:
+        if self._way is None or run.priority != LAST:
+            return nullcontext()
+        return self._way.request(len(run.prompt["prompt_token_ids"]))
+
+    async def _run(self, run: Run) -> Finished:
         ticket = run.ticket()
         prompt = {"type": "token", **run.prompt}
         outputs = self._engine.generate(
@@ -281,7 +299,7 @@ class OfflineReader:
         """See `Reader.external_blocks`."""
         return self._llm.llm_engine.vllm_config.kv_transfer_config is not None
 
-    async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
+    async def ask(self, engine: int, method: str, *args: Any, computes: bool = True) -> list[Any]:
         """Call a method of every worker; returns what each answers. See `Reader.ask`."""
         found: list[Any] = self._llm.collective_rpc(method, args=args)
         return found

@@ -253,6 +253,8 @@ class FakeEngine:
             additional_config=additional,
             model_config=SimpleNamespace(max_model_len=256),
             parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=256),
+            device_config=SimpleNamespace(device_type="cpu"),
             speculative_config=None,
             kv_transfer_config=None,
         )
@@ -275,6 +277,9 @@ class FakeEngine:
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing runs."""
+
+    def get_num_unfinished_requests(self) -> int:
+        return 0
 
     def get_tokenizer(self) -> Any:
         return SimpleNamespace(decode=lambda ids: "x")

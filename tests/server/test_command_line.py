@@ -203,6 +203,8 @@ def test_sae_of_another_width_is_refused_before_the_engine_starts(
     wide = make_tiny_sae(tmp_path / "wide", d_in=32)
     monkeypatch.setattr("server.start.arguments.allow_ours", lambda *_: None)
     monkeypatch.setattr(serving, "_run", lambda _: pytest.fail("the engine starts"))
+    # Otherwise a line says so where little memory is free.
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert main(["serve", str(model), "--sae", f"a={wide}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vllm-sae: error: ")
@@ -290,6 +292,7 @@ def test_flag_that_leaves_no_place_for_steering_is_refused(
         ("max_read_values", 64, "--steering-max-read-values 63: must be at least 64"),
         ("max_body_bytes", 1024, "--steering-max-body-bytes 1023: must be at least 1024"),
         ("max_study_tokens", 1, "--steering-max-study-tokens 0: must be at least 1"),
+        ("study_share", 0.01, "--steering-study-share -0.99: must be at least 0.01"),
     ],
 )
 def test_option_below_its_limit_is_refused(option: str, least: Any, said: str) -> None:
@@ -297,6 +300,13 @@ def test_option_below_its_limit_is_refused(option: str, least: Any, said: str) -
     replace(ServerOptions(), **at).check()
     with pytest.raises(RefusedStartError, match=said):
         replace(ServerOptions(), **below).check()
+
+
+@pytest.mark.parametrize("share", [1.01, float("inf"), float("nan")])
+def test_share_of_the_time_is_at_most_all_of_it(share: float) -> None:
+    replace(ServerOptions(), study_share=1.0).check()
+    with pytest.raises(RefusedStartError, match=f"--steering-study-share {share}: must be at "):
+        replace(ServerOptions(), study_share=share).check()
 
 
 def test_front_end_that_cannot_carry_steering_is_refused() -> None:

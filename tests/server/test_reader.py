@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -16,6 +18,7 @@ from steering.errors import SteeringError
 from steering.request.accepted import Accepted, accept
 from steering.request.plan import SteeringPlan
 from steering.vllm.door import catalog_for
+from steering.vllm.giving_way import GivingWay
 from steering.vllm.plugin import register
 from steering.vllm.reader import IN_FLIGHT, LAST, Finished, Reader, Run, Text
 from tests.models import D_MODEL, NUM_LAYERS
@@ -108,6 +111,29 @@ async def test_few_runs_are_in_flight_and_all_are_told_in_their_order(
     assert [f.output.prompt_token_ids[0] for f in found] == list(range(3 * IN_FLIGHT))
     assert engine.most == IN_FLIGHT
     assert progress == list(range(1, 3 * IN_FLIGHT + 1))
+
+
+async def test_runs_of_studies_give_way_and_what_a_client_waits_for_does_not(
+    engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = AsyncMock(return_value=[])
+    monkeypatch.setattr("steering.vllm.reader.ask_workers", calls)
+    way = GivingWay(lambda: 1 + engine.running, tokens=10**6, share=1.0)
+    reader = Reader(engine, way=way)
+    engine.go.clear()
+    study = asyncio.create_task(reader.all([Run.of(TEXT)] * 3))
+    inspected = asyncio.create_task(reader.run(replace(Run.of(TEXT), priority=0)))
+    while engine.running < 2:
+        await asyncio.sleep(0)
+    computed = asyncio.create_task(reader.ask(0, "steering_compare"))
+    async with asyncio.timeout(10):
+        await reader.ask(0, "steering_forget", computes=False)
+    assert (engine.most, calls.await_count) == (2, 1)
+    engine.go.set()
+    async with asyncio.timeout(10):
+        await asyncio.gather(study, inspected, computed)
+    assert (engine.most, calls.await_count) == (2, 2)
+    assert sorted(engine.priorities) == [0, LAST, LAST, LAST]
 
 
 async def test_runs_leave_the_engine_with_whoever_waits_for_them(engine: WatchedEngine) -> None:
