@@ -4,15 +4,14 @@
 
 ``vllm-sae serve`` in processes of its own, the demo model and SAE. Some clients ask for one short
 completion after another; the figure is the median latency of a request. Beside it, evaluations
-follow one another, each of texts of several hundred tokens; how many of a study's runs end a
-second, beside the traffic and on an idle server, says what is left for it.
+follow one another, of texts of several hundred tokens; how many of their tokens a second enter the
+model, beside the traffic and on an idle server, says what is left for them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -30,11 +29,11 @@ from tests.bench.cases import SAE_NAME
 from tests.bench.demo_engine import SAE, prompts
 from tests.bench.over_http import serve
 from tests.bench.record import Record, Rounds, arguments, spread
-from tests.engine.server import MODEL, wait_until_ready
+from tests.engine.server import MODEL, LiveServer, wait_until_ready
 
 CLIENTS: Final = 4
 #: Requests of one client, one after another.
-EACH: Final = 6
+EACH: Final = 12
 PROMPT: Final = 64
 GENERATED: Final = 32
 TEXTS: Final = 8
@@ -43,9 +42,10 @@ SCORED: Final = 128
 CONFIGURATIONS: Final = 4
 CONTROL: Final = "no study (control)"
 BESIDE: Final = "beside a study"
+IDLE_SECONDS: Final = 30
 TIMEOUT: Final = httpx.Timeout(300)
 
-ROUNDS: Final = Rounds(short=4, full=10)
+ROUNDS: Final = Rounds(short=3, full=8)
 
 
 @dataclass
@@ -53,11 +53,11 @@ class Studied:
     """What studies did while they ran.
 
     Attributes:
-        runs: of texts, which ended.
+        tokens: of their texts that entered the model.
         seconds: over which they did.
     """
 
-    runs: int = 0
+    tokens: float = 0.0
     seconds: float = 0.0
 
 
@@ -65,7 +65,6 @@ def evaluation(seed: int) -> dict[str, Any]:
     """A study of random texts, different for each seed, streamed."""
     texts = prompts(TEXTS, TEXT, seed)
     return {
-        "stream": True,
         "texts": [
             {"prompt": text[: TEXT - SCORED], "completion": text[TEXT - SCORED :]} for text in texts
         ],
@@ -79,36 +78,41 @@ def evaluation(seed: int) -> dict[str, Any]:
     }
 
 
-async def study(client: httpx.AsyncClient, studied: Studied) -> None:
+async def study(client: httpx.AsyncClient) -> None:
     """Run one study after another until cancelled."""
-    started = time.perf_counter()
-    try:
-        for seed in count():
-            body = evaluation(seed)
-            async with client.stream("POST", "/v1/steering/evaluate", json=body) as response:
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        event = json.loads(line.removeprefix("data: "))
-                        if "error" in event:
-                            raise RuntimeError(line)
-                        studied.runs += event["object"] == "steering.progress" and event["done"] > 0
-    finally:
-        studied.seconds += time.perf_counter() - started
+    for seed in count():
+        response = await client.post("/v1/steering/evaluate", json=evaluation(seed))
+        response.raise_for_status()
 
 
 @asynccontextmanager
-async def studying(client: httpx.AsyncClient, studied: Studied) -> AsyncIterator[None]:
-    """Studies run inside, the first of them under way."""
-    task = asyncio.create_task(study(client, studied))
+async def studying(
+    server: LiveServer, client: httpx.AsyncClient, studied: Studied, others: int
+) -> AsyncIterator[None]:
+    """Studies run inside, beside others' prompts of so many tokens in all."""
+    task = asyncio.create_task(study(client))
     try:
         await asyncio.sleep(1)
+        before, started = prompt_tokens(server), time.perf_counter()
         yield
-    finally:
+        studied.tokens += prompt_tokens(server) - before - others
+        studied.seconds += time.perf_counter() - started
         if task.done():
             task.result()
+    finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+def prompt_tokens(server: LiveServer) -> float:
+    """Tokens of prompts that vLLM has counted since the server started."""
+    lines = server.client.get("/metrics").text.splitlines()
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith("vllm:prompt_tokens_total")
+    )
 
 
 async def latencies(client: httpx.AsyncClient) -> list[float]:
@@ -134,23 +138,25 @@ async def latencies(client: httpx.AsyncClient) -> list[float]:
     return found
 
 
-async def served(base_url: str, studied: Studied | None) -> Run:
+async def served(server: LiveServer, studied: Studied | None) -> Run:
     """The median latency and, as `ttft`, its ninth decile, with studies beside or without."""
-    async with httpx.AsyncClient(base_url=base_url, timeout=TIMEOUT) as client:
+    async with httpx.AsyncClient(base_url=server.base_url, timeout=TIMEOUT) as client:
         if studied is None:
             found = await latencies(client)
         else:
-            async with studying(client, studied):
+            async with studying(server, client, studied, CLIENTS * EACH * PROMPT):
                 found = await latencies(client)
-    return Run(median(found), quantiles(found, n=10)[-1])
+    run = Run(median(found), quantiles(found, n=10)[-1])
+    print("without" if studied is None else BESIDE, run.seconds, run.ttft, flush=True)
+    return run
 
 
-async def idle(base_url: str, seconds: float) -> Studied:
+async def idle(server: LiveServer, seconds: float) -> Studied:
     """Studies on a server that serves nothing else."""
     studied = Studied()
     async with (
-        httpx.AsyncClient(base_url=base_url, timeout=TIMEOUT) as client,
-        studying(client, studied),
+        httpx.AsyncClient(base_url=server.base_url, timeout=TIMEOUT) as client,
+        studying(server, client, studied, 0),
     ):
         await asyncio.sleep(seconds)
     return studied
@@ -175,14 +181,14 @@ def main() -> None:
             wait_until_ready(server)
             studied = Studied()
             found = alternate(
-                lambda: asyncio.run(served(server.base_url, None)),
+                lambda: asyncio.run(served(server, None)),
                 {
-                    CONTROL: lambda: asyncio.run(served(server.base_url, None)),
-                    BESIDE: lambda: asyncio.run(served(server.base_url, studied)),
+                    CONTROL: lambda: asyncio.run(served(server, None)),
+                    BESIDE: lambda: asyncio.run(served(server, studied)),
                 },
                 rounds,
             )
-            alone = asyncio.run(idle(server.base_url, 15))
+            alone = asyncio.run(idle(server, IDLE_SECONDS))
         finally:
             server.stop()
     for case, compared in found.items():
@@ -192,9 +198,9 @@ def main() -> None:
             p90_ratio=spread([one.ttft_ratio for one in compared]),
         )
     record.add(
-        case="runs of a study a second",
-        beside_traffic=studied.runs / studied.seconds,
-        on_an_idle_server=alone.runs / alone.seconds,
+        case="tokens of studies a second",
+        beside_traffic=studied.tokens / studied.seconds,
+        on_an_idle_server=alone.tokens / alone.seconds,
     )
     ratio = spread([1 / one.throughput_ratio for one in found[BESIDE]])
     record.target("p50 latency beside a study / without", ratio, 1.1, at_most=True)

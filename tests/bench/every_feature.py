@@ -5,12 +5,12 @@
 A label says what a feature fires on, and few features say what they fire on. So each feature is
 clamped to one activation, that which costs the labelled ones the budget in the median, and answers
 the first `SCREENED` prompts of `SELECTION`. Every test of ``labels.jsonl`` is then held against all
-of these answers. For each test the `CANDIDATES` features whose answers pass it most often, and the
-`CANDIDATES` best among those that fire on it (the labelled ones), are clamped as strongly as costs
-the budget on the model's own unsteered answers, and answer all of `SELECTION`. What works there, as
-in ``steering_effect``, is reported on `REPORT`, the best feature of each test alone: nothing was
-chosen by those prompts. A test without such a feature gets the pairs of its four best candidates,
-at half of their own doses each, searched up to the budget, and is treated likewise.
+of these answers. For each test the `CANDIDATES` features whose answers pass it best are clamped as
+strongly as costs the budget on the model's own unsteered answers, and answer all of `SELECTION`.
+What works there, as in ``steering_effect``, is reported on `REPORT`, the best feature of each test
+alone: nothing was chosen by those prompts. For a topic without such a feature the pairs of its
+candidates, each at half of its own dose, are searched up to the budget and treated likewise. The
+labelled features themselves are tried in ``equal_kl``.
 
 Rows are kept in ``build/`` as they are made: begun again, this goes on.
 """
@@ -47,9 +47,10 @@ SCREENED: Final = 2
 SCREENED_TOKENS: Final = 32
 SCREENED_AT_ONCE: Final = 128
 CANDIDATES: Final = 3
-PAIRED: Final = 4
+#: The kind of label that gets pairs.
+PAIRED: Final = "topic"
 #: Edits whose doses are searched, and which answer, in one go.
-AT_ONCE: Final = 8
+AT_ONCE: Final = 16
 
 Row = Mapping[str, Any]
 
@@ -233,14 +234,13 @@ def best_of(
     return (min(working)[2] if working else None), len(working)
 
 
-def pairs_of(
-    experiment: Experiment, sought: Sought, singles: Iterable[str], rows: Mapping[str, Row]
-) -> list[dict[int, float]]:
-    """Pairs of the features that come nearest to working, each at half of its own dose."""
-    met = [key for key in singles if rows[key]["dose"] is not None]
-    shown = {key: experiment.figures(sought, rows[key], SELECTION)["on_topic"] for key in met}
-    best = sorted(met, key=lambda key: -shown[key])[:PAIRED]
-    halves = [{f: value / 2 for f, value in _dose(rows[key]).items()} for key in best]
+def pairs_of(singles: Iterable[str], rows: Mapping[str, Row]) -> list[dict[int, float]]:
+    """Pairs of features that have a dose, each at half of it."""
+    halves = [
+        {feature: value / 2 for feature, value in _dose(rows[key]).items()}
+        for key in singles
+        if rows[key]["dose"] is not None
+    ]
     return [one | other for one, other in combinations(halves, 2)]
 
 
@@ -250,12 +250,7 @@ def experimented(experiment: Experiment, labels: Sequence[Label]) -> list[dict[s
     screened = experiment.screen(activation)
     all_sought = sought_by(labels)
     tried = [
-        [
-            str(feature)
-            for feature in dict.fromkeys(
-                [*shown_most(sought, screened, CANDIDATES), *sought.features[:CANDIDATES]]
-            )
-        ]
+        [str(feature) for feature in shown_most(sought, screened, CANDIDATES)]
         for sought in all_sought
     ]
     singles = dict.fromkeys(key for keys in tried for key in keys)
@@ -265,7 +260,7 @@ def experimented(experiment: Experiment, labels: Sequence[Label]) -> list[dict[s
         for sought, keys in zip(all_sought, tried, strict=True)
     ]
     pairs = [
-        pairs_of(experiment, sought, keys, rows) if best is None else []
+        pairs_of(keys, rows) if best is None and sought.label.kind == PAIRED else []
         for sought, keys, (best, _) in zip(all_sought, tried, found, strict=True)
     ]
     rows |= experiment.dosed(pair for of_test in pairs for pair in of_test)
