@@ -36,6 +36,7 @@ SCRIPTS: Final = (
     "streamed_reads",
     "studies",
     "contrast",
+    "beside_study",
     "peers",
 )
 

@@ -26,7 +26,7 @@ from typing import Any, Final
 from sae.training.labels import Label, read_labels
 from steering.vllm.offline_studies import OfflineStudies
 from tests.bench.conditional_prompts import TOPICS
-from tests.bench.demo_engine import SAE
+from tests.bench.demo_engine import SAE, name_of_result
 from tests.bench.doses import kls
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import Record, arguments
@@ -148,7 +148,7 @@ def main() -> None:
     print(conditions, flush=True)
     label = labels[args.style]
     record = Record(
-        "conditional",
+        name_of_result("conditional", args.sae),
         "A style on every answer and only where a topic has come up, on its prompts and on others.",
         {"sae": args.sae.name, "dtype": DTYPE, "tokens": AMPLIFIED_TOKENS, "strength": STRENGTH,
          "style": label.label, "prompts": len(second_half(TOPICS[OTHER])),

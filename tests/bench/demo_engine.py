@@ -69,6 +69,11 @@ def demo_engine(saes: Mapping[str, Path], *, eager: bool = False, **arguments: A
     )
 
 
+def name_of_result(experiment: str, sae: Path) -> str:
+    """The name of what an experiment finds on an SAE; the demo's own goes without saying."""
+    return experiment if sae.resolve() == SAE.resolve() else f"{experiment}-{sae.name}"
+
+
 def topk_sae(folder: Path, k: int = 32) -> Path:
     """The demo SAE as the TopK one that it was trained as: the same rows, k of them a token."""
     card = json.loads((SAE / "cfg.json").read_text())

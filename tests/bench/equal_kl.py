@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from sae.training.labels import Label, read_labels
 from steering.vllm.offline_studies import OfflineStudies
-from tests.bench.demo_engine import SAE
+from tests.bench.demo_engine import SAE, name_of_result
 from tests.bench.doses import doses, kls
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments, spread
@@ -201,13 +201,13 @@ def main() -> None:
         and at_equal_maximum(row, label, experiment.unsteered)
     }
     record = Record(
-        "equal_kl",
+        name_of_result("equal_kl", args.sae),
         "Labelled features that work at equal KL and at equal multiples of their maximum.",
         {"sae": args.sae.name, "dtype": DTYPE, "prompts": PROMPTS, "tokens": AMPLIFIED_TOKENS,
          "reported_on": REPORTED, "budget": experiment.budget,
          "working_before": len(experiment.costs)},
     )  # fmt: skip
-    groups = {f"one of {args.every}, all kinds": sample} | {
+    groups = {"all" if args.every == 1 else f"one of {args.every}": sample} | {
         kind: [one for one in labels if one.kind == kind]
         for kind in sorted({one.kind for one in labels})
     }

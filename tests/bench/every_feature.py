@@ -28,7 +28,7 @@ from typing import Any, Final
 from sae.training.labels import Label, read_labels
 from steering.vllm.offline_studies import OfflineStudies
 from tests.bench.chat_answers import repeated
-from tests.bench.demo_engine import SAE
+from tests.bench.demo_engine import SAE, name_of_result
 from tests.bench.doses import doses
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import Record, arguments
@@ -304,9 +304,7 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, default=SAE, help="a folder with labels.jsonl")
     parser.add_argument("--budget", type=float, default=BUDGET)
     args = parser.parse_args()
-    name = "every_feature"
-    if args.sae.resolve() != SAE.resolve():
-        name += f"-{args.sae.name}"
+    name = name_of_result("every_feature", args.sae)
     record = Record(
         name,
         "What makes the model say something, of all features of an SAE, at one KL.",

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from sae.features import FeatureTable
 from sae.sae import open_sae
 from sae.source import SAEReference
-from tests.bench.demo_engine import SAE, settings
+from tests.bench.demo_engine import SAE, name_of_result, settings
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.steering_answers import KV_CACHE, SAE_NAME
@@ -138,7 +138,7 @@ def main() -> None:
         rows[str(feature)] = kept.of(str(feature), evaluated, i, feature)
         print(feature, table.label(feature), json.dumps(rows[str(feature)]), flush=True)
     record = Record(
-        "side_effects",
+        name_of_result("side_effects", args.sae),
         "What features that steer move beside themselves, against random directions of equal norm.",
         {"sae": args.sae.name, "features": len(features), "drawn_a_feature": DRAWN,
          "times_maximum": SELECTED_AT, "passages": len(texts),

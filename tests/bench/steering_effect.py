@@ -37,7 +37,7 @@ from sae.discovery import contrast, pooled, strongest
 from sae.features import FeatureTable
 from sae.training.labels import Label, read_labels
 from tests.bench.chat_answers import REPETITION_PENALTY
-from tests.bench.demo_engine import SAE
+from tests.bench.demo_engine import SAE, name_of_result
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.steering_answers import (
@@ -299,9 +299,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="keeps the others")
     parser.add_argument("--sae", type=Path, default=SAE, help="a folder with labels.jsonl")
     args = parser.parse_args()
-    name = "steering_effect"
-    if args.sae.resolve() != SAE.resolve():
-        name += f"-{args.sae.name}"
+    name = name_of_result("steering_effect", args.sae)
     path = args.json or RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"settings": {}}
     record = Record(

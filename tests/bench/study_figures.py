@@ -40,7 +40,7 @@ from sae.training.labels import read_labels
 from steering.errors import BudgetNotMetError
 from steering.studies.neutral import neutral_passages
 from steering.vllm.offline_studies import OfflineStudies
-from tests.bench.demo_engine import SAE, demo_engine
+from tests.bench.demo_engine import SAE, demo_engine, name_of_result
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments, spread
 from tests.bench.steering_effect import SELECTED_AT, works
@@ -164,7 +164,9 @@ def _told(figures: dict[int, float], works: dict[int, bool]) -> dict[str, Any]:
     }
 
 
-def attribute(engine: Engine, studies: OfflineStudies, texts: int, record: Record) -> None:
+def attribute(
+    engine: Engine, studies: OfflineStudies, texts: int, record: Record, rows: KeptRows
+) -> None:
     """What groups find of what is found one by one."""
     for span in SPANS:
         found: dict[int, list[tuple[float, float]]] = {number: [] for number in CANDIDATES}
@@ -172,11 +174,14 @@ def attribute(engine: Engine, studies: OfflineStudies, texts: int, record: Recor
             body = {**_answered(engine, question), "span": list(span)}
             for candidates, of_texts in found.items():
                 asked = {**body, "candidates": candidates}
-                exact, exact_runs = _attributed(studies, asked)
-                groups, runs = _attributed(studies, {**asked, "search": "groups"})
-                recall = len({*exact[:STRONGEST]} & {*groups}) / STRONGEST
-                of_texts.append((recall, runs / exact_runs))
-                print(question, span, candidates, recall, runs, exact_runs, flush=True)
+                key = f"attribute {question} {span} {candidates}"
+                exact = rows.of(f"{key} exact", _attributed, studies, asked)
+                asked["search"] = "groups"
+                groups = rows.of(f"{key} groups", _attributed, studies, asked)
+                of_four = {feature for feature, _ in exact["effects"][:STRONGEST]}
+                recall = len(of_four & {feature for feature, _ in groups["effects"]}) / STRONGEST
+                of_texts.append((recall, groups["runs"] / exact["runs"]))
+                print(question, span, candidates, recall, groups["runs"], exact["runs"], flush=True)
         for candidates, of_texts in found.items():
             record.add(
                 part="attribute", what=f"tokens {span[0]} to {span[1]}", candidates=candidates,
@@ -199,8 +204,8 @@ def _answered(engine: Engine, question: str) -> dict[str, Any]:
     }
 
 
-def _attributed(studies: OfflineStudies, body: dict[str, Any]) -> tuple[list[int], int]:
-    """Features by the size of their effect, and how many runs that took; all are equally long."""
+def _attributed(studies: OfflineStudies, body: dict[str, Any]) -> dict[str, Any]:
+    """Features and effects, by the size of the effect, and how many runs of one length it took."""
     runs = 0
 
     def listen(done: int, of: int) -> None:
@@ -208,7 +213,8 @@ def _attributed(studies: OfflineStudies, body: dict[str, Any]) -> tuple[list[int
         runs = done
 
     answer = studies.run("attribute", body, NAME, listen)
-    return [entry["feature"] for entry in answer["features"]], runs
+    effects = [[entry["feature"], entry["effect"]] for entry in answer["features"]]
+    return {"effects": effects, "runs": runs}
 
 
 def main() -> None:
@@ -220,7 +226,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="KL into the SAE's features.jsonl")
     args = parser.parse_args()
     record = Record(
-        "study_figures",
+        name_of_result("study_figures", args.sae),
         "What calibrate, rank and attribute find on the demo SAE, and with how much work.",
         {"sae": args.sae.name, "budget": BUDGET, "passages": 2, "answered_tokens": ANSWERED_TOKENS},
     )
@@ -238,7 +244,7 @@ def main() -> None:
     if "calibrate" in args.parts:
         calibrate(studies, labelled[:: 1 if args.full else 5], record, rows)
     if "attribute" in args.parts:
-        attribute(engine, studies, len(REPORT) if args.full else 3, record)
+        attribute(engine, studies, len(REPORT) if args.full else 3, record, rows)
     engine.shut_down()
     record.save(path)
 

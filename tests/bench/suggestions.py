@@ -27,7 +27,7 @@ from typing import Any, Final
 from steering.studies.neutral import neutral_passages
 from steering.vllm.offline_studies import OfflineStudies
 from tests.bench.chat_answers import REPETITION_PENALTY
-from tests.bench.demo_engine import SAE
+from tests.bench.demo_engine import SAE, name_of_result
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.steering_answers import DTYPE, SAE_NAME, Bench, Field, cost
@@ -143,7 +143,7 @@ def main() -> None:
     studies = OfflineStudies(bench.engine.llm)
     kept = KeptRows(Path("build") / f"suggestions-{args.sae.name}.json")
     record = Record(
-        "suggestions",
+        name_of_result("suggestions", args.sae),
         "What suggest finds at a KL of 0.1: log-likelihoods held out, and behaviours suppressed.",
         {"sae": args.sae.name, "dtype": DTYPE, "repetition_penalty": REPETITION_PENALTY,
          "budget": BUDGET, "passages": NEUTRAL},

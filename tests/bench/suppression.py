@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from steering.vllm.offline_studies import OfflineStudies
 from tests.bench.chat_answers import REPETITION_PENALTY
-from tests.bench.demo_engine import SAE
+from tests.bench.demo_engine import SAE, name_of_result
 from tests.bench.doses import doses, kls
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
@@ -145,7 +145,7 @@ def main() -> None:
     studies = OfflineStudies(bench.engine.llm)
     kept = KeptRows(Path("build") / f"suppression-{args.sae.name}.json")
     record = Record(
-        "suppression",
+        name_of_result("suppression", args.sae),
         "Behaviours shown in answers to held-out prompts, four features suppressed, at equal KL.",
         {"sae": args.sae.name, "dtype": DTYPE, "repetition_penalty": REPETITION_PENALTY,
          "tokens": ANSWER_TOKENS, "answers": len(BEHAVIOURS[0].held_out),
