@@ -27,3 +27,5 @@ POSITION_LIMIT: Final = 2**31 - 1
 #: End of a window that was left open: it has every position.
 OPEN_END: Final = POSITION_LIMIT + 1
 FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
+#: The smallest normal number of float32.
+FLOAT32_TINY: Final = 2.0**-126
