@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from starlette.convertors import PathConvertor, register_url_convertor
+
 from sae.sae import SAE
 from server.state import SteeringState
 from steering.errors import NotFoundError, SteeringError
 
+#: The name of a convertor: a parameter that is the rest of the path, so that a name with a slash in
+#: it, which nothing has, is refused in our shape too.
+ANY_NAME: Final = "any_name"
 #: More digits than any index has; Python refuses to convert very long ones.
 MAX_DIGITS: Final = 18
+
+
+class _AnyName(PathConvertor):
+    """Slashes too, but not the last one: a path that ends so is redirected as everywhere else."""
+
+    regex = ".*[^/]"
+
+
+register_url_convertor(ANY_NAME, _AnyName())
 
 
 def known_sae(state: SteeringState, name: str) -> SAE:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from server.errors import REFUSALS
 from server.json_response import TolerantJSONResponse
 from server.presets.preset import MAX_FILE_BYTES
+from server.routes.parameters import ANY_NAME
 from server.state import steering_state
 from steering.errors import SteeringError
 
@@ -23,6 +24,8 @@ _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
         "description": "Presets, or this one, cannot be changed over HTTP",
     },
 }
+#: The path of one preset.
+_ONE: Final = f"/{{name:{ANY_NAME}}}"
 router = APIRouter(prefix="/v1/steering/presets", tags=["presets"], responses=_REFUSALS)
 
 _ENTRY_SCHEMA: Final[dict[str, Any]] = {
@@ -79,7 +82,7 @@ async def list_presets(raw_request: Request) -> Response:
     )
 
 
-@router.get("/{name}", response_model=None, responses=_answers(_ENTRY_SCHEMA, 200))
+@router.get(_ONE, response_model=None, responses=_answers(_ENTRY_SCHEMA, 200))
 async def get_preset(raw_request: Request, name: str) -> Response:
     """One preset."""
     state = steering_state(raw_request)
@@ -88,7 +91,7 @@ async def get_preset(raw_request: Request, name: str) -> Response:
 
 
 @router.put(
-    "/{name}", response_model=None, openapi_extra=_BODY, responses=_answers(_ENTRY_SCHEMA, 200, 201)
+    _ONE, response_model=None, openapi_extra=_BODY, responses=_answers(_ENTRY_SCHEMA, 200, 201)
 )
 async def put_preset(raw_request: Request, name: str) -> Response:
     """Make a preset, or replace the one of that name."""
@@ -99,7 +102,7 @@ async def put_preset(raw_request: Request, name: str) -> Response:
     return TolerantJSONResponse(preset.to_json(state.models.base), status)
 
 
-@router.delete("/{name}", response_model=None, status_code=HTTPStatus.NO_CONTENT)
+@router.delete(_ONE, response_model=None, status_code=HTTPStatus.NO_CONTENT)
 async def delete_preset(raw_request: Request, name: str) -> Response:
     """Delete a preset."""
     state = steering_state(raw_request)

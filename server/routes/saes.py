@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import Response
 
 from server.errors import REFUSALS
 from server.json_response import TolerantJSONResponse
 from server.models import Card, CardList, answers
-from server.routes.parameters import known_sae
+from server.routes.parameters import ANY_NAME, known_sae
 from server.state import steering_state
 
 router = APIRouter(tags=["saes"], responses=REFUSALS)
-
-
-class _AnyName(PathConvertor):
-    """Slashes too, but not the last one: a path that ends so is redirected as everywhere else."""
-
-    regex = ".*[^/]"
-
-
-register_url_convertor("any_name", _AnyName())
 
 
 @router.get("/v1/saes", responses=answers(CardList))
@@ -33,7 +23,7 @@ async def list_saes(raw_request: Request) -> Response:
 
 
 # After all other routes below /v1/saes: a name that contains a slash is unknown too.
-@router.get("/v1/saes/{sae:any_name}", responses=answers(Card))
+@router.get(f"/v1/saes/{{sae:{ANY_NAME}}}", responses=answers(Card))
 async def get_sae(raw_request: Request, sae: str) -> Response:
     """The card of one SAE."""
     return TolerantJSONResponse(known_sae(steering_state(raw_request), sae).card.to_json())

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from sae.pass_order import place_in_pass
 from steering.errors import SteeringError
 from steering.request.conditions import ABOVE, BELOW, PROMPT, STOP, TOKEN, Condition, When
-from steering.request.facts import SAEs, named_feature, named_sae, raw_value
+from steering.request.facts import SAEs, named_feature, named_sae, unit_factor
 from steering.request.float32 import float32
-from steering.request.limits import MAX_GATES
+from steering.request.limits import FLOAT32_MAX, MAX_GATES
 from steering.request.shape import AnyShape, ConditionShape, StopShape
 
 WhenValue = ConditionShape | list[ConditionShape] | AnyShape | str
@@ -135,5 +135,6 @@ def _made(
 ) -> Condition:
     name = named_sae(raw.sae, f"{path}.sae", saes)
     feature = named_feature(raw.feature, path, saes[name])
-    threshold = raw_value(bound, raw.unit, name, feature, path, sense, saes)
+    # No activation is larger than float32 holds, so a bound past that is the same as its largest.
+    threshold = min(bound * unit_factor(raw.unit, name, feature, path, saes), FLOAT32_MAX)
     return Condition(name, feature, sense, float32(threshold) + 0.0, scope)

@@ -7,6 +7,7 @@ from typing import Any
 
 from steering.request.conditions import When
 from steering.request.float32 import float32
+from steering.request.limits import POSITION_LIMIT
 from steering.request.positions import Positions
 
 
@@ -51,6 +52,6 @@ class Edit:
             positions.generation,
             positions.special_tokens,
             positions.start,
-            positions.end,
+            min(positions.end, POSITION_LIMIT),  # no token is there
             () if self.when is None else self.when.canonical(),
         )

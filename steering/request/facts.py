@@ -97,39 +97,45 @@ def named_feature(feature: int, path: str, sae: SAEFacts) -> int:
     return feature
 
 
-def raw_value(
-    value: float, unit: str | None, name: str, feature: int, path: str, key: str, saes: SAEs
-) -> float:
-    """``value`` in raw units: times the feature's recorded maximum if ``unit`` is max_act.
+def unit_factor(unit: str | None, name: str, feature: int, path: str, saes: SAEs) -> float:
+    """What a value of ``unit`` is multiplied by to be in raw units.
 
     Args:
-        value: as the request states it, in the member ``key`` of the object at ``path``.
         unit: None means raw.
         name: name of the SAE.
         feature: index of the feature.
-        path: path of the object.
-        key: name of the value's member.
+        path: path of the object that states the unit.
         saes: the loaded SAEs.
 
     Raises:
-        SteeringError: ``max_act_unknown`` if no maximum above 0 is recorded, ``invalid_value`` if
-            float32 cannot hold the result.
+        SteeringError: ``max_act_unknown`` for max_act if no maximum above 0 is recorded.
     """
     if unit != "max_act":
-        factor, text = 1.0, ""
-    else:
-        maximum = saes[name].max_activation(feature)
-        if maximum is None or not maximum > 0:
-            raise SteeringError(
-                "max_act_unknown",
-                f"feature {feature} of SAE {name!r} has no recorded maximum activation above 0",
-                f"{path}.unit",
-            )
-        factor, text = maximum, f" times the maximum of feature {feature}, {maximum},"
+        return 1.0
+    maximum = saes[name].max_activation(feature)
+    if maximum is None or not maximum > 0:
+        raise SteeringError(
+            "max_act_unknown",
+            f"feature {feature} of SAE {name!r} has no recorded maximum activation above 0",
+            f"{path}.unit",
+        )
+    return maximum
+
+
+def raw_value(
+    value: float, unit: str | None, name: str, feature: int, path: str, saes: SAEs
+) -> float:
+    """The ``value`` of the object at ``path`` in raw units; see `unit_factor` for the arguments.
+
+    Raises:
+        SteeringError: as `unit_factor`, or ``invalid_value`` if float32 cannot hold the result.
+    """
+    factor = unit_factor(unit, name, feature, path, saes)
     if abs(value * factor) > FLOAT32_MAX:
         raise SteeringError(
             "invalid_value",
-            f"{value}{text} exceeds float32, whose largest number is {FLOAT32_MAX:.3g}",
-            f"{path}.{key}",
+            f"{value} times the maximum of feature {feature}, {factor}, exceeds float32, whose "
+            f"largest number is {FLOAT32_MAX:.3g}",
+            f"{path}.value",
         )
     return value * factor

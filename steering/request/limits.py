@@ -22,6 +22,10 @@ DEFAULT_TOP_K: Final = 5
 VALUE_LIMIT: Final = 1e6
 #: The largest share of the stream's norm that ``max_share`` may state.
 SHARE_LIMIT: Final = 10.0
-#: End of a window that was left open; positions are int32 on the device.
+#: The last position: positions are int32 on the device.
 POSITION_LIMIT: Final = 2**31 - 1
+#: End of a window that was left open: it has every position.
+OPEN_END: Final = POSITION_LIMIT + 1
 FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
+#: The smallest normal number of float32.
+FLOAT32_TINY: Final = 2.0**-126

@@ -112,7 +112,7 @@ def _edit(
         when = parse_when(raw.when, f"{path}.when", saes)
     if when is not None:
         refuse_too_late(when, name, covered.prompt, saes)
-    effective = raw_value(value, raw.unit, name, feature, path, "value", saes)
+    effective = raw_value(value, raw.unit, name, feature, path, saes)
     return Edit(name, feature, raw.op, value, raw.unit or "raw", effective, covered, when)
 
 

@@ -10,7 +10,7 @@ from steering.request.conditions import ABOVE, PROMPT, SO_FAR, STOP, TOKEN, Cond
 from steering.request.edits import Edit
 from steering.request.float32 import float32
 from steering.request.keep import Keep
-from steering.request.limits import OPS, POSITION_LIMIT
+from steering.request.limits import FLOAT32_TINY, OPS, POSITION_LIMIT
 from steering.request.plan import (
     COVERS_GENERATION,
     COVERS_PROMPT,
@@ -102,7 +102,7 @@ def make_plan(
             top_k=spec.read.top_k,
             coverage=coverage,
             start=spec.positions.start,
-            end=spec.positions.end,
+            end=min(spec.positions.end, POSITION_LIMIT),
             aggregate=None if inspection is None else inspection.aggregate,
             stream=spec.read.stream,
             fit=fit,
@@ -122,11 +122,16 @@ def make_plan(
         gates=tuple(_planned_gate(gate, sae_index[gate.sae]) for gate in gates),
         reread=spec.reread,
         protect=tuple((sae_index[name], feature) for name, feature in spec.protect),
-        max_share=None if spec.max_share is None else float32(spec.max_share),
+        max_share=_max_share(spec.max_share),
         internal=fit,
         keep=keep,
         probes=tuple(_planned_probe(probe, sae_index, prompt_len, length) for probe in probes),
     )
+
+
+def _max_share(share: float | None) -> float | None:
+    # Whether a token was limited is the sign of its share, and zero has none to tell.
+    return None if share is None else max(float32(share), FLOAT32_TINY)
 
 
 def _planned_probe(
@@ -157,7 +162,7 @@ def _planned_edit(edit: Edit, sae: int, bits: Mapping[Condition, int], writes: i
         value=float32(edit.effective_value),
         coverage=_coverage(edit.positions),
         start=edit.positions.start,
-        end=edit.positions.end,
+        end=min(edit.positions.end, POSITION_LIMIT),
         gates=sum(bits[condition] for condition in conditions),
         any_gate=edit.when is not None and edit.when.any,
         writes=writes,

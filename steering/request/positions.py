@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from steering.request.limits import POSITION_LIMIT
+from steering.request.limits import OPEN_END, POSITION_LIMIT
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Positions:
     generation: bool = True
     special_tokens: bool = False
     start: int = 0
-    end: int = POSITION_LIMIT
+    end: int = OPEN_END
 
     @property
     def empty(self) -> bool:
@@ -86,7 +86,7 @@ class Positions:
 
     def _window(self) -> tuple[int, int]:
         prompt_len = 2**33
-        past = 2 * prompt_len if self.end == POSITION_LIMIT else self.end
+        past = 2 * prompt_len if self.end == OPEN_END else self.end
         start, end = (p + prompt_len if p < 0 else p for p in (self.start, past))
         return start, end
 

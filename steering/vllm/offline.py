@@ -174,7 +174,8 @@ class SteeringLLM(LLM):
         """
         if given is None:
             given = self.get_default_sampling_params()
-        if steering is None or isinstance(steering, Mapping):
+        # Anything but a list of fields is one field, which is refused if it is none.
+        if isinstance(steering, str) or not isinstance(steering, Sequence):
             if isinstance(given, SamplingParams):
                 return self._carrying(given, steering)
             return [self._carrying(params, steering) for params in given]

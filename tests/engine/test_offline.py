@@ -92,6 +92,12 @@ def test_invalid_field_is_a_value_error_before_anything_runs(llm: Any) -> None:
     assert not llm.llm_engine.has_unfinished_requests()
 
 
+@pytest.mark.parametrize("field", [5, True, "l14", {1, 2}, [EDIT, 5]])
+def test_field_of_a_wrong_type_is_a_value_error(llm: Any, field: Any) -> None:
+    with pytest.raises(ValueError, match="expected an object"):
+        llm.generate([prompt(1), prompt(2)], params(), steering=field)
+
+
 def test_sae_that_does_not_fit_the_model_is_refused(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -265,8 +265,10 @@ def test_preset_is_made_replaced_and_deleted(server: Server, folder: Path) -> No
     assert steered_by(server, "new") == [(5, 1.0), (6, 2.0)]
     gone = server.client.delete(f"{PRESETS}/new")
     assert (gone.status_code, gone.content) == (204, b"")
-    assert error_of(server.client.get(f"{PRESETS}/new")) == (404, "unknown_preset", "name")
-    assert error_of(server.client.delete(f"{PRESETS}/new")) == (404, "unknown_preset", "name")
+    for name in ("new", "new%2Fer", "new/er"):
+        for method in ("GET", "DELETE"):
+            refused = server.client.request(method, f"{PRESETS}/{name}")
+            assert error_of(refused) == (404, "unknown_preset", "name")
     assert ask(server, "/v1/completions", model="new").status_code == 404
 
 
@@ -290,6 +292,8 @@ def test_presets_are_listed_by_name(server: Server) -> None:
     ("name", "body", "expected"),
     [
         ("a%20b", CALM, (400, "invalid_value", "name")),
+        ("a%2Fb", CALM, (400, "invalid_value", "name")),
+        ("a/b/c", CALM, (400, "invalid_value", "name")),
         ("x" * 65, CALM, (400, "invalid_value", "name")),
         ("tiny", CALM, (400, "invalid_value", "name")),
         ("new", {"interventions": []}, (400, "invalid_value", "steering.interventions")),

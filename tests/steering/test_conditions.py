@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sae.card import HookPoint
@@ -58,7 +59,6 @@ def refused(raw: object, saes: Any = ONE) -> tuple[str, str | None]:
          "steering.when.any[1].above"),
         (when({"feature": 3, "above": -0.1}), "invalid_value", "steering.when.above"),
         (when({"feature": 3, "below": float("inf")}), "invalid_value", "steering.when.below"),
-        (when({"feature": 3, "above": 1e39}), "invalid_value", "steering.when.above"),
         (when({"feature": 3, "above": 10**400}), "invalid_value", "steering.when.above"),
         (when({"feature": 3, "above": "1"}), "invalid_type", "steering.when.above"),
         (when({"feature": 3, "above": True}), "invalid_type", "steering.when.above"),
@@ -132,6 +132,17 @@ def test_own_conditions_replace_the_requests_and_always_lifts_them() -> None:
     owns = When((Condition("a", 4, "below", 1.0, "token"),), False, "")
     assert [made.when for made in spec.edits] == [requests, requests, None, owns, owns]
     assert parse_spec(when("always"), ONE) == parse_spec(edit(), ONE)
+
+
+@pytest.mark.parametrize("unit", ["raw", "max_act"])
+@pytest.mark.parametrize("bound", [1e39, 1.7e308])
+def test_bound_past_float32_is_its_largest_number(unit: str, bound: float) -> None:
+    largest = float(np.finfo(np.float32).max)
+    condition = {"feature": 3, "above": bound, "unit": unit}
+    spec = parse_spec(when(condition, stop_when=condition), ONE)
+    assert [gate.threshold for gate in spec.gates] == [largest, largest]
+    spec = parse_spec(when({"feature": 3, "below": bound, "unit": unit}), ONE)
+    assert [gate.threshold for gate in spec.gates] == [largest]
 
 
 def test_unit_of_a_condition_is_resolved() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +65,14 @@ def test_gates_are_distinct_and_edits_name_them_by_bits() -> None:
     )
     gated = [(planned.gates, planned.any_gate) for planned in made.edits]
     assert gated == [(0b011, False), (0b110, True), (0b010, False), (0, False)]
+
+
+@pytest.mark.parametrize("share", [1e-300, 1e-46, 1e-39])
+def test_share_that_float32_has_not_still_is_a_limit_with_a_sign(share: float) -> None:
+    made = plan({"interventions": [{**EDIT, "sae": "a"}], "max_share": share}).max_share
+    assert made is not None
+    # Devices may flush what is smaller to zero.
+    assert np.finfo(np.float32).tiny <= np.float32(made) < 1e-37
 
 
 def test_plan_survives_the_wire() -> None:

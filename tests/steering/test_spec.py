@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steering.errors import SteeringError
-from steering.request.limits import POSITION_LIMIT
+from steering.request.limits import OPEN_END, POSITION_LIMIT
 from steering.request.parse import parse_spec
 from steering.request.positions import Positions
 from steering.request.spec import SteeringSpec
@@ -183,13 +183,40 @@ def test_null_stands_for_left_out_in_optional_fields() -> None:
     assert parse_spec(nulls, ONE) == parse_spec(edit(), ONE)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        edit(value=1e6),
+        edit(value=-1_000_000),
+        edit(feature=9),
+        edit(positions={"start": POSITION_LIMIT}),
+        edit(positions={"end": POSITION_LIMIT}),
+        edit(positions={"start": -(2**31)}),
+        edit(positions={"end": -(2**31)}),
+        {**edit(), "max_share": 10},
+        {"read": {"top_k": 64}},
+        {"read": {}, "positions": {"start": POSITION_LIMIT}},
+        {"interventions": [EDIT], "protect": [{"feature": 2}] * 64},
+    ],
+)
+def test_what_a_limit_names_is_within_it(raw: dict[str, Any]) -> None:
+    parse_spec(raw, ONE)
+
+
+def test_last_position_as_start_and_end_is_an_empty_window() -> None:
+    window = {"start": POSITION_LIMIT, "end": POSITION_LIMIT}
+    with pytest.raises(SteeringError, match="is empty"):
+        parse_spec(edit(positions=window), ONE)
+    assert canonical(edit(positions={"end": POSITION_LIMIT})) == canonical(edit())
+
+
 def test_defaults_are_those_of_the_contract() -> None:
     spec = parse_spec({**edit(), "read": {}}, ONE)
     assert spec.error_term is True
     assert spec.report is False
     assert spec.read is not None
     assert spec.read.top_k == 5
-    assert spec.positions == Positions(True, True, False, 0, POSITION_LIMIT)
+    assert spec.positions == Positions(True, True, False, 0, OPEN_END)
 
 
 def test_value_that_float32_cannot_hold_is_refused() -> None:
