@@ -50,8 +50,8 @@ def _flag(
         routes_only: whether only commands that open a port have it.
         argument: the rest of `add_argument`'s.
     """
-    metadata = {"name": name, "least": least, "most": most, "why": why}
-    metadata |= {"routes_only": routes_only, "argument": argument}
+    limits = {"least": least, "most": most, "why": why}
+    metadata = {"name": name, "routes_only": routes_only, "argument": argument, **limits}
     return field(default=default, metadata=metadata)
 
 

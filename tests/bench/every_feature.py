@@ -5,12 +5,12 @@
 A label says what a feature fires on, and few features say what they fire on. So each feature is
 clamped to one activation, that which costs the labelled ones the budget in the median, and answers
 the first `SCREENED` prompts of `SELECTION`. Every test of ``labels.jsonl`` is then held against all
-of these answers. For each test the `CANDIDATES` features whose answers pass it best are clamped as
+of these answers. Features all of whose answers pass a test, `CANDIDATES` at most, are clamped as
 strongly as costs the budget on the model's own unsteered answers, and answer all of `SELECTION`.
 What works there, as in ``steering_effect``, is reported on `REPORT`, the best feature of each test
-alone: nothing was chosen by those prompts. For a topic without such a feature the pairs of its
-candidates, each at half of its own dose, are searched up to the budget and treated likewise. The
-labelled features themselves are tried in ``equal_kl``.
+alone: nothing was chosen by those prompts. For a topic without such a feature the pair of those two
+whose short answers come nearest to it, equally strong at first, is searched up to the budget and
+treated likewise. The labelled features themselves are tried in ``equal_kl``.
 
 Rows are kept in ``build/`` as they are made: begun again, this goes on.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Final
@@ -47,7 +46,7 @@ SCREENED: Final = 2
 SCREENED_TOKENS: Final = 32
 SCREENED_AT_ONCE: Final = 128
 CANDIDATES: Final = 3
-#: The kind of label that gets pairs.
+#: The kind of label that gets a pair.
 PAIRED: Final = "topic"
 #: Edits whose doses are searched, and which answer, in one go.
 AT_ONCE: Final = 16
@@ -234,24 +233,15 @@ def best_of(
     return (min(working)[2] if working else None), len(working)
 
 
-def pairs_of(singles: Iterable[str], rows: Mapping[str, Row]) -> list[dict[int, float]]:
-    """Pairs of features that have a dose, each at half of it."""
-    halves = [
-        {feature: value / 2 for feature, value in _dose(rows[key]).items()}
-        for key in singles
-        if rows[key]["dose"] is not None
-    ]
-    return [one | other for one, other in combinations(halves, 2)]
-
-
 def experimented(experiment: Experiment, labels: Sequence[Label]) -> list[dict[str, Any]]:
     """A row for each of the tests: what was tried, and what works and holds."""
     activation = experiment.activation(labels)
     screened = experiment.screen(activation)
     all_sought = sought_by(labels)
+    nearest = [shown_most(sought, screened, CANDIDATES) for sought in all_sought]
     tried = [
-        [str(feature) for feature in shown_most(sought, screened, CANDIDATES)]
-        for sought in all_sought
+        [str(feature) for feature in features if all(map(sought.shown_in, screened[feature]))]
+        for sought, features in zip(all_sought, nearest, strict=True)
     ]
     singles = dict.fromkeys(key for keys in tried for key in keys)
     rows = experiment.dosed({int(key): activation} for key in singles)
@@ -259,16 +249,15 @@ def experimented(experiment: Experiment, labels: Sequence[Label]) -> list[dict[s
         best_of(experiment, sought, keys, rows)
         for sought, keys in zip(all_sought, tried, strict=True)
     ]
-    pairs = [
-        pairs_of(keys, rows) if best is None and sought.label.kind == PAIRED else []
-        for sought, keys, (best, _) in zip(all_sought, tried, found, strict=True)
-    ]
-    rows |= experiment.dosed(pair for of_test in pairs for pair in of_test)
-    for i, of_test in enumerate(pairs):
-        if of_test:
-            keys = [key_of(pair) for pair in of_test]
-            tried[i] += keys
-            found[i] = best_of(experiment, all_sought[i], keys, rows)
+    pairs = {
+        i: {feature: activation / 2 for feature in features[:2]}
+        for i, features in enumerate(nearest)
+        if found[i][0] is None and len(features) > 1 and all_sought[i].label.kind == PAIRED
+    }
+    rows |= experiment.dosed(pairs.values())
+    for i, pair in pairs.items():
+        tried[i].append(key_of(pair))
+        found[i] = best_of(experiment, all_sought[i], [key_of(pair)], rows)
     reported = experiment.reported({key: rows[key] for key, _ in found if key is not None})
     made = []
     for sought, keys, (best, working) in zip(all_sought, tried, found, strict=True):
