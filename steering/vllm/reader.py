@@ -21,7 +21,7 @@ from typing import Any, Final
 from steering.report import Report, Ticket
 from steering.request.accepted import Accepted
 from steering.vllm.door import carrying, refusal_in
-from steering.vllm.giving_way import GivingWay
+from steering.vllm.giving_way import GivingWay, Turn, seconds_queued
 from steering.vllm.results import ask_workers, results_of
 
 #: How many engine requests of one study are in flight at a time.
@@ -200,15 +200,15 @@ class Reader:
         Raises:
             SteeringError: if the engine's door refuses it.
         """
-        async with self._turn_of(run):
-            return await self._run(run)
+        async with self._turn_of(run) as turn:
+            return await self._run(run, turn)
 
-    def _turn_of(self, run: Run) -> AbstractAsyncContextManager[None]:
+    def _turn_of(self, run: Run) -> AbstractAsyncContextManager[Turn | None]:
         if self._way is None or run.priority != LAST:
             return nullcontext()
         return self._way.request(len(run.prompt["prompt_token_ids"]))
 
-    async def _run(self, run: Run) -> Finished:
+    async def _run(self, run: Run, turn: Turn | None) -> Finished:
         ticket = run.ticket()
         prompt = {"type": "token", **run.prompt}
         outputs = self._engine.generate(
@@ -223,6 +223,8 @@ class Reader:
         try:
             async for output in outputs:
                 last = output
+                if turn is not None and output.finished:  # its report is still to be fetched
+                    turn.left_engine(seconds_queued(output))
         except Exception as error:
             if refusal := refusal_in(error):
                 raise refusal from None
