@@ -199,6 +199,7 @@ class Reader:
 
         Raises:
             SteeringError: if the engine's door refuses it.
+            vllm.exceptions.RetryableRequestError: if the engine drops it, say to be paused.
         """
         async with self._turn_of(run) as turn:
             return await self._run(run, turn)
@@ -231,6 +232,7 @@ class Reader:
             raise
         finally:
             await outputs.aclose()
+        _refuse_aborted(last)
         reports = [] if ticket is None else ticket.reports
         return Finished(last, reports[0] if reports else None)
 
@@ -273,6 +275,14 @@ class Reader:
             if progress is not None:
                 progress(len(found))
         return [found[place] for place in sorted(found)]
+
+
+def _refuse_aborted(output: Any) -> None:
+    """Raise vLLM's ``RetryableRequestError`` if the engine dropped a text, say to be paused."""
+    from vllm.exceptions import RetryableRequestError
+
+    if any(choice.finish_reason == "abort" for choice in output.outputs):
+        raise RetryableRequestError("the engine dropped a text before its end: ask again")
 
 
 class OfflineReader:

@@ -150,6 +150,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.vllm", "VllmConfig", fields=("kv_transfer_config",)),
         Seam("entrypoints.llm", "LLM", fields=("llm_engine",)),
         Seam("entrypoints.llm", "LLM.collective_rpc", first=("method",), parameters=("args",)),
+        Seam("exceptions", "RetryableRequestError"),
         Seam("", "LLM"),
         Seam("", "SamplingParams"),
         Seam(

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import pytest
+from vllm.exceptions import QueueOverflowError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.study_stream import RunningStudy, StudyStream
@@ -98,6 +99,16 @@ async def test_study_whose_engine_ends_is_told_so_without_a_trace_in_the_log(
     assert (error["error"]["code"], end) == (500, "[DONE]")
     (record,) = (record for record in caplog.records if record.name == "vllm.sae.server")
     assert record.exc_info is None
+
+
+async def test_study_whose_text_the_engine_refuses_is_told_the_engines_status() -> None:
+    async def study(progress: Progress) -> dict[str, Any]:
+        progress.expect(1)
+        await asyncio.sleep(0)
+        raise QueueOverflowError
+
+    *_, error, end = await streamed(RunningStudy(study))
+    assert (error["error"]["code"], end) == (503, "[DONE]")
 
 
 @pytest.mark.parametrize("stream", [False, True])
