@@ -15,6 +15,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import VLLMError
 
 from server.errors import error_object
+from server.metrics import REJECTED
 from steering.errors import SteeringError
 from steering.studies.progress import Progress
 
@@ -90,6 +91,7 @@ class RunningStudy:
         try:
             yield _event(self._task.result())
         except SteeringError as error:
+            REJECTED.labels(code=error.code).inc()
             yield _event({"error": error_object(error)})
         except VLLMError as error:  # the engine ended, which is told elsewhere, or refused a text
             logger.warning("the engine ended a study: %s", type(error).__name__)

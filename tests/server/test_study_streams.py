@@ -15,6 +15,7 @@ from server.study_stream import RunningStudy, StudyStream
 from steering.errors import BudgetNotMetError, SteeringError
 from steering.studies.progress import Progress
 from tests.server.conftest import Server, StartServer
+from tests.server.counters import value
 from tests.server.fakes import FakeEngine
 
 FORECAST = "/v1/steering/forecast"
@@ -63,7 +64,9 @@ async def test_error_inside_a_stream_is_an_event_with_all_that_an_answer_has() -
         await asyncio.sleep(0)
         raise BudgetNotMetError("too strong", "budget", curve)
 
+    before = value("steering_rejected_total", code="budget_not_met")
     *progress, error, end = await streamed(RunningStudy(study))
+    assert value("steering_rejected_total", code="budget_not_met") == before + 1
     assert progress[-1] == {"object": "steering.progress", "done": 1, "of": 2}
     assert error["error"] == {
         "message": "too strong",
