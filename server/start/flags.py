@@ -50,7 +50,7 @@ def _flag(
         routes_only: whether only commands that open a port have it.
         argument: the rest of `add_argument`'s.
     """
-    metadata = {"name": name, "least": least, "most": most, "why": why}
+    metadata: dict[str, Any] = {"name": name, "least": least, "most": most, "why": why}
     metadata |= {"routes_only": routes_only, "argument": argument}
     return field(default=default, metadata=metadata)
 

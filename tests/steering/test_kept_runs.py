@@ -26,7 +26,7 @@ class ListeningReader:
         self.asked: list[tuple[int, str, Any]] = []
         self.closed = 0
 
-    async def ask(self, engine: int, method: str, *args: Any) -> list[Any]:
+    async def ask(self, engine: int, method: str, *args: Any, computes: bool = True) -> list[Any]:
         self.asked.append((engine, method, *args))
         return []
 
