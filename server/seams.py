@@ -145,7 +145,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
     ),
     "server/routes/studies.py": (Seam("exceptions", "VLLMError"),),
     "server/study_stream.py": (
-        Seam("exceptions", "VLLMServerError"),
+        Seam("exceptions", "VLLMError"),
         Seam(
             "entrypoints.serve.exception_handling.error_response",
             "create_error_response",

@@ -12,9 +12,10 @@ from typing import Any, Final
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import VLLMServerError
+from vllm.exceptions import VLLMError
 
 from server.errors import error_object
+from server.metrics import REJECTED
 from steering.errors import SteeringError
 from steering.studies.progress import Progress
 
@@ -90,9 +91,10 @@ class RunningStudy:
         try:
             yield _event(self._task.result())
         except SteeringError as error:
+            REJECTED.labels(code=error.code).inc()
             yield _event({"error": error_object(error)})
-        except VLLMServerError as error:  # why the engine ended is told elsewhere
-            logger.warning("a study ended with the engine: %s", type(error).__name__)
+        except VLLMError as error:  # the engine ended, which is told elsewhere, or refused a text
+            logger.warning("the engine ended a study: %s", type(error).__name__)
             yield _event(create_error_response(error).model_dump())
         except Exception:  # the response has begun, so there is no status left to tell it
             logger.exception("a study failed")

@@ -160,6 +160,7 @@ async def attribute(context: Context, sae: str, asked: Body) -> dict[str, Any]:
     # Two more runs than candidates: the text as it is, and one in which it is read.
     tokens = (runs + 2) * (study.text.length - 1)
     context.charge(tokens, None if asked.candidates is None else "candidates")
+    await context.catalog.prepare_whole(sae)
     context.progress.expect(2)
     (log_p,) = await study.log_probabilities([None])
     read = await study.read()

@@ -17,7 +17,7 @@ LEAST_SHARE: Final = 0.9
 #: The least and the largest multiplier that are tried.
 LOWEST, HIGHEST = 1 / 64, 64.0
 #: Most tries of one search.
-MAX_TRIES: Final = 12
+MAX_TRIES: Final = 14
 
 #: The share of the budget at which a try aims: the middle of the window on a logarithmic scale.
 _AIM: Final = math.sqrt(LEAST_SHARE)
@@ -30,6 +30,11 @@ _LEAST_POWER, _MOST_POWER = 0.5, 4.0
 #: Between multipliers nearer to each other than this, in octaves, nothing is tried: a curve that
 #: crosses the whole window there has a jump.
 _JUMP: Final = 2.0**-10
+#: Around a turn of the curve on one side of the budget, gaps wider than these octaves are looked
+#: into.
+_NARROWEST: Final = 2.0**-3
+#: A difference of costs, in octaves, that is not taken for rounding.
+_SURE: Final = 0.1
 #: If the curve crosses the budget nowhere, gaps wider than this many octaves are looked into.
 _WIDEST_GAP: Final = 2.0
 
@@ -39,7 +44,8 @@ class BudgetSearch:
 
     Two multipliers with costs on both sides of the budget bracket one that meets it, unless the
     curve has a jump. If there are several brackets, the one of the largest multipliers is followed,
-    since curves may fall again.
+    since curves may fall again. Without a bracket, a turn of the curve towards the budget is looked
+    into: a clamp of a feature that always fires costs least near the feature's own activation.
 
     Args:
         budget: above 0; a cost in [0.9 budget, budget] meets it.
@@ -88,7 +94,11 @@ class BudgetSearch:
         if not self._tried:
             return self._multiplier(0.0)
         bracket = self._bracket()
-        x = self._within(*bracket) if bracket is not None else self._beyond()
+        if bracket is not None:
+            x: float | None = self._within(*bracket)
+        else:
+            x = self._turn()
+            x = self._beyond() if x is None else x
         return None if x is None else self._multiplier(x)
 
     def _meets(self, cost: float) -> bool:
@@ -136,6 +146,39 @@ class BudgetSearch:
         x, y, *_ = self._tried[min(outside, key=lambda i: abs(self._tried[i][1]))]
         t = (x - x0) / width
         return (y - y0 - (y1 - y0) * t) / (t * (1 - t))
+
+    def _turn(self) -> float | None:
+        """Near the try nearest to the budget, if all are on one side of it and the curve turns.
+
+        None if it is not seen to turn, or if the tries around the turn are near to each other.
+        """
+        nearest = min(range(len(self._tried)), key=lambda i: abs(self._tried[i][1]))
+        if len({y >= 0 for _, y, *_ in self._tried}) > 1 or len(self._tried) < 2:
+            return None
+        if nearest in (0, len(self._tried) - 1):
+            return self._outside(nearest)
+        (x0, y0, *_), (x1, y1, *_), (x2, y2, *_) = self._tried[nearest - 1 : nearest + 2]
+        left, right = x1 - x0, x2 - x1
+        if max(left, right) <= _NARROWEST:
+            return None
+        slope, next_slope = (y1 - y0) / left, (y2 - y1) / right
+        # Where the parabola through the three turns; its slope in the middle of x0 and x1 is known.
+        bend = (next_slope - slope) / (x2 - x0)
+        x = (x0 + x1) / 2 - slope / (2 * bend) if bend else x1
+        if abs(x - x1) < max(left, right) / 8:
+            x = x1 + right / 2 if right > left else x1 - left / 2
+        return min(max(x, x0 + left / 8), x2 - right / 8)
+
+    def _outside(self, nearest: int) -> float | None:
+        """Beyond an end of the tries where costs come nearer to the budget against their rule."""
+        (x, y, *_), beside = self._tried[nearest], self._tried[1 if nearest == 0 else nearest - 1]
+        falls_to_the_right = y >= 0 and nearest > 0
+        rises_to_the_left = y < 0 and nearest == 0
+        if not (falls_to_the_right or rises_to_the_left) or abs(beside[1] - y) < _SURE:
+            return None
+        octaves = 2 * abs(x - beside[0])
+        end = min(x + octaves, self._high) if falls_to_the_right else max(x - octaves, self._low)
+        return end if abs(end - x) > _JUMP else None
 
     def _beyond(self) -> float | None:
         """A point outside of the tries if the budget may lie there, else in their widest gap."""

@@ -98,7 +98,8 @@ async def _answered(
             accepted = configurations[cases[i].configurations[0]].accepted
             if accepted is not None:
                 accepted = replace(accepted, spec=replace(accepted.spec, report=False))
-            yield Run.of(Text(cases[i].prompts[0]), accepted, max_tokens=max_tokens)
+            text = Text(cases[i].prompts[0])
+            yield Run.of(text, accepted, max_tokens=max_tokens, detokenize=True)
 
     async with aclosing(context.reader.each(runs())) as finished:
         async for number, finished_run in finished:
@@ -107,10 +108,8 @@ async def _answered(
             choice = finished_run.output.outputs[0]
             ids = tuple(choice.token_ids)
             made[i] = replace(case, unsteered=Text(case.unsteered.prompt, ids))
-            # The token that ended the answer is no part of its text.
-            shown = ids[:-1] if choice.finish_reason == "stop" else ids
-            answers = found[case.configurations[0]].answers
-            answers[case.text] = context.vocabulary.decode(shown)
+            # As it would be served: without special tokens, or the token that ended it.
+            found[case.configurations[0]].answers[case.text] = choice.text
             context.progress.step()
     return made
 

@@ -96,8 +96,8 @@ async def rank(context: Context, sae: str, asked: Body) -> dict[str, Any]:
     where = "messages" if asked.messages is not None else "prompt"
     context.charge((len(features) + 2) * len(text.prompt), "features" if asked.features else None)
     edits = await asyncio.to_thread(accept_each, context.catalog, sae, edit, paths)
-    edits = await covering(context, sae, text, edit, edits, where)
     promoted = await _promoted(context, sae, features, required=by == "output_score")
+    edits = await covering(context, sae, text, edit, edits, where)
     watched = [[*ids, *targets.values()] for ids in promoted]
     sides = (
         (Side(text.prompt, (), edited), ids) for edited, ids in zip(edits, watched, strict=True)

@@ -160,6 +160,7 @@ async def suggest(context: Context, asked: Body) -> dict[str, Any]:
     """
     sae = context.sae(asked.sae, "")
     plan = await _plan(context, asked)
+    await context.catalog.prepare_whole(sae, "sae")
     (before,) = await log_odds(context, plan.fit, [None])
     found = await candidates(context, sae, plan.fit, plan.paths, plan.first, plan.attributed)
     best, tried = await _chosen(context, plan, found, before)

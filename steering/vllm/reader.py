@@ -21,7 +21,7 @@ from typing import Any, Final
 from steering.report import Report, Ticket
 from steering.request.accepted import Accepted
 from steering.vllm.door import carrying, refusal_in
-from steering.vllm.giving_way import GivingWay
+from steering.vllm.giving_way import GivingWay, Turn, seconds_queued
 from steering.vllm.results import ask_workers, results_of
 
 #: How many engine requests of one study are in flight at a time.
@@ -199,16 +199,17 @@ class Reader:
 
         Raises:
             SteeringError: if the engine's door refuses it.
+            vllm.exceptions.RetryableRequestError: if the engine drops it, say to be paused.
         """
-        async with self._turn_of(run):
-            return await self._run(run)
+        async with self._turn_of(run) as turn:
+            return await self._run(run, turn)
 
-    def _turn_of(self, run: Run) -> AbstractAsyncContextManager[None]:
+    def _turn_of(self, run: Run) -> AbstractAsyncContextManager[Turn | None]:
         if self._way is None or run.priority != LAST:
             return nullcontext()
         return self._way.request(len(run.prompt["prompt_token_ids"]))
 
-    async def _run(self, run: Run) -> Finished:
+    async def _run(self, run: Run, turn: Turn | None) -> Finished:
         ticket = run.ticket()
         prompt = {"type": "token", **run.prompt}
         outputs = self._engine.generate(
@@ -223,12 +224,15 @@ class Reader:
         try:
             async for output in outputs:
                 last = output
+                if turn is not None and output.finished:  # its report is still to be fetched
+                    turn.left_engine(seconds_queued(output))
         except Exception as error:
             if refusal := refusal_in(error):
                 raise refusal from None
             raise
         finally:
             await outputs.aclose()
+        _refuse_aborted(last)
         reports = [] if ticket is None else ticket.reports
         return Finished(last, reports[0] if reports else None)
 
@@ -271,6 +275,14 @@ class Reader:
             if progress is not None:
                 progress(len(found))
         return [found[place] for place in sorted(found)]
+
+
+def _refuse_aborted(output: Any) -> None:
+    """Raise vLLM's ``RetryableRequestError`` if the engine dropped a text, say to be paused."""
+    from vllm.exceptions import RetryableRequestError
+
+    if any(choice.finish_reason == "abort" for choice in output.outputs):
+        raise RetryableRequestError("the engine dropped a text before its end: ask again")
 
 
 class OfflineReader:

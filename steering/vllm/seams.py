@@ -150,6 +150,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
         Seam("config.vllm", "VllmConfig", fields=("kv_transfer_config",)),
         Seam("entrypoints.llm", "LLM", fields=("llm_engine",)),
         Seam("entrypoints.llm", "LLM.collective_rpc", first=("method",), parameters=("args",)),
+        Seam("exceptions", "RetryableRequestError"),
         Seam("", "LLM"),
         Seam("", "SamplingParams"),
         Seam(
@@ -168,6 +169,24 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             first=("prompts", "sampling_params"),
             parameters=("use_tqdm", "lora_request"),
         ),
+    ),
+    "steering/vllm/giving_way.py": (
+        Seam(
+            "v1.engine.async_llm",
+            "AsyncLLM",
+            fields=(
+                *("vllm_config", "errored", "get_num_unfinished_requests"),
+                "get_num_queued_tokens",
+            ),
+        ),
+        Seam(
+            "config.scheduler",
+            "SchedulerConfig",
+            fields=("max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens"),
+        ),
+        Seam("config.device", "DeviceConfig", fields=("device_type",)),
+        Seam("outputs", "RequestOutput", fields=("metrics", "finished")),
+        Seam("v1.metrics.stats", "RequestStateStats", fields=("queued_ts", "scheduled_ts")),
     ),
     "steering/vllm/vocabulary.py": (
         Seam("exceptions", "VLLMClientError"),

@@ -15,6 +15,7 @@ from steering.studies.study import Context
 from steering.vllm.door import catalog_for
 from steering.vllm.reader import Finished, OfflineReader, Run
 from steering.vllm.vocabulary import OfflineVocabulary
+from tests.engine.engine import SPECIAL_TOKEN_IDS
 from tests.engine.outputs import tokens
 from tests.engine.scored import TOLERANCE, Scored, scored_engine
 
@@ -216,10 +217,37 @@ def test_each_configuration_answers_a_text_without_completion_itself(scored: Sco
         if tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
         assert found["tokens"] == len(ids)
-        assert found["answers"] == [tokenizer.decode(ids)]
+        assert found["answers"] == [tokenizer.decode(ids, skip_special_tokens=True)]
         right(scored, [(own, prompt, ids)], field).agrees(found)
     assert (system["share"], system["edits"], system["interactions"]) == (None, [], None)
     assert clamp["share"]["max"] <= 0.3 + 1e-6
+
+
+def test_answer_is_the_text_that_a_client_would_be_served(scored: Scored) -> None:
+    tokenizer = scored.engine.llm.get_tokenizer()
+    prompts = [[1, 5 + i, 9 + 2 * i] for i in range(60)]
+    # Special tokens in the middle belong to the answer, but are not shown; nor is what ends it.
+    odd = [
+        (prompt, made.tokens)
+        for prompt, made in zip(
+            prompts,
+            scored.engine.generate(prompts, [None] * len(prompts), max_tokens=12),
+            strict=True,
+        )
+        if {*made.tokens[:-1]} & {*SPECIAL_TOKEN_IDS} or made.tokens[-1] == tokenizer.eos_token_id
+    ][:4]
+    assert odd
+    body = {
+        "texts": [{"prompt": prompt} for prompt, _ in odd],
+        "configurations": [{"name": "nothing", "steering": {"interventions": []}}],
+        "max_tokens": 12,
+        "detail": True,
+    }
+    (found,) = evaluated(scored, body)["configurations"]
+    for (_, ids), answer, detail in zip(odd, found["answers"], found["detail"], strict=True):
+        scored_ids = [token["id"] for token in detail["tokens"]]
+        assert scored_ids == ids[: len(scored_ids)]
+        assert answer == tokenizer.decode(scored_ids, skip_special_tokens=True)
 
 
 def test_system_message_stands_before_a_given_completion(scored: Scored) -> None:

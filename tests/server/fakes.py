@@ -253,7 +253,9 @@ class FakeEngine:
             additional_config=additional,
             model_config=SimpleNamespace(max_model_len=256),
             parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=256),
+            scheduler_config=SimpleNamespace(
+                max_num_batched_tokens=256, max_num_queued_reqs=None, max_num_queued_tokens=None
+            ),
             device_config=SimpleNamespace(device_type="cpu"),
             speculative_config=None,
             kv_transfer_config=None,

@@ -10,6 +10,8 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
+from vllm.exceptions import RetryableRequestError
+from vllm.outputs import CompletionOutput, RequestOutput
 
 from sae.source import ResolvedSAE
 from server.disconnect import unless_disconnected
@@ -22,7 +24,7 @@ from steering.vllm.giving_way import GivingWay
 from steering.vllm.plugin import register
 from steering.vllm.reader import IN_FLIGHT, LAST, Finished, Reader, Run, Text
 from tests.models import D_MODEL, NUM_LAYERS
-from tests.server.fakes import FakeEngine
+from tests.server.fakes import FakeCollector, FakeEngine
 
 References = Callable[..., tuple[ResolvedSAE, ...]]
 TEXT = Text((7, 8, 9), (10, 11))
@@ -145,6 +147,19 @@ async def test_runs_leave_the_engine_with_whoever_waits_for_them(engine: Watched
     with pytest.raises(asyncio.CancelledError):
         await study
     assert (engine.running, engine.left_early) == (0, IN_FLIGHT)
+
+
+async def test_text_that_the_engine_drops_is_no_answer(
+    engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dropped(collector: FakeCollector) -> Any:
+        choice = CompletionOutput(0, "", [], None, None, finish_reason="abort")
+        return RequestOutput(collector.request_id, None, [7], None, [choice], finished=True)
+
+    monkeypatch.setattr(FakeCollector, "get_nowait", dropped)
+    for run in (Run.of(TEXT), Run.of(TEXT, accepted(engine))):
+        with pytest.raises(RetryableRequestError):
+            await Reader(engine).run(run)
 
 
 async def test_first_failure_ends_the_others(engine: WatchedEngine) -> None:

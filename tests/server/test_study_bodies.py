@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +142,27 @@ def test_rank_without_labels_needs_a_list(labelled: Server) -> None:
 def test_rank_by_tokens_that_the_checkpoint_does_not_show_is_refused(labelled: Server) -> None:
     answer = labelled.client.post(RANK, json={"by": "output_score"})
     assert refused(answer) == ("unsupported_combination", "by")
+    assert labelled.recorder.engine.prompts == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (ATTRIBUTE, TEXT, None),
+        ("/v1/saes/a/contrast", {"positive": [TEXT], "negative": [TEXT]}, None),
+        (
+            "/v1/steering/suggest",
+            {"sae": "a", "positive": [TEXT, TEXT], "negative": [TEXT, TEXT]},
+            "sae",
+        ),
+    ],
+)
+def test_study_of_an_sae_whose_file_has_changed_is_refused_before_anything_runs(
+    labelled: Server, tmp_path: Path, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    os.utime(tmp_path / "a" / "sae_weights.safetensors", (1, 1))
+    assert refused(labelled.client.post(path, json=body)) == ("invalid_weights", param)
+    assert labelled.recorder.engine.prompts == []
 
 
 @pytest.mark.parametrize(

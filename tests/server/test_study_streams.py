@@ -8,12 +8,14 @@ from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import pytest
+from vllm.exceptions import QueueOverflowError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.study_stream import RunningStudy, StudyStream
 from steering.errors import BudgetNotMetError, SteeringError
 from steering.studies.progress import Progress
 from tests.server.conftest import Server, StartServer
+from tests.server.counters import value
 from tests.server.fakes import FakeEngine
 
 FORECAST = "/v1/steering/forecast"
@@ -62,7 +64,9 @@ async def test_error_inside_a_stream_is_an_event_with_all_that_an_answer_has() -
         await asyncio.sleep(0)
         raise BudgetNotMetError("too strong", "budget", curve)
 
+    before = value("steering_rejected_total", code="budget_not_met")
     *progress, error, end = await streamed(RunningStudy(study))
+    assert value("steering_rejected_total", code="budget_not_met") == before + 1
     assert progress[-1] == {"object": "steering.progress", "done": 1, "of": 2}
     assert error["error"] == {
         "message": "too strong",
@@ -98,6 +102,16 @@ async def test_study_whose_engine_ends_is_told_so_without_a_trace_in_the_log(
     assert (error["error"]["code"], end) == (500, "[DONE]")
     (record,) = (record for record in caplog.records if record.name == "vllm.sae.server")
     assert record.exc_info is None
+
+
+async def test_study_whose_text_the_engine_refuses_is_told_the_engines_status() -> None:
+    async def study(progress: Progress) -> dict[str, Any]:
+        progress.expect(1)
+        await asyncio.sleep(0)
+        raise QueueOverflowError
+
+    *_, error, end = await streamed(RunningStudy(study))
+    assert (error["error"]["code"], end) == (503, "[DONE]")
 
 
 @pytest.mark.parametrize("stream", [False, True])

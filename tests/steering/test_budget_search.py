@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -84,6 +85,25 @@ def test_search_ends_whatever_a_try_costs(values: list[float]) -> None:
     costs = iter(values * MAX_TRIES)
     found, tried = searched(lambda _: next(costs), 0.1)
     assert found is None and 1 <= len(tried) <= MAX_TRIES
+
+
+def test_clamp_of_a_feature_that_always_fires_is_met_though_weaker_ones_cost_more() -> None:
+    rng, met = random.Random(1), []
+    for _ in range(600):
+        activation = 2 ** rng.uniform(-3, 4)
+        spread, scale = activation * rng.uniform(0.05, 0.3), 2 ** rng.uniform(-8, 4)
+
+        def curve(
+            m: float, least: float = spread**2, scale: float = scale, at: float = activation
+        ) -> float:
+            return 8 * -math.expm1(-scale * ((m - at) ** 2 + least) / 8)
+
+        least, ablated = curve(activation), curve(LOWEST)
+        budget = least * (ablated / least) ** rng.uniform(0.1, 0.9)
+        if 1.3 * least < budget < ablated / 1.3:
+            met.append(searched(curve, budget)[0] is not None)
+    assert len(met) > 400
+    assert sum(met) >= 0.93 * len(met)
 
 
 def test_curve_that_leaps_over_the_budget_ends_without_an_answer() -> None:

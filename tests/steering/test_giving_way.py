@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,16 +33,35 @@ class Server:
         self.served = 0
         self.of_studies = 0
         self.order: list[str] = []
-        self.way = GivingWay(lambda: self.served + self.of_studies, tokens, share)
+        self.errored = False
+        self.way = GivingWay(
+            lambda: self.served + self.of_studies,
+            tokens,
+            share,
+            admits=lambda: self.served + self.of_studies < self.limit,
+            errored=lambda: self.errored,
+        )
+        self.limit = 1000
 
-    async def run(self, name: str, until: asyncio.Event, tokens: int = 10) -> None:
-        async with self.way.request(tokens):
+    async def run(
+        self,
+        name: str,
+        until: asyncio.Event,
+        tokens: int = 10,
+        *,
+        waited: float = 0.0,
+        report: asyncio.Event | None = None,
+    ) -> None:
+        async with self.way.request(tokens) as turn:
             self.of_studies += 1
             self.order.append(name)
             try:
                 await until.wait()
             finally:
                 self.of_studies -= 1
+            turn.left_engine(waited)
+            if report is not None:
+                await report.wait()
 
     async def call(self, name: str, until: asyncio.Event) -> None:
         async with self.way.call():
@@ -176,3 +196,114 @@ async def test_one_that_leaves_while_it_waits_or_runs_leaves_its_turn_to_the_nex
     await reached(lambda: server.order == ["running", "next"])
     go.set()
     await ended([next_one])
+
+
+async def test_what_a_run_waited_for_its_first_step_earns_no_rest(clock: Clock) -> None:
+    server, go = Server(share=0.1), asyncio.Event()
+    server.served = 1
+    tasks = task(server.run("first", go, waited=60.0))
+    await reached(lambda: server.order == ["first"])
+    clock.now += 61.0
+    go.set()
+    await ended(tasks)
+    clock.now += 9.1  # nine times the second that it did not wait
+    await ended(task(server.run("second", go)))
+
+
+async def test_turn_of_an_engine_that_was_paused_does_not_stop_studies_for_long(
+    clock: Clock,
+) -> None:
+    server, go = Server(share=0.1), asyncio.Event()
+    server.served = 1
+    tasks = task(server.run("first", go))
+    await reached(lambda: server.order == ["first"])
+    clock.now += 3600.0
+    go.set()
+    await ended(tasks)
+    clock.now += 9 * giving_way.MOST_COUNTED + 0.1
+    await ended(task(server.run("second", go)))
+
+
+async def test_run_whose_report_is_still_fetched_hides_no_served_request(clock: Clock) -> None:
+    server, go, report = Server(share=1.0), asyncio.Event(), asyncio.Event()
+    go.set()
+    tasks = task(server.run("first", go, report=report))
+    await reached(lambda: server.order == ["first"] and not server.of_studies)
+    server.served = 1
+    tasks += task(server.run("second", go))
+    await asyncio.sleep(WATCHED)
+    assert server.order == ["first"]
+    report.set()
+    await ended(tasks)
+
+
+async def test_run_that_the_engine_would_refuse_waits_until_there_is_room(clock: Clock) -> None:
+    server, go = Server(share=1.0), asyncio.Event()
+    server.limit, server.served = 3, 3
+    go.set()
+    tasks = task(server.run("run", go), server.call("call", go))
+    await asyncio.sleep(WATCHED)
+    assert server.order == []
+    server.served = 2
+    await ended(tasks)
+    assert server.order == ["run", "call"]
+
+
+async def test_nobody_waits_for_an_engine_that_has_ended(clock: Clock) -> None:
+    server, go = Server(share=0.1), asyncio.Event()
+    server.served = 1
+    tasks = task(server.run("first", go))
+    await reached(lambda: server.order == ["first"])
+    clock.now += 2.0
+    tasks += task(server.run("second", go), server.call("third", go))
+    server.errored = True
+    await reached(lambda: server.order == ["first", "second", "third"])
+    go.set()
+    await ended(tasks)
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens", "unfinished", "queued", "admitted"),
+    [
+        (None, None, 1000, 10**6, True),
+        (8, None, 6, 0, True),
+        (8, None, 7, 0, False),  # the last place is a served request's
+        (1, None, 0, 0, True),
+        (0, None, 0, 0, True),  # the engine itself refuses it, rather than the study wait for ever
+        (None, 100, 3, 99, True),
+        (None, 100, 3, 100, False),
+    ],
+)
+async def test_studies_leave_the_last_of_the_engines_places_to_served_requests(
+    requests: int | None, tokens: int | None, unfinished: int, queued: int, admitted: bool
+) -> None:
+    scheduler = SimpleNamespace(
+        max_num_batched_tokens=512, max_num_queued_reqs=requests, max_num_queued_tokens=tokens
+    )
+    engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            scheduler_config=scheduler, device_config=SimpleNamespace(device_type="cpu")
+        ),
+        errored=False,
+        get_num_unfinished_requests=lambda: unfinished,
+        get_num_queued_tokens=lambda: queued,
+    )
+    way = giving_way.giving_way(engine, share=1.0)
+    try:
+        async with asyncio.timeout(WATCHED), way.request(10):
+            assert admitted
+    except TimeoutError:
+        assert not admitted
+
+
+@pytest.mark.parametrize(
+    ("stats", "waited"),
+    [
+        (None, 0.0),
+        (SimpleNamespace(queued_ts=7.0, scheduled_ts=9.5), 2.5),
+        (SimpleNamespace(queued_ts=7.0, scheduled_ts=0.0), 0.0),  # it never ran
+        (SimpleNamespace(queued_ts=0.0, scheduled_ts=9.5), 0.0),
+    ],
+)
+def test_time_in_the_queue_is_what_the_engine_tells(stats: object, waited: float) -> None:
+    assert giving_way.seconds_queued(SimpleNamespace(metrics=stats)) == waited
