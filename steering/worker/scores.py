@@ -19,8 +19,9 @@ from torch import Tensor
 LARGEST: Final = 1e30
 #: Logits of one call of the head: 64 MiB of float32, of which about four exist at a time.
 MAX_BLOCK: Final = 2**24
-#: The same on a CPU: malloc takes 32 MiB and more from the system each time, page by page.
-MAX_CPU_BLOCK: Final = 3 * 2**21
+#: Rows of one call of the head on a CPU, where more make it no faster: logits of 32 MiB and more,
+#: here of 65,536 tokens, malloc takes from the system each time, page by page.
+MAX_CPU_ROWS: Final = 128
 #: On a CPU, how many of a text's logits are reduced together, so that they fit its caches.
 MAX_CACHED_BLOCK: Final = 2**19
 #: Up to so many steered texts share a call of the head, however few rows of each it then takes. A
@@ -65,9 +66,10 @@ class Scores:
         self._logits = logits
         self._device = device
         self._reports = reports
-        on_cpu = device.type == "cpu"
-        self._block = max(1, (MAX_CPU_BLOCK if on_cpu else MAX_BLOCK) // vocab_size)
-        self._reduced = max(1, (MAX_CACHED_BLOCK if on_cpu else MAX_BLOCK) // vocab_size)
+        self._block = self._reduced = max(1, MAX_BLOCK // vocab_size)
+        if device.type == "cpu":
+            self._block = min(self._block, MAX_CPU_ROWS)
+            self._reduced = max(1, MAX_CACHED_BLOCK // vocab_size)
 
     def compare(
         self, unsteered: Tensor, steered: Sequence[SteeredSide], targets: Sequence[int]

@@ -254,7 +254,8 @@ def test_rank_without_logits_has_no_figures() -> None:
 
 def test_blocks_are_bounded_whatever_the_vocabulary() -> None:
     assert Scores(Head(weights()), 2 * scores.MAX_BLOCK, CPU)._block == 1
-    assert Scores(Head(weights()), 128_000, CPU)._block * 128_000 <= scores.MAX_BLOCK
+    assert Scores(Head(weights()), 200_000, CPU)._block * 200_000 <= scores.MAX_BLOCK
+    assert Scores(Head(weights()), 50_000, CPU)._block == scores.MAX_CPU_ROWS
 
 
 def test_figures_survive_their_way_to_the_front_end_in_parts() -> None:
