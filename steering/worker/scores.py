@@ -19,8 +19,8 @@ from torch import Tensor
 LARGEST: Final = 1e30
 #: Logits of one call of the head: 64 MiB of float32, of which about four exist at a time.
 MAX_BLOCK: Final = 2**24
-#: Rows of one call of the head on a CPU, where more make it no faster: logits of 32 MiB and more,
-#: here of 65,536 tokens, malloc takes from the system each time, page by page.
+#: Rows of one call of the head on a CPU. More make it no faster, and logits of 32 MiB and more (at
+#: 128 rows, of 65,536 tokens) are taken from the system each time by malloc, page by page.
 MAX_CPU_ROWS: Final = 128
 #: On a CPU, how many of a text's logits are reduced together, so that they fit its caches.
 MAX_CACHED_BLOCK: Final = 2**19
@@ -232,7 +232,7 @@ def _argmax(z: Tensor) -> Tensor:
     """
     v = z.shape[1]
     chunks = v // CHUNK
-    largest = z[:, : chunks * CHUNK].unflatten(-1, (chunks, CHUNK)).amax(-1)
+    largest = z[:, : chunks * CHUNK].view(len(z), chunks, CHUNK).amax(-1)
     if v % CHUNK:
         largest = torch.cat([largest, z[:, chunks * CHUNK :].amax(-1, keepdim=True)], dim=-1)
     first = largest.argmax(-1, keepdim=True) * CHUNK
