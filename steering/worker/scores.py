@@ -17,12 +17,18 @@ from torch import Tensor
 
 #: Stands for infinity among logits: sums of differences of it stay within float32.
 LARGEST: Final = 1e30
-#: Logits of one call of the head: 64 MiB of float32, of which about six exist at a time.
+#: Logits of one call of the head: 64 MiB of float32, of which about four exist at a time.
 MAX_BLOCK: Final = 2**24
-#: On a CPU, how many of them are reduced together, so that they fit its caches.
+#: Rows of one call of the head on a CPU. More make it no faster, and logits of 32 MiB and more (at
+#: 128 rows, of 65,536 tokens) are taken from the system each time by malloc, page by page.
+MAX_CPU_ROWS: Final = 128
+#: On a CPU, how many of a text's logits are reduced together, so that they fit its caches.
 MAX_CACHED_BLOCK: Final = 2**19
-#: Texts go through the head together if at least this many of them fit into a block.
+#: Up to so many steered texts share a call of the head, however few rows of each it then takes. A
+#: call has the unsteered rows as well, which add little beside so many.
 MANY: Final = 16
+#: How many neighbouring logits are looked through together for the largest one.
+CHUNK: Final = 128
 
 #: Takes ``[n, d]`` final hidden states to ``[n, vocabulary]`` logits; None on a rank without
 #: logits.
@@ -60,17 +66,17 @@ class Scores:
         self._logits = logits
         self._device = device
         self._reports = reports
-        self._block = max(1, MAX_BLOCK // vocab_size)
-        cached = MAX_CACHED_BLOCK if device.type == "cpu" else MAX_BLOCK
-        self._reduced = max(1, cached // vocab_size)
+        self._block = self._reduced = max(1, MAX_BLOCK // vocab_size)
+        if device.type == "cpu":
+            self._block = min(self._block, MAX_CPU_ROWS)
+            self._reduced = max(1, MAX_CACHED_BLOCK // vocab_size)
 
     def compare(
         self, unsteered: Tensor, steered: Sequence[SteeredSide], targets: Sequence[int]
     ) -> list[Columns] | None:
         """Compare each steered text with the unsteered one, position by position.
 
-        Rows of both go through the head in calls of one shape, so that equal rows have equal
-        logits.
+        Rows of both go through the head in one call, so that equal rows have equal logits.
 
         Args:
             unsteered: ``[n, d]`` final hidden states.
@@ -87,25 +93,23 @@ class Scores:
             that has no logits or does not report, and if there are no steered texts or no rows.
         """
         parts: list[list[Columns]] = [[] for _ in steered]
-        for start in range(0, len(unsteered), self._block):
-            rows = slice(start, start + self._block)
-            before, actual = unsteered[rows], self._targets(targets[rows], len(unsteered[rows]))
-            together = max(1, self._block // len(before) - 1)
-            stacked = together >= MANY
-            known = None if stacked else self._distribution(self._head([before]))
-            for first in range(0, len(steered), together if stacked else 1):
-                sides = steered[first : first + (together if stacked else 1)]
-                after = [side.hidden[rows] for side in sides]
-                logits = self._head([before, *after] if stacked else after)
+        watched = [self._ids(side.watched) for side in steered]
+        for rows in _cut(len(unsteered), self._block // (min(len(steered), MANY) + 1)):
+            before = unsteered[rows]
+            n = len(before)
+            actual = self._targets(targets[rows], n)
+            together = max(1, self._block // n - 1)
+            for first in range(0, len(steered), together):
+                sides = steered[first : first + together]
+                logits = self._head([before, *(side.hidden[rows] for side in sides)])
                 if logits is None:
                     continue
-                if stacked:
-                    known, logits = self._distribution(logits[: len(before)]), logits[len(before) :]
-                assert known is not None
-                for i, of_side in enumerate(torch.split(logits, len(before))):
-                    parts[first + i].append(
-                        self._compared(known, of_side, actual, sides[i].watched)
-                    )
+                known, *others = torch.split(logits, n)
+                for part in _cut(n, self._reduced):
+                    distribution = _distribution(known[part])
+                    for i, other in enumerate(others, first):
+                        after = _distribution(other[part])
+                        parts[i].append(_compared(distribution, after, actual[part], watched[i]))
         return [_joined(of_side) for of_side in parts] if all(parts) else None
 
     def log_probabilities(self, hidden: Tensor, targets: Sequence[int]) -> Tensor | None:
@@ -119,15 +123,13 @@ class Scores:
             ``[n]`` float32; None on a rank that has no logits or does not report.
         """
         found = []
-        for start in range(0, len(hidden), self._block):
-            rows = slice(start, start + self._block)
+        for rows in _cut(len(hidden), self._block):
             logits = self._head([hidden[rows]])
-            if logits is not None:
-                actual = self._targets(targets[rows], len(logits))
-                found += [
-                    _at(_log_softmax(logits[part]), actual[part])
-                    for part in self._parts(len(logits))
-                ]
+            if logits is None:
+                continue
+            actual = self._targets(targets[rows], len(logits))
+            for part in _cut(len(logits), self._reduced):
+                found.append(_distribution(logits[part]).log_p(actual[part, None])[:, 0])
         return torch.cat(found).cpu() if found else None
 
     def _head(self, hidden: Sequence[Tensor]) -> Tensor | None:
@@ -136,54 +138,12 @@ class Scores:
         logits = self._logits(rows[0] if len(rows) == 1 else torch.cat(rows))
         return logits if self._reports else None
 
+    def _ids(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(list(ids), dtype=torch.int64, device=self._device)
+
     def _targets(self, ids: Sequence[int], n: int) -> Tensor:
         """``[n]`` int64 on the device; -1 for each if there are no targets."""
-        return torch.tensor(list(ids) or [-1] * n, dtype=torch.int64, device=self._device)
-
-    def _parts(self, n: int) -> Iterator[slice]:
-        return (slice(i, i + self._reduced) for i in range(0, n, self._reduced))
-
-    def _distribution(self, logits: Tensor | None) -> _Distribution | None:
-        if logits is None:
-            return None
-        log_p = torch.empty(logits.shape, dtype=torch.float32, device=self._device)
-        p = torch.empty_like(log_p)
-        for part in self._parts(len(logits)):
-            log_p[part] = _log_softmax(logits[part])
-            torch.exp(log_p[part], out=p[part])
-        return _Distribution(log_p, p, p.sum(-1), *log_p.max(-1))
-
-    def _compared(
-        self, before: _Distribution, logits: Tensor, targets: Tensor, watched: Sequence[int]
-    ) -> Columns:
-        ids = torch.tensor(list(watched), dtype=torch.int64, device=self._device)
-        found = []
-        for part in self._parts(len(logits)):
-            log_p, p = before.log_p[part], before.p[part]
-            log_q = _log_softmax(logits[part])
-            q = log_q.exp()
-            ratio = log_p - log_q
-            # KL as a Bregman divergence: rounding keeps the two sums of probabilities from being
-            # exactly 1, and their difference is taken out.
-            surplus = q.sum(-1) - before.total[part]
-            confidence, top = log_q.max(-1)
-            after = log_q[:, ids]
-            found.append(
-                {
-                    "kl": ((p * ratio).sum(-1) + surplus).clamp_min(0),
-                    "reverse_kl": (-(q * ratio).sum(-1) - surplus).clamp_min(0),
-                    "unsteered": _at(log_p, targets[part]),
-                    "steered": _at(log_q, targets[part]),
-                    "top_unsteered": before.top[part],
-                    "top_steered": top,
-                    "confidence_unsteered": before.confidence[part],
-                    "confidence_steered": confidence,
-                    "watched_unsteered": log_p[:, ids],
-                    "watched_steered": after,
-                    "ranks_steered": _ranks(log_q, after),
-                }
-            )
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        return self._ids(list(ids) or [-1] * n)
 
 
 @dataclass(frozen=True)
@@ -191,36 +151,105 @@ class _Distribution:
     """The distributions that some rows predict.
 
     Attributes:
-        log_p: ``[n, vocabulary]`` float32.
-        p: ``[n, vocabulary]`` float32.
-        total: ``[n]`` float32, the sum of ``p``.
-        confidence: ``[n]`` float32, the largest ``log_p``.
+        z: ``[n, vocabulary]`` float32, the logits less the largest of their row.
+        p: ``[n, vocabulary]`` float32, the probabilities.
+        total: ``[n]`` float64, the sum of ``p``, which rounding keeps from being exactly 1.
+        log_sum: ``[n]`` float64, the logarithm of the sum of exp(z): log p = z - log_sum.
         top: ``[n]`` int64, the likeliest token.
     """
 
-    log_p: Tensor
+    z: Tensor
     p: Tensor
     total: Tensor
-    confidence: Tensor
+    log_sum: Tensor
     top: Tensor
 
+    @property
+    def confidence(self) -> Tensor:
+        """``[n]`` float32, the largest log p."""
+        return -self.log_sum.float()
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Log p ``[n, vocabulary]`` float32; the logits may be overwritten."""
+    def log_p(self, ids: Tensor) -> Tensor:
+        """``[n, w]`` float32, log p of ``[n, w]`` ids; NaN if an id is negative."""
+        found = self.z.gather(-1, ids.clamp_min(0)) - self.log_sum[:, None]
+        return found.float().masked_fill(ids < 0, torch.nan)
+
+
+def _distribution(logits: Tensor) -> _Distribution:
+    """What rows ``[n, vocabulary]`` of logits predict; the logits may be overwritten.
+
+    On a CPU an exponential takes as long as ten sums, hence one for each logit. At the largest,
+    exp(z) is 1, so its p is one over what softmax divided by. That is a float32 sum in which many
+    small terms were lost beside the large ones, hence the sum of all p, which torch takes pairwise.
+    """
     z = torch.nan_to_num_(logits.float(), nan=0.0, posinf=LARGEST, neginf=-LARGEST)
-    return torch.log_softmax(z, dim=-1)
+    top = _argmax(z)
+    z -= z.gather(-1, top)
+    p = torch.softmax(z, dim=-1)
+    total = p.sum(-1).double()
+    log_sum = total.log() - p.gather(-1, top)[:, 0].double().log()
+    return _Distribution(z, p, total, log_sum, top[:, 0])
 
 
-def _at(log_p: Tensor, ids: Tensor) -> Tensor:
-    """``[n]`` log p of one id for each row; NaN if the id is negative."""
-    found = log_p.gather(-1, ids.clamp_min(0)[:, None])[:, 0]
-    return found.masked_fill(ids < 0, torch.nan)
+def _compared(before: _Distribution, after: _Distribution, targets: Tensor, ids: Tensor) -> Columns:
+    """Figures of some rows; see `Scores.compare`.
+
+    KL is the mean of z_p - z_q under p, plus the difference of the logarithms of both sums of
+    exponentials. As in a Bregman divergence, these are of the very p and q that are at hand: equal
+    rows have exactly 0, and nearly equal ones keep their digits.
+
+    Args:
+        before: of the unsteered rows.
+        after: of the steered ones.
+        targets: ``[n]`` ids, or -1.
+        ids: ``[w]`` the watched ones.
+    """
+    difference = before.z - after.z
+    shift = after.log_sum - before.log_sum
+    kl = torch.linalg.vecdot(before.p, difference) / before.total + shift
+    reverse_kl = -torch.linalg.vecdot(after.p, difference) / after.total - shift
+    watched = ids.expand(len(targets), -1)
+    return {
+        "kl": kl.float().clamp_min(0),
+        "reverse_kl": reverse_kl.float().clamp_min(0),
+        "unsteered": before.log_p(targets[:, None])[:, 0],
+        "steered": after.log_p(targets[:, None])[:, 0],
+        "top_unsteered": before.top,
+        "top_steered": after.top,
+        "confidence_unsteered": before.confidence,
+        "confidence_steered": after.confidence,
+        "watched_unsteered": before.log_p(watched),
+        "watched_steered": after.log_p(watched),
+        "ranks_steered": _ranks(after.z, after.z[:, ids]),
+    }
 
 
-def _ranks(log_p: Tensor, of: Tensor) -> Tensor:
-    """``[n, w]`` int64, how many tokens have a larger log p than each of these ``[n, w]``."""
-    ranks = [(log_p > column[:, None]).sum(-1) for column in of.T]
+def _argmax(z: Tensor) -> Tensor:
+    """``[n, 1]`` int64, the first of the largest of each row ``[n, v]``, in which no NaN is.
+
+    On a CPU torch's argmax takes ten times as long as its amax, so it is asked only which chunk
+    has the largest, and where in that it is.
+    """
+    v = z.shape[1]
+    chunks = v // CHUNK
+    largest = z[:, : chunks * CHUNK].view(len(z), chunks, CHUNK).amax(-1)
+    if v % CHUNK:
+        largest = torch.cat([largest, z[:, chunks * CHUNK :].amax(-1, keepdim=True)], dim=-1)
+    first = largest.argmax(-1, keepdim=True) * CHUNK
+    ids = (first + torch.arange(CHUNK, device=z.device)).clamp_max(v - 1)
+    return ids.gather(-1, z.gather(-1, ids).argmax(-1, keepdim=True))
+
+
+def _ranks(z: Tensor, of: Tensor) -> Tensor:
+    """``[n, w]`` int64, how many of ``[n, vocabulary]`` are larger than each of ``[n, w]``."""
+    ranks = [(z > column[:, None]).sum(-1) for column in of.T]
     return torch.stack(ranks, -1) if ranks else torch.zeros_like(of, dtype=torch.int64)
+
+
+def _cut(n: int, most: int) -> Iterator[slice]:
+    """Parts of ``n`` rows, of nearly one size: at most ``most`` rows, and at least one."""
+    parts = -(-n // max(1, most))
+    return (slice(i * n // parts, (i + 1) * n // parts) for i in range(parts))
 
 
 def _joined(parts: Sequence[Columns]) -> Columns:

@@ -64,7 +64,14 @@ def made(head: Head, block: int | None = None, reduced: int | None = None) -> Sc
 def reference(
     W: Tensor, u: Tensor, s: Tensor, targets: Sequence[int], ids: Sequence[int]
 ) -> dict[str, Any]:
-    log_p, log_q = ((x.double() @ W.double()).log_softmax(-1).numpy() for x in (u, s))
+    return definitions(u.double() @ W.double(), s.double() @ W.double(), targets, ids)
+
+
+def definitions(
+    before: Tensor, after: Tensor, targets: Sequence[int], ids: Sequence[int]
+) -> dict[str, Any]:
+    """The figures of ``[n, vocabulary]`` logits, in float64."""
+    log_p, log_q = (logits.double().log_softmax(-1).numpy() for logits in (before, after))
     rows = np.arange(len(targets))
     return {
         "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
@@ -83,9 +90,11 @@ def reference(
 
 @pytest.mark.parametrize(("block", "reduced"), [(1000, 1000), (1000, 3), (4, 3), (1, 1)])
 @pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("chunk", [128, 10, 16])
 def test_figures_are_their_definitions_whatever_the_blocks(
-    n: int, block: int, reduced: int
+    n: int, block: int, reduced: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(scores, "CHUNK", chunk)
     W, u = weights(), hidden(1, n)
     sides = [SteeredSide(u + 0.3 * hidden(2 + i, n), [4, 9, 30][: i % 4]) for i in range(6)]
     targets = list(range(5, 5 + n))
@@ -96,15 +105,37 @@ def test_figures_are_their_definitions_whatever_the_blocks(
             np.testing.assert_allclose(columns[name].numpy(), value, atol=2e-6, err_msg=name)
 
 
-def test_short_texts_go_through_the_head_together_and_long_ones_in_one_shape() -> None:
-    W, u = weights(), hidden(1, 2)
-    sides = [SteeredSide(hidden(2 + i, 2)) for i in range(40)]
-    short = Head(W)
-    made(short, block=64).compare(u, sides, [1, 2])
-    assert short.calls == [64, 20]  # the unsteered text in each
-    long = Head(W)
-    made(long, block=3).compare(hidden(1, 5), [SteeredSide(hidden(2, 5))] * 2, range(5))
-    assert long.calls == [3, 3, 3, 2, 2, 2]
+@pytest.mark.parametrize(
+    ("n", "texts", "block", "calls"),
+    [
+        (2, 40, 64, [64, 20]),  # the unsteered text in each
+        (5, 2, 3, [3] * 5),
+        (5, 2, 10, [6, 9]),
+        (3, 40, 17, [17, 17, 9] * 3),
+        (2, 2, 1, [2] * 4),  # less than a row of two texts takes no room
+    ],
+)
+def test_calls_of_the_head_have_the_same_rows_of_all_texts_that_fit_and_of_the_unsteered_one(
+    n: int, texts: int, block: int, calls: list[int]
+) -> None:
+    head = Head(weights())
+    sides = [SteeredSide(hidden(2 + i, n)) for i in range(texts)]
+    made(head, block=block).compare(hidden(1, n), sides, range(n))
+    assert head.calls == calls
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 128])
+@pytest.mark.parametrize("v", [3, 28, 30])
+def test_first_of_the_likeliest_tokens_is_found_wherever_it_is(
+    v: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "CHUNK", chunk)
+    others = torch.arange(v).remainder(3) / 4
+    rows = [others.masked_fill(torch.arange(v) == i, 2.0) for i in range(v)]
+    tied = [row.index_fill(0, torch.tensor([v // 2, v - 1]), 2.0) for row in rows]
+    z = torch.stack([*rows, *tied, torch.full((v,), -scores.LARGEST)])
+    first = [row.tolist().index(max(row.tolist())) for row in z]
+    assert scores._argmax(z)[:, 0].tolist() == first
 
 
 def test_equal_texts_do_not_diverge_at_all_even_in_bfloat16() -> None:
@@ -125,6 +156,21 @@ def test_divergence_of_nearly_equal_texts_is_right_and_never_below_zero() -> Non
     assert right.max() < 1e-4
     assert (found[0]["kl"] >= 0).all() and (found[0]["reverse_kl"] >= 0).all()
     np.testing.assert_allclose(found[0]["kl"].numpy(), right, atol=3e-7)
+
+
+def test_digits_survive_a_whole_vocabulary_and_a_large_divergence() -> None:
+    """The sum that softmax divides by is not exact: it loses some of many small terms."""
+    v = 2**17
+    z = torch.randn(2, v, generator=torch.Generator().manual_seed(0)) * 3
+    logits = torch.cat([z, z.roll(1, -1)])
+    head = Scores(lambda rows: logits[rows[:, 0].long()], v, CPU)
+    rows = torch.arange(4.0)[:, None]
+    found = head.compare(rows[:2], [SteeredSide(rows[2:])], [5, 6])
+    assert found is not None
+    right = definitions(logits[:2], logits[2:], [5, 6], ())
+    assert right["kl"].min() > 8
+    for name in ("kl", "reverse_kl", "confidence_unsteered", "confidence_steered", "steered"):
+        np.testing.assert_allclose(found[0][name].numpy(), right[name], rtol=3e-7, err_msg=name)
 
 
 def test_tokens_that_the_model_rules_out_count_nothing() -> None:
@@ -148,6 +194,35 @@ def test_stream_that_left_its_dtype_gives_numbers() -> None:
     assert all(column.double().isfinite().all() for column in found[0].values())
     # A row of nothing but NaN is an even distribution.
     assert found[0]["steered"][0] == pytest.approx(-np.log(VOCABULARY))
+
+
+@pytest.mark.parametrize("steered", [True, False])
+@pytest.mark.parametrize("token", [0, 40, VOCABULARY - 1])
+@pytest.mark.parametrize(
+    ("value", "counts_as"),
+    [(torch.nan, 0.0), (torch.inf, scores.LARGEST), (-torch.inf, -scores.LARGEST)],
+)
+def test_single_logit_that_is_no_number_counts_as_one_and_rows_beside_it_keep_their_figures(
+    value: float, counts_as: float, token: int, steered: bool
+) -> None:
+    logits = torch.stack([hidden(i, 50)[:, 0] for i in range(10)])  # [10, VOCABULARY]
+    row = 7 if steered else 2
+
+    def figures(at_row: float) -> dict[str, Tensor]:
+        changed = logits.clone()
+        changed[row, token] = at_row
+        head = Scores(lambda rows: changed[rows[:, 0].long()], VOCABULARY, CPU)
+        rows = torch.arange(10.0)[:, None]
+        found = head.compare(rows[:5], [SteeredSide(rows[5:], [token, 3])], range(5))
+        assert found is not None
+        return found[0]
+
+    found, right, before = figures(value), figures(counts_as), figures(0.5)
+    for name, column in found.items():
+        assert torch.equal(column, right[name]), name
+        assert column.double().isfinite().all()
+        others = torch.arange(5) != 2
+        assert torch.equal(column[others], before[name][others]), name
 
 
 def test_log_probabilities_are_those_of_the_comparison() -> None:
@@ -179,7 +254,8 @@ def test_rank_without_logits_has_no_figures() -> None:
 
 def test_blocks_are_bounded_whatever_the_vocabulary() -> None:
     assert Scores(Head(weights()), 2 * scores.MAX_BLOCK, CPU)._block == 1
-    assert Scores(Head(weights()), 128_000, CPU)._block * 128_000 <= scores.MAX_BLOCK
+    assert Scores(Head(weights()), 200_000, CPU)._block * 200_000 <= scores.MAX_BLOCK
+    assert Scores(Head(weights()), 50_000, CPU)._block == scores.MAX_CPU_ROWS
 
 
 def test_figures_survive_their_way_to_the_front_end_in_parts() -> None:
