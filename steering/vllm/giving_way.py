@@ -148,7 +148,7 @@ def giving_way(engine: Any, share: float = DEFAULT_SHARE) -> GivingWay:
         tokens = min(tokens, CPU_TOKENS)
     return GivingWay(
         engine.get_num_unfinished_requests,
-        tokens,
+        tokens * len(engine.engine_core.core_engines),
         share,
         admits=lambda: _admits(engine),
         errored=lambda: bool(engine.errored),

@@ -185,6 +185,7 @@ SEAMS: Final[dict[str, tuple[Seam, ...]]] = {
             fields=("max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens"),
         ),
         Seam("config.device", "DeviceConfig", fields=("device_type",)),
+        Seam("v1.engine.core_client", "AsyncMPClient", fields=("core_engines",)),
         Seam("outputs", "RequestOutput", fields=("metrics", "finished")),
         Seam("v1.metrics.stats", "RequestStateStats", fields=("queued_ts", "scheduled_ts")),
     ),

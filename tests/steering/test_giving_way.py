@@ -262,6 +262,34 @@ async def test_nobody_waits_for_an_engine_that_has_ended(clock: Clock) -> None:
     await ended(tasks)
 
 
+def engine_of(
+    scheduler: SimpleNamespace, *, engines: int = 1, unfinished: int = 0, queued: int = 0
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            scheduler_config=scheduler, device_config=SimpleNamespace(device_type="cpu")
+        ),
+        engine_core=SimpleNamespace(core_engines=list(range(engines))),
+        errored=False,
+        get_num_unfinished_requests=lambda: unfinished,
+        get_num_queued_tokens=lambda: queued,
+    )
+
+
+@pytest.mark.parametrize(("engines", "in_turn"), [(1, ["0"]), (3, ["0", "1", "2"])])
+async def test_each_engine_may_have_a_steps_tokens(engines: int, in_turn: list[str]) -> None:
+    scheduler = SimpleNamespace(
+        max_num_batched_tokens=256, max_num_queued_reqs=None, max_num_queued_tokens=None
+    )
+    server, go = Server(), asyncio.Event()
+    server.way = giving_way.giving_way(engine_of(scheduler, engines=engines))
+    tasks = task(*(server.run(str(i), go, tokens=250) for i in range(4)))
+    await asyncio.sleep(WATCHED)
+    assert server.order == in_turn
+    go.set()
+    await ended(tasks)
+
+
 @pytest.mark.parametrize(
     ("requests", "tokens", "unfinished", "queued", "admitted"),
     [
@@ -280,14 +308,7 @@ async def test_studies_leave_the_last_of_the_engines_places_to_served_requests(
     scheduler = SimpleNamespace(
         max_num_batched_tokens=512, max_num_queued_reqs=requests, max_num_queued_tokens=tokens
     )
-    engine = SimpleNamespace(
-        vllm_config=SimpleNamespace(
-            scheduler_config=scheduler, device_config=SimpleNamespace(device_type="cpu")
-        ),
-        errored=False,
-        get_num_unfinished_requests=lambda: unfinished,
-        get_num_queued_tokens=lambda: queued,
-    )
+    engine = engine_of(scheduler, unfinished=unfinished, queued=queued)
     way = giving_way.giving_way(engine, share=1.0)
     try:
         async with asyncio.timeout(WATCHED), way.request(10):
