@@ -46,6 +46,7 @@ ORDER: Final = (
     "study_figures",
     "suggestions",
     "set_search",
+    "dose_search",
     "direction",
     "dictionary_features",
 )
@@ -56,9 +57,9 @@ HEAD: Final = """\
 Made by `python -m tests.bench.table` from `results/*.json`, which `make bench` writes (a short set;
 `make bench ARGS=--full` runs every case), but for `bfloat16`, `read_again`, `fuzz`, what is
 measured on the demo SAE (`steering_effect`, `suppression`, `conditional`, `side_effects`,
-`equal_kl`, `every_feature`, `study_figures`, `suggestions`, `set_search`), and on the small
-dictionaries of the tests (`direction`, `dictionary_features`), which are run by themselves. Each
-script explains itself: `python -m tests.bench.NAME --help`.
+`equal_kl`, `every_feature`, `study_figures`, `suggestions`, `set_search`, `dose_search`), and on
+the small dictionaries of the tests (`direction`, `dictionary_features`), which are run by
+themselves. Each script explains itself: `python -m tests.bench.NAME --help`.
 
 Measured runs stand between runs of a reference, ratios are taken against the mean of the two, and
 "control" is the reference measured against itself: its distance from 1 is the noise of the rest.
