@@ -7,7 +7,6 @@ from typing import Any
 
 from steering.request.conditions import When
 from steering.request.float32 import float32
-from steering.request.limits import POSITION_LIMIT
 from steering.request.positions import Positions
 
 
@@ -52,6 +51,6 @@ class Edit:
             positions.generation,
             positions.special_tokens,
             positions.start,
-            min(positions.end, POSITION_LIMIT),  # no token is there
+            positions.int32_end,
             () if self.when is None else self.when.canonical(),
         )

@@ -29,6 +29,11 @@ class Positions:
     end: int = OPEN_END
 
     @property
+    def int32_end(self) -> int:
+        """`end` as devices have it, in int32: no token is at the last position or past it."""
+        return min(self.end, POSITION_LIMIT)
+
+    @property
     def empty(self) -> bool:
         """Whether no token could ever be covered, however long the prompt."""
         if not (self.prompt or self.generation) or self.end == 0:

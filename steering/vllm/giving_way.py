@@ -17,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 #: Share of the time that studies may have beside served requests, unless the server says otherwise.
@@ -31,27 +32,24 @@ MOST_COUNTED: Final = 10.0
 CPU_TOKENS: Final = 512
 
 
+@dataclass(eq=False)
 class Turn:
     """A turn under way.
 
-    Args:
-        way: whose turn it is.
-        requests: how many engine requests it has.
-
     Attributes:
-        waited: for how many seconds of it the engine did not compute for it.
+        requests: how many requests it has in the engine.
+        tokens: how many tokens these have.
+        waited: seconds of it in which the engine had not begun with its request.
     """
 
-    def __init__(self, way: GivingWay, requests: int) -> None:
-        self._way = way
-        self._requests = requests
-        self.waited = 0.0
+    requests: int
+    tokens: int
+    waited: float = 0.0
 
-    def left_engine(self, waited: float = 0.0) -> None:
-        """The engine no longer has its request, for which it had no time for so many seconds."""
-        self._way.forget_requests(self._requests)
-        self._requests = 0
-        self.waited += waited
+    def left_engine(self, waited: float) -> None:
+        """The engine no longer has its request, with which it began after so many seconds."""
+        self.requests = 0
+        self.waited = waited
 
 
 class GivingWay:
@@ -84,43 +82,28 @@ class GivingWay:
         self._tokens = tokens
         self._rest = 1 / share - 1  # for each second at work
         self._next = asyncio.Lock()
-        self._turns = 0
-        self._requests = 0
-        self._tokens_in = 0
+        self._turns: set[Turn] = set()
         self._resume = 0.0
 
-    @asynccontextmanager
-    async def request(self, tokens: int) -> AsyncGenerator[Turn, None]:
+    def request(self, tokens: int) -> AbstractAsyncContextManager[Turn]:
         """A turn for one engine request of a study, of so many tokens."""
-        async with self._turn(1, tokens) as turn:
-            yield turn
+        return self._turn(Turn(1, tokens))
 
-    @asynccontextmanager
-    async def call(self) -> AsyncGenerator[Turn, None]:
+    def call(self) -> AbstractAsyncContextManager[Turn]:
         """A turn for a call of the workers that computes, which the engine's steps wait for."""
-        async with self._turn(0, 0) as turn:
-            yield turn
-
-    def forget_requests(self, requests: int) -> None:
-        """So many of the studies' requests have left the engine, before their turns end."""
-        self._requests -= requests
+        return self._turn(Turn(0, 0))
 
     @asynccontextmanager
-    async def _turn(self, requests: int, tokens: int) -> AsyncGenerator[Turn, None]:
+    async def _turn(self, turn: Turn) -> AsyncGenerator[Turn, None]:
         async with self._next:
-            while not self._may(requests, tokens):
+            while not self._may(turn):
                 await asyncio.sleep(LOOK_AGAIN)
-            self._turns += 1
-            self._requests += requests
-            self._tokens_in += tokens
-        turn = Turn(self, requests)
+            self._turns.add(turn)
         began, beside = time.monotonic(), self._served
         try:
             yield turn
         finally:
-            turn.left_engine()
-            self._turns -= 1
-            self._tokens_in -= tokens
+            self._turns.remove(turn)
             if beside or self._served:
                 now = time.monotonic()
                 worked = min(max(now - began - turn.waited, 0.0), MOST_COUNTED)
@@ -128,16 +111,17 @@ class GivingWay:
 
     @property
     def _served(self) -> bool:
-        return self._unfinished() > self._requests
+        return self._unfinished() > sum(turn.requests for turn in self._turns)
 
-    def _may(self, requests: int, tokens: int) -> bool:
+    def _may(self, turn: Turn) -> bool:
         if self._errored():
             return True
-        if requests and not self._admits():
+        if turn.requests and not self._admits():
             return False
         if self._served:
             return not self._turns and time.monotonic() >= self._resume
-        return not self._tokens_in or self._tokens_in + tokens <= self._tokens
+        tokens = sum(other.tokens for other in self._turns)
+        return not tokens or tokens + turn.tokens <= self._tokens
 
 
 def giving_way(engine: Any, share: float = DEFAULT_SHARE) -> GivingWay:

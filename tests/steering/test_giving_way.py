@@ -86,6 +86,15 @@ def task(*runs: object) -> list[asyncio.Task[None]]:
     return [asyncio.create_task(run) for run in runs]  # type: ignore[arg-type]
 
 
+async def first_run(server: Server, go: asyncio.Event, clock: Clock, seconds: float) -> None:
+    """A run that takes so long; from then on all runs end at once."""
+    tasks = task(server.run("first", go))
+    await reached(lambda: server.order == ["first"])
+    clock.now += seconds
+    go.set()
+    await ended(tasks)
+
+
 async def ended(tasks: list[asyncio.Task[None]]) -> None:
     async with asyncio.timeout(TIMEOUT):
         await asyncio.gather(*tasks)
@@ -132,11 +141,7 @@ async def test_after_a_turn_beside_a_served_request_studies_rest_for_the_others_
 ) -> None:
     server, go = Server(share=0.1), asyncio.Event()
     server.served = 1
-    tasks = task(server.run("first", go))
-    await reached(lambda: server.order == ["first"])
-    clock.now += 2.0
-    go.set()
-    await ended(tasks)
+    await first_run(server, go, clock, 2.0)
     tasks = task(server.run("second", go))
     clock.now += 17.9  # of 18 seconds
     await asyncio.sleep(WATCHED)
@@ -215,11 +220,7 @@ async def test_turn_of_an_engine_that_was_paused_does_not_stop_studies_for_long(
 ) -> None:
     server, go = Server(share=0.1), asyncio.Event()
     server.served = 1
-    tasks = task(server.run("first", go))
-    await reached(lambda: server.order == ["first"])
-    clock.now += 3600.0
-    go.set()
-    await ended(tasks)
+    await first_run(server, go, clock, 3600.0)
     clock.now += 9 * giving_way.MOST_COUNTED + 0.1
     await ended(task(server.run("second", go)))
 
