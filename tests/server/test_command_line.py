@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,9 @@ from sae.errors import SAEError
 from server.__main__ import main
 from server.allow_list import PLUGIN_NAME
 from server.commands import serve as serving
-from server.start import engine_death
-from server.start.arguments import refuse_flags
 from server.start.checked_sae import unforeseen_refused
 from server.start.errors import RefusedStartError
-from server.start.flags import SAE_FLAG, ServerOptions, split_flag
+from server.start.flags import SAE_FLAG, split_flag
 from steering.config import REFUSAL_VARIABLE, SteeringConfig
 from tests.models import make_tiny_model, make_tiny_sae
 
@@ -257,64 +251,6 @@ def test_vllms_own_failure_stays_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
         serving._run(Namespace())
 
 
-PLAIN: dict[str, Any] = {
-    "worker_cls": "auto",
-    "scheduler_cls": None,
-    "additional_config": {},
-    "skip_tokenizer_init": False,
-    "grpc": False,
-    "runner": "auto",
-}
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "said"),
-    [
-        ("worker_cls", "my.Worker", "--worker-cls"),
-        ("scheduler_cls", "my.Scheduler", "--scheduler-cls"),
-        ("additional_config", {"steering": {}}, "--additional-config"),
-        ("skip_tokenizer_init", True, "--skip-tokenizer-init"),
-        ("grpc", True, "--grpc"),
-        ("runner", "pooling", "--runner pooling"),
-    ],
-)
-def test_flag_that_leaves_no_place_for_steering_is_refused(
-    flag: str, value: Any, said: str
-) -> None:
-    with pytest.raises(RefusedStartError, match=said):
-        refuse_flags(Namespace(**{**PLAIN, flag: value}), rust_frontend=False)
-
-
-@pytest.mark.parametrize(
-    ("option", "least", "said"),
-    [
-        ("max_rows", 64, "--steering-max-rows 63: must be at least 64, as many as one request may"),
-        ("max_read_values", 64, "--steering-max-read-values 63: must be at least 64"),
-        ("max_body_bytes", 1024, "--steering-max-body-bytes 1023: must be at least 1024"),
-        ("max_study_tokens", 1, "--steering-max-study-tokens 0: must be at least 1"),
-        ("study_share", 0.01, "--steering-study-share -0.99: must be at least 0.01"),
-    ],
-)
-def test_option_below_its_limit_is_refused(option: str, least: Any, said: str) -> None:
-    at, below = ({option: value} for value in (least, least - 1))
-    replace(ServerOptions(), **at).check()
-    with pytest.raises(RefusedStartError, match=said):
-        replace(ServerOptions(), **below).check()
-
-
-@pytest.mark.parametrize("share", [1.01, float("inf"), float("nan")])
-def test_share_of_the_time_is_at_most_all_of_it(share: float) -> None:
-    replace(ServerOptions(), study_share=1.0).check()
-    with pytest.raises(RefusedStartError, match=f"--steering-study-share {share}: must be at "):
-        replace(ServerOptions(), study_share=share).check()
-
-
-def test_front_end_that_cannot_carry_steering_is_refused() -> None:
-    refuse_flags(Namespace(**PLAIN), rust_frontend=False)
-    with pytest.raises(RefusedStartError, match="VLLM_USE_RUST_FRONTEND"):
-        refuse_flags(Namespace(**PLAIN), rust_frontend=True)
-
-
 # What vLLM is given
 
 
@@ -409,71 +345,3 @@ def test_unknown_command_is_explained() -> None:
     done = run("explode")
     assert done.returncode == 2
     assert "inspect-sae" in done.stderr
-
-
-class Engine:
-    """Alive until it is stopped or dies."""
-
-    def __init__(self) -> None:
-        self.errored = False
-        self.stops = 0
-        self.fails = False
-        self.output_handler: asyncio.Future[Any] | None = None
-        self.output_processor = self
-        self.request_states = {"one": None, "two": None}
-        self.aborted: list[str] = []
-
-    def abort_requests(self, request_ids: list[str], internal: bool) -> None:
-        assert internal
-        self.aborted += request_ids
-
-    def shutdown(self, timeout: float | None = None) -> None:
-        self.errored = True
-        self.stops += 1
-        if self.fails:
-            raise OSError
-
-
-@pytest.mark.parametrize("died", [False, True])
-def test_only_an_engine_that_ends_by_itself_makes_the_server_fail(
-    died: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-
-    engine = Engine()
-
-    def run(args: Namespace) -> None:
-        engine_death.watch(engine)
-        engine.errored = died
-        engine.shutdown(timeout=1)
-        engine.shutdown()  # when the server cleans up
-
-    monkeypatch.setattr(engine_death, "_seen", threading.Event())
-    monkeypatch.setattr(ServeSubcommand, "cmd", run)
-    monkeypatch.setattr(serving, "serve", lambda argv: serving._run(Namespace()))
-    assert main(["serve", "m"]) == died
-    assert ("ended by itself" in capsys.readouterr().err) == died
-    assert engine.stops == 2
-
-
-@pytest.mark.parametrize("fails", [False, True])
-async def test_what_a_stopped_engine_still_runs_is_aborted_on_its_own_loop(fails: bool) -> None:
-    engine = Engine()
-    engine.fails = fails
-    engine.output_handler = asyncio.get_running_loop().create_future()
-    engine_death.watch(engine)
-    with contextlib.suppress(OSError):
-        await asyncio.to_thread(engine.shutdown)
-    await asyncio.sleep(0)
-    assert engine.aborted == ["one", "two"]
-
-
-async def test_what_a_dead_engine_ran_is_left_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_death, "_seen", threading.Event())
-    engine = Engine()
-    engine.output_handler = asyncio.get_running_loop().create_future()
-    engine_death.watch(engine)
-    engine.errored = True
-    await asyncio.to_thread(engine.shutdown)
-    await asyncio.sleep(0)
-    assert engine.aborted == []
