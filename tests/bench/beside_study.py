@@ -62,7 +62,7 @@ class Studied:
 
 
 def evaluation(seed: int) -> dict[str, Any]:
-    """A study of random texts, different for each seed, streamed."""
+    """A study of random texts, different for each seed."""
     texts = prompts(TEXTS, TEXT, seed)
     return {
         "texts": [

@@ -17,22 +17,21 @@ import json
 from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
-from statistics import mean
 from typing import Any, Final
 
 from tests.bench.chat_answers import REPETITION_PENALTY
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
 from tests.bench.set_search import SEARCHED_TOKENS, SIZE
-from tests.bench.steering_answers import DTYPE, Bench, Field, cost
+from tests.bench.steering_answers import DTYPE, Bench, Field
 from tests.bench.steering_effect import SUPPRESSED_TOKENS
 from tests.bench.steering_prompts import BEHAVIOURS, Behaviour
+from tests.bench.suppressed_answers import judged
+from tests.bench.suppression import found_sets
 
 FACTORS: Final = (0.0, -0.5, -1.0, -2.0, -4.0)
 MOST_COST: Final = 1.33
 REPORTED: Final = 3
-#: Edits that answer in one go.
-AT_ONCE: Final = 8
 
 Edit = Mapping[str, Any]
 
@@ -49,13 +48,7 @@ def scaled(edit: Edit) -> Field:
 
 def orders(behaviour: Behaviour) -> list[list[int]]:
     """The orders of features whose beginnings are tried."""
-    effects = json.loads((RESULTS / "steering_effect.json").read_text(encoding="utf-8"))["rows"]
-    attributed = next(
-        row["features"]
-        for row in effects
-        if row.get("behaviour") == behaviour.name
-        and (row.get("ranked_by"), len(row["features"])) == ("attribution", SIZE)
-    )
+    attributed = found_sets(RESULTS / "steering_effect.json")[behaviour.name]
     searched = json.loads((RESULTS / "set_search.json").read_text(encoding="utf-8"))["rows"]
     grown = next(
         row["features"]
@@ -78,7 +71,7 @@ def tried(behaviour: Behaviour) -> list[Edit]:
     ]
 
 
-def judged(
+def judged_edits(
     bench: Bench,
     behaviour: Behaviour,
     prompts: Sequence[str],
@@ -86,27 +79,8 @@ def judged(
     max_tokens: int,
 ) -> list[dict[str, Any]]:
     """How often a behaviour shows with each edit, and at what cost."""
-    n = len(prompts)
-    unsteered = bench.answers(prompts, [None] * n, max_tokens)
-    made = []
-    for start in range(0, len(edits), AT_ONCE):
-        batch = edits[start : start + AT_ONCE]
-        fields = [scaled(edit) for edit in batch for _ in prompts]
-        answers = bench.answers([*prompts] * len(batch), fields, max_tokens)
-        for i, edit in enumerate(batch):
-            its = answers[i * n : (i + 1) * n]
-            made.append(
-                {
-                    **edit,
-                    "unsteered": mean(behaviour.shown_in(answer.text) for answer in unsteered),
-                    "shown": mean(behaviour.shown_in(answer.text) for answer in its),
-                    "perplexity_ratio": cost(its, unsteered),
-                    "repeated": mean(answer.repeated for answer in its),
-                    "answers": [answer.text for answer in its],
-                }
-            )
-        print(behaviour.name, len(made), "of", len(edits), flush=True)
-    return made
+    rows = judged(bench, behaviour, prompts, [*map(scaled, edits)], max_tokens)
+    return [{**edit, **row} for edit, row in zip(edits, rows, strict=True)]
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> list[Edit]:
@@ -135,12 +109,12 @@ def main() -> None:
             continue
         searched = kept.of(
             f"{behaviour.name} searched",
-            judged, bench, behaviour, behaviour.contrast, tried(behaviour), SEARCHED_TOKENS,
+            judged_edits, bench, behaviour, behaviour.contrast, tried(behaviour), SEARCHED_TOKENS,
         )  # fmt: skip
         chosen = best(searched)
         held_out = kept.of(
             f"{behaviour.name} held out",
-            judged, bench, behaviour, behaviour.held_out, chosen, SUPPRESSED_TOKENS,
+            judged_edits, bench, behaviour, behaviour.held_out, chosen, SUPPRESSED_TOKENS,
         )  # fmt: skip
         for edit, row in zip(chosen, held_out, strict=True):
             on_search = next(one for one in searched if edit.items() <= one.items())

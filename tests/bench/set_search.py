@@ -17,15 +17,15 @@ import json
 from collections.abc import Sequence
 from math import log
 from pathlib import Path
-from statistics import mean
 from typing import Any, Final
 
 from tests.bench.chat_answers import REPETITION_PENALTY
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_answers import DTYPE, Bench, Field, cost
+from tests.bench.steering_answers import DTYPE, Bench, Field
 from tests.bench.steering_effect import SUPPRESSED_TOKENS
 from tests.bench.steering_prompts import BEHAVIOURS, Behaviour
+from tests.bench.suppressed_answers import judged
 
 SIZE: Final = 4
 #: Of an answer while a set grows.
@@ -48,7 +48,7 @@ def candidates(behaviour: Behaviour) -> list[int]:
     return sorted({feature for features in ranked for feature in features})
 
 
-def judged(
+def judged_sets(
     bench: Bench,
     behaviour: Behaviour,
     prompts: Sequence[str],
@@ -56,31 +56,14 @@ def judged(
     max_tokens: int,
 ) -> list[dict[str, Any]]:
     """How often a behaviour shows with each set switched off, and at what cost."""
-    fields: list[Field | None] = [None, *map(ablated, sets)]
-    answers = bench.answers(
-        [*prompts] * len(fields), [field for field in fields for _ in prompts], max_tokens
-    )
-    n = len(prompts)
-    unsteered = answers[:n]
-    made = []
-    for i, features in enumerate(sets, 1):
-        steered = answers[i * n : (i + 1) * n]
-        made.append(
-            {
-                "features": list(features),
-                "unsteered": mean(behaviour.shown_in(answer.text) for answer in unsteered),
-                "shown": mean(behaviour.shown_in(answer.text) for answer in steered),
-                "perplexity_ratio": cost(steered, unsteered),
-                "answers": [answer.text for answer in steered],
-            }
-        )
-    return made
+    rows = judged(bench, behaviour, prompts, [*map(ablated, sets)], max_tokens)
+    return [{"features": list(features), **row} for features, row in zip(sets, rows, strict=True)]
 
 
 def grown(bench: Bench, behaviour: Behaviour, kept: Sequence[int]) -> dict[str, Any]:
     """The set with one feature more, and how every candidate did beside it."""
     sets = [[*kept, feature] for feature in candidates(behaviour) if feature not in kept]
-    tried = judged(bench, behaviour, behaviour.contrast, sets, SEARCHED_TOKENS)
+    tried = judged_sets(bench, behaviour, behaviour.contrast, sets, SEARCHED_TOKENS)
     for row in tried:
         del row["answers"]
     best = min(tried, key=lambda row: row["shown"] + log(row["perplexity_ratio"]))
@@ -110,7 +93,7 @@ def main() -> None:
         sets = [features[:size] for size in range(1, SIZE + 1)]
         rows = kept.of(
             f"{behaviour.name} held out",
-            judged, bench, behaviour, behaviour.held_out, sets, SUPPRESSED_TOKENS,
+            judged_sets, bench, behaviour, behaviour.held_out, sets, SUPPRESSED_TOKENS,
         )  # fmt: skip
         for row in rows:
             figures = {name: row[name] for name in ("unsteered", "shown", "perplexity_ratio")}

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
 from typing import Any, Final
 
 from steering.studies.neutral import neutral_passages
@@ -30,10 +29,11 @@ from tests.bench.chat_answers import REPETITION_PENALTY
 from tests.bench.demo_engine import SAE, name_of_result
 from tests.bench.kept_rows import KeptRows
 from tests.bench.record import RESULTS, Record, arguments
-from tests.bench.steering_answers import DTYPE, SAE_NAME, Bench, Field, cost
+from tests.bench.steering_answers import DTYPE, SAE_NAME, Bench, Field
 from tests.bench.steering_effect import SUPPRESSED_TOKENS
 from tests.bench.steering_prompts import BEHAVIOURS, Behaviour
 from tests.bench.suggestion_texts import PAIRS
+from tests.bench.suppressed_answers import judged
 from tests.bench.suppression import texts
 
 PARTS: Final = ("dosed", "behaviours", "suppress")
@@ -97,23 +97,9 @@ def on_held_out(
     bench: Bench, behaviour: Behaviour, steerings: Mapping[str, Field | None]
 ) -> dict[str, Any]:
     """How often a behaviour shows with each edit on its held-out prompts, and at what cost."""
-    prompts, n = behaviour.held_out, len(behaviour.held_out)
-    fields = [None, *steerings.values()]
-    answers = bench.answers(
-        [*prompts] * len(fields), [field for field in fields for _ in prompts], SUPPRESSED_TOKENS
-    )
-    unsteered = answers[:n]
-    made: dict[str, Any] = {}
-    for i, name in enumerate(steerings, 1):
-        its = answers[i * n : (i + 1) * n]
-        made[name] = {
-            "unsteered": mean(behaviour.shown_in(answer.text) for answer in unsteered),
-            "shown": mean(behaviour.shown_in(answer.text) for answer in its),
-            "perplexity_ratio": cost(its, unsteered),
-            "repeated": mean(answer.repeated for answer in its),
-            "answers": [answer.text for answer in its],
-        }
-    return made
+    fields = [*steerings.values()]
+    rows = judged(bench, behaviour, behaviour.held_out, fields, SUPPRESSED_TOKENS)
+    return dict(zip(steerings, rows, strict=True))
 
 
 def dosed(bench: Bench) -> dict[str, Any]:
@@ -148,7 +134,7 @@ def main() -> None:
         {"sae": args.sae.name, "dtype": DTYPE, "repetition_penalty": REPETITION_PENALTY,
          "budget": BUDGET, "passages": NEUTRAL},
     )  # fmt: skip
-    path = args.json or RESULTS / "suggestions.json"
+    path = args.json or RESULTS / f"{record.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {"results": [], "rows": {}}
     record.results += [row for row in before["results"] if row["part"] not in args.parts]
     rows: dict[str, Any] = record.kept.setdefault("rows", before["rows"])
